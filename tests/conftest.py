@@ -1,0 +1,61 @@
+"""Fixtures shared by the suite: a tiny random CLIP, and the real material that some checkouts have beside them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+# The suite never talks to a hub; the loopback tests set their own endpoint in processes of their own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real encoders and images that developers keep beside the checkout (users do not have it)."""
+    folder = Path(os.environ.get("HF_VS2_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real material not found at {folder}; set HF_VS2_SHARED_DATA to a folder that has it")
+    return folder
+
+
+def make_tiny_clip(num_layers: int = 3):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 99,
+            "max_position_embeddings": 20,
+            "bos_token_id": 0,
+            "eos_token_id": 98,
+            "pad_token_id": 1,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        projection_dim=24,
+    )
+    # Larger weights than CLIP's initialisation, so that images differ visibly in the CLS row.
+    clip = CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return clip
+
+
+@pytest.fixture()
+def tiny_clip():
+    """A random CLIP small enough for any test: hidden 32, 3 layers, 32-pixel images, projection 24."""
+    return make_tiny_clip()

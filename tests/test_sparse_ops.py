@@ -1,0 +1,69 @@
+"""The sparse gradients are those of the dense formulas: a wrong one would train a wrong SAE without any error."""
+
+import pytest
+import torch
+
+from hf_vs2 import sparse_ops
+
+
+BATCH, HIDDEN, LATENTS, TOP_K = 7, 12, 40, 5
+
+
+@pytest.fixture(params=[1.0, 0.0], ids=["sparse", "dense"])
+def backward(request, monkeypatch):
+    """Both sides of the switch."""
+    monkeypatch.setattr(sparse_ops, "SPARSE_LIMIT", request.param)
+
+
+def code(batch=BATCH):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(batch, TOP_K, generator=generator)
+    indices = torch.stack([torch.randperm(LATENTS, generator=generator)[:TOP_K] for _ in range(batch)])
+    return values, indices
+
+
+def parameters(*shapes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def test_decode_and_its_gradients_equal_the_dense_product(backward):
+    values, indices = code()
+    values.requires_grad_()
+    (weight,) = parameters((LATENTS, HIDDEN))
+    target = torch.randn(BATCH, HIDDEN)
+
+    dense_code = torch.zeros(BATCH, LATENTS).scatter(1, indices, values)
+    expected = dense_code @ weight
+    expected_grads = torch.autograd.grad((expected * target).sum(), (values, weight))
+    found = sparse_ops.sparse_decode(values, indices, weight)
+    found_grads = torch.autograd.grad((found * target).sum(), (values, weight))
+
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(found_grads, expected_grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gathered_linear_has_the_gradients_of_the_full_product(backward):
+    _, indices = code()
+    x, center, weight, bias = parameters((BATCH, HIDDEN), (HIDDEN,), (LATENTS, HIDDEN), (LATENTS,))
+    target = torch.randn(BATCH, TOP_K)
+
+    expected = ((x - center) @ weight.t() + bias).gather(1, indices)
+    expected_grads = torch.autograd.grad((expected * target).sum(), (x, center, weight, bias))
+    found = sparse_ops.linear_at(x, center, weight, bias, indices, expected.detach())
+    found_grads = torch.autograd.grad((found * target).sum(), (x, center, weight, bias))
+
+    assert torch.equal(found, expected)
+    for one, other in zip(found_grads, expected_grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_decode_sums_half_precision_in_float32():
+    """A sum of many bfloat16 terms would otherwise lose the small ones."""
+    weight = torch.ones(LATENTS, HIDDEN, dtype=torch.bfloat16)
+    values = torch.full((1, LATENTS), 1 / 256)
+    values[0, 0] = 256.0
+    found = sparse_ops.sparse_decode(values, torch.arange(LATENTS)[None], weight)
+    assert found[0, 0].item() == torch.tensor(256 + (LATENTS - 1) / 256, dtype=torch.bfloat16).item()
+    assert found.dtype == torch.bfloat16
