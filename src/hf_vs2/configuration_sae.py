@@ -1,0 +1,161 @@
+"""Configuration of a top-k sparse autoencoder, and everything its checkpoint records about itself."""
+
+import bisect
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .functional import ACTIVATIONS
+
+
+FORMAT_VERSION = 1
+"""Version of the checkpoint format. It only grows: a reader of version n reads every version up to n."""
+
+
+@strict
+class SAEConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`SAEModel`], a top-k sparse autoencoder on the CLS activations of a frozen CLIP image encoder
+    (eq. 1 of arXiv 2506.01247).
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the activations: the hidden size of the CLIP vision tower (768 for ViT-B, 1024 for ViT-L).
+        expansion_factor (`int`, *optional*, defaults to 4):
+            `num_latents = expansion_factor * hidden_size`, unless `num_latents` is given.
+        num_latents (`int`, *optional*):
+            Number of latents.
+        top_k (`int`, *optional*, defaults to 64):
+            Number of latents active for one input. The paper uses 64 for ViT-B/32, 256 for ViT-B/16, 128 for ViT-L/14.
+        activation (`str`, *optional*, defaults to `"relu"`):
+            `"relu"` (ReLU, then the `top_k` largest: what the paper's released training used) or `"absolute"` (the
+            `top_k` of largest absolute value, sign kept: eq. 1 as printed).
+        aux_k (`int`, *optional*):
+            How many dead latents the AuxK loss (Gao et al., arXiv 2406.04093) reconstructs the residual with. `hidden_size
+            // 2` by default, at most `num_latents`.
+        aux_k_coefficient (`float`, *optional*, defaults to 1/32):
+            Weight of the AuxK loss; 0 turns it off.
+        base_model_name_or_path (`str`, *optional*):
+            Hub id or path of the CLIP whose activations the SAE was trained on.
+        base_model_revision (`str`, *optional*):
+            Commit of that CLIP.
+        base_model_num_layers (`int`, *optional*):
+            Number of layers of its vision tower.
+        base_model_fingerprint (`list[float]`, *optional*):
+            A few weights of its vision tower, by which another model of the same shape is recognised and refused. Set it to
+            `None` to use the SAE on a fine-tuned relative of its CLIP.
+        layer (`int`, *optional*):
+            Index of the encoder layer whose output the SAE reads, from 0. `None` means the last one.
+        site (`str`, *optional*, defaults to `"cls"`):
+            Which token of that layer: the CLS token, before `post_layernorm`.
+        total_variance (`float`, *optional*):
+            Mean squared distance of the training activations to their mean. Normalises the loss (FVU).
+        fvu_quantiles (`dict[str, float]`, *optional*):
+            Per-sample FVU quantiles on unlabelled rows held out from SAE training, level -> FVU. The gate reads its
+            threshold here.
+        num_calibration_rows (`int`, *optional*):
+            How many held-out rows the quantiles come from.
+        gamma (`float`, *optional*, defaults to 1.5), lambda_ (`float`, *optional*, defaults to 2.1):
+            Default steering, eq. 2-3 (the paper's best on CIFAR-100).
+        gate (`float`, *optional*, defaults to 0.99):
+            Default gate: the quantile of `fvu_quantiles` above which an input is left to plain CLIP. `None`: no gate.
+        training_data (`dict`, *optional*):
+            What it was trained on: data set, split, fingerprint, number of rows.
+        training_metrics (`dict`, *optional*):
+            FVU, L0 and share of dead latents on the held-out rows, at the end of training.
+        hf_vs2_version (`str`, *optional*):
+            Version of this package that wrote the checkpoint.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the checkpoint format.
+    """
+
+    model_type = "vs2_sae"
+    base_config_key = "sae_config"
+
+    hidden_size: int = 768
+    expansion_factor: int = 4
+    num_latents: int | None = None
+    top_k: int = 64
+    activation: str = "relu"
+    aux_k: int | None = None
+    aux_k_coefficient: int | float = 1 / 32
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_num_layers: int | None = None
+    base_model_fingerprint: list[float] | None = None
+    layer: int | None = None
+    site: str = "cls"
+    total_variance: int | float | None = None
+    fvu_quantiles: dict[str, float] | None = None
+    num_calibration_rows: int | None = None
+    gamma: int | float = 1.5
+    lambda_: int | float = 2.1
+    gate: float | None = 0.99
+    training_data: dict | None = None
+    training_metrics: dict | None = None
+    hf_vs2_version: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if self.num_latents is None:
+            self.num_latents = self.expansion_factor * self.hidden_size
+        if self.aux_k is None:
+            self.aux_k = min(max(1, self.hidden_size // 2), self.num_latents)
+        super().__post_init__(**kwargs)
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Refuse what no SAE can be, and say what to change. (A `validate_*` method of `@strict` would turn these plain
+        `ValueError`s into an error class of its own, with a prefix before the message.)"""
+        if self.hidden_size < 1 or self.expansion_factor < 1 or self.num_latents < 1:
+            raise ValueError(
+                "hidden_size, expansion_factor and num_latents must be positive, not "
+                f"{self.hidden_size}, {self.expansion_factor} and {self.num_latents}."
+            )
+        if not 1 <= self.top_k <= self.num_latents:
+            raise ValueError(
+                f"top_k={self.top_k} must be between 1 and the number of latents ({self.num_latents}). "
+                "Lower top_k, or raise expansion_factor or num_latents."
+            )
+        if not 0 <= self.aux_k <= self.num_latents:
+            raise ValueError(f"aux_k={self.aux_k} must be between 0 and the number of latents ({self.num_latents}).")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not known. Use one of {list(ACTIVATIONS)}.")
+        if self.site != "cls":
+            raise ValueError(f"site={self.site!r} is not known. This version reads the CLS token only: use 'cls'.")
+        if self.layer is not None and self.layer < 0:
+            raise ValueError(f"layer={self.layer} must be counted from 0. Resolve a negative index before saving it.")
+        if self.gate is not None and not 0 < self.gate < 1:
+            raise ValueError(f"gate={self.gate} must be a quantile between 0 and 1 (0.99, say), or None for no gate.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has format version {self.format_version}; this package reads up to {FORMAT_VERSION}. "
+                "Upgrade it: pip install -U hf_vs2."
+            )
+
+    def fvu_threshold(self, quantile: float) -> float:
+        """The gate's threshold tau: per-sample FVU at `quantile`, interpolated between the stored levels.
+
+        Raises:
+            `ValueError`: if the SAE is not calibrated, or if `quantile` lies outside the stored levels.
+        """
+        if not self.fvu_quantiles:
+            raise ValueError(
+                "This SAE holds no FVU quantiles, so a gate quantile means nothing for it. "
+                "Calibrate it (hf_vs2.calibrate) or give the threshold itself as fvu_threshold=."
+            )
+        stored = sorted((float(level), value) for level, value in self.fvu_quantiles.items())
+        levels = [level for level, _ in stored]
+        if not levels[0] <= quantile <= levels[-1]:
+            raise ValueError(
+                f"gate={quantile} lies outside the calibrated quantiles {levels[0]} to {levels[-1]}. "
+                "Choose one between them, or give the threshold itself as fvu_threshold=."
+            )
+        upper = bisect.bisect_left(levels, quantile)
+        if levels[upper] == quantile:
+            return stored[upper][1]
+        (low, low_value), (high, high_value) = stored[upper - 1], stored[upper]
+        return low_value + (high_value - low_value) * (quantile - low) / (high - low)
+
+
+__all__ = ["SAEConfig"]

@@ -1,0 +1,205 @@
+"""The top-k sparse autoencoder of eq. 1 as a `PreTrainedModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_sae import SAEConfig
+from .functional import fvu_per_sample, top_k
+from .sparse_ops import linear_at, sparse_decode
+
+
+@dataclass
+class SAEOutput(ModelOutput):
+    """
+    Output of [`SAEModel`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`):
+            Fraction of variance unexplained (FVU), plus the weighted AuxK loss when `dead_latents` was given.
+        reconstruction (`torch.Tensor` of shape `(batch, hidden_size)`):
+            `x~ = D(c)`.
+        latent_values (`torch.Tensor` of shape `(batch, top_k)`):
+            The active latents of each row.
+        latent_indices (`torch.LongTensor` of shape `(batch, top_k)`):
+            Which latents they are, in no particular order.
+        fvu (`torch.Tensor` of shape `(batch,)`):
+            Per-sample FVU against the training mean, float32, without gradient.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    latent_values: torch.Tensor | None = None
+    latent_indices: torch.Tensor | None = None
+    fvu: torch.Tensor | None = None
+
+
+class SAEModel(PreTrainedModel):
+    """
+    Top-k sparse autoencoder, eq. 1: `c = TopK(W_enc (x - b_pre) + b_enc)`, `x~ = W_dec^T c + b_pre`.
+
+    Parameters are `W_enc` and `W_dec`, both `(num_latents, hidden_size)` with one latent a row, `b_enc` `(num_latents,)` and
+    `b_pre` `(hidden_size,)`. The buffer `mean` `(hidden_size,)`, always float32, is the mean of the training activations,
+    the `mu` of the per-sample FVU.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_vs2 import SAEConfig, SAEModel
+
+    >>> sae = SAEModel(SAEConfig(hidden_size=768, expansion_factor=4, top_k=64))
+    >>> out = sae(torch.randn(8, 768))
+    >>> out.reconstruction.shape, out.latent_indices.shape, out.fvu.shape
+    (torch.Size([8, 768]), torch.Size([8, 64]), torch.Size([8]))
+    ```
+    """
+
+    config_class = SAEConfig
+    base_model_prefix = "sae"
+    main_input_name = "x"
+    mean: torch.Tensor
+
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        shape = (config.num_latents, config.hidden_size)
+        self.W_enc = nn.Parameter(torch.empty(shape))
+        self.b_enc = nn.Parameter(torch.empty(config.num_latents))
+        self.W_dec = nn.Parameter(torch.empty(shape))
+        self.b_pre = nn.Parameter(torch.empty(config.hidden_size))
+        self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Random unit-norm decoder directions, encoder tied to them at the start (Gao et al., arXiv 2406.04093)."""
+        if module is not self:
+            return
+        init.copy_(self.W_dec, F.normalize(torch.randn_like(self.W_dec, dtype=torch.float32), dim=-1))
+        init.copy_(self.W_enc, self.W_dec)
+        init.zeros_(self.b_enc)
+        init.zeros_(self.b_pre)
+        init.zeros_(self.mean)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SAEModel:
+        # `.to(torch.bfloat16)` and friends move everything but must not round the statistics: the FVU and so the gate hang on it.
+        mean = self.mean
+        super()._apply(fn, recurse)
+        if self.mean.dtype != torch.float32:
+            self.mean = mean.to(self.mean.device)
+        return self
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The active latents of each row of `x` `(batch, hidden_size)`: `(values, indices)`, each `(batch, top_k)`.
+
+        Raises:
+            `ValueError`: if `x` has another shape.
+        """
+        self._check_width(x)
+        config = self.config
+        x = x.to(self.b_pre.dtype)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            pre_activations = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
+            return top_k(pre_activations, config.top_k, config.activation)
+        with torch.no_grad():
+            pre_activations = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
+            values, indices = top_k(pre_activations, config.top_k, config.activation)
+        values = linear_at(x, self.b_pre, self.W_enc, self.b_enc, indices, values)
+        if config.activation == "relu":
+            # Changes no value; stops the gradient where ReLU did.
+            values = torch.relu(values)
+        return values, indices
+
+    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """`x~ = sum_j values_j d_j + b_pre`, `(batch, hidden_size)`; nothing of width `num_latents` is formed."""
+        return sparse_decode(values, indices, self.W_dec) + self.b_pre
+
+    @can_return_tuple
+    def forward(self, x: torch.Tensor, dead_latents: torch.Tensor | None = None, **kwargs: Any) -> SAEOutput:
+        """
+        Args:
+            x (`torch.Tensor` of shape `(batch, hidden_size)`):
+                CLS activations.
+            dead_latents (`torch.BoolTensor` of shape `(num_latents,)`, *optional*):
+                Latents that have not been active for long. When given, the loss holds the AuxK term that revives them.
+
+        The squared error is divided by the total variance of the training activations (`config.total_variance`), a
+        constant, so that the loss of a batch is the mean of the losses of its parts; without it, by the batch's own.
+        """
+        values, indices = self.encode(x)
+        reconstruction = self.decode(values, indices)
+        target = x.float()
+        error = target - reconstruction.float()
+        scale = self.config.total_variance or (target - target.mean(0)).square().sum(-1).mean()
+        loss = error.square().sum(-1).mean() / scale
+        if dead_latents is not None and self.config.aux_k_coefficient:
+            loss = loss + self.config.aux_k_coefficient * self._aux_k_loss(x, error.detach(), dead_latents) / scale
+        with torch.no_grad():
+            fvu = fvu_per_sample(target, reconstruction, self.mean)
+        return SAEOutput(loss, reconstruction, values, indices, fvu)
+
+    def _aux_k_loss(self, x: torch.Tensor, residual: torch.Tensor, dead_latents: torch.Tensor) -> torch.Tensor:
+        """Squared error of the residual reconstructed by the `aux_k` most active dead latents (Gao et al., appendix A.2).
+
+        Their pre-activations are computed here, with a graph, and for the dead latents only: the gradient reaches the
+        encoder rows and biases of exactly the latents that are to be revived.
+        """
+        dead = dead_latents.nonzero().squeeze(-1)
+        k = min(self.config.aux_k, len(dead))
+        if k == 0:
+            return residual.new_zeros(())
+        pre_activations = F.linear(x.to(self.b_pre.dtype) - self.b_pre.detach(), self.W_enc[dead], self.b_enc[dead])
+        values, chosen = top_k(pre_activations, k, self.config.activation)
+        prediction = sparse_decode(values, dead[chosen], self.W_dec).float()
+        return (k / self.config.aux_k) * (residual - prediction).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Set every decoder direction to unit norm. Call it after the optimizer's step. A zero row stays zero."""
+        self.W_dec.copy_(F.normalize(self.W_dec.float(), dim=-1))
+
+    @torch.no_grad()
+    def remove_parallel_decoder_gradient(self) -> None:
+        """Remove from `W_dec.grad` the component along each direction, which `normalize_decoder` would undo. Call it
+        between backward and the optimizer's step.
+
+        Raises:
+            `RuntimeError`: if there is no gradient yet.
+        """
+        if self.W_dec.grad is None:
+            raise RuntimeError("W_dec has no gradient: call remove_parallel_decoder_gradient() after backward().")
+        directions = F.normalize(self.W_dec, dim=-1)
+        along = (self.W_dec.grad * directions).sum(-1, keepdim=True)
+        self.W_dec.grad.addcmul_(along, directions, value=-1)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: torch.Tensor, total_variance: float) -> None:
+        """Store the mean `(hidden_size,)` and total variance of the training activations, and start `b_pre` at the mean."""
+        self.mean.copy_(mean)
+        self.b_pre.copy_(mean)
+        self.config.total_variance = float(total_variance)
+
+    def fvu_threshold(self, quantile: float) -> float:
+        """See [`SAEConfig.fvu_threshold`]."""
+        return self.config.fvu_threshold(quantile)
+
+    def _check_width(self, x: torch.Tensor) -> None:
+        if x.ndim != 2 or x.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"This SAE reads rows of width {self.config.hidden_size}, so x must be (batch, {self.config.hidden_size}); "
+                f"it is {tuple(x.shape)}. Pass CLS activations of the CLIP it was trained on"
+                f" ({self.config.base_model_name_or_path or 'not recorded'})."
+            )
+
+
+__all__ = ["SAEModel", "SAEOutput"]
