@@ -1,0 +1,111 @@
+"""Configuration of a CLIP with sparse autoencoders plugged in, and the steering settings they share."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPConfig, PreTrainedConfig
+
+from .configuration_sae import SAEConfig
+
+
+METHODS = ("none", "centroid", "reconstruct", "amplify", "vs2")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How CLS rows are steered. Immutable: change one with `dataclasses.replace`.
+
+    Args:
+        method (`str`): `"vs2"` (eq. 2-3), `"centroid"` (the control of proposition 3.1: away from the training mean, no
+            SAE), `"reconstruct"` (the paper's REC-F: the reconstruction takes the row's place), `"amplify"`
+            (REC-F+gamma: `D(gamma c)` does) or `"none"`.
+        gamma (`float` or one a latent): amplification of the active latents.
+        lambda_ (`float`): size of the step.
+        gate (`float`, *optional*): FVU quantile above which a row is left alone.
+        fvu_threshold (`float`, *optional*): the gate's threshold tau itself, instead of a quantile.
+        enabled (`bool`): off means plain CLIP, bit for bit.
+    """
+
+    method: str = "vs2"
+    gamma: float | tuple[float, ...] = 1.5
+    lambda_: float = 2.1
+    gate: float | None = None
+    fvu_threshold: float | None = None
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not known. Use one of {list(METHODS)}.")
+        if self.gate is not None and self.fvu_threshold is not None:
+            raise ValueError(
+                f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude each "
+                "other. Give one; set the other to None."
+            )
+        if self.gate is not None and not 0 < self.gate < 1:
+            raise ValueError(
+                f"gate={self.gate} must be a quantile between 0 and 1. To give the FVU threshold itself, use fvu_threshold=."
+            )
+        if self.fvu_threshold is not None and not self.fvu_threshold >= 0:
+            raise ValueError(f"fvu_threshold={self.fvu_threshold} must not be negative.")
+        if self.method == "centroid" and isinstance(self.gamma, tuple):
+            raise ValueError(
+                "method='centroid' steers along one direction: gamma must be one number, not one a latent."
+            )
+
+
+@strict
+class VS2CLIPConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`VS2CLIPForZeroShot`].
+
+    Args:
+        clip_config (`CLIPConfig` or `dict`, *optional*): the CLIP.
+        sae_configs (`list[SAEConfig]` or list of `dict`, *optional*): one SAE a steered layer, ascending.
+        method, gamma, lambda_, gate, fvu_threshold: see [`Steering`].
+        base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): where the CLIP comes from.
+        holds_clip (`bool`, *optional*, defaults to `False`): whether the checkpoint holds the CLIP's weights too (full) or only
+            names it (light).
+    """
+
+    model_type = "vs2_clip"
+    sub_configs: ClassVar[dict[str, Any]] = {"clip_config": CLIPConfig}
+
+    clip_config: dict | CLIPConfig | None = None
+    sae_configs: list | None = None
+    method: str = "vs2"
+    gamma: int | float | list[float] = 1.5
+    lambda_: int | float = 2.1
+    gate: float | None = None
+    fvu_threshold: int | float | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    holds_clip: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.clip_config is None:
+            self.clip_config = CLIPConfig()
+        elif isinstance(self.clip_config, dict):
+            self.clip_config = CLIPConfig(**self.clip_config)
+        else:
+            # A composite config sets the attention implementation of its parts: never on a config that a live model uses.
+            self.clip_config = copy.deepcopy(self.clip_config)
+        self.sae_configs = [
+            SAEConfig(**sae) if isinstance(sae, dict) else copy.deepcopy(sae) for sae in self.sae_configs or []
+        ]
+        super().__post_init__(**kwargs)
+        self.steering()  # refuses settings that exclude each other
+
+    def steering(self) -> Steering:
+        """The steering settings, validated."""
+        gamma = tuple(self.gamma) if isinstance(self.gamma, list) else self.gamma
+        return Steering(self.method, gamma, self.lambda_, self.gate, self.fvu_threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["sae_configs"] = [sae if isinstance(sae, dict) else sae.to_dict() for sae in self.sae_configs]
+        return output
+
+
+__all__ = ["METHODS", "Steering", "VS2CLIPConfig"]

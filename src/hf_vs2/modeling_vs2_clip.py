@@ -1,0 +1,575 @@
+"""CLIP with Visual Sparse Steering plugged in: any `CLIPModel` plus one SAE a steered layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils.generic import can_return_tuple
+
+from .base_model import check_base_model, resolve_layer
+from .configuration_sae import SAEConfig
+from .configuration_vs2_clip import Steering, VS2CLIPConfig
+from .functional import amplify, centroid_steer, gate, steer, steering_vector
+from .modeling_sae import SAEModel
+from .processing import save_processing
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
+
+
+class SteeredRows(NamedTuple):
+    """CLS rows after steering, and what was decided for each."""
+
+    rows: torch.Tensor
+    """`(batch, hidden_size)`, in the dtype they came in; rows the gate held back are the input's own, bit for bit."""
+    fvu: torch.Tensor
+    """`(batch,)` float32: per-sample FVU against the training mean."""
+    steered: torch.Tensor
+    """`(batch,)` bool: which rows were steered."""
+    latent_values: torch.Tensor
+    """`(batch, top_k)`."""
+    latent_indices: torch.Tensor
+    """`(batch, top_k)`."""
+
+
+@dataclass
+class VS2ImageFeatures(ModelOutput):
+    """
+    Image features of cached CLS rows.
+
+    Args:
+        features (`torch.Tensor` of shape `(batch, projection_dim)`): projected, not normalised.
+        fvu (`torch.Tensor` of shape `(batch,)`, *optional*): per-sample FVU; `None` when steering is off.
+        steered (`torch.BoolTensor` of shape `(batch,)`): which rows were steered.
+        latent_values, latent_indices (`torch.Tensor` of shape `(batch, top_k)`, *optional*): the active latents.
+    """
+
+    features: torch.Tensor | None = None
+    fvu: torch.Tensor | None = None
+    steered: torch.Tensor | None = None
+    latent_values: torch.Tensor | None = None
+    latent_indices: torch.Tensor | None = None
+
+
+@dataclass
+class VS2CLIPOutput(CLIPOutput):
+    """
+    `CLIPOutput`'s fields, and for each image what steering did.
+
+    Args:
+        fvu (`torch.Tensor` of shape `(batch,)`, *optional*):
+            Per-sample FVU. With several SAEs `(batch, num_saes)`, layers ascending. `None` when steering is off.
+        steered (`torch.BoolTensor` of the same shape):
+            Which images were steered; the others have exactly plain CLIP's result.
+        latent_values (`torch.Tensor` of shape `(batch, top_k)`, *optional*), latent_indices (same shape, *optional*):
+            The active latents. With several SAEs a tuple, one entry a layer.
+    """
+
+    fvu: torch.Tensor | None = None
+    steered: torch.Tensor | None = None
+    latent_values: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    latent_indices: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+
+
+class VS2CLIPForZeroShot(PreTrainedModel):
+    """
+    Wraps a CLIP and the SAEs trained on it; everything that CLIP computes from an image is steered.
+
+    Steering touches the CLS row alone. For the last layer that is the input of `vision_model.post_layernorm`; for
+    others, the output of the encoder layer. The CLIP given is used as it is: no hook, no copy, no weight changed, so it goes
+    on giving its own results when called directly.
+
+    Args:
+        clip (`CLIPModel`): the model to steer.
+        sae (`SAEModel` or `dict[int, SAEModel]`): the SAE, for the layer that its config names (the last one if it names
+            none), or one SAE a layer.
+        gamma (`float` or one a latent), lambda_ (`float`), gate (`float`, *optional*), method (`str`), fvu_threshold
+            (`float`, *optional*): see [`Steering`].
+
+    Raises:
+        `ValueError`: if an SAE was trained on another CLIP, or settings exclude each other.
+
+    Example:
+
+    ```python
+    >>> model = VS2CLIPForZeroShot(clip, sae, gamma=1.5, lambda_=2.1, gate=0.99)
+    >>> out = model(**processor(text=prompts, images=images, return_tensors="pt", padding=True))
+    >>> out.logits_per_image, out.fvu, out.steered
+    >>> with model.steering(enabled=False):
+    ...     plain = model(**inputs)  # CLIP's own result, bit for bit
+    ```
+    """
+
+    config_class = VS2CLIPConfig
+    base_model_prefix = "vs2"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "SAEModel"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    config: VS2CLIPConfig
+
+    def __init__(
+        self,
+        clip: CLIPModel | VS2CLIPConfig,
+        sae: SAEModel | Mapping[int, SAEModel] | None = None,
+        gamma: float | torch.Tensor | list[float] = 1.5,
+        lambda_: float = 2.1,
+        gate: float | None = None,
+        method: str = "vs2",
+        fvu_threshold: float | None = None,
+    ):
+        if isinstance(clip, VS2CLIPConfig):
+            config = clip
+            clip = CLIPModel._from_config(config.clip_config)
+            saes = {_layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
+            steering = config.steering()
+        else:
+            saes = _saes_by_layer(clip, sae)
+            steering = Steering(method, _as_gamma(gamma), lambda_, gate, fvu_threshold)
+            config = VS2CLIPConfig(
+                clip_config=clip.config,
+                sae_configs=[saes[layer].config for layer in sorted(saes)],
+                base_model_name_or_path=clip.config._name_or_path or None,
+                base_model_revision=getattr(clip.config, "_commit_hash", None),
+                dtype=clip.dtype,
+            )
+        super().__init__(config)
+        self.clip = clip
+        self.saes = nn.ModuleDict({str(layer): saes[layer] for layer in sorted(saes)})
+        self.post_init()
+        self.set_steering(**asdict(steering))
+        self.train(clip.training)
+
+    @property
+    def sae(self) -> SAEModel:
+        """The SAE of the deepest steered layer."""
+        return list(self.saes.values())[-1]
+
+    # Settings
+
+    def set_steering(self, **settings: Any) -> None:
+        """Change `method`, `gamma`, `lambda_`, `gate`, `fvu_threshold` or `enabled`; what is not named stays.
+
+        Giving `gate` drops an earlier `fvu_threshold`, and the other way round. Written to the config, so that
+        `save_pretrained` keeps it.
+
+        Raises:
+            `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
+        """
+        self._use(self._changed(settings))
+        chosen = self._steering
+        self.config.method, self.config.lambda_ = chosen.method, chosen.lambda_
+        self.config.gamma = list(chosen.gamma) if isinstance(chosen.gamma, tuple) else chosen.gamma
+        self.config.gate, self.config.fvu_threshold = chosen.gate, chosen.fvu_threshold
+
+    @contextmanager
+    def steering(self, **settings: Any) -> Iterator[VS2CLIPForZeroShot]:
+        """The same for the length of a `with` block: `with model.steering(enabled=False): ...` is plain CLIP."""
+        before = self._steering
+        self._use(self._changed(settings))
+        try:
+            yield self
+        finally:
+            self._use(before)
+
+    @property
+    def steering_settings(self) -> Steering:
+        """The settings in force."""
+        return self._steering
+
+    @property
+    def fvu_thresholds(self) -> dict[int, float | None]:
+        """The gate's threshold tau at each steered layer; `None` where nothing is gated."""
+        return dict(self._thresholds)
+
+    def _changed(self, settings: dict[str, Any]) -> Steering:
+        if "gamma" in settings:
+            settings["gamma"] = _as_gamma(settings["gamma"])
+        if settings.get("gate") is not None:
+            settings.setdefault("fvu_threshold", None)
+        elif settings.get("fvu_threshold") is not None:
+            settings.setdefault("gate", None)
+        return replace(getattr(self, "_steering", Steering()), **settings)
+
+    def _use(self, steering: Steering) -> None:
+        thresholds: dict[int, float | None] = {}
+        for layer, sae in self.saes.items():
+            if isinstance(steering.gamma, tuple) and len(steering.gamma) != sae.config.num_latents:
+                raise ValueError(
+                    f"gamma holds {len(steering.gamma)} factors, but the SAE of layer {layer} has {sae.config.num_latents} "
+                    "latents. Give one number, or one factor a latent."
+                )
+            quantile = steering.gate
+            thresholds[int(layer)] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
+        self._steering = steering
+        self._thresholds = thresholds
+        self._gamma: torch.Tensor | None = None
+
+    # Steering
+
+    @property
+    def _is_steering(self) -> bool:
+        return self._steering.enabled and self._steering.method != "none" and len(self.saes) > 0
+
+    def steer_cls(self, rows: torch.Tensor, layer: int = -1) -> SteeredRows:
+        """Steer CLS rows `(batch, hidden_size)` of one layer (algorithm 1): encode, gate on FVU, move, keep the norm."""
+        index = resolve_layer(layer, self.config.clip_config.vision_config.num_hidden_layers)
+        if str(index) not in self.saes:
+            raise ValueError(f"No SAE for layer {index}: this model holds SAEs for layers {sorted(self._thresholds)}.")
+        sae = self.saes[str(index)]
+        # Half-precision rows are steered in float32; the result goes back to where and what it came from.
+        x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
+        code = sae(x)
+        moved = self._move(sae, x, code).to(device=rows.device, dtype=rows.dtype)
+        threshold = self._thresholds[index]
+        if threshold is None:
+            steered = torch.ones_like(code.fvu, dtype=torch.bool)
+        else:
+            steered = gate(code.fvu, threshold)
+            moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
+        return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices)
+
+    def _move(self, sae: SAEModel, x: torch.Tensor, code: Any) -> torch.Tensor:
+        method, lambda_ = self._steering.method, self._steering.lambda_
+        values, indices = code.latent_values, code.latent_indices
+        gamma = self._gamma_on(x.device)
+        if method == "vs2":
+            return steer(x, steering_vector(values, indices, sae.W_dec, gamma).to(x.dtype), lambda_)
+        if method == "centroid":
+            return centroid_steer(x, sae.mean, lambda_ * (self._steering.gamma - 1))
+        if method == "reconstruct":
+            return code.reconstruction
+        return sae.decode(amplify(values, indices, gamma), indices)  # "amplify"
+
+    def _gamma_on(self, device: torch.device) -> float | torch.Tensor:
+        """gamma as the equations take it; one factor a latent is put on the device once, when first needed."""
+        if not isinstance(self._steering.gamma, tuple):
+            return self._steering.gamma
+        if self._gamma is None or self._gamma.device != device:
+            self._gamma = torch.tensor(self._steering.gamma, device=device)
+        return self._gamma
+
+    def _steered_vision(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, dict[int, SteeredRows]]:
+        """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each layer."""
+        vision = self.clip.vision_model
+        last = len(vision.encoder.layers) - 1
+        done: dict[int, SteeredRows] = {}
+        if list(self.saes) == [str(last)]:
+            outputs = vision(pixel_values=pixel_values, **kwargs)
+            hidden = outputs.last_hidden_state
+        else:
+            hidden = self._steered_encoder(pixel_values, done, **kwargs)
+            outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
+        cls_rows = hidden[:, 0, :]
+        if str(last) in self.saes:
+            done[last] = self.steer_cls(cls_rows, last)
+            cls_rows = done[last].rows
+        outputs.pooler_output = vision.post_layernorm(cls_rows)
+        return outputs, done
+
+    def _steered_encoder(
+        self,
+        pixel_values: torch.Tensor,
+        done: dict[int, SteeredRows],
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The encoder layer by layer, with the CLS row steered after each inner layer that has an SAE."""
+        unsupported = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, None)]
+        if unsupported:
+            raise ValueError(
+                f"{unsupported[0]}=True is supported when only the last layer is steered; SAEs: {list(self.saes)}."
+            )
+        kwargs.pop("return_dict", None)
+        vision = self.clip.vision_model
+        hidden = vision.pre_layrnorm(
+            vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        )
+        last = len(vision.encoder.layers) - 1
+        for index, layer in enumerate(vision.encoder.layers):
+            hidden = layer(hidden, None, **kwargs)
+            if index < last and str(index) in self.saes:
+                done[index] = self.steer_cls(hidden[:, 0, :], index)
+                hidden = torch.cat([done[index].rows.unsqueeze(1), hidden[:, 1:, :]], dim=1)
+        return hidden
+
+    # Checkpoints
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        clip: CLIPModel | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> VS2CLIPForZeroShot:
+        """
+        Load a VS2 checkpoint, light or full, or a bare SAE checkpoint: one id or path is enough.
+
+        A light VS2 checkpoint and an SAE checkpoint name their CLIP, which is loaded from its own repository at the recorded
+        revision. An SAE checkpoint brings its default steering with it; if it is not calibrated it is used without a gate.
+
+        Args:
+            pretrained_model_name_or_path (`str` or path): Hub id or folder.
+            clip (`CLIPModel` or `str`, *optional*): the CLIP to use instead of the one named, as a model, an id or a path.
+            kwargs: as for any transformers model: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`,
+                `force_download`, `dtype`, `device_map`, `attn_implementation`. `revision` and `subfolder` belong to the
+                checkpoint, not to the CLIP it names.
+
+        Raises:
+            `ValueError`: if the checkpoint is something else, names no CLIP, or `clip` is not the one it was trained on.
+        """
+        found = kwargs.pop("config", None)
+        place = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+        model_type = config_dict.get("model_type")
+        if model_type == SAEConfig.model_type:
+            sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **_without_attention(kwargs))
+            defaults = sae.config
+            return cls(
+                _load_clip(clip, defaults, place, kwargs),
+                sae,
+                gamma=defaults.gamma,
+                lambda_=defaults.lambda_,
+                gate=defaults.gate if defaults.fvu_quantiles else None,
+            )
+        if model_type != VS2CLIPConfig.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; expected a VS2 checkpoint "
+                f"({VS2CLIPConfig.model_type!r}) or an SAE checkpoint ({SAEConfig.model_type!r}). To steer a CLIP you need an "
+                "SAE trained on it: VS2CLIPForZeroShot(clip, sae)."
+            )
+        if config_dict.get("holds_clip") and clip is None:
+            if found is not None:
+                kwargs["config"] = found
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **place, **kwargs)
+        config = found or VS2CLIPConfig.from_dict(config_dict)
+        model = cls(
+            _load_clip(clip, config, place, kwargs), _load_saes(pretrained_model_name_or_path, config, place, kwargs)
+        )
+        model.set_steering(**asdict(config.steering()))
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool = False, **kwargs: Any) -> None:
+        """
+        Save a VS2 checkpoint: light (the SAEs, the settings and the name of the CLIP) or `full` (the CLIP's weights too).
+        The CLIP's tokenizer and image processor are saved beside, so that `pipeline(...)` needs no other id.
+
+        Raises:
+            `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named.
+        """
+        if not full and self.config.base_model_name_or_path is None:
+            raise ValueError(
+                "A light checkpoint names its CLIP, but this CLIP was not loaded from a Hub id or a path. "
+                "Save it with full=True, or load the CLIP by from_pretrained first."
+            )
+        self.config.holds_clip = full
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        if not full:
+            state = {name: tensor for name, tensor in state.items() if name.startswith("saes.")}
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        if self.config.base_model_name_or_path is not None and kwargs.get("is_main_process", True):
+            save_processing(self.config.base_model_name_or_path, self.config.base_model_revision, save_directory)
+
+    # CLIP's interface
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`CLIPModel.get_image_features`, steered: `pooler_output` `(batch, projection_dim)` is projected, not normalised."""
+        kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        if not self._is_steering:
+            return self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
+        outputs, _ = self._steered_vision(pixel_values, **kwargs)
+        outputs.pooler_output = self.clip.visual_projection(outputs.pooler_output)
+        return outputs
+
+    def get_text_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`CLIPModel.get_text_features`, untouched: steering moves images only."""
+        return self.clip.get_text_features(*args, **kwargs)
+
+    def image_features_from_cls(self, rows: torch.Tensor) -> VS2ImageFeatures:
+        """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
+
+        Equal to running the whole model on the images those rows came from. `features` is `(batch, projection_dim)`.
+
+        Raises:
+            `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other widths.
+        """
+        vision = self.clip.vision_model
+        last = len(vision.encoder.layers) - 1
+        inner = [layer for layer in self.saes if layer != str(last)]
+        if inner and self._is_steering:
+            raise ValueError(
+                f"Layers {inner} are steered too; only the last layer's steering can be replayed on cached rows."
+            )
+        width = self.config.clip_config.vision_config.hidden_size
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(
+                f"CLS rows of this CLIP are (batch, {width}); these are {tuple(rows.shape)}. "
+                "Extract them again with the CLIP that this model wraps."
+            )
+        rows = rows.to(device=vision.post_layernorm.weight.device, dtype=vision.post_layernorm.weight.dtype)
+        steered = self.steer_cls(rows, last) if self._is_steering else None
+        pooled = vision.post_layernorm(rows if steered is None else steered.rows)
+        features = self.clip.visual_projection(pooled)
+        if steered is None:
+            return VS2ImageFeatures(features, steered=torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
+        return VS2ImageFeatures(features, *steered[1:])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> VS2CLIPOutput:
+        """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`]."""
+        text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        image_inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        if not self._is_steering:
+            plain = self.clip(**text_inputs, **image_inputs, return_loss=return_loss, **kwargs)
+            nothing = torch.zeros(len(plain.image_embeds), dtype=torch.bool, device=plain.image_embeds.device)
+            return VS2CLIPOutput(**plain, steered=nothing)
+
+        vision_outputs, done = self._steered_vision(**image_inputs, **kwargs)
+        vision_outputs.pooler_output = self.clip.visual_projection(vision_outputs.pooler_output)
+        text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
+        image_embeds = _unit(vision_outputs.pooler_output)
+        text_embeds = _unit(text_outputs.pooler_output)
+        # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out bit-identical.
+        logits_per_text = torch.matmul(text_embeds, image_embeds.t().to(text_embeds.device))
+        logits_per_text = logits_per_text * self.clip.logit_scale.exp().to(text_embeds.device)
+        return VS2CLIPOutput(
+            loss=_contrastive_loss(logits_per_text) if return_loss else None,
+            logits_per_image=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_outputs,
+            vision_model_output=vision_outputs,
+            **_per_image(done),
+        )
+
+
+def _per_image(done: dict[int, SteeredRows]) -> dict[str, Any]:
+    """The steering fields of the output: plain tensors for one SAE, stacked or tupled by layer for several."""
+    layers = [done[index] for index in sorted(done)]
+    if len(layers) == 1:
+        return dict(zip(SteeredRows._fields[1:], layers[0][1:], strict=True))
+    return {
+        "fvu": torch.stack([layer.fvu for layer in layers], dim=1),
+        "steered": torch.stack([layer.steered for layer in layers], dim=1),
+        "latent_values": tuple(layer.latent_values for layer in layers),
+        "latent_indices": tuple(layer.latent_indices for layer in layers),
+    }
+
+
+def _unit(embeds: torch.Tensor) -> torch.Tensor:
+    # Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit.
+    return embeds / embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
+
+
+def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
+    target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+    return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
+
+
+def _without_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Loading arguments that an SAE understands: it has no attention to choose."""
+    return {name: value for name, value in kwargs.items() if name != "attn_implementation"}
+
+
+def _load_clip(
+    clip: CLIPModel | str | os.PathLike | None,
+    config: SAEConfig | VS2CLIPConfig,
+    place: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> CLIPModel:
+    """The CLIP given, or the one that the checkpoint's config names, at the revision it records."""
+    if isinstance(clip, CLIPModel):
+        return clip
+    access = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "_commit_hash")}
+    if clip is not None:
+        return CLIPModel.from_pretrained(clip, **access, **kwargs)
+    if config.base_model_name_or_path is None:
+        raise ValueError(
+            "This checkpoint does not name the CLIP it belongs to. Give it: from_pretrained(..., clip=...)."
+        )
+    return CLIPModel.from_pretrained(
+        config.base_model_name_or_path, revision=config.base_model_revision or "main", **access, **kwargs
+    )
+
+
+def _load_saes(
+    name_or_path: str | os.PathLike, config: VS2CLIPConfig, place: dict[str, Any], kwargs: dict[str, Any]
+) -> dict[int, SAEModel]:
+    """The SAEs of a light VS2 checkpoint, whose weights are named `saes.<layer>.<parameter>`."""
+    path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **place)
+    num_layers = config.clip_config.vision_config.num_hidden_layers
+    saes = {}
+    with safe_open(path, framework="pt") as weights:
+        for sae_config in config.sae_configs:
+            layer = resolve_layer(-1 if sae_config.layer is None else sae_config.layer, num_layers)
+            prefix = f"saes.{layer}."
+            state = {
+                name[len(prefix) :]: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefix)
+            }
+            saes[layer] = SAEModel.from_pretrained(
+                None, config=sae_config, state_dict=state, **_without_attention(kwargs)
+            )
+    return saes
+
+
+def _as_gamma(gamma: Any) -> float | tuple[float, ...]:
+    if isinstance(gamma, torch.Tensor):
+        gamma = gamma.tolist()
+    return tuple(float(factor) for factor in gamma) if isinstance(gamma, (list, tuple)) else gamma
+
+
+def _layer_of(config: Any, clip: CLIPModel) -> int:
+    num_layers = clip.config.vision_config.num_hidden_layers
+    return resolve_layer(-1 if config.layer is None else config.layer, num_layers)
+
+
+def _saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
+    if not isinstance(clip, CLIPModel):
+        raise TypeError(f"clip must be a transformers CLIPModel, not {type(clip).__name__}.")
+    given = {_layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
+    if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
+        raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
+    num_layers = clip.config.vision_config.num_hidden_layers
+    saes = {}
+    for layer, one in given.items():
+        check_base_model(clip, one.config)
+        index = resolve_layer(layer, num_layers)
+        if index in saes:
+            raise ValueError(f"Two SAEs for layer {index}: give one a layer.")
+        if one.config.layer not in (None, index):
+            raise ValueError(f"The SAE given for layer {index} was trained on layer {one.config.layer}.")
+        saes[index] = one
+    return saes
+
+
+__all__ = ["SteeredRows", "VS2CLIPForZeroShot", "VS2CLIPOutput", "VS2ImageFeatures"]
