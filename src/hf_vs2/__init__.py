@@ -1,0 +1,74 @@
+"""Visual Sparse Steering (VS2) for CLIP in the Hugging Face ecosystem.
+
+Importing the package registers its models with transformers' Auto classes and loads nothing else; the data, training
+and evaluation parts are imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
+
+from .configuration_sae import SAEConfig
+from .configuration_vs2_clip import Steering, VS2CLIPConfig
+from .modeling_sae import SAEModel, SAEOutput
+from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
+
+
+if TYPE_CHECKING:
+    from .activations import ActivationStore, extract_activations
+    from .calibration import calibrate
+    from .data import load_images
+    from .evaluation import EvaluationResult, evaluate
+    from .prompts import class_embeddings
+    from .trainer import SAETrainer
+    from .training_args import SAETrainingArguments
+
+__version__ = "0.1.0.dev0"
+
+_LAZY = {
+    "ActivationStore": "activations",
+    "extract_activations": "activations",
+    "calibrate": "calibration",
+    "load_images": "data",
+    "EvaluationResult": "evaluation",
+    "evaluate": "evaluation",
+    "class_embeddings": "prompts",
+    "SAETrainer": "trainer",
+    "SAETrainingArguments": "training_args",
+}
+
+__all__ = [
+    "ActivationStore",
+    "EvaluationResult",
+    "SAEConfig",
+    "SAEModel",
+    "SAEOutput",
+    "SAETrainer",
+    "SAETrainingArguments",
+    "Steering",
+    "VS2CLIPConfig",
+    "VS2CLIPForZeroShot",
+    "VS2CLIPOutput",
+    "calibrate",
+    "class_embeddings",
+    "evaluate",
+    "extract_activations",
+    "load_images",
+]
+
+AutoConfig.register(SAEConfig.model_type, SAEConfig, exist_ok=True)
+AutoModel.register(SAEConfig, SAEModel, exist_ok=True)
+AutoConfig.register(VS2CLIPConfig.model_type, VS2CLIPConfig, exist_ok=True)
+AutoModel.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
