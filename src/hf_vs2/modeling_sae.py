@@ -68,15 +68,16 @@ class SAEModel(PreTrainedModel):
     config_class = SAEConfig
     base_model_prefix = "sae"
     main_input_name = "x"
+    config: SAEConfig
     mean: torch.Tensor
 
     def __init__(self, config: SAEConfig):
         super().__init__(config)
-        shape = (config.num_latents, config.hidden_size)
-        self.W_enc = nn.Parameter(torch.empty(shape))
-        self.b_enc = nn.Parameter(torch.empty(config.num_latents))
-        self.W_dec = nn.Parameter(torch.empty(shape))
-        self.b_pre = nn.Parameter(torch.empty(config.hidden_size))
+        num_latents, hidden_size = config.weight_shape
+        self.W_enc = nn.Parameter(torch.empty(num_latents, hidden_size))
+        self.b_enc = nn.Parameter(torch.empty(num_latents))
+        self.W_dec = nn.Parameter(torch.empty(num_latents, hidden_size))
+        self.b_pre = nn.Parameter(torch.empty(hidden_size))
         self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
         self.post_init()
 
@@ -155,18 +156,20 @@ class SAEModel(PreTrainedModel):
         encoder rows and biases of exactly the latents that are to be revived.
         """
         dead = dead_latents.nonzero().squeeze(-1)
-        k = min(self.config.aux_k, len(dead))
+        aux_k = self.config.aux_k or 0
+        k = min(aux_k, len(dead))
         if k == 0:
             return residual.new_zeros(())
         pre_activations = F.linear(x.to(self.b_pre.dtype) - self.b_pre.detach(), self.W_enc[dead], self.b_enc[dead])
         values, chosen = top_k(pre_activations, k, self.config.activation)
         prediction = sparse_decode(values, dead[chosen], self.W_dec).float()
-        return (k / self.config.aux_k) * (residual - prediction).square().sum(-1).mean()
+        return (k / aux_k) * (residual - prediction).square().sum(-1).mean()
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Set every decoder direction to unit norm. Call it after the optimizer's step. A zero row stays zero."""
-        self.W_dec.copy_(F.normalize(self.W_dec.float(), dim=-1))
+        norms = torch.linalg.vector_norm(self.W_dec, dim=-1, keepdim=True, dtype=torch.float32)
+        self.W_dec.div_(torch.where(norms > 0, norms, 1).to(self.W_dec.dtype))
 
     @torch.no_grad()
     def remove_parallel_decoder_gradient(self) -> None:
@@ -178,9 +181,9 @@ class SAEModel(PreTrainedModel):
         """
         if self.W_dec.grad is None:
             raise RuntimeError("W_dec has no gradient: call remove_parallel_decoder_gradient() after backward().")
-        directions = F.normalize(self.W_dec, dim=-1)
-        along = (self.W_dec.grad * directions).sum(-1, keepdim=True)
-        self.W_dec.grad.addcmul_(along, directions, value=-1)
+        along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
+        length = self.W_dec.square().sum(-1, keepdim=True)
+        self.W_dec.grad.addcmul_(along / torch.where(length > 0, length, 1), self.W_dec, value=-1)
 
     @torch.no_grad()
     def set_statistics(self, mean: torch.Tensor, total_variance: float) -> None:

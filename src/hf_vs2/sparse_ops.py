@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 SPARSE_LIMIT = 0.05
-"""Largest `top_k / num_latents` for which the backward is sparse; `benchmarks/sparse_backward.py` measures it."""
+"""Largest `top_k / num_latents` for which the backward is sparse; `benchmarks/sae_train_step.py` measures it."""
 
 _SUM_MODE = 0  # embedding_bag's number for mode="sum"
 
