@@ -1,0 +1,156 @@
+"""Class prompts: what a user gets for templates and class names, and the matrix of class embeddings."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerFast
+
+from hf_vs2.prompts import (
+    ENSEMBLE_TEMPLATES,
+    SINGLE_TEMPLATE,
+    class_embeddings,
+    clean_class_names,
+    resolve_templates,
+)
+
+
+NAMES = ["dog", "night bird", "red", "frog", "ship", "cat", "deer"]
+
+
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, laid out for the text tower of the `tiny_clip` fixture (99 tokens, end 98, padding 1)."""
+    words = {word for text in (*SINGLE_TEMPLATE, *ENSEMBLE_TEMPLATES, *NAMES) for word in _words(text)}
+    vocabulary = {"<s>": 0, "<pad>": 1, "<unk>": 2, "</s>": 98} | {word: 3 + i for i, word in enumerate(sorted(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 98)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text.replace("{}", ""))]
+
+
+@pytest.fixture()
+def tokenizer():
+    return make_word_tokenizer()
+
+
+@torch.no_grad()
+def naive_class_embedding(clip, tokenizer, name, templates):
+    """One class by the book, one prompt at a time, nothing padded."""
+    rows = []
+    for template in templates:
+        inputs = tokenizer(template.format(name), return_tensors="pt")
+        features = clip.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        rows.append(normalize(features.pooler_output[0], dim=-1))
+    return normalize(torch.stack(rows).mean(0), dim=-1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 256])
+def test_class_embeddings_equal_clip_prompt_by_prompt(tiny_clip, tokenizer, batch_size):
+    """Batching and padding would shift every zero-shot result if they changed an embedding."""
+    embeddings = class_embeddings(tiny_clip, tokenizer, NAMES, "ensemble", batch_size=batch_size)
+    expected = torch.stack([naive_class_embedding(tiny_clip, tokenizer, name, ENSEMBLE_TEMPLATES) for name in NAMES])
+    assert embeddings.dtype == torch.float32 and embeddings.shape == (len(NAMES), 24)
+    torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(len(NAMES)))
+
+
+def test_each_distinct_prompt_is_encoded_once(tiny_clip, tokenizer, monkeypatch):
+    """A template given twice, or a class name with an underscore, must not cost (or change) anything."""
+    encoded = []
+    original = tiny_clip.get_text_features
+    monkeypatch.setattr(tiny_clip, "get_text_features", lambda **k: encoded.extend(k["input_ids"]) or original(**k))
+    twice = class_embeddings(tiny_clip, tokenizer, ["night_bird", "dog"], [*SINGLE_TEMPLATE, *SINGLE_TEMPLATE])
+    assert len(encoded) == 2
+    torch.testing.assert_close(twice, class_embeddings(tiny_clip, tokenizer, ["night bird", "dog"], "single"))
+
+
+def test_names_and_templates_may_hold_braces_of_their_own(tiny_clip, tokenizer):
+    """`str.format` would fail on such a name or template, or fill in something else."""
+    embeddings = class_embeddings(tiny_clip, tokenizer, ["dog", "set {}"], ["a {key} photo of a {}."])
+    assert embeddings.isfinite().all()
+
+
+def test_a_long_prompt_is_cut_with_a_warning(tiny_clip, tokenizer, caplog):
+    """Past the last position the text tower fails with an index error; a silent cut would hide a lost class name."""
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    name = "dog " * 30
+    embeddings = class_embeddings(tiny_clip, tokenizer, [name, "cat"], ["{}"])
+    logging.disable_propagation()
+    assert embeddings.isfinite().all()
+    assert "1 of 2 prompts fill all 20 positions" in caplog.text
+
+
+def test_works_in_bfloat16_and_returns_float32(tiny_clip, tokenizer):
+    """A half-precision CLIP must not give a classifier that float32 image features cannot be multiplied with."""
+    expected = class_embeddings(tiny_clip, tokenizer, NAMES, "ensemble")
+    half = class_embeddings(tiny_clip.to(torch.bfloat16), tokenizer, NAMES, "ensemble")
+    assert half.dtype == torch.float32
+    assert (half * expected).sum(-1).min() > 0.99
+
+
+def test_resolve_templates(tmp_path):
+    """The four ways to name templates; the ensemble is OpenAI's published seven, in its order."""
+    assert resolve_templates("single") == ("a photo of a {}.",)
+    assert len(resolve_templates("ensemble")) == 7 and resolve_templates("ensemble")[0] == "itap of a {}."
+    file = tmp_path / "templates.txt"
+    file.write_text("\ufeffa photo of a {}.\r\n\n  a drawing of a {}. \n", encoding="utf-8")
+    assert resolve_templates(file) == resolve_templates(str(file)) == ("a photo of a {}.", "a drawing of a {}.")
+    assert resolve_templates(["{} texture."]) == ("{} texture.",)
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ("ensembel", "neither one of .*'ensemble'.* nor a text file"),
+        ("a photo of a {}.", "put it in a list"),
+        ([], "is empty"),
+        (["a photo of a dog."], "has no {}"),
+        ([3], "must be a string"),
+    ],
+)
+def test_bad_templates_say_what_is_wrong(templates, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        resolve_templates(templates)
+
+
+def test_bad_template_files_say_what_is_wrong(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("\n\n")
+    with pytest.raises(ValueError, match="templates.txt is empty"):
+        resolve_templates(file)
+    file.write_bytes(b"\xff\xfe\x00{}")
+    with pytest.raises(ValueError, match="templates.txt is not UTF-8"):
+        resolve_templates(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "is empty"),
+        (["dog", "cat", "dog"], r"'dog' twice \(at 0 and 2\)"),
+        (["night_bird", "night bird"], "'night bird' twice"),
+        (["dog", " "], r"class_names\[1\] is empty"),
+        (["dog", 1], r"class_names\[1\] is 1, a int"),
+        ("dog", "must be a list of strings"),
+    ],
+)
+def test_bad_class_names_say_what_is_wrong(names, message):
+    """Two classes with the same prompts can never be told apart: accuracy would silently lose one of them."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        clean_class_names(names)
+
+
+def test_a_foreign_tokenizer_is_refused(tiny_clip):
+    """Token ids beyond the text tower's table end in an index error deep inside torch (or an assert on a GPU)."""
+    tokenizer = make_word_tokenizer()
+    tokenizer.add_tokens([f"extra{i}" for i in range(120)])
+    with pytest.raises(ValueError, match="not the tokenizer of this CLIP"):
+        class_embeddings(tiny_clip, tokenizer, ["extra110"], "single")
