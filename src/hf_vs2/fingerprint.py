@@ -1,0 +1,210 @@
+"""What makes two extractions the same: fingerprints of a vision tower's weights and of a data set's images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+# Images of at most this many bytes in all are hashed whole; of larger sets, this many bytes.
+CONTENT_BUDGET = 64 * 2**20
+# Fields of a vision configuration that change the rows although the weights are the same.
+VISION_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+def model_fingerprint(tower: torch.nn.Module) -> str:
+    """
+    16 hexadecimal digits of every weight of a vision tower and of the settings it runs with.
+
+    All bytes are hashed: about a second for a ViT-L, nothing beside an extraction, and no fine-tuning, however small,
+    goes unnoticed.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps({field: getattr(tower.config, field, None) for field in VISION_FIELDS}).encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def dataset_fingerprint(dataset: Dataset | IterableDataset, image_column: str, label_column: str | None) -> str:
+    """
+    16 hexadecimal digits that stand for the images (and labels) of a data set in their order; nothing is decoded.
+
+    Map-style data sets: the encoded images themselves when they take at most 64 MiB, so neither the place, the dates
+    nor the cache of the data matter. Beyond that: the byte length of every image and 64 MiB of them, evenly spread,
+    where images are embedded in Arrow; the relative path, size and modification time of every file where they are not.
+    With an on-the-fly transform, or images stored as nested lists, it is the fingerprint that `datasets` keeps.
+
+    Streams: a hash of the chain of sources and operations (file lists with their dates or commit, `skip`, `take`,
+    `shuffle` seeds, code and arguments of generators and mapped functions). Data that a generator reads by itself are
+    not seen: give `dataset_fingerprint=` to `extract_activations` and change it whenever they change.
+    """
+    import datasets
+
+    digest = hashlib.sha256()
+    if isinstance(dataset, datasets.IterableDataset):
+        _update_with_stream(digest, dataset, image_column)
+    elif dataset.format["type"] == "custom" or not _update_with_images(digest, dataset, image_column):
+        digest.update(dataset._fingerprint.encode())
+    if label_column is not None:
+        feature = (dataset.features or {}).get(label_column)
+        digest.update(json.dumps([label_column, getattr(feature, "names", None)]).encode())
+        if isinstance(dataset, datasets.Dataset):
+            labels = np.array([-1 if label is None else label for label in dataset.with_format(None)[label_column][:]])
+            digest.update(labels.astype(np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Map-style data sets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _EncodedImages:
+    """Sizes and bytes of the images of an Arrow column, row by row, without copying the column."""
+
+    def __init__(self, dataset: Dataset, column: str):
+        import pyarrow as pa
+
+        values = dataset.data.column(column)
+        self.chunks, kind = values.chunks, values.type
+        names = {kind.field(i).name for i in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
+        self.is_struct = {"bytes", "path"} <= names
+        self.is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        self.is_path = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
+        self.rows = np.arange(self.starts[-1])
+        if dataset._indices is not None:  # rows chosen or reordered by `select`, `shuffle`, `sort`, ...
+            self.rows = dataset._indices.column(0).to_numpy()
+
+    @property
+    def supported(self) -> bool:
+        return self.is_struct or self.is_binary or self.is_path
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of every embedded image, -1 where there are none; (len(rows),) int64."""
+        import pyarrow.compute as pc
+
+        sizes = np.full(self.starts[-1], -1, dtype=np.int64)
+        if not self.is_path:
+            for start, chunk in zip(self.starts[:-1], self.chunks, strict=True):
+                encoded = chunk.field("bytes") if self.is_struct else chunk
+                sizes[start : start + len(chunk)] = pc.fill_null(pc.binary_length(encoded), -1).to_numpy(False)
+        return sizes[self.rows]
+
+    def _scalar(self, row: int, field: str) -> Any:
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        chunk = self.chunks[number]
+        return (chunk.field(field) if self.is_struct else chunk)[int(row - self.starts[number])]
+
+    def content(self, place: int) -> Any:
+        """The encoded bytes of the `place`-th row, as a buffer on the mapped memory."""
+        return self._scalar(self.rows[place], "bytes").as_buffer()
+
+    def path(self, place: int) -> str:
+        return (None if self.is_binary else self._scalar(self.rows[place], "path").as_py()) or ""
+
+
+def _update_with_images(digest: Any, dataset: Dataset, column: str) -> bool:
+    """False where the column is not one of encoded images or paths."""
+    images = _EncodedImages(dataset, column)
+    if not images.supported:
+        return False
+    sizes = images.sizes()
+    paths = {int(place): images.path(int(place)) for place in np.flatnonzero(sizes < 0)}
+    dates = {}
+    for place, path in paths.items():
+        sizes[place], dates[place] = _stat(path)
+    digest.update(sizes.tobytes())
+    whole = int(sizes.clip(min=0).sum()) <= CONTENT_BUDGET
+    absolute = bool(paths) and all(map(os.path.isabs, paths.values()))
+    root = os.path.commonpath(map(os.path.dirname, paths.values())) if absolute else ""
+    for place in range(len(sizes)) if whole else sorted({*_spread(sizes), *paths}):
+        if place not in paths:
+            digest.update(images.content(place))
+        elif whole and sizes[place] >= 0:
+            digest.update(Path(paths[place]).read_bytes())
+        else:  # a file of a large set, or none that is on this machine
+            name = os.path.relpath(paths[place], root) if root else paths[place]
+            digest.update(f"{name} {dates[place]}".encode())
+    return True
+
+
+def _stat(path: str) -> tuple[int, int]:
+    """(size, modification time in ns), (-1, 0) where there is no such file: reading it will say so."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _spread(sizes: np.ndarray) -> list[int]:
+    """Places evenly spread over the rows, whose images take about `CONTENT_BUDGET` bytes."""
+    count = max(1, int(CONTENT_BUDGET / sizes.clip(min=0).mean()))
+    return np.linspace(0, len(sizes) - 1, min(count, len(sizes))).astype(np.int64).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Streams
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _update_with_stream(digest: Any, dataset: IterableDataset, image_column: str) -> None:
+    try:
+        state = {name: getattr(dataset, name, None) for name in ("_shuffling", "_distributed", "_epoch")}
+        digest.update(json.dumps(_describe([dataset._ex_iterable, state], image_column), sort_keys=True).encode())
+    except Exception as error:  # anything may be inside a user's generator or mapped function
+        raise ValueError(
+            f"This stream has no fingerprint that can be worked out ({type(error).__name__}: {error}): "
+            "give it one with dataset_fingerprint='...', and change that whenever the data change"
+        ) from error
+
+
+def _describe(value: Any, image_column: str) -> Any:
+    """A stream's sources and operations as plain JSON; other objects become the hash that `datasets` gives them."""
+    from datasets import Dataset, DatasetBuilder
+    from datasets.fingerprint import Hasher
+    from datasets.iterable_dataset import _BaseExamplesIterable
+    from datasets.utils.track import TrackedIterableFromGenerator
+
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_describe(item, image_column) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _describe(item, image_column) for key, item in value.items()}
+    if isinstance(value, _BaseExamplesIterable):
+        own = {name: item for name, item in vars(value).items() if name != "_state_dict"}
+        return [type(value).__name__, _describe(own, image_column)]
+    if isinstance(value, TrackedIterableFromGenerator):  # files found below a path
+        return [type(value).__name__, _describe(value.args[0], image_column)]
+    if isinstance(value, Dataset):  # of `to_iterable_dataset`; its own fingerprint does not see files change
+        digest = hashlib.sha256(value._fingerprint.encode())
+        if image_column in value.column_names:
+            _update_with_images(digest, value, image_column)
+        return digest.hexdigest()
+    owner = getattr(value, "__self__", None)
+    if isinstance(owner, DatasetBuilder):  # config_id covers the data files and their dates or commits
+        return [owner.name, owner.config_id, owner.hash, value.__name__]
+    return Hasher.hash(value)

@@ -1,0 +1,244 @@
+"""Rows of a data set to batches of resized, cropped uint8 images, in this process or in DataLoader workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from .images import UnreadableImageError, open_image
+
+
+# Says nothing about the pixels: left out of what a store is keyed by.
+_PROCESSOR_NOISE = ("processor_class", "feature_extractor_type", "return_tensors", "transformers_version", "auto_map")
+
+
+class Columns(NamedTuple):
+    """Where a row has its image and, if wanted, its label."""
+
+    image: str
+    label: str | None
+
+
+class Span(NamedTuple):
+    """Images `start` up to `stop` of the data set; `rows` holds them where they come from a stream."""
+
+    start: int
+    stop: int
+    rows: list[dict[str, Any]] | None = None
+
+
+@dataclass
+class ImageBatch:
+    """The readable images of a span."""
+
+    start: int
+    stop: int
+    pixels: torch.Tensor | None = None
+    """(n, channels, height, width) uint8; None when no image of the span could be read."""
+    indices: list[int] = field(default_factory=list)
+    """Their n places in the data set."""
+    names: list[str] = field(default_factory=list)
+    """How messages name them."""
+    labels: list[int] = field(default_factory=list)
+    unreadable: list[dict[str, Any]] = field(default_factory=list)
+    """[{index, path, error}] of the others."""
+
+    def pin_memory(self) -> ImageBatch:
+        if self.pixels is not None:
+            self.pixels = self.pixels.pin_memory()
+        return self
+
+
+class ImageReader(TorchDataset):
+    """`reader[span]` is the [`ImageBatch`] of a [`Span`]."""
+
+    def __init__(self, dataset: Any, columns: Columns, processor: Any):
+        self.dataset = dataset
+        self.columns = columns
+        self.processor = processor
+
+    def __getitem__(self, span: Span) -> ImageBatch:
+        batch = ImageBatch(span.start, span.stop)
+        pixels = []
+        for index, row in zip(range(span.start, span.stop), self._rows(span), strict=True):
+            value = row[self.columns.image]
+            label = None if self.columns.label is None else row[self.columns.label]
+            path = _path_of(value)
+            name = f"image {index} ({path})" if path else f"image {index}"
+            try:
+                pixels.append(self._pixels(value, name))
+            except UnreadableImageError as error:
+                batch.unreadable.append({"index": index, "path": path, "error": str(error)})
+                continue
+            batch.indices.append(index)
+            batch.names.append(name)
+            batch.labels.append(_integer_label(label, name))
+        if pixels:
+            if any(image.shape != pixels[0].shape for image in pixels):
+                sizes = sorted({tuple(image.shape[-2:]) for image in pixels})
+                raise ValueError(f"The image processor gives images of several sizes ({sizes}): it must crop to one")
+            batch.pixels = torch.stack(pixels)
+        return batch
+
+    def _rows(self, span: Span) -> Iterator[dict[str, Any]]:
+        if span.rows is not None:
+            yield from span.rows
+        else:
+            columns = self.dataset[span.start : span.stop]
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
+
+    def _pixels(self, value: Any, name: str) -> torch.Tensor:
+        image = open_image(value, name)
+        _refuse_extreme_aspect(image, self.processor, name)
+        # The processor's own resize and crop; rescaling and normalisation are one step on the device (`Normalizer`).
+        pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        if pixels.dtype != torch.uint8:
+            raise TypeError(
+                f"{type(self.processor).__name__} gives {pixels.dtype} with do_rescale=False and do_normalize=False, "
+                "expected uint8: use CLIP's image processor or one built like it"
+            )
+        return pixels
+
+
+class Normalizer:
+    """uint8 pixels to what the tower reads: the processor's rescaling and normalisation, on the tower's device."""
+
+    def __init__(self, processor: Any, device: torch.device):
+        def per_channel(values: Any) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)
+
+        self.device = device
+        self.scale: float | None = processor.rescale_factor if processor.do_rescale else None
+        self.mean = per_channel(processor.image_mean) if processor.do_normalize else None
+        self.std = per_channel(processor.image_std) if processor.do_normalize else None
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        values = pixels.to(self.device, non_blocking=True).float()
+        if self.scale is not None:
+            values = values.mul_(self.scale)
+        if self.mean is not None and self.std is not None:
+            values = values.sub_(self.mean).div_(self.std)
+        return values
+
+
+def describe_processor(processor: Any) -> dict[str, Any]:
+    """The settings that decide the pixels, as plain JSON."""
+    settings = {
+        name: value
+        for name, value in processor.to_dict().items()
+        if value is not None and not name.startswith("_") and name not in _PROCESSOR_NOISE
+    }
+    settings["backend"] = getattr(processor, "backend", None)
+    settings["decoding"] = "exif rotation, rgb, transparency on white, 16 bits scaled"
+    return json.loads(json.dumps(settings, default=str))  # tuples become the lists that a reader will find
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which images, in which batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def spans_of_dataset(
+    num_images: int, batch_size: int, shard_size: int, wanted: Callable[[int], bool]
+) -> Iterator[Span]:
+    """Batches of the wanted shards; none crosses the end of a shard, so a shard's batches are always the same."""
+    for first in range(0, num_images, shard_size):
+        if wanted(first // shard_size):
+            end = min(first + shard_size, num_images)
+            for start in range(first, end, batch_size):
+                yield Span(start, min(start + batch_size, end))
+
+
+class StreamSpans:
+    """The same for a stream, whose rows travel with the batches: read here, in order, and decoded in the workers."""
+
+    def __init__(
+        self,
+        stream: Any,
+        columns: Columns,
+        batch_size: int,
+        shard_size: int,
+        wanted: Callable[[int], bool],
+    ):
+        self.stream = stream
+        self.columns = {name for name in columns if name is not None}
+        self.batch_size = batch_size
+        self.shard_size = shard_size
+        self.wanted = wanted
+        self.num_images: int | None = None
+        """Length of the stream, known once it has been read to its end."""
+
+    def __iter__(self) -> Iterator[Span]:
+        rows: list[dict[str, Any]] = []
+        seen = 0
+        for index, row in enumerate(self.stream):
+            if index % self.shard_size == 0:
+                take = self.wanted(index // self.shard_size)
+            seen = index + 1
+            if not take:
+                continue
+            if missing := self.columns - row.keys():
+                raise ValueError(f"Row {index} has no column {', '.join(sorted(missing))}; it has {', '.join(row)}")
+            rows.append({name: row[name] for name in self.columns})
+            if len(rows) == self.batch_size or seen % self.shard_size == 0:
+                yield Span(seen - len(rows), seen, rows)
+                rows = []
+        if rows:
+            yield Span(seen - len(rows), seen, rows)
+        self.num_images = seen
+
+
+def read_batches(
+    reader: ImageReader, spans: Iterable[Span], num_workers: int, device: torch.device
+) -> Iterable[ImageBatch]:
+    """The spans' batches in order."""
+    return DataLoader(
+        reader,
+        sampler=spans,
+        batch_size=None,
+        collate_fn=_unchanged,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        # The default draws from the global generator: extracting must not change what a seeded run does next.
+        generator=torch.Generator(),
+    )
+
+
+def _unchanged(batch: ImageBatch) -> ImageBatch:
+    return batch
+
+
+def _path_of(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return value.get("path")
+    return value if isinstance(value, str) else getattr(value, "filename", None) or None
+
+
+def _integer_label(label: Any, name: str) -> int:
+    if label is None:
+        return -1
+    if isinstance(label, str) or int(label) != label:
+        raise ValueError(
+            f"{name} has label {label!r}, expected an integer: turn names into numbers with "
+            "`dataset.class_encode_column(...)`"
+        )
+    return int(label)
+
+
+def _refuse_extreme_aspect(image: Image.Image, processor: Any, name: str) -> None:
+    """Resizing the shorter side of a threadlike image makes it huge: as bad as a decompression bomb."""
+    edge = dict(processor.size).get("shortest_edge") if processor.do_resize else None
+    short, long = sorted(image.size)
+    if edge and Image.MAX_IMAGE_PIXELS and edge * edge * long / short > Image.MAX_IMAGE_PIXELS:
+        raise UnreadableImageError(
+            f"{name} is {image.width} x {image.height}: resized to a shorter side of {edge} it would have "
+            f"{edge * edge * long // short / 1e6:.0f} million pixels"
+        )

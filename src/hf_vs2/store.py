@@ -1,0 +1,325 @@
+"""
+The on-disk store of CLS activations.
+
+A store is a folder with `index.json` and `shard-00000.safetensors`, `shard-00001.safetensors`, ... Shard `s` holds the
+rows of images `s * shard_size` up to `(s + 1) * shard_size` of the data set, less the ones that were skipped:
+`layer_<i>` (rows, hidden) for every layer, `image_index` (rows,) int64 and, with labels, `label` (rows,) int64. Every
+file is written beside its place and moved there, so a file that exists is whole; `index.json` says `"complete": true`
+only after the last shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+FORMAT = "hf_vs2.activations"
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+# The fields of the index that decide the rows; together they are the key of the store.
+REQUEST_FIELDS = ("model", "layers", "site", "preprocessing", "dataset", "columns", "dtype")
+ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StoreError(OSError):
+    """A store that cannot be used: unfinished, damaged, or not the one that was asked for."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Format
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def request_of(index: dict[str, Any]) -> dict[str, Any]:
+    """The part of an index that decides its rows."""
+    return {field: index[field] for field in REQUEST_FIELDS}
+
+
+def request_key(request: dict[str, Any]) -> str:
+    """16 hexadecimal digits that stand for a request."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
+    """What two requests disagree on, one `field: ours != theirs` for each leaf."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return [
+            line
+            for key in sorted(ours.keys() | theirs.keys())
+            for line in differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if ours == theirs else [f"{name}: {ours!r} != {theirs!r}"]
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _replace(path: Path, write: Any) -> None:
+    """`write(temporary path)`, then moves the result to `path` in one step."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    _replace(folder / INDEX_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The parsed index of `folder`; raises [`StoreError`] when it is none of ours."""
+    path = folder / INDEX_NAME
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder} is not an activation store: {path.name} cannot be read ({error})") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise StoreError(f"{folder} is not an activation store: {path.name} does not say format {FORMAT!r}")
+    if index.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{folder} has format version {index.get('format_version')}, this hf_vs2 reads version {FORMAT_VERSION}: "
+            "use the version that wrote it, or extract again into another folder"
+        )
+    return index
+
+
+def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    # One metadata entry only: safetensors writes several in random order, and equal shards should be equal files.
+    metadata = {"hf_vs2": json.dumps(header, sort_keys=True)}
+    _replace(folder / shard_name(number), lambda path: save_file(tensors, path, metadata=metadata))
+
+
+def read_shard_header(folder: Path, number: int) -> dict[str, Any] | None:
+    """What [`write_shard`] noted in a shard, with its `rows` and `bytes`; None when it is missing or damaged."""
+    path = folder / shard_name(number)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as shard:
+            header = json.loads((shard.metadata() or {})["hf_vs2"])
+            header["rows"] = shard.get_slice("image_index").get_shape()[0]
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return None
+    header["bytes"] = path.stat().st_size
+    return header
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reader
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ActivationStore:
+    """
+    CLS rows on disk, read through memory-mapped shards. Made by [`~hf_vs2.activations.extract_activations`].
+
+    Attributes:
+        path (`Path`): the folder.
+        metadata (`dict`): the index: `model` {id, revision, fingerprint, dtype}, `layers`, `site`, `preprocessing`,
+            `dataset` {split, fingerprint}, `columns` {image, label}, `dtype`, and what came out: `dataset_id`,
+            `num_images`, `num_rows`, `hidden_size`, `num_layers`, `class_names`, `skipped`
+            [{index, path, error}, ...], `shards`, `made_with`.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any]):
+        self.path = path
+        self.metadata = metadata
+        self._shards: dict[int, dict[str, torch.Tensor]] = {}
+        rows = torch.tensor([shard["rows"] for shard in metadata["shards"]], dtype=torch.int64)
+        self._ends = rows.cumsum(0)  # shard s holds rows _ends[s-1] up to _ends[s]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, request: dict[str, Any] | None = None) -> ActivationStore:
+        """
+        Opens a finished store.
+
+        Args:
+            path: the store's folder, or a folder that holds exactly one store (an `output_dir` of
+                `extract_activations`).
+            request (`dict`, *optional*): what the store must have been made from (see `REQUEST_FIELDS`).
+
+        Raises:
+            StoreError: (an `OSError`) when there is no store, it is unfinished, a shard is missing or truncated, or it
+                does not match `request` (the message names every difference).
+        """
+        folder = _find_store(Path(path).expanduser())
+        index = read_index(folder)
+        if request is not None and (lines := differences(request, request_of(index))):
+            raise StoreError(
+                f"The store {folder} was not made from this request (asked != stored): {'; '.join(lines)}"
+            )
+        if not index["complete"]:
+            raise StoreError(
+                f"The store {folder} is unfinished: call `extract_activations` with the same arguments to continue it"
+            )
+        for number, shard in enumerate(index["shards"]):
+            file = folder / shard_name(number)
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+                raise StoreError(
+                    f"The store {folder} is damaged: {file.name} {state}. Call `extract_activations` with the same "
+                    "arguments to make it again"
+                )
+        return cls(folder, index)
+
+    def __len__(self) -> int:
+        return self.metadata["num_rows"]
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore({str(self.path)!r}, num_rows={len(self)}, hidden_size={self.hidden_size}, "
+            f"layers={self.layers}, dtype={self.metadata['dtype']!r})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process (DataLoader workers) maps the shards itself instead of receiving their rows.
+        return {**self.__dict__, "_shards": {}}
+
+    @property
+    def hidden_size(self) -> int:
+        return self.metadata["hidden_size"]
+
+    @property
+    def layers(self) -> list[int]:
+        """Layer indices from 0, in ascending order; the last layer of the tower is `num_layers - 1`."""
+        return self.metadata["layers"]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.metadata["class_names"]
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """(len(self),) int64, -1 where the data set has no label; None when labels were not asked for."""
+        return self._column("label") if self.metadata["columns"]["label"] is not None else None
+
+    @property
+    def image_indices(self) -> torch.Tensor:
+        """(len(self),) int64: row of the data set that each row was made from."""
+        return self._column("image_index")
+
+    def take(self, indices: torch.Tensor | Sequence[int], layer: int | None = None) -> torch.Tensor:
+        """
+        Rows by number, in the order asked for; only these are read.
+
+        Args:
+            indices: integers in [-len, len), any order, repeats allowed.
+            layer (`int`, *optional*): needed only when the store has several; negative counts from the last.
+
+        Returns:
+            (len(indices), hidden) float32.
+        """
+        name = self._layer_name(layer)
+        wanted = torch.as_tensor(indices, dtype=torch.int64).flatten()
+        wanted = torch.where(wanted < 0, wanted + len(self), wanted)
+        if wanted.numel() and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
+            raise IndexError(f"Row numbers must lie in [{-len(self)}, {len(self)}), got {indices}")
+        shard_of = torch.bucketize(wanted, self._ends, right=True)
+        out = torch.empty(len(wanted), self.hidden_size)
+        for number in shard_of.unique().tolist():
+            places = (shard_of == number).nonzero().squeeze(1)
+            out[places] = self._shard(number)[name][wanted[places] - self._start(number)].float()
+        return out
+
+    def iter_batches(self, batch_size: int, layer: int | None = None) -> Iterator[torch.Tensor]:
+        """All rows in order, `batch_size` at a time: (<= batch_size, hidden) float32."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        for start in range(0, len(self), batch_size):
+            yield self.take(torch.arange(start, min(start + batch_size, len(self))), layer)
+
+    def tensor(self, layer: int | None = None) -> torch.Tensor:
+        """All rows in memory: (len(self), hidden) float32."""
+        name = self._layer_name(layer)
+        out = torch.empty(len(self), self.hidden_size)
+        for number in range(len(self._ends)):
+            out[self._start(number) : int(self._ends[number])] = self._shard(number)[name]
+        return out
+
+    def to_dataset(self, layer: int | None = None) -> Dataset:
+        """The rows of one layer as a `datasets.Dataset`: `activation`, `image_index` and, if stored, `label`."""
+        import datasets
+        import pyarrow as pa
+
+        name = self._layer_name(layer)
+        activation = datasets.List(datasets.Value("float32"), length=self.hidden_size)
+        features = datasets.Features({"activation": activation, "image_index": datasets.Value("int64")})
+        if self.metadata["columns"]["label"] is not None:
+            names = self.class_names
+            features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+        tables = []
+        for number in range(len(self._ends)):
+            shard = self._shard(number)
+            flat = pa.array(shard[name].float().flatten().numpy())  # shares the mapped memory when rows are float32
+            columns = {"activation": pa.FixedSizeListArray.from_arrays(flat, self.hidden_size)}
+            columns |= {key: pa.array(shard[key].numpy()) for key in ("image_index", "label") if key in features}
+            tables.append(pa.table(columns, schema=features.arrow_schema))
+        fingerprint = f"{request_key(request_of(self.metadata))}-{name}"
+        info = datasets.DatasetInfo(features=features)
+        return datasets.Dataset(pa.concat_tables(tables), info=info, fingerprint=fingerprint)
+
+    def _layer_name(self, layer: int | None) -> str:
+        if layer is None:
+            if len(self.layers) > 1:
+                raise ValueError(f"This store holds layers {self.layers}: say which with layer=...")
+            return f"layer_{self.layers[0]}"
+        resolved = layer + self.metadata["num_layers"] if layer < 0 else layer
+        if resolved not in self.layers:
+            raise ValueError(f"This store holds layers {self.layers}, not {layer}")
+        return f"layer_{resolved}"
+
+    def _start(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+    def _shard(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a shard, backed by the mapped file: pages are read when touched and can be dropped again."""
+        if number not in self._shards:
+            path = self.path / shard_name(number)
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    self._shards[number] = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise StoreError(f"{path} is damaged ({error}): extract the activations again") from error
+        return self._shards[number]
+
+    def _column(self, name: str) -> torch.Tensor:
+        return torch.cat([self._shard(number)[name] for number in range(len(self._ends))])
+
+
+def _find_store(path: Path) -> Path:
+    if (path / INDEX_NAME).is_file():
+        return path
+    inside = sorted(index.parent for index in path.glob(f"*/{INDEX_NAME}")) if path.is_dir() else []
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        listed = "; ".join(f"{folder.name} ({_describe(folder)})" for folder in inside)
+        raise StoreError(f"{path} holds {len(inside)} activation stores, open one of them: {listed}")
+    raise StoreError(f"No activation store at {path}: it holds no {INDEX_NAME}")
+
+
+def _describe(folder: Path) -> str:
+    index = read_index(folder)
+    source = " ".join(filter(None, (index.get("dataset_id"), index["dataset"]["split"]))) or "unnamed data"
+    return f"{index['model']['id']} on {source}, layers {index['layers']}" + (
+        "" if index["complete"] else ", unfinished"
+    )

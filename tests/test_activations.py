@@ -1,0 +1,640 @@
+"""CLS rows are what the model computes, are made once, and a store is either whole and right or refused by name."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_clip
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessorPil
+
+from hf_vs2 import image_batches
+from hf_vs2.activations import ActivationStore, StoreError, extract_activations
+from hf_vs2.data import UnreadableImageError, load_images, open_image
+from hf_vs2.fingerprint import dataset_fingerprint
+
+
+def noise_image(number: int, mode: str = "RGB") -> Image.Image:
+    """Reproducible, of a size and texture of its own."""
+    dice = np.random.default_rng(number)
+    coarse = dice.integers(0, 256, (int(dice.integers(1, 9)), int(dice.integers(1, 9)), 4), dtype=np.uint8)
+    image = Image.fromarray(coarse, "RGBA").resize(tuple(dice.integers(20, 90, 2).tolist()), Image.Resampling.BICUBIC)
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+def png(number: int, mode: str = "RGB") -> dict:
+    file = io.BytesIO()
+    noise_image(number, mode).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def make_dataset(count: int = 23, broken: tuple[int, ...] = (), modes: tuple[str, ...] = ("RGB",)) -> datasets.Dataset:
+    images = [png(n, modes[n % len(modes)]) for n in range(count)]
+    for n in broken:
+        images[n] = {"bytes": images[n]["bytes"][:60], "path": f"photo {n}.png"}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    return datasets.Dataset.from_dict({"image": images, "label": [n % 3 for n in range(count)]}, features=features)
+
+
+def make_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+@pytest.fixture()
+def extract(tiny_clip, tmp_path):
+    """`extract_activations` on the tiny CLIP, into a fresh folder, in shards of 8 images."""
+
+    def run(dataset, output_dir=None, **options):
+        options = {"model": tiny_clip, "image_processor": make_processor(), "batch_size": 4, "shard_size": 8} | options
+        model = options.pop("model")
+        return extract_activations(model, dataset, output_dir or tmp_path / "cache", progress=False, **options)
+
+    return run
+
+
+@pytest.fixture()
+def opened(monkeypatch):
+    """Names of the images that were opened, in this process."""
+    names = []
+
+    def spy(value, name):
+        names.append(name)
+        return open_image(value, name)
+
+    monkeypatch.setattr(image_batches, "open_image", spy)
+    return names
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_are_the_cls_states_of_the_whole_model_on_the_processors_images(extract, tiny_clip, attention):
+    tiny_clip.set_attn_implementation(attention)
+    modes = ("RGB", "L", "RGBA", "P", "CMYK")
+    rows = [noise_image(n, modes[n % 5]) for n in range(23)]
+    dataset = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    store = extract(dataset, layers=(-1, 0, 1))
+
+    # `open_image` here because the oldest transformers of our range drops transparency instead of compositing it
+    pixels = make_processor()(images=[open_image(row) for row in rows], return_tensors="pt")["pixel_values"]
+    seen = []
+    hook = tiny_clip.vision_model.post_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        whole = tiny_clip.vision_model(pixels, output_hidden_states=True)
+    hook.remove()
+    assert store.layers == [0, 1, 2]
+    for layer in store.layers:
+        torch.testing.assert_close(store.tensor(layer), whole.hidden_states[layer + 1][:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(store.tensor(-1), seen[0], atol=1e-4, rtol=1e-4)
+    assert store.tensor(-1).std(dim=0).min() > 1e-3  # different images, different rows
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 200), (640, 480), (33, 32), (1, 1), (5, 90)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"height": 20, "width": 30}, "do_center_crop": False},
+        {"size": {"shortest_edge": 16}, "do_normalize": False},  # the crop pads
+        {"do_rescale": False, "resample": 0, "image_mean": [1.0, 2.0, 3.0]},
+    ],
+)
+def test_preprocessing_equals_the_processor(size, options):
+    processor = CLIPImageProcessorPil(**({"size": {"shortest_edge": 48}, "crop_size": 48} | options))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    reader = image_batches.ImageReader(None, image_batches.Columns("image", None), processor)
+    batch = reader[image_batches.Span(0, 1, [{"image": image}])]
+    ours = image_batches.Normalizer(processor, torch.device("cpu"))(batch.pixels)
+    theirs = processor(images=[image], return_tensors="pt")["pixel_values"].float()
+    assert batch.pixels.dtype == torch.uint8
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_the_model_is_left_exactly_as_it_was(extract, tiny_clip):
+    tiny_clip.train()
+    tiny_clip.vision_model.encoder.layers[1].eval()
+    modes = [module.training for module in tiny_clip.modules()]
+    weights = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
+    config = copy.deepcopy(tiny_clip.config)
+    generator = torch.get_rng_state()
+    extract(make_dataset())
+    assert modes == [module.training for module in tiny_clip.modules()]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in tiny_clip.state_dict().items())
+    assert tiny_clip.config == config
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_clip.modules())
+    assert torch.equal(generator, torch.get_rng_state())  # a seeded run that follows is not disturbed
+
+
+def test_training_mode_and_autocast_around_the_call_change_no_row(extract, tiny_clip, tmp_path):
+    for layer in tiny_clip.vision_model.encoder.layers:
+        layer.self_attn.dropout = 0.5
+    plain = extract(make_dataset()).tensor()
+    tiny_clip.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(extract(make_dataset(), tmp_path / "again").tensor(), plain)
+
+
+def test_workers_streams_and_formats_give_the_same_files(extract, tmp_path):
+    """What is stored depends on the images, not on how they are fed."""
+    dataset = make_dataset()
+    plain = extract(dataset, label_column="label", dataset_fingerprint="x")
+    dataset.to_parquet(tmp_path / "images" / "train.parquet")
+    for name, other, options in (
+        ("workers", dataset, {"num_workers": 2}),
+        ("format", dataset.with_format("torch"), {}),
+        ("stream", load_images(tmp_path / "images", streaming=True), {}),
+        ("stream, workers", load_images(tmp_path / "images", streaming=True), {"num_workers": 2}),
+        ("stream of decoded images", datasets.IterableDataset.from_generator(decoded_rows), {}),
+    ):
+        store = extract(other, tmp_path / name, label_column="label", dataset_fingerprint="x", **options)
+        shards = {file: data for file, data in contents(store.path).items() if file != "index.json"}
+        for file, data in shards.items():
+            ours, theirs = load_file(store.path / file), load_file(plain.path / file)
+            assert len(data) > 0 and all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+        assert len(store) == len(plain) == 23
+
+
+def decoded_rows():
+    yield from make_dataset()
+
+
+def test_bfloat16_rows_and_a_bfloat16_model(extract, tiny_clip, tmp_path):
+    exact = extract(make_dataset()).tensor()
+    half = extract(make_dataset(), dtype="bfloat16")
+    assert half.take([0, 1]).dtype == torch.float32
+    assert torch.equal(half.tensor(), exact.bfloat16().float())
+    model = copy.deepcopy(tiny_clip).to(torch.bfloat16)
+    rows = extract(make_dataset(), model=model).tensor()
+    assert 0 < (rows - exact).norm() / exact.norm() < 0.05
+
+
+def test_rows_that_overflow_name_the_image(extract, tiny_clip):
+    dataset = make_dataset(modes=("RGB",))
+    with torch.no_grad():
+        tiny_clip.vision_model.encoder.layers[1].mlp.fc2.weight.mul_(1e5)
+    with pytest.raises(ValueError, match="image 0 after layer 2 does not fit into torch.float16"):
+        extract(dataset, dtype="float16")
+    with torch.no_grad():
+        tiny_clip.vision_model.encoder.layers[1].mlp.fc2.weight.mul_(float("inf"))
+    with pytest.raises(ValueError, match="image 0 after layer 1 is not finite: the model overflows in torch.float32"):
+        extract(dataset, layers=(1,))
+    assert extract(dataset, layers=(0,)).tensor().isfinite().all()  # the tower stops before the bad layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, rows", [("cifar10", "cifar10_test"), ("cub100", "cub")])
+def test_rows_equal_ready_ones_of_a_real_encoder(shared_data, tmp_path, name, rows):
+    """The ready rows are a random part of the whole split, by independent code: what is in both must agree."""
+    dataset = load_images(shared_data / name, "test[:48]")
+    store = extract_activations(
+        str(shared_data / "clip-vit-tiny-lit"), dataset, tmp_path, label_column="label", device="cpu", progress=False
+    )
+    ready = load_file(shared_data / "activations" / f"{rows}.safetensors")
+    distance, match = torch.cdist(store.tensor(), ready["cls"], compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    found = distance < 1e-3 * ready["cls"].norm(dim=1).mean()
+    assert found.sum() >= 5
+    assert torch.equal(store.labels[found], ready["label"][match[found]])
+    torch.testing.assert_close(store.tensor()[found], ready["cls"][match[found]], atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Made once, for one request
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_decodes_nothing_wherever_the_data_and_their_cache_are(extract, opened, tmp_path):
+    make_dataset().to_parquet(tmp_path / "here" / "train.parquet")
+    dataset = load_images(tmp_path / "here")
+    first = extract(dataset, label_column="label")
+    assert len(opened) == 23
+    opened.clear()
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    os.utime(tmp_path / "there" / "train.parquet", (1, 1))
+    dataset.save_to_disk(tmp_path / "saved")
+    for again in (tmp_path / "here", tmp_path / "there", tmp_path / "saved"):
+        assert extract(load_images(again), label_column="label").path == first.path
+        assert not opened
+
+
+@pytest.mark.parametrize("budget", [2**26, 1000])
+def test_an_image_folder_is_known_by_its_files(extract, opened, tmp_path, budget, monkeypatch):
+    """Small sets by content, large ones (made one here by a tiny budget) by names, sizes and dates."""
+    monkeypatch.setattr("hf_vs2.fingerprint.CONTENT_BUDGET", budget)
+    for n in range(9):
+        (tmp_path / "here" / f"{n % 3}").mkdir(parents=True, exist_ok=True)
+        noise_image(n).save(tmp_path / "here" / f"{n % 3}" / f"{n}.bmp")
+    first = extract(load_images(tmp_path / "here"))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")  # keeps dates
+    opened.clear()
+    assert extract(load_images(tmp_path / "there")).path == first.path
+    assert not opened
+    swapped = tmp_path / "there" / "1" / "4.bmp"
+    data = bytearray(swapped.read_bytes())
+    data[-1] ^= 255
+    swapped.write_bytes(data)  # same name, same size
+    assert extract(load_images(tmp_path / "there")).path != first.path
+    assert len(opened) == 9
+
+
+def test_a_large_set_of_embedded_images_is_known_by_sizes_and_a_sample(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_vs2.fingerprint.CONTENT_BUDGET", 1000)
+
+    def known_as(dataset):
+        return dataset_fingerprint(dataset, "image", None)
+
+    dataset = make_dataset()
+    dataset.to_parquet(tmp_path / "images.parquet")
+    assert known_as(load_images(tmp_path / "images.parquet")) == known_as(dataset)
+    assert known_as(dataset.select([2, 0, 1])) == known_as(dataset.select([1, 2, 0]).select([1, 2, 0]))
+    others = [
+        dataset.select(range(22)),
+        dataset.select([1, 0, *range(2, 23)]),
+        make_dataset(modes=("RGB",) * 22 + ("L",)),
+        datasets.concatenate_datasets([dataset, dataset]),
+    ]
+    assert len({known_as(other) for other in [dataset, *others]}) == 5
+
+
+def changed_weight(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.vision_model.encoder.layers[0].mlp.fc1.bias[3] += 1e-4
+    return model
+
+
+CHANGES = {
+    "one weight": lambda o: o | {"model": changed_weight(o["model"])},
+    "layers": lambda o: o | {"layers": (0, 2)},
+    "preprocessing": lambda o: (
+        o | {"image_processor": CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32)}
+    ),
+    "dtype": lambda o: o | {"dtype": "float16"},
+    "labels wanted": lambda o: o | {"label_column": None},
+    "fewer images": lambda o: o | {"dataset": o["dataset"].select(range(22))},
+    "another order": lambda o: o | {"dataset": o["dataset"].select([1, 0, *range(2, 23)])},
+    "one image": lambda o: o | {"dataset": make_dataset(modes=("RGB",) * 22 + ("L",))},
+    "one label": lambda o: o | {"dataset": o["dataset"].map(lambda row, n: {"label": int(n == 5)}, with_indices=True)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_request_is_never_answered_with_old_rows(extract, tiny_clip, change):
+    options = {"dataset": make_dataset(), "model": tiny_clip, "layers": (2,), "label_column": "label"}
+    first = extract(**options)
+    assert extract(**(options | {"layers": (-1,), "batch_size": 7, "shard_size": 5})).path == first.path
+    other = extract(**CHANGES[change](options))
+    assert other.path != first.path
+    assert other.path.parent == first.path.parent
+
+
+def test_streams_are_told_apart_by_source_and_operations(extract, tmp_path, opened):
+    def rows(count):
+        yield from (make_dataset(count)[n] for n in range(count))
+
+    def stream(count=9):
+        return datasets.IterableDataset.from_generator(rows, gen_kwargs={"count": count})
+
+    make_dataset(9).to_parquet(tmp_path / "a" / "train.parquet")
+    parquet = [load_images(tmp_path / "a", streaming=True) for _ in range(2)]
+    paths = {
+        name: extract(data).path
+        for name, data in {
+            "generator": stream(),
+            "other arguments": stream(8),
+            "part": stream().take(5),
+            "other part": stream().skip(1).take(5),
+            "parquet": parquet[0],
+            "part of parquet": parquet[0].take(4),
+        }.items()
+    }
+    assert len(set(paths.values())) == len(paths)
+    opened.clear()
+    assert extract(stream()).path == paths["generator"]
+    assert extract(parquet[1]).path == paths["parquet"]
+    assert not opened
+
+    (tmp_path / "b").mkdir()
+    noise_image(1).save(tmp_path / "b" / "1.png")
+    first = extract(load_images(tmp_path / "b", streaming=True))
+    assert extract(load_images(tmp_path / "b", streaming=True)).path == first.path
+    noise_image(2).save(tmp_path / "b" / "1.png")
+    assert extract(load_images(tmp_path / "b", streaming=True)).path != first.path
+
+    running = (number for number in range(3))  # nothing can tell what is in there
+    with pytest.raises(ValueError, match="give it one with dataset_fingerprint='...'"):
+        extract(stream().map(lambda row: {"label": next(running)}))
+
+
+def test_opening_with_another_request_names_the_difference(extract, tmp_path):
+    store = extract(make_dataset())
+    index = json.loads((store.path / "index.json").read_text())
+    request = {key: index[key] for key in ("model", "layers", "site", "preprocessing", "dataset", "columns", "dtype")}
+    assert len(ActivationStore.open(store.path, request)) == 23
+    request["preprocessing"] = request["preprocessing"] | {"resample": 2}
+    with pytest.raises(StoreError, match=r"preprocessing\.resample: 2 != 3$"):
+        ActivationStore.open(store.path, request)
+    # an index that was edited by hand is not trusted either
+    index["layers"] = [0]
+    (store.path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(StoreError, match=r"layers: \[2\] != \[0\]"):
+        extract(make_dataset())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Interruption and damage
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def job(out: Path, log: Path, delay: float = 0.0, streaming: bool = False) -> ActivationStore:
+    """An extraction of 45 images in 6 shards that logs the images it opens; run here or as a process of its own."""
+
+    def slow(value, name):
+        time.sleep(delay)
+        with open(log, "a") as file:
+            file.write(f"{name}\n")
+        return open_image(value, name)
+
+    dataset = make_dataset(45).to_iterable_dataset() if streaming else make_dataset(45)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the number of threads can change the last bit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_batches, "open_image", slow)
+        store = extract_activations(
+            make_tiny_clip(),
+            dataset,
+            out,
+            layers=(0, -1),
+            label_column="label",
+            image_processor=make_processor(),
+            batch_size=3,
+            shard_size=8,
+            dataset_fingerprint="x",
+            progress=False,
+        )
+    torch.set_num_threads(threads)
+    return store
+
+
+def start_job(*arguments, before: str = "") -> list[str]:
+    """The command of a process that runs `job(*arguments)`."""
+    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    values = ", ".join(repr(str(value) if isinstance(value, Path) else value) for value in arguments)
+    return [sys.executable, "-c", f"{path}\nfrom test_activations import *\n{before}\njob({values})"]
+
+
+def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
+    deadline = time.monotonic() + 200
+    while len(list(out.glob("*/shard-*"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_killed_extraction_continues_and_ends_with_the_same_files(tmp_path, streaming):
+    cut, log = tmp_path / "cut", tmp_path / "log"
+    victim = subprocess.Popen(start_job(cut, log, 0.1, streaming))
+    whole = job(tmp_path / "whole", tmp_path / "ignored", streaming=streaming)
+    wait_for_shards(victim, cut, 2)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    folder = cut / whole.path.name
+    done = len(list(folder.glob("shard-*")))
+    assert 2 <= done < 6
+    with pytest.raises(StoreError, match="is unfinished: call `extract_activations` with the same arguments"):
+        ActivationStore.open(folder)
+    (folder / ".shard-00009.safetensors.0.tmp").write_bytes(b"what a kill in the middle of writing leaves")
+
+    log.unlink()
+    assert job(cut, log, streaming=streaming).path == folder
+    assert len(log.read_text().splitlines()) == 45 - 8 * done  # only what was missing was read
+    assert contents(folder) == contents(whole.path)
+
+
+def test_processes_that_want_the_same_store_at_once_wait_for_each_other(tmp_path):
+    other = subprocess.Popen(start_job(tmp_path / "out", tmp_path / "their log", 0.05))
+    wait_for_shards(other, tmp_path / "out", 1)
+    store = job(tmp_path / "out", tmp_path / "our log")
+    assert len(store) == 45
+    assert not (tmp_path / "our log").exists()
+    assert other.wait() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_ranks_share_the_work_and_write_the_files_of_one(tmp_path, streaming):
+    script = tmp_path / "script.py"
+    code = start_job(tmp_path / "two", tmp_path / "log", 0.0, streaming, before="LOG")[-1]
+    code = code.replace("LOG", "torch.distributed.init_process_group('gloo'); rank = os.environ['RANK']")
+    script.write_text(code.replace(f"{str(tmp_path / 'log')!r}", f"{str(tmp_path / 'log')!r} + rank"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    subprocess.run(launch, check=True, timeout=300)
+    one = job(tmp_path / "one", tmp_path / "log of one", streaming=streaming)
+    assert contents(one.path) == contents(tmp_path / "two" / one.path.name)
+    assert [len((tmp_path / f"log{rank}").read_text().splitlines()) for rank in range(2)] == [24, 21]
+
+
+def test_damage_is_named_when_opened_and_mended_when_extracted_again(extract, opened):
+    dataset = make_dataset()
+    store = extract(dataset)
+    whole = contents(store.path)
+    shard = store.path / "shard-00001.safetensors"
+
+    shard.write_bytes(whole[shard.name][:-100])
+    with pytest.raises(StoreError, match="shard-00001.safetensors has .* bytes instead of"):
+        ActivationStore.open(store.path)
+    opened.clear()
+    assert torch.equal(extract(dataset).tensor(), store.tensor())
+    assert opened == [f"image {n}" for n in range(8, 16)]
+
+    shard.unlink()
+    with pytest.raises(StoreError, match="shard-00001.safetensors is missing"):
+        ActivationStore.open(store.path)
+    assert len(extract(dataset)) == 23
+    assert contents(store.path) == whole
+
+    (store.path / "index.json").write_text('{"format": "hf_vs')
+    with pytest.raises(StoreError, match="index.json cannot be read"):
+        ActivationStore.open(store.path)
+    (store.path / "index.json").write_text(
+        whole["index.json"].decode().replace('"format_version": 1', '"format_version": 2')
+    )
+    with pytest.raises(StoreError, match="format version 2, this hf_vs2 reads version 1"):
+        ActivationStore.open(store.path)
+
+
+def test_a_folder_of_several_stores_lists_them(extract, tmp_path):
+    store = extract(make_dataset(), dataset_id="noise")
+    assert ActivationStore.open(tmp_path / "cache").path == store.path
+    extract(make_dataset(), layers=(0,))
+    with pytest.raises(StoreError, match=r"holds 2 activation stores.*noise, layers \[2\]"):
+        ActivationStore.open(tmp_path / "cache")
+    with pytest.raises(StoreError, match="No activation store at"):
+        ActivationStore.open(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images that cannot be read, arguments that do not fit
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_image_stops_by_name_or_is_skipped_and_listed(extract, num_workers):
+    dataset = make_dataset(broken=(3, 17))
+    with pytest.raises(UnreadableImageError, match=r"^image 3 \(photo 3\.png\) cannot be read.*on_error='skip'"):
+        extract(dataset, label_column="label", num_workers=num_workers)
+    store = extract(dataset, label_column="label", num_workers=num_workers, on_error="skip")
+    kept = [n for n in range(23) if n not in (3, 17)]
+    assert [(item["index"], item["path"]) for item in store.metadata["skipped"]] == [
+        (3, "photo 3.png"),
+        (17, "photo 17.png"),
+    ]
+    assert store.image_indices.tolist() == kept
+    assert store.labels.tolist() == [n % 3 for n in kept]
+    torch.testing.assert_close(store.tensor(), extract(make_dataset()).tensor()[kept], atol=1e-4, rtol=1e-4)
+    with pytest.raises(
+        UnreadableImageError, match="was made with on_error='skip' and lacks 2 images; the first: image 3"
+    ):
+        extract(dataset, label_column="label")
+
+
+def test_a_shard_without_a_readable_image_and_a_set_without_one(extract):
+    store = extract(make_dataset(broken=tuple(range(8, 16))), on_error="skip")
+    assert store.take([7, 8, -1]).shape == (3, 32)
+    assert store.image_indices.tolist() == [*range(8), *range(16, 23)]
+    with pytest.raises(ValueError, match="None of the 9 images can be read; the first: image 0"):
+        extract(make_dataset(9, broken=tuple(range(9))), on_error="skip")
+    for empty in (make_dataset(9).select([]), make_dataset(9).to_iterable_dataset().take(0)):
+        with pytest.raises(ValueError, match="The data set is empty"):
+            extract(empty)
+
+
+def test_an_image_like_a_thread_is_refused_before_it_fills_the_memory(extract):
+    images = [Image.new("RGB", (200_000, 1))]
+    with pytest.raises(
+        UnreadableImageError, match="image 0 is 200000 x 1: resized to a shorter side of 32.* 205 million"
+    ):
+        extract(datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()})))
+
+
+def test_arguments_that_do_not_fit_are_refused_with_what_would(extract, tiny_clip, tmp_path):
+    dataset = make_dataset()
+    for options, message in (
+        ({"layers": (3,)}, "layer=3 does not exist: the vision tower has 3 layers"),
+        ({"layers": ()}, "layers is empty"),
+        ({"dtype": "float8"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'float8'"),
+        ({"on_error": "ignore"}, "on_error must be one of 'raise', 'skip'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"label_column": "class"}, "no column 'class'; it has image, label"),
+        ({"label_column": "image"}, "labels must be integers"),
+        ({"image_column": "img"}, "no column 'img'; it has image, label; pass image_column='image'"),
+        ({"revision": "main"}, "revision='main' is for a model given by its Hub id"),
+        ({"image_processor": CLIPImageProcessorPil()}, "224.*32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract(dataset, **options)
+    with pytest.raises(TypeError, match="Linear has no CLIP vision tower: expected a CLIPModel"):
+        extract(dataset, model=torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got DatasetDict: open it with"):
+        extract(datasets.DatasetDict({"train": dataset}))
+    untyped = datasets.IterableDataset.from_generator(decoded_rows)
+    with pytest.raises(ValueError, match="Row 0 has no column img; it has image, label"):
+        extract(untyped, image_column="img")
+    tiny_clip.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has no image processor that can be loaded.*pass image_processor="):
+        extract(dataset, model=str(tmp_path / "model"), image_processor=None)
+
+
+def test_a_model_given_by_path_brings_its_processor_and_a_new_one_at_the_path_is_noticed(extract, tiny_clip, tmp_path):
+    path = tmp_path / "model"
+    make_processor().save_pretrained(path)
+    stores = []
+    for model in (tiny_clip, changed_weight(tiny_clip)):
+        model.save_pretrained(path)
+        stores.append(extract(make_dataset(), model=str(path), image_processor=None, device="cpu"))
+    assert stores[0].path != stores[1].path
+    assert stores[0].metadata["model"]["id"] == str(path)
+    assert torch.equal(stores[0].tensor(), extract(make_dataset()).tensor())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_of_reading_gives_the_same_rows(extract):
+    store = extract(make_dataset(), layers=(0, 2), label_column="label")
+    rows = store.tensor(2)
+    assert (len(store), store.hidden_size, rows.shape) == (23, 32, (23, 32))
+    assert store.class_names == ["a", "b", "c"]
+    assert store.labels.tolist() == [n % 3 for n in range(23)]
+    dice = torch.Generator().manual_seed(0)
+    for count in (0, 1, 5, 100):
+        wanted = torch.randint(-23, 23, (count,), generator=dice)
+        assert torch.equal(store.take(wanted, layer=-1), rows[wanted])
+    assert torch.equal(store.take(wanted.tolist(), layer=0), store.tensor(0)[wanted])
+    assert torch.equal(torch.cat(list(store.iter_batches(5, layer=2))), rows)
+    assert torch.equal(pickle.loads(pickle.dumps(store)).take(wanted, layer=2), rows[wanted])
+    exported = store.to_dataset(layer=2).with_format("torch")
+    assert torch.equal(exported["activation"][:], rows)
+    assert torch.equal(exported["label"][:], store.labels)
+    assert exported.features["label"].names == ["a", "b", "c"]
+    assert extract(make_dataset()).labels is None
+    for bad in ([23], [-24]):
+        with pytest.raises(IndexError, match=r"must lie in \[-23, 23\)"):
+            store.take(bad, layer=2)
+    with pytest.raises(ValueError, match=r"holds layers \[0, 2\]: say which"):
+        store.take([0])
+    with pytest.raises(ValueError, match=r"holds layers \[0, 2\], not 1"):
+        store.take([0], layer=1)
+
+
+def test_reading_keeps_memory_flat_and_few_files_open(extract, tmp_path):
+    """Rows are mapped, not loaded: a store larger than the memory can be trained on, in however many shards."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is measured through /proc, which this system does not have")
+    store = extract(make_dataset(8))
+    folder = tmp_path / "large"
+    shutil.copytree(store.path, folder)
+    rows, shards = 20_000, 48  # 123 MB
+    tensors = {"layer_2": torch.randn(rows, 32), "image_index": torch.arange(rows)}
+    save_file(tensors, folder / "shard-00000.safetensors")
+    size = (folder / "shard-00000.safetensors").stat().st_size
+    for n in range(1, shards):
+        os.link(folder / "shard-00000.safetensors", folder / f"shard-{n:05d}.safetensors")
+    index = json.loads((folder / "index.json").read_text())
+    index |= {"num_rows": rows * shards, "shards": [{"rows": rows, "bytes": size}] * shards}
+    (folder / "index.json").write_text(json.dumps(index))
+
+    large = ActivationStore.open(folder)
+    memory, files = anonymous_memory(), len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        wanted = torch.randint(len(large), (512,))
+        assert torch.equal(large.take(wanted), tensors["layer_2"][wanted % rows])
+    assert anonymous_memory() - memory < 20e6
+    assert len(os.listdir("/proc/self/fd")) - files < 5
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds besides mapped files, whose pages the system can drop."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
