@@ -24,16 +24,26 @@ def load_processing(
     """
     place = {"revision": revision or "main", **kwargs}
     tokenizer = CLIPTokenizer.from_pretrained(name_or_path, **place)
+    if not knows_words(tokenizer):
+        raise OSError(f"{name_or_path} holds no tokenizer files (tokenizer.json): expected those of its CLIP.")
     return tokenizer, CLIPImageProcessorPil.from_pretrained(name_or_path, **place)
 
 
-def save_processing(name_or_path: str | os.PathLike, revision: str | None, folder: str | os.PathLike) -> None:
-    """Put a CLIP's tokenizer and image processor files into `folder`, unless it holds some already."""
-    if (Path(folder) / "preprocessor_config.json").exists() and (Path(folder) / "tokenizer_config.json").exists():
-        return
+def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is more in it than special tokens. Where the files are missing, transformers makes one without words."""
+    return len(tokenizer) > len(tokenizer.all_special_tokens)
+
+
+def save_processing(
+    name_or_path: str | os.PathLike, revision: str | None, folder: str | os.PathLike, **kwargs: Any
+) -> None:
+    """Put a CLIP's tokenizer and image processor files into `folder`. Where they can't be read, those that the folder holds
+    stay; without any, a warning says what is missing. `kwargs` as in [`load_processing`]."""
     try:
-        parts = load_processing(name_or_path, revision)
+        parts = load_processing(name_or_path, revision, **kwargs)
     except (OSError, ValueError) as error:
+        if (Path(folder) / "preprocessor_config.json").exists() and (Path(folder) / "tokenizer_config.json").exists():
+            return
         logger.warning(
             f"No tokenizer and image processor were saved in {folder}: those of {name_or_path} could not be read ({error}). "
             "Save them there yourself (tokenizer.save_pretrained, image_processor.save_pretrained) for pipeline() to find them."
@@ -43,4 +53,4 @@ def save_processing(name_or_path: str | os.PathLike, revision: str | None, folde
         part.save_pretrained(folder)
 
 
-__all__ = ["load_processing", "save_processing"]
+__all__ = ["knows_words", "load_processing", "save_processing"]

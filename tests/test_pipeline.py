@@ -1,0 +1,523 @@
+"""The pipelines: transformers' own on a VS2 checkpoint, and ours, as someone who only knows `pipeline(...)` meets them."""
+
+import copy
+import http.server
+import io
+import itertools
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel, SiglipConfig, SiglipModel, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+import hf_vs2
+from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, VS2ZeroShotImageClassificationPipeline
+from hf_vs2.base_model import describe_base_model
+from hf_vs2.images import UnreadableImageError
+from hf_vs2.processing import load_processing
+
+
+# A real (if tiny) CLIP with its tokenizer and image processor files: 28-pixel images, 96 wide, 3 layers.
+CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
+STOCK_TASK, OUR_TASK = "zero-shot-image-classification", "vs2-zero-shot-image-classification"
+LABELS = ["three", "a_zero", "digit {7}", "nine of them"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 255, (7, 5, 6, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels).resize((48, 40)) for pixels in coarse]
+
+
+def load_clip():
+    return CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32)
+
+
+def make_sae(clip, layer=None):
+    torch.manual_seed(0)
+    config = SAEConfig(hidden_size=96, top_k=8, layer=layer, gate=None, **describe_base_model(clip))
+    return SAEModel(config).eval()
+
+
+@pytest.fixture()
+def model(images):
+    """Steered enough to show in the scores; its gate of 0.5 lets about half of `images` pass."""
+    clip = load_clip()
+    vs2 = VS2CLIPForZeroShot(clip, make_sae(clip))
+    pixels = load_processing(CLIP_PATH)[1](images, return_tensors="pt")["pixel_values"]
+    fvu = vs2.image_features(pixels).fvu.sort().values
+    vs2.sae.config.fvu_quantiles = {"0.5": fvu[3:5].mean().item(), "0.99": 2 * fvu[-1].item()}  # none on the edge
+    return vs2
+
+
+@pytest.fixture()
+def classifier(model):
+    return hf_vs2.zero_shot_classifier(model, device="cpu")
+
+
+def count_calls(module):
+    """A list that grows by one entry with every forward pass of `module`."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def scores(result):
+    """Scores by label, one row an image, in the order of the labels' names."""
+    results = [result] if isinstance(result[0], dict) else result
+    return torch.tensor(
+        [[one["score"] for one in sorted(image, key=lambda one: one["label"])] for image in results],
+        dtype=torch.float64,
+    )
+
+
+def assert_same(found, expected, atol=1e-5):
+    torch.testing.assert_close(scores(found), scores(expected), rtol=0, atol=atol)
+
+
+# The stock pipeline and ours
+
+
+def test_stock_pipeline_runs_a_vs2_checkpoint(model, images, tmp_path):
+    """`pipeline(task, model=id)` must find model, tokenizer and image processor in one folder, and steer."""
+    model.set_steering(gate=0.5)
+    model.save_pretrained(tmp_path)
+    stock = pipeline(STOCK_TASK, model=str(tmp_path), device="cpu", dtype="float32")
+    found = stock(images, candidate_labels=LABELS)
+
+    tokenizer, processor = load_processing(CLIP_PATH)
+    prompts = [f"This is a photo of {label}." for label in LABELS]
+    inputs = {**tokenizer(prompts, return_tensors="pt", padding=True), **processor(images, return_tensors="pt")}
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.softmax(-1)
+    order = sorted(range(len(LABELS)), key=LABELS.__getitem__)
+    torch.testing.assert_close(scores(found), expected[:, order].double(), rtol=0, atol=1e-5)
+
+    by_instance = pipeline(STOCK_TASK, model=model, tokenizer=tokenizer, image_processor=processor, device="cpu")
+    assert_same(by_instance(images, candidate_labels=LABELS), found)
+    assert_same(pipeline(OUR_TASK, model=str(tmp_path), device="cpu", dtype="float32")(images, LABELS), found)
+
+
+@pytest.mark.parametrize("door", ["pipeline_class", "task", "helper by path", "helper by model"])
+def test_plain_clip_scores_as_in_the_stock_pipeline(door, images):
+    """Whoever swaps the pipeline must not see other numbers, whatever the door, batch size, template or image mode."""
+    stock = pipeline(STOCK_TASK, model=CLIP_PATH, device="cpu", dtype="float32")
+    settings = {"device": "cpu", "dtype": "float32"}
+    ours = {
+        "pipeline_class": lambda: pipeline(
+            STOCK_TASK, model=CLIP_PATH, pipeline_class=VS2ZeroShotImageClassificationPipeline, **settings
+        ),
+        "task": lambda: pipeline(OUR_TASK, model=CLIP_PATH, local_files_only=True, **settings),
+        "helper by path": lambda: hf_vs2.zero_shot_classifier(Path(CLIP_PATH), **settings),
+        "helper by model": lambda: hf_vs2.zero_shot_classifier(load_clip(), device="cpu"),
+    }[door]()
+    assert isinstance(ours, VS2ZeroShotImageClassificationPipeline)
+    modes = [image.convert(mode) for image, mode in zip(images, ["RGB", "RGBA", "L", "P", "CMYK"], strict=False)]
+    for options in ({}, {"hypothesis_template": "art of {}"}):
+        expected = stock(modes, candidate_labels=LABELS, **options)
+        found = ours(modes, candidate_labels=LABELS, batch_size=2, **options)
+        assert_same(found, expected)
+        assert found[0] == sorted(found[0], key=lambda one: -one["score"])
+        assert_same(ours(modes[0], LABELS, **options), stock(modes[0], candidate_labels=LABELS, **options))
+
+
+def test_half_precision_is_nearer_to_float32_than_the_stock_pipeline(images):
+    """bfloat16 logits have 8 bits; ours are float32, so only the towers round."""
+    exact = pipeline(STOCK_TASK, model=CLIP_PATH, device="cpu", dtype="float32")(images, candidate_labels=LABELS)
+    settings = {"model": CLIP_PATH, "device": "cpu", "dtype": torch.bfloat16}
+    ours = pipeline(OUR_TASK, **settings)(images, LABELS, batch_size=4)
+    stock = pipeline(STOCK_TASK, **settings)(images, candidate_labels=LABELS)
+    error = (scores(ours) - scores(exact)).abs().mean()
+    assert 0 < error < 0.02
+    assert error <= (scores(stock) - scores(exact)).abs().mean()
+
+
+# Prompts are encoded once
+
+
+def test_each_label_set_is_encoded_once(classifier, model, images):
+    """Encoding 1000 labels costs more than an image: once is enough for any number of images, batches and calls."""
+    texts, pictures = count_calls(model.clip.text_model), count_calls(model.clip.vision_model)
+    for batch_size in (1, 4):
+        classifier(images, LABELS, batch_size=batch_size)
+    next(iter(classifier(iter(images), LABELS, gamma=2.0)))
+    assert (len(texts), len(pictures)) == (1, 7 + 2 + 1)
+    other = classifier(images[0], ["cat", "dog"])
+    ensemble = classifier(images[0], LABELS, templates="ensemble")
+    assert len(texts) == 3
+    assert classifier(images[0], ["cat", "dog"]) == other
+    assert classifier(images[0], LABELS, templates="ensemble") == ensemble
+    assert len(texts) == 3
+    assert_same(
+        classifier(images[0], LABELS, templates="single"),
+        classifier(images[0], LABELS, hypothesis_template="a photo of a {}."),
+    )
+    assert scores(ensemble).sub(scores(classifier(images[0], LABELS))).abs().max() > 1e-3
+
+
+def test_least_recently_used_label_sets_go_first(model, images, monkeypatch):
+    """A service that takes labels from its users must not fill the memory, nor forget the labels everyone asks for."""
+    projection = model.config.clip_config.projection_dim
+    monkeypatch.setattr(VS2ZeroShotImageClassificationPipeline, "max_cached_floats", 2 * 3 * projection)
+    classifier = hf_vs2.zero_shot_classifier(model, device="cpu")
+    texts = count_calls(model.clip.text_model)
+    sets = [[f"{name} {number}" for number in range(3)] for name in ("cat", "dog", "fox")]
+    for labels, encoded in [(0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)]:
+        classifier(images[0], sets[labels])
+        assert len(texts) == encoded
+    large = [f"bird {number}" for number in range(20)]
+    classifier(images[:2], large, batch_size=1)
+    assert len(texts) == 5, "a set larger than the limit is kept while it is used"
+
+
+def step(clip):
+    optimizer = torch.optim.SGD(clip.text_model.parameters(), lr=1.0)
+    clip.get_text_features(torch.tensor([[0, 5, 1]])).pooler_output.sum().backward()
+    optimizer.step()
+
+
+def average_in_place(clip):
+    for parameter in clip.text_model.parameters():
+        parameter.data.mul_(0.8)
+
+
+def load_other_weights(clip):
+    clip.load_state_dict({name: tensor * 0.8 for name, tensor in clip.state_dict().items()})
+
+
+def round_to_half_and_back(clip):
+    clip.to(torch.bfloat16).to(torch.float32)
+
+
+def merge_into_one_weight(clip):
+    clip.text_model.encoder.layers[0].self_attn.q_proj.weight.data += 0.05
+
+
+@torch.no_grad()
+def edit_one_entry(clip):
+    clip.text_model.final_layer_norm.bias[5] += 3.0
+
+
+def replace_projection(clip):
+    clip.text_projection = torch.nn.Linear(64, 64, bias=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(step, average_in_place, load_other_weights, round_to_half_and_back),
+        *(merge_into_one_weight, edit_one_entry, replace_projection),
+    ],
+)
+def test_changed_text_weights_are_noticed(change, classifier, model, images):
+    """Class embeddings of old weights would score new images wrongly, and nothing would tell."""
+    before = classifier(images, LABELS)
+    change(model.clip)
+    found = classifier(images, LABELS)
+    expected = hf_vs2.zero_shot_classifier(model, device="cpu")(images, LABELS)
+    assert found == expected
+    assert found != before
+
+
+def test_another_tokenizer_is_noticed(classifier, images):
+    """A tokenizer given later reads the same labels as other tokens."""
+    before = classifier(images[0], LABELS)
+    classifier.tokenizer = copy.deepcopy(classifier.tokenizer)
+    assert classifier(images[0], LABELS) == before
+    classifier.tokenizer = copy.deepcopy(classifier.tokenizer)
+    classifier.tokenizer.backend_tokenizer.normalizer = None
+    classifier.tokenizer.backend_tokenizer.pre_tokenizer = None
+    assert classifier(images[0], LABELS) != before
+
+
+# What people give as images
+
+
+@pytest.fixture()
+def web(images):
+    """A web server on this machine that has one image, and a 404 page for everything else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path == "/image.png"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(as_png(images[0]) if found else b"<html>not here</html>")
+
+        def log_message(self, *_):
+            """Silent."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def as_png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_every_form_of_one_image_scores_the_same(classifier, images, web, tmp_path, monkeypatch):
+    """A path, URL, bytes, array, tensor or PIL image of one picture is one picture."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    image, path = images[0], tmp_path / "image.png"
+    image.save(path)
+    array = np.asarray(image)
+    forms = [
+        *(str(path), path, path.read_bytes(), memoryview(path.read_bytes()), f"{web}/image.png"),
+        *({"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}),
+        *(array, np.moveaxis(array, -1, 0), torch.tensor(array)),
+    ]
+    expected = classifier(image, LABELS)
+    assert [set(one) for one in expected] == [{"score", "label"}] * len(LABELS)
+    for form in forms:
+        assert classifier(form, LABELS, timeout=10) == expected
+    for result in classifier(forms, LABELS, batch_size=4):
+        assert_same(result, expected)
+
+
+def test_every_collection_gives_what_the_stock_pipeline_gives(classifier, images):
+    """Lists give lists, data sets and generators iterators, in order; a short last batch must not shift or drop images."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    expected = classifier(images, LABELS)
+    assert isinstance(expected, list) and len(expected) == len(images)
+    dataset = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
+    undecoded = dataset.cast_column("image", ImageFeature(decode=False))
+    for collection in (tuple(images), dataset["image"], undecoded["image"]):
+        found = classifier(collection, LABELS, batch_size=3)
+        assert isinstance(found, list)
+        assert_same(found, expected)
+    for collection in (KeyDataset(dataset, "image"), (image for image in images), dict(enumerate(images)).values()):
+        found = classifier(collection, LABELS, batch_size=3)
+        assert not isinstance(found, list)
+        assert_same(list(found), expected)
+    assert_same(list(classifier(KeyDataset(dataset, "image"), LABELS, batch_size=3, num_workers=1)), expected)
+    assert classifier([], LABELS) == []
+
+
+def test_a_generator_is_read_as_results_are_taken(classifier, images):
+    """A long stream must give results at once, also with transformers 5.6, which by itself would read it to its end first."""
+    read = []
+    stream = (read.append(number) or images[number % 7] for number in range(60))
+    results = classifier(stream, LABELS, batch_size=4)
+    assert read == []
+    found = list(itertools.islice(results, 6))
+    assert len(read) == 8
+    assert_same(found, classifier(images[:6], LABELS))
+
+
+# Steering
+
+
+def test_steering_options_hold_for_one_call(classifier, model, images):
+    """Options of a call must act as the model's own settings would, and leave no trace on the model."""
+    settings, config = model.steering_settings, model.config.to_dict()
+    default = classifier(images, LABELS)
+    seen = []
+    for options in (
+        *({"method": method} for method in ("none", "centroid", "reconstruct", "amplify", "vs2")),
+        *({"gamma": 3.0}, {"gamma": [1.0, 2.0] * 192}, {"lambda_": 0.7}, {"gate": 0.5}),
+        *({"fvu_threshold": 0.5}, {"steer": False}),
+    ):
+        found = classifier(images, LABELS, batch_size=4, **options)
+        with model.steering(**({"enabled": False} if "steer" in options else options)):
+            assert_same(classifier(images, LABELS), found)
+        seen.append(found)
+    assert (model.steering_settings, model.config.to_dict()) == (settings, config)
+    assert_same(seen[0], seen[-1])
+    assert_same(seen[4], default)
+    assert all(found != default for number, found in enumerate(seen) if number != 4)
+
+    results = iter(classifier(iter(images), LABELS, gamma=9.0))
+    assert next(results) != default[0]
+    assert model.steering_settings == settings, "a generator left half-way holds no setting"
+    with pytest.raises(UnreadableImageError):
+        classifier([images[0], b"broken"], LABELS, gamma=9.0)
+    assert classifier(images, LABELS) == default
+
+
+def test_options_given_at_construction_are_defaults(model, images):
+    """`zero_shot_classifier(id, candidate_labels=..., gate=...)` spares repeating; a call overrides, one option at a time."""
+    fixed = hf_vs2.zero_shot_classifier(
+        model, device="cpu", candidate_labels=LABELS, gate=0.5, gamma=3.0, top_k=2, templates="single", batch_size=4
+    )
+    plain = hf_vs2.zero_shot_classifier(model, device="cpu")
+    options = {"gate": 0.5, "gamma": 3.0, "templates": "single"}
+    expected = plain(images, LABELS, **options)
+    assert_same(fixed(images), [found[:2] for found in expected])
+    assert_same(fixed(images, top_k=None), expected)
+    options = {"fvu_threshold": 0.0, "gamma": 3.0, "hypothesis_template": "{}"}
+    assert_same(
+        fixed(images, ["cat", "dog"], fvu_threshold=0.0, hypothesis_template="{}"),
+        plain(images, ["cat", "dog"], **options),
+    )
+    assert_same(fixed(images, steer=False, top_k=9), plain(images, LABELS, steer=False, templates="single"))
+
+
+def test_threads_do_not_meet_each_others_options(classifier, images):
+    """A web service answers several requests at once on one model."""
+    gammas = [1.0, 1.5, 2.0, 4.0] * 8
+    expected = {gamma: classifier(images[:3], LABELS, gamma=gamma) for gamma in set(gammas)}
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda gamma: classifier(images[:3], LABELS, gamma=gamma), gammas))
+    for gamma, result in zip(gammas, found, strict=True):
+        assert_same(result, expected[gamma])
+
+
+def test_details_tell_what_steering_did(classifier, model, images):
+    """FVU, gate decision and plain CLIP's scores come with the steered ones, from the same pass through the vision tower."""
+    passes = count_calls(model.clip.vision_model)
+    found = classifier(images, LABELS, gate=0.5, return_details=True, batch_size=4)
+    assert len(passes) == 2
+    assert [set(one) for one in found] == [{"predictions", "plain", "fvu", "steered"}] * len(images)
+    assert [one["steered"] for one in found] == [one["fvu"] <= model.sae.fvu_threshold(0.5) for one in found]
+    assert {one["steered"] for one in found} == {True, False}
+    assert_same([one["predictions"] for one in found], classifier(images, LABELS, gate=0.5))
+    assert_same([one["plain"] for one in found], classifier(images, LABELS, steer=False))
+    assert all((one["predictions"] == one["plain"]) != one["steered"] for one in found)
+    json.dumps(found)
+
+    alone = classifier(images[0], LABELS, gate=0.5, return_details=True, top_k=1)
+    assert len(alone["predictions"]) == len(alone["plain"]) == 1
+    off = classifier(images[0], LABELS, steer=False, return_details=True)
+    assert off == {"predictions": off["plain"], "plain": off["plain"], "fvu": None, "steered": False}
+    plain_clip = hf_vs2.zero_shot_classifier(model.clip, device="cpu", return_details=True)
+    assert plain_clip(images[0], LABELS) == off
+
+
+def test_details_of_several_saes(images):
+    """With an inner layer steered the plain scores need a pass of their own; FVU and decisions come one a layer."""
+    clip = load_clip()
+    model = VS2CLIPForZeroShot(clip, {layer: make_sae(clip, layer) for layer in (1, 2)}, fvu_threshold=0.9)
+    classifier = hf_vs2.zero_shot_classifier(model, device="cpu")
+    found = classifier(images, LABELS, return_details=True, batch_size=4)
+    assert [(len(one["fvu"]), len(one["steered"])) for one in found] == [(2, 2)] * len(images)
+    assert_same([one["plain"] for one in found], classifier(images, LABELS, steer=False))
+    assert_same([one["predictions"] for one in found], classifier(images, LABELS))
+
+
+# Checkpoints
+
+
+def test_helper_takes_a_bare_sae(model, images, tmp_path):
+    """One id is enough: an SAE checkpoint names its CLIP, which has the tokenizer and image processor."""
+    model.sae.config.gate = 0.5
+    model.sae.save_pretrained(tmp_path)
+    classifier = hf_vs2.zero_shot_classifier(tmp_path, device="cpu", dtype=torch.float32)
+    expected = hf_vs2.zero_shot_classifier(model, device="cpu")(images, LABELS, gate=0.5)
+    assert_same(classifier(images, LABELS), expected)
+
+
+def test_missing_tokenizer_files_are_noticed(classifier, model, images, tmp_path):
+    """transformers makes up an empty tokenizer for a CLIP then, with which all labels score nearly the same."""
+    for folder in ("clip", "vs2"):
+        (model.clip if folder == "clip" else model).save_pretrained(tmp_path / folder)
+        classifier.image_processor.save_pretrained(tmp_path / folder)
+        for file in (tmp_path / folder).glob("tokenizer*"):
+            file.unlink()
+    with pytest.raises(ValueError, match="knows no words"):
+        pipeline(OUR_TASK, model=str(tmp_path / "clip"), device="cpu")
+    with pytest.raises(OSError, match="holds no tokenizer files"):
+        hf_vs2.zero_shot_classifier(tmp_path / "clip", device="cpu")
+    found = hf_vs2.zero_shot_classifier(tmp_path / "vs2", device="cpu", dtype=torch.float32)(images, LABELS)
+    assert_same(found, classifier(images, LABELS))  # with the tokenizer of the CLIP that the checkpoint names
+
+
+def test_saved_pipeline_needs_no_remote_code(classifier, images, tmp_path):
+    """transformers writes the code of registered pipelines into checkpoints, which from then on load only when trusted."""
+    classifier.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert "custom_pipelines" not in json.loads((tmp_path / "config.json").read_text())
+    again = pipeline(OUR_TASK, model=str(tmp_path), device="cpu", dtype="float32")
+    assert_same(again(images, LABELS), classifier(images, LABELS))
+
+
+def test_other_models_are_refused(tmp_path):
+    """SigLIP has no CLS token and a sigmoid: softmaxed here it would give numbers that mean nothing."""
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    siglip = SiglipModel(
+        SiglipConfig(text_config={**tower, "vocab_size": 9}, vision_config={**tower, "image_size": 16})
+    )
+    siglip.save_pretrained(tmp_path)
+    tokenizer, processor = load_processing(CLIP_PATH)
+    with pytest.raises(TypeError, match="not SiglipModel.*transformers' own"):
+        pipeline(OUR_TASK, model=siglip, tokenizer=tokenizer, image_processor=processor)
+    with pytest.raises(ValueError, match="type 'siglip'; expected a VS2 checkpoint"):
+        hf_vs2.zero_shot_classifier(tmp_path)
+    nameless = CLIPModel(CLIPModel.config_class.from_pretrained(CLIP_PATH))
+    nameless.config._name_or_path = ""
+    with pytest.raises(ValueError, match="give tokenizer= and image_processor="):
+        hf_vs2.zero_shot_classifier(nameless)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "candidate_labels is empty"),
+        (None, {}, ValueError, "candidate_labels is missing"),
+        ("cat, dog", {}, TypeError, "not 'cat, dog'.*split"),
+        (["cat", 3], {}, TypeError, r"candidate_labels\[1\] is 3, a int"),
+        (["cat", " "], {}, ValueError, r"candidate_labels\[1\] is empty"),
+        (["cat", "dog", "cat"], {}, ValueError, r"'cat' twice \(at 0 and 2\)"),
+        (LABELS, {"top_k": 0}, ValueError, "top_k=0 must be"),
+        (LABELS, {"gama": 2.0}, TypeError, "Unknown option 'gama'.*gamma"),
+        (LABELS, {"hypothesis_template": "a photo"}, ValueError, "no {} where"),
+        (LABELS, {"hypothesis_template": "{}", "templates": "single"}, ValueError, "exclude each other"),
+        (LABELS, {"method": "vs3"}, ValueError, "method='vs3' is not known"),
+        (LABELS, {"gate": 0.3}, ValueError, "0.3"),
+        (LABELS, {"gate": 0.5, "fvu_threshold": 0.5}, ValueError, "exclude each"),
+        (LABELS, {"steer": False, "gamma": 2.0}, ValueError, "steer=False and gamma= exclude each other"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_image(labels, options, error, message, classifier):
+    """Hours into a stream is too late to read that a label was given twice or an option misspelt."""
+    with pytest.raises(error, match=message):
+        classifier(iter([b"never read"]), labels, **options)
+
+
+def test_plain_clip_refuses_steering_options(images):
+    """gamma= on a model without SAE would change nothing, silently."""
+    with pytest.raises(ValueError, match=r"\(gamma\), but this is a plain CLIP without SAE"):
+        hf_vs2.zero_shot_classifier(load_clip(), device="cpu")(images[0], LABELS, gamma=2.0)
+
+
+def test_unreadable_images_are_named(classifier, images, web, tmp_path, monkeypatch):
+    """In ten thousand images, the error must say which one."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(as_png(images[0])[:100])
+    dataset = Dataset.from_dict(
+        {"image": [{"bytes": as_png(images[0]), "path": None}, {"bytes": b"no", "path": None}]}
+    )
+    decoded = dataset.cast(Features({"image": ImageFeature()}))
+    for given, error, message in [
+        ([images[0], broken], UnreadableImageError, r"image 1 \(.*broken.png\) cannot be read"),
+        ([images[0], images[0], b"not an image"], UnreadableImageError, "image 2 cannot be read"),
+        (str(tmp_path / "missing.png"), UnreadableImageError, r"the image \(.*missing.png\) cannot be read"),
+        ((image for image in [images[0], f"{web}/none.png"]), UnreadableImageError, r"image 1 \(http.*none.png\)"),
+        (KeyDataset(decoded, "image"), UnreadableImageError, "image 1 cannot be read"),
+        ([images[0], None], TypeError, "image 1 is None: expected a path"),
+        ([[images[0]]], TypeError, "image 0 is a list"),
+        (3, TypeError, "a int is neither"),
+        (dataset.add_column("label", [0, 1]), TypeError, "image 0 is a dict with .*KeyDataset"),
+        (np.zeros((2, 9, 9, 3), dtype=np.uint8), UnreadableImageError, "the image cannot be read"),
+    ]:
+        with pytest.raises(error, match=message):
+            list(classifier(given, LABELS))
