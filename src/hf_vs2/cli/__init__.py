@@ -1,0 +1,137 @@
+"""The command line `hf-vs2`: thin doors to the public functions.
+
+A command is a module of this package with `USAGE`, `DESCRIPTION` and `EXAMPLES` (text for its help), `add_flags(parser)`,
+`run(args)` and, if an interruption leaves something worth keeping, `kept(args)` that says what. Enter it in `COMMANDS`.
+Modules import what is heavy inside `run`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from .parsing import Parser, UsageError, nearest
+
+
+COMMANDS = {
+    "demo": "the whole way on bundled material, offline, in about a minute",
+    "extract": "CLS activations of a set of images, cached on disk",
+    "train": "a sparse autoencoder from unlabelled images: extract, train, calibrate",
+    "calibrate": "measure the gate's thresholds again, on fresh unlabelled images",
+    "evaluate": "compare plain CLIP, the controls and VS2 on labelled images",
+    "classify": "label images with a steered CLIP, beside plain CLIP's answer",
+    "push": "a checkpoint to the Hub, with a model card",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv (`list[str]`, *optional*): the arguments; those of the process by default.
+
+    Returns:
+        `int`: the exit status. 0: done; 2: something is wrong with the request, said in one line on stderr; 130: interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else ""
+    prog = f"hf-vs2 {name}" if name in COMMANDS else "hf-vs2"
+    command: Any = None
+    args: Namespace | None = None
+    try:
+        if name not in COMMANDS:
+            _without_command(argv)
+        command = import_module(f".{name}", __name__)
+        args = _parser(prog, command).parse(argv[1:])
+        _run(command, args)
+    except SystemExit as finished:  # --help and --version
+        return finished.code if isinstance(finished.code, int) else 0
+    except KeyboardInterrupt:
+        kept = command.kept(args) if args is not None and hasattr(command, "kept") else ""
+        _complain(f"{prog}: interrupted. {kept}")
+        return 130
+    except BrokenPipeError:  # `hf-vs2 ... | head`: whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        elif not _is_expected(error):
+            raise
+        if not isinstance(error, UsageError) or _rank() == 0:  # all processes read the same command line
+            _complain(f"{prog}: error: {_message(error)}")
+        return 2
+    return 0
+
+
+def _parser(prog: str, command: Any) -> Parser:
+    parser = Parser(prog, command.USAGE, command.DESCRIPTION, command.EXAMPLES)
+    command.add_flags(parser)
+    parser.common_flags()
+    return parser
+
+
+def _without_command(argv: Sequence[str]) -> None:
+    """`hf-vs2 --help` and `--version`; everything else names no command."""
+    from .. import __version__
+
+    listed = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    parser = Parser(
+        "hf-vs2",
+        "COMMAND [options]",
+        f"Visual Sparse Steering for CLIP, without labels and without changing its weights.\n\ncommands:\n{listed}",
+        "`hf-vs2 COMMAND --help` lists a command's options. Models and data sets are Hub ids or local paths.",
+    )
+    parser.flag("--version", action="version", version=f"hf_vs2 {__version__}", help="Show the version.")
+    parser.flag("-h", "--help", action="help", help="Show this help.")
+    if argv and not argv[0].startswith("-"):
+        raise UsageError(f"there is no command {argv[0]!r}{nearest(argv[0], COMMANDS)}; see hf-vs2 --help")
+    parser.parse(argv)
+    raise UsageError(f"name a command: {', '.join(COMMANDS)}; see hf-vs2 --help")
+
+
+def _run(command: Any, args: Namespace) -> None:
+    from transformers.utils import logging
+
+    # Loading a model of one file takes a moment; bars for it are noise between the ones that matter.
+    logging.disable_progress_bar()
+    if _rank() != 0:
+        logging.set_verbosity_error()
+    command.run(args)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is about the request or the machine, so that its message is all that helps; others are bugs."""
+    import torch
+    from datasets.exceptions import DatasetsError
+    from safetensors import SafetensorError
+
+    return isinstance(
+        error,
+        (ValueError, TypeError, OSError, ImportError, DatasetsError, SafetensorError, torch.OutOfMemoryError),
+    )
+
+
+def _message(error: Exception) -> str:
+    from safetensors import SafetensorError
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, SafetensorError):  # does not say which file
+        return f"a .safetensors file of the model or checkpoint is damaged ({text}): download or write it again"
+    return text
+
+
+def _complain(message: str) -> None:
+    process = f"[process {_rank()}] " if _rank() else ""
+    print(process + " ".join(message.split()), file=sys.stderr)
+
+
+def _rank() -> int:
+    """Number of this process among those that a launcher started."""
+    return int(os.environ.get("RANK", 0))

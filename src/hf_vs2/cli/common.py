@@ -1,0 +1,210 @@
+"""Flags and steps that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .parsing import Parser
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from transformers import PreTrainedTokenizerBase
+
+    from ..activations import ActivationStore
+    from ..modeling_vs2_clip import VS2CLIPForZeroShot
+    from ..pipeline import VS2ZeroShotImageClassificationPipeline
+
+
+# Output
+
+
+def say(*lines: str) -> None:
+    """Print results, on the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+
+
+def say_written(places: Mapping[str, Any]) -> None:
+    """Print what was written, and where."""
+    say("", "Written:", *(f"  {what:<15} {place}" for what, place in places.items()))
+
+
+# Flags
+
+
+def add_model_flags(parser: Parser, required: bool = True) -> None:
+    parser.flag("--model", required=required, metavar="M", help="CLIP model: Hub id or folder.")
+    parser.flag("--revision", help="Branch, tag or commit of a model on the Hub.")
+
+
+def add_dataset_flags(parser: Parser, required: bool = True) -> None:
+    parser.flag(
+        "--dataset",
+        required=required,
+        metavar="D",
+        help="Images: Hub id, folder of images or of parquet files, saved data set.",
+    )
+    parser.flag(
+        "--split", metavar="S", help='Such as train, test or "train[:600]"; may be left out where there is one.'
+    )
+    parser.flag("--image_column", default="image", metavar="NAME", help="Column of the images.")
+    parser.flag("--dataset_config", metavar="NAME", help="Configuration of a data set on the Hub.")
+    parser.flag("--dataset_revision", help="Branch, tag or commit of a data set on the Hub.")
+    parser.flag("--streaming", action="store_true", help="Read the images one after another, without a copy on disk.")
+
+
+def add_extraction_flags(parser: Parser, activations_dir: str | None = None) -> None:
+    """`activations_dir`: help of that flag, for commands that cache activations beside their own output."""
+    if activations_dir is not None:
+        parser.flag("--activations_dir", type=Path, help=activations_dir)
+    parser.flag("--batch_size", type=int, default=64, help="Images per forward pass of CLIP.")
+    parser.flag(
+        "--num_workers", type=int, default=0, help="Processes that decode and resize; 0: the main one does it."
+    )
+    parser.flag(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the activations on disk."
+    )
+    parser.flag("--on_error", choices=("raise", "skip"), default="raise", help="What to do at an unreadable image.")
+
+
+def add_checkpoint_flags(parser: Parser) -> None:
+    parser.flag("--checkpoint", required=True, metavar="O", help="Folder or Hub id that `hf-vs2 train` wrote.")
+    parser.flag("--clip", metavar="M", help="CLIP to use instead of the one that the checkpoint names.")
+    parser.flag("--revision", help="Branch, tag or commit of a checkpoint on the Hub.")
+    parser.flag("--subfolder", help="Folder of the checkpoint in its repository.")
+
+
+def add_steering_flags(parser: Parser) -> None:
+    parser.section("steering (by default what the checkpoint says)")
+    parser.flag("--gamma", type=float, help="Amplification of the active latents.")
+    parser.flag("--lambda_", "--lambda", type=float, help="Size of the step.")
+    parser.flag(
+        "--gate", type=_gate, metavar="Q", help="FVU quantile above which an image is left to plain CLIP, or none."
+    )
+    parser.flag("--fvu_threshold", type=float, help="That threshold itself, instead of a quantile.")
+
+
+def add_progress_flag(parser: Parser) -> None:
+    parser.flag("--disable_tqdm", action="store_true", help="No progress bar.")
+
+
+def _gate(text: str) -> float | str:
+    return text if text == "none" else float(text)
+
+
+# Steps
+
+
+def local_or_id(name: str) -> str:
+    """A Hub id as it is; a path made absolute, because checkpoints and stores that name it are used from elsewhere."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def join_processes() -> PartialState:
+    """This process among those of a launch (`accelerate launch`, torchrun), and its device."""
+    import torch
+    from accelerate import PartialState
+
+    # Left to itself, accelerate joins processes without a GPU only where an environment variable tells it to.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def open_dataset(args: argparse.Namespace) -> Any:
+    """The data set that the flags describe. Processes of one launch may do so at once: `datasets` locks its cache."""
+    import datasets
+
+    from ..data import load_images
+
+    if args.disable_tqdm or not join_processes().is_main_process:
+        datasets.disable_progress_bars()
+    return load_images(
+        args.dataset,
+        args.split,
+        image_column=args.image_column,
+        config_name=args.dataset_config,
+        revision=args.dataset_revision,
+        streaming=args.streaming,
+    )
+
+
+def extract(
+    args: argparse.Namespace,
+    model: Any,
+    dataset: Any,
+    output_dir: Path,
+    *,
+    layers: Sequence[int] = (-1,),
+    **options: Any,
+) -> ActivationStore:
+    """`extract_activations` with the flags of [`add_extraction_flags`]. Several processes share the work."""
+    from ..activations import extract_activations
+
+    return extract_activations(
+        model,
+        dataset,
+        output_dir,
+        layers=layers,
+        image_column=args.image_column,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        dtype=args.dtype,
+        on_error=args.on_error,
+        progress=not args.disable_tqdm,
+        dataset_id=args.dataset,
+        **options,
+    )
+
+
+def activations_beside(args: argparse.Namespace) -> Path:
+    """Where the activations that go with a checkpoint are cached: in its folder, or in the Hub's cache."""
+    if args.activations_dir is not None:
+        return args.activations_dir
+    if os.path.isdir(args.checkpoint):
+        return Path(args.checkpoint) / "activations"
+    from huggingface_hub import cached_assets_path
+
+    return cached_assets_path("hf_vs2", subfolder="activations")
+
+
+def load_classifier(args: argparse.Namespace) -> VS2ZeroShotImageClassificationPipeline:
+    """The model of [`add_checkpoint_flags`] with its tokenizer and image processor, on the best device there is."""
+    from ..pipeline import zero_shot_classifier
+
+    options = {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
+    if args.clip is not None:
+        options["clip"] = local_or_id(args.clip)
+    return zero_shot_classifier(args.checkpoint, device=join_processes().device, **options)
+
+
+def load_steered_clip(args: argparse.Namespace) -> tuple[VS2CLIPForZeroShot, PreTrainedTokenizerBase, Any]:
+    """The same in parts: model, tokenizer, image processor.
+
+    Raises:
+        ValueError: the checkpoint is a plain CLIP.
+    """
+    from ..modeling_vs2_clip import VS2CLIPForZeroShot
+
+    classifier = load_classifier(args)
+    if not isinstance(classifier.model, VS2CLIPForZeroShot):
+        raise ValueError(f"{args.checkpoint} is a plain CLIP without SAE: train one on it with hf-vs2 train")
+    return classifier.model.eval(), classifier.tokenizer, classifier.image_processor
+
+
+def steering_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings from [`add_steering_flags`]; what was not given is left to the checkpoint."""
+    names = ("gamma", "lambda_", "gate", "fvu_threshold")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return settings | {"gate": None} if settings.get("gate") == "none" else settings
+
+
+def labels_from(values: Sequence[str] | None) -> list[str] | None:
+    """Class names as given, or the lines of a text file where one value names a file."""
+    if values is None or len(values) != 1 or not os.path.isfile(values[0]):
+        return None if values is None else list(values)
+    lines = Path(values[0]).read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]

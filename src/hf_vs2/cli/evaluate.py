@@ -1,0 +1,164 @@
+"""`hf-vs2 evaluate`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    activations_beside,
+    add_checkpoint_flags,
+    add_dataset_flags,
+    add_extraction_flags,
+    add_progress_flag,
+    add_steering_flags,
+    extract,
+    join_processes,
+    labels_from,
+    load_steered_clip,
+    open_dataset,
+    say,
+    say_written,
+    steering_from,
+)
+from .parsing import Parser, UsageError
+
+
+if TYPE_CHECKING:
+    from ..activations import ActivationStore
+    from ..modeling_vs2_clip import VS2CLIPForZeroShot
+
+USAGE = "--checkpoint O --dataset D [--split S] [--label_column NAME] [options]"
+DESCRIPTION = """\
+Compares plain CLIP, the controls (centroid, distribution norm) and VS2 on labelled images, which should not be those the SAE was
+trained on. Prints a table with the gain over plain CLIP and its 95 % interval, and writes every figure as JSON."""
+EXAMPLES = """\
+examples:
+  hf-vs2 evaluate --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
+      --image_column img --label_column fine_label --reference_split train
+  hf-vs2 evaluate --checkpoint outputs/sae --dataset photos/ --templates ensemble --gate 0.95 \\
+      --output results.json
+
+Activations are extracted once: other templates, methods or steering settings take seconds."""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to compare")
+    add_checkpoint_flags(parser)
+    parser.flag(
+        "--method",
+        nargs="+",
+        metavar="NAME",
+        help="Some of centroid, distribution_norm, reconstruct, amplify, vs2, vs2+gate; plain CLIP is always there [all].",
+    )
+    parser.section("images")
+    add_dataset_flags(parser)
+    parser.flag("--label_column", default="label", metavar="NAME", help="Column of integer labels.")
+    parser.flag(
+        "--reference_dataset",
+        metavar="D",
+        help="Unlabelled training images for distribution norm's image mean [DATASET].",
+    )
+    parser.flag(
+        "--reference_split", metavar="S", help="Their split. Without both flags: the evaluated images themselves."
+    )
+    parser.section("prompts")
+    parser.flag(
+        "--templates",
+        nargs="+",
+        default=["single", "ensemble"],
+        metavar="T",
+        help="single, ensemble or text files, one prompt a line.",
+    )
+    parser.flag(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="Class names in label order, or a text file of them [the data set's].",
+    )
+    add_steering_flags(parser)
+    parser.section("output")
+    parser.flag("--output", type=Path, metavar="JSON", help="Result file [CHECKPOINT/results.json].")
+    add_progress_flag(parser)
+    parser.section("extraction of activations")
+    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+
+
+def run(args: Namespace) -> None:
+    import torch
+
+    from ..evaluation import EVALUATION_METHODS, evaluate
+
+    methods = args.method or EVALUATION_METHODS
+    _check_prompts(args, methods)
+    model, tokenizer, image_processor = load_steered_clip(args)
+    model.set_steering(**steering_from(args))
+    # One row through the tail: what cannot be replayed on cached rows is refused before hours of extraction.
+    with torch.inference_mode():
+        model.image_features_from_cls(torch.zeros(1, model.clip.config.vision_config.hidden_size))
+    dataset = open_dataset(args)
+    _check_names(args, dataset)
+    cache = activations_beside(args)
+    store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
+    reference = _reference(args, model, image_processor, cache)
+    if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
+        return
+    result = evaluate(
+        model,
+        store,
+        None,
+        labels_from(args.labels),
+        tokenizer,
+        templates=args.templates,
+        methods=methods,
+        reference_rows=reference,
+        meta={"checkpoint": args.checkpoint},
+        progress=not args.disable_tqdm,
+    )
+    say(result.table())
+    say_written({"results": result.to_json(_result_path(args)), "activations": store.path})
+
+
+def _check_prompts(args: Namespace, methods: Any) -> None:
+    """Refuse unknown methods, templates and doubled class names before anything long begins."""
+    from ..evaluation import EVALUATION_METHODS
+    from ..prompts import clean_class_names, resolve_templates
+
+    unknown = [method for method in methods if method not in EVALUATION_METHODS]
+    if unknown:
+        raise ValueError(f"--method {unknown[0]} is not known: use some of {', '.join(EVALUATION_METHODS)}")
+    for templates in args.templates:
+        resolve_templates(templates)
+    labels = labels_from(args.labels)
+    if labels is not None:
+        clean_class_names(labels)
+
+
+def _check_names(args: Namespace, dataset: Any) -> None:
+    features = dataset.features or {}
+    if args.labels is None and args.label_column in features and not hasattr(features[args.label_column], "names"):
+        raise UsageError(f"column {args.label_column!r} has no class names: give them in label order with --labels")
+
+
+def _reference(
+    args: Namespace, model: VS2CLIPForZeroShot, image_processor: Any, cache: Path
+) -> ActivationStore | None:
+    """Activations of unlabelled training images, if flags name some."""
+    if args.reference_dataset is None and args.reference_split is None:
+        return None
+    wanted = Namespace(**vars(args))
+    wanted.split = args.reference_split
+    if args.reference_dataset is not None:
+        wanted.dataset, wanted.dataset_config, wanted.dataset_revision = args.reference_dataset, None, None
+    return extract(wanted, model.clip, open_dataset(wanted), cache, image_processor=image_processor)
+
+
+def _result_path(args: Namespace) -> Path:
+    if args.output is not None:
+        return args.output
+    return Path(args.checkpoint, "results.json") if Path(args.checkpoint).is_dir() else Path("results.json")
+
+
+def kept(args: Namespace) -> str:
+    return f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to continue."

@@ -1,0 +1,198 @@
+"""What the parsers of all commands share: errors of one line, readable help, flags from dataclasses, YAML configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import shutil
+import textwrap
+import types
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    An argument parser whose errors are [`UsageError`]s, and whose flags can also come from a YAML file (`--config`).
+
+    Flags are never abbreviated, and `--learning-rate` means `--learning_rate`. The first paragraph of the description is wrapped
+    to the terminal, the epilog is shown as it is.
+    """
+
+    def __init__(self, prog: str, usage: str, description: str, epilog: str = ""):
+        first, *others = description.split("\n\n")
+        description = "\n\n".join([textwrap.fill(" ".join(first.split()), _width()), *others])
+        super().__init__(
+            prog,
+            f"{prog} {usage}",
+            description,
+            epilog,
+            formatter_class=_Formatter,
+            add_help=False,
+            allow_abbrev=False,
+        )
+        self.flags: dict[str, argparse.Action] = {}
+        self.alternatives: list[set[str]] = []
+        """Sets of flags of which one at most may be given: one on the command line drops the others from the file."""
+        self._section: Any = self
+
+    def section(self, title: str) -> None:
+        """Begin a group of flags in the help."""
+        self._section = self.add_argument_group(title)
+
+    def flag(self, *names: str, help: str, default: Any = None, **options: Any) -> None:
+        """`add_argument` in the current section; the help says what the default is."""
+        if "action" not in options:
+            options["default"] = default
+            options.setdefault("metavar", _metavar(options))
+            if default is not None and not options.get("required"):
+                shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+                help = f"{help} [{shown}]"
+        action = self._section.add_argument(*names, help=help.replace("%", "%%"), **options)
+        self.flags |= dict.fromkeys(action.option_strings, action)
+
+    def common_flags(self) -> None:
+        """What every command has."""
+        self.section("general")
+        self.flag("--debug", action="store_true", help="Show the Python traceback of an error.")
+        self.flag("-h", "--help", action="help", help="Show this help.")
+
+    def dataclass_flags(self, cls: type, names: Iterable[str]) -> None:
+        """One flag a field of a dataclass, with the help in its metadata."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        hints = get_type_hints(cls)
+        for name in names:
+            field, kind = fields[name], _without_none(hints[name])
+            text = field.metadata.get("help", "")
+            if kind is bool:
+                self.flag(f"--{name}", action="store_true", help=text)
+            elif field.default is dataclasses.MISSING:
+                self.flag(f"--{name}", type=kind, required=True, help=text)
+            else:
+                self.flag(f"--{name}", type=kind, default=field.default, help=text)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """
+        The values of all flags; those of the file that `--config` names come first, so that the command line wins.
+
+        Raises:
+            UsageError: with one line that says what to do.
+        """
+        argv = [_spelled(token) for token in argv]
+        if "--config" in self.flags:
+            argv = [*self._from_config(argv), *argv]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            raise UsageError(f"unknown argument {name}{nearest(name, self.flags)}; see {self.prog} --help")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+    def _from_config(self, argv: Sequence[str]) -> list[str]:
+        """The keys of the YAML file as command-line arguments."""
+        finder = Parser(self.prog, "", "")
+        finder.flag("--config", type=Path, help="")
+        path = finder.parse_known_args(argv)[0].config
+        if path is None:
+            return []
+        given = {token.partition("=")[0] for token in argv}
+        outdone = {name for names in self.alternatives if names & given for name in names}
+        arguments = []
+        for key, value in _read_yaml(path).items():
+            name = _spelled(f"--{key}")
+            if name not in self.flags or name in ("--config", "--help"):
+                known = [flag.removeprefix("--") for flag in self.flags if flag.startswith("--")]
+                raise UsageError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+            if name not in outdone:
+                arguments += _as_arguments(self.flags[name], name, value, f"{path}: {key}")
+        return arguments
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Room for long flag names, and lines that can be read on a wide terminal."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=38, width=_width())
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 130) - 2
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """`; did you mean ...?` for a name that resembles a known one, else nothing."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def dataclass_from(cls: type, args: argparse.Namespace) -> Any:
+    """The dataclass whose fields are flags, from their values; it checks them itself."""
+    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+
+
+def _spelled(token: str) -> str:
+    """A flag as it is declared, with underscores; anything else as it is."""
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _metavar(options: dict[str, Any]) -> str | None:
+    if "choices" in options:
+        return None
+    return METAVARS.get(options.get("type", str), "VALUE")
+
+
+def _without_none(kind: Any) -> Any:
+    """`X` of `X | None`."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        # Every scalar stays text, as on the command line: YAML would read `no` as False, and `5e-4` as text anyway.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold one `flag: value` a line, without the dashes (top_k: 64)")
+    return content
+
+
+def _as_arguments(action: argparse.Action, name: str, value: Any, where: str) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in values):
+        raise UsageError(f"{where}: expected a value, not {value!r}")
+    if value in ("", "~", "null"):
+        return []
+    if action.nargs == 0:  # a switch
+        if str(value).lower() not in BOOLEANS:
+            raise UsageError(f"{where}: expected true or false, not {value!r}")
+        return [name] if BOOLEANS[str(value).lower()] else []
+    for item in values:
+        try:
+            action.type(item) if callable(action.type) else item
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise UsageError(f"{where}: {item!r} is not a value that {name} can have") from error
+    if action.nargs is not None:
+        return [name, *values]
+    if isinstance(value, list):
+        raise UsageError(f"{where}: expected one value, not a list")
+    return [f"{name}={value}"]

@@ -1,0 +1,158 @@
+"""`hf-vs2 train`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..training_args import SAETrainingArguments
+from .common import (
+    add_dataset_flags,
+    add_extraction_flags,
+    add_model_flags,
+    extract,
+    join_processes,
+    local_or_id,
+    open_dataset,
+    say,
+    say_written,
+)
+from .parsing import Parser, UsageError, dataclass_from
+
+
+if TYPE_CHECKING:
+    from ..activations import ActivationStore
+    from ..configuration_sae import SAEConfig
+    from ..trainer import SAETrainer
+
+USAGE = "--model M --dataset D [--split S] --output_dir O [options]"
+DESCRIPTION = """\
+Trains a sparse autoencoder on the CLS activations of unlabelled images: extracts them (once), trains, and calibrates the gate on
+rows held out from training. Runs on one process, or on many with `accelerate launch -m hf_vs2.cli train ...` or torchrun."""
+EXAMPLES = """\
+examples:
+  hf-vs2 train --model openai/clip-vit-base-patch32 --dataset uoft-cs/cifar100 --split train \\
+      --image_column img --output_dir outputs/sae-cifar100 --top_k 64
+  hf-vs2 train --config examples/configs/cifar100.yaml --learning_rate 1e-3
+  hf-vs2 train --activations_dir outputs/activations/0123456789abcdef --layer -2 \\
+      --output_dir outputs/sae-layer-10
+  accelerate launch -m hf_vs2.cli train --config examples/configs/cifar100.yaml"""
+CHECKPOINTS_AND_LOG = (
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "report_to",
+    "disable_tqdm",
+)
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to train on")
+    add_model_flags(parser, required=False)
+    add_dataset_flags(parser, required=False)
+    parser.flag("--layer", type=int, default=-1, help="Encoder layer from 0; negative ones from the last.")
+    parser.section("output and configuration")
+    parser.dataclass_flags(SAETrainingArguments, ["output_dir"])
+    parser.flag(
+        "--config", type=Path, metavar="YAML", help="File of flags (top_k: 64); those on the command line win."
+    )
+    parser.section("sparse autoencoder")
+    parser.flag("--top_k", type=int, default=64, help="Latents active for one input.")
+    parser.flag("--expansion_factor", type=int, default=4, help="Latents per feature of the activations.")
+    parser.flag(
+        "--activation",
+        choices=("relu", "absolute"),
+        default="relu",
+        help="Which latents stay: ReLU's largest, or |largest|.",
+    )
+    parser.section("training")
+    others = {"output_dir", *CHECKPOINTS_AND_LOG}
+    parser.dataclass_flags(
+        SAETrainingArguments, [f.name for f in fields(SAETrainingArguments) if f.name not in others]
+    )
+    parser.alternatives.append({"--max_steps", "--num_train_epochs"})
+    parser.section("checkpoints and log")
+    parser.dataclass_flags(SAETrainingArguments, CHECKPOINTS_AND_LOG)
+    parser.section("extraction of activations")
+    add_extraction_flags(
+        parser,
+        "Cache root, shared by any number of runs [OUTPUT_DIR/activations]. Without --dataset: the activations to train on.",
+    )
+
+
+def run(args: Namespace) -> None:
+    from ..trainer import SAETrainer
+
+    arguments = dataclass_from(SAETrainingArguments, args)
+    join_processes()
+    store = _activations(args)
+    config, layer = _sae_config(args, store.hidden_size, store.metadata["num_layers"])
+    trainer = SAETrainer(config, arguments, store, layer=layer)
+    metrics = trainer.train()
+    _report(args, trainer, store, metrics)
+
+
+def _activations(args: Namespace) -> ActivationStore:
+    """The rows to train on: a store that is there, or that of a model and a data set, extracted when needed."""
+    from transformers import AutoConfig, CLIPConfig
+
+    from ..activations import ActivationStore
+
+    if args.dataset is None and args.activations_dir is not None:
+        return ActivationStore.open(args.activations_dir)
+    missing = [f"--{name}" for name in ("model", "dataset") if getattr(args, name) is None]
+    if missing:
+        raise UsageError(f"give {' and '.join(missing)}, or --activations_dir with activations to train on")
+    model = local_or_id(args.model)
+    # Settings that cannot work are refused before hours of extraction.
+    found = AutoConfig.from_pretrained(model, revision=args.revision or "main")
+    if not isinstance(found, CLIPConfig):
+        raise ValueError(f"{args.model} holds a model of type {found.model_type!r}: expected a CLIP ('clip')")
+    vision = found.vision_config
+    _, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
+    dataset = open_dataset(args)
+    cache = args.activations_dir or Path(args.output_dir) / "activations"
+    return extract(args, model, dataset, cache, layers=[layer], revision=args.revision)
+
+
+def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAEConfig, int]:
+    from ..base_model import resolve_layer
+    from ..configuration_sae import SAEConfig
+
+    config = SAEConfig(
+        hidden_size=hidden_size,
+        expansion_factor=args.expansion_factor,
+        top_k=args.top_k,
+        activation=args.activation,
+    )
+    return config, resolve_layer(args.layer, num_layers)
+
+
+def _report(args: Namespace, trainer: SAETrainer, store: ActivationStore, metrics: dict[str, float]) -> None:
+    from ..trainer import LOG_NAME
+
+    output = trainer.args.output_path
+    config = trainer.model.config
+    lines = [
+        f"{metrics['steps']} steps on {metrics['train_rows']:,} rows in {metrics['seconds']:.1f} s:"
+        f" {config.num_latents} latents, {metrics['dead_share']:.1%} of them dead."
+    ]
+    if metrics["held_out_rows"]:
+        gate = "none" if config.gate is None else f"{config.gate}, FVU {config.fvu_threshold(config.gate):.4f}"
+        lines.append(
+            f"On {metrics['held_out_rows']:,} rows held out: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f}; default gate: {gate}."
+        )
+    say(*lines)
+    say_written({"SAE checkpoint": output, "training log": output / LOG_NAME, "activations": store.path})
+    columns = f"--image_column {args.image_column} --label_column label"
+    say("", f"Next: hf-vs2 evaluate --checkpoint {output} --dataset {args.dataset or 'D'} --split test {columns}")
+
+
+def kept(args: Namespace) -> str:
+    text = "Files of activations finished so far are kept: run the same command again to continue."
+    if any(Path(args.output_dir).glob("checkpoint-*")):
+        text = f"Training checkpoints are kept in {args.output_dir}: add --resume_from_checkpoint latest to continue."
+    return text

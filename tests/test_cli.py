@@ -1,0 +1,636 @@
+"""The command line: the README's way from images to a steered CLIP works, and every mistake gets one line and status 2."""
+
+import contextlib
+import functools
+import http.server
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_clip
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from hf_vs2 import ActivationStore, SAEConfig, SAEModel, VS2CLIPForZeroShot, __version__
+from hf_vs2.activations import extract_activations
+from hf_vs2.cli import COMMANDS, main
+from hf_vs2.cli.parsing import Parser, dataclass_from
+from hf_vs2.data import load_images
+from hf_vs2.evaluation import EVALUATION_METHODS, evaluate
+from hf_vs2.training_args import SAETrainingArguments
+
+
+REPOSITORY = Path(__file__).parents[1]
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+TRAIN = ("--top_k=8", "--max_steps=30", "--per_device_train_batch_size=64", "--disable_tqdm")
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE without merges: every text is its bytes."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+@pytest.fixture(scope="session")
+def clip_path(tmp_path_factory) -> Path:
+    """A saved CLIP with everything beside it that a Hub repository has."""
+    path = tmp_path_factory.mktemp("models") / "tiny-clip"
+    tokenizer = make_tokenizer()
+    config: CLIPConfig = make_tiny_clip().config
+    config.text_config.vocab_size, config.text_config.max_position_embeddings = len(tokenizer), 40
+    for name in ("bos", "eos", "pad"):
+        setattr(config.text_config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    clip = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (clip, tokenizer, processor):
+        part.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def images_path(tmp_path_factory) -> Path:
+    """A folder of images as people keep them: train and test, a folder a class."""
+    root = tmp_path_factory.mktemp("data") / "colours"
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 40), ("test", 8)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                pixels = np.asarray(colour) + generator.integers(-40, 40, size=(32, 32, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, clip_path, images_path) -> Path:
+    """What `hf-vs2 train` leaves behind."""
+    path = tmp_path_factory.mktemp("outputs") / "sae"
+    assert main(["train", *source(clip_path, images_path), "--output_dir", str(path), *TRAIN]) == 0
+    return path
+
+
+def source(clip_path: Path, images_path: Path, split: str = "train") -> list[str]:
+    return ["--model", str(clip_path), "--dataset", str(images_path), "--split", split]
+
+
+def parser_of(command: str) -> Parser:
+    module = import_module(f"hf_vs2.cli.{command}")
+    parser = Parser(f"hf-vs2 {command}", module.USAGE, module.DESCRIPTION, module.EXAMPLES)
+    module.add_flags(parser)
+    return parser
+
+
+def run(capsys, *arguments: object) -> str:
+    """Standard output of a command that must succeed."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out
+
+
+def complaint(capsys, *arguments: object) -> str:
+    """The message of a command that must fail as a user's mistake does: status 2, one line, nothing on stdout."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n"), err
+    head, _, message = err.strip().partition(": error: ")
+    assert head == f"hf-vs2 {arguments[0]}" if arguments and arguments[0] in COMMANDS else head == "hf-vs2"
+    return message
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def with_checkpoint(command: str, checkpoint: Path, images_path: Path) -> list[object]:
+    return [command, "--checkpoint", checkpoint, "--dataset", images_path, "--split", "test", "--disable_tqdm"]
+
+
+# From images to a steered model
+
+
+def test_train_leaves_a_calibrated_checkpoint_that_names_its_clip(checkpoint, clip_path, images_path):
+    """The checkpoint must need nothing else: where the CLIP is, what the gate is, what it was trained on."""
+    config = SAEModel.from_pretrained(checkpoint).config
+    assert (config.hidden_size, config.num_latents, config.top_k, config.layer) == (32, 128, 8, 2)
+    assert config.base_model_name_or_path == str(clip_path)
+    assert config.fvu_quantiles and config.training_data["id"] == str(images_path)
+    assert read_json(checkpoint / "training_log.json")["metrics"]["steps"] == 30
+    assert VS2CLIPForZeroShot.from_pretrained(checkpoint).steering_settings.gate == config.gate
+
+
+def test_train_again_uses_the_activations_that_are_there(
+    checkpoint, clip_path, images_path, tmp_path, capsys, monkeypatch
+):
+    """Extraction takes most of the time: a second run with other settings must not read one image."""
+    monkeypatch.setattr("hf_vs2.image_batches.open_image", lambda *_: pytest.fail("an image was read"))
+    cache = checkpoint / "activations"
+    arguments = [*source(clip_path, images_path), "--output_dir", tmp_path, "--activations_dir", cache, *TRAIN]
+    out = run(capsys, "train", *arguments, "--top_k", 4, "--activation", "absolute", "--seed", 1)
+    assert str(cache) in out and f"hf-vs2 evaluate --checkpoint {tmp_path}" in out
+    config = SAEConfig.from_pretrained(tmp_path)
+    assert (config.top_k, config.activation, config.training_data["seed"]) == (4, "absolute", 1)
+
+
+def test_a_relative_path_of_the_clip_still_works_from_elsewhere(clip_path, images_path, tmp_path, monkeypatch):
+    """A checkpoint trained with `--model ./clip` is used from other folders later."""
+    monkeypatch.chdir(clip_path.parent)
+    arguments = ["--model", clip_path.name, "--dataset", str(images_path), "--split", "test"]
+    assert main(["train", *arguments, "--output_dir", str(tmp_path), *TRAIN]) == 0
+    monkeypatch.chdir(tmp_path)
+    VS2CLIPForZeroShot.from_pretrained(tmp_path)
+
+
+def test_interrupted_training_goes_on_where_it_was(checkpoint, clip_path, images_path, tmp_path):
+    """`--resume_from_checkpoint latest` ends with the weights of a run that was never interrupted."""
+    arguments = [
+        "train",
+        *source(clip_path, images_path),
+        "--activations_dir",
+        str(checkpoint / "activations"),
+        *TRAIN,
+    ]
+    assert main([*arguments, "--output_dir", str(tmp_path), "--save_steps", "20"]) == 0
+    (tmp_path / "model.safetensors").unlink()
+    assert (
+        main([*arguments, "--output_dir", str(tmp_path), "--save_steps", "20", "--resume_from_checkpoint", "latest"])
+        == 0
+    )
+    whole, resumed = (SAEModel.from_pretrained(path).state_dict() for path in (checkpoint, tmp_path))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_extract_then_train_on_a_chosen_layer(clip_path, images_path, tmp_path, capsys):
+    """Activations of several layers are extracted once; training on them needs neither the model nor the images."""
+    run(
+        capsys,
+        "extract",
+        *source(clip_path, images_path),
+        "--layers",
+        -1,
+        -2,
+        "--label_column",
+        "label",
+        "--disable_tqdm",
+        "--output_dir",
+        tmp_path / "rows",
+        "--dtype",
+        "bfloat16",
+    )
+    store = ActivationStore.open(tmp_path / "rows")
+    assert (len(store), store.layers, store.class_names) == (120, [1, 2], sorted(COLOURS))
+    run(
+        capsys,
+        "train",
+        "--activations_dir",
+        tmp_path / "rows",
+        "--layer",
+        -2,
+        "--output_dir",
+        tmp_path / "sae",
+        *TRAIN,
+    )
+    assert SAEConfig.from_pretrained(tmp_path / "sae").layer == 1
+
+
+def test_evaluate_gives_the_figures_of_the_library(checkpoint, clip_path, images_path, tmp_path, capsys):
+    """Printed table and result file must be those of `evaluate` on the same rows, with one prompt and with an ensemble."""
+    out = run(capsys, *with_checkpoint("evaluate", checkpoint, images_path), "--gamma", 2, "--lambda", 1)
+    result = read_json(checkpoint / "results.json")
+    assert {(row["method"], row["prompts"]) for row in result["rows"]} == {
+        (method, prompts) for method in EVALUATION_METHODS for prompts in ("single", "ensemble")
+    }
+    assert "| vs2+gate" in out and str(checkpoint / "results.json") in out and str(checkpoint / "activations") in out
+
+    model = VS2CLIPForZeroShot.from_pretrained(checkpoint)
+    model.set_steering(gamma=2.0, lambda_=1.0)
+    images = load_images(images_path, "test")
+    rows = extract_activations(model.clip, images, tmp_path, label_column="label", progress=False)
+    expected = evaluate(model, rows, None, None, make_tokenizer())
+    for ours, theirs in zip(result["rows"], expected.rows, strict=True):
+        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, images_path, tmp_path, capsys, monkeypatch):
+    """Other templates, names, methods and gates cost seconds; the training rows serve as reference without being read again."""
+    run(capsys, *with_checkpoint("evaluate", checkpoint, images_path))
+    monkeypatch.setattr("hf_vs2.image_batches.open_image", lambda *_: pytest.fail("an image was read"))
+    templates, names = tmp_path / "templates.txt", tmp_path / "names.txt"
+    templates.write_text("a {} square.\na {} patch.\n", encoding="utf-8")
+    names.write_text("navy\nlime\nscarlet\n", encoding="utf-8")
+    run(
+        capsys,
+        *with_checkpoint("evaluate", checkpoint, images_path),
+        "--templates",
+        templates,
+        "--labels",
+        names,
+        "--method",
+        "distribution_norm",
+        "vs2+gate",
+        "--gate",
+        0.5,
+        "--reference_split",
+        "train",
+        "--output",
+        tmp_path / "out" / "results.json",
+    )
+    result = read_json(tmp_path / "out" / "results.json")
+    assert [row["method"] for row in result["rows"]] == ["clip", "distribution_norm", "distribution_norm", "vs2+gate"]
+    assert result["meta"]["templates"] == {"custom": ["a {} square.", "a {} patch."]}
+    assert result["per_class"]["class_names"] == ["navy", "lime", "scarlet"]
+    assert result["rows"][1]["reference"] == "train" and result["rows"][3]["gate"] == 0.5
+
+
+def test_evaluate_wants_names_for_numbered_classes(checkpoint, images_path, tmp_path, capsys):
+    """Labels without names make no prompts: said before the extraction, and `--labels` mends it."""
+    images = load_images(images_path, "test")
+    images.cast_column("label", datasets.Value("int64")).save_to_disk(tmp_path / "numbered")
+    arguments = ["evaluate", "--checkpoint", checkpoint, "--dataset", tmp_path / "numbered", "--disable_tqdm"]
+    arguments += ["--output", tmp_path / "results.json", "--activations_dir", tmp_path / "rows"]
+    assert "--labels" in complaint(capsys, *arguments) and not (tmp_path / "rows").exists()
+    run(capsys, *arguments, "--labels", *sorted(COLOURS))
+
+
+def test_classify_gives_the_models_own_answer_beside_clips(checkpoint, images_path, tmp_path, capsys):
+    """Scores are the softmax of the full model's logits, steered and plain, for files and for folders."""
+    file = images_path / "test" / "red" / "00.png"
+    arguments = ["classify", file, images_path / "test" / "blue", "--checkpoint", checkpoint, "--labels", *COLOURS]
+    printed = json.loads(
+        run(capsys, *arguments, "--top_k", 2, "--json", "--batch_size", 4, "--output", tmp_path / "r.json")
+    )
+    assert printed == read_json(tmp_path / "r.json") and len(printed) == 9 and printed[0]["image"] == str(file)
+
+    model = VS2CLIPForZeroShot.from_pretrained(checkpoint)
+    processor = CLIPImageProcessorPil.from_pretrained(model.config.base_model_name_or_path)
+    prompts = [f"a photo of a {name}." for name in COLOURS]
+    inputs = make_tokenizer()(prompts, return_tensors="pt", padding=True)
+    inputs |= processor(Image.open(file), return_tensors="pt")
+    with torch.no_grad():
+        out = model(**inputs)
+        with model.steering(enabled=False):
+            plain = model(**inputs)
+    logits = out.logits_per_image[0]
+    score, label = logits.softmax(-1).max(0)
+    assert printed[0]["predictions"][0] == {
+        "label": list(COLOURS)[label],
+        "score": pytest.approx(score.item(), abs=1e-5),
+    }
+    assert [item["label"] for item in printed[0]["predictions"]] == [list(COLOURS)[i] for i in logits.topk(2).indices]
+    assert printed[0]["plain"][0]["score"] == pytest.approx(plain.logits_per_image.softmax(-1).max().item(), abs=1e-5)
+    assert printed[0]["fvu"] == pytest.approx(out.fvu.item(), rel=1e-4) and printed[0]["steered"] is out.steered.item()
+    table = run(capsys, *arguments).splitlines()
+    assert len(table) == 10 and table[0].split()[:2] == ["image", "label"]
+
+
+def test_classify_honours_the_gate(checkpoint, images_path, capsys):
+    """A threshold of 0 lets no image pass, and then every answer is plain CLIP's to the last bit; `--gate none` passes all."""
+    arguments = ["classify", images_path / "test", "--checkpoint", checkpoint, "--labels", *COLOURS, "--json"]
+    held_back = json.loads(run(capsys, *arguments, "--fvu_threshold", 0))
+    assert all(not item["steered"] and item["predictions"] == item["plain"] for item in held_back)
+    assert all(item["steered"] for item in json.loads(run(capsys, *arguments, "--gate", "none")))
+
+
+def test_classify_reads_images_from_the_web(checkpoint, images_path, capsys):
+    """A URL is as good as a file; one that cannot be reached is named."""
+    with served(images_path / "test" / "red") as address:
+        arguments = ["--checkpoint", checkpoint, "--labels", *COLOURS, "--json"]
+        (answer,) = json.loads(run(capsys, "classify", f"{address}/00.png", *arguments))
+        (expected,) = json.loads(run(capsys, "classify", images_path / "test" / "red" / "00.png", *arguments))
+        assert answer | {"image": ""} == expected | {"image": ""}
+        assert f"{address}/none.png" in complaint(capsys, "classify", f"{address}/none.png", *arguments)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a web server for a folder, on this machine."""
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_classify_can_leave_out_what_cannot_be_read(checkpoint, images_path, tmp_path, capsys):
+    """One broken file in a folder of thousands must not cost the answers for the others."""
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    arguments = [
+        "classify",
+        images_path / "test" / "red",
+        tmp_path,
+        "--checkpoint",
+        checkpoint,
+        "--labels",
+        "red",
+        "blue",
+    ]
+    message = complaint(capsys, *arguments)
+    assert "broken.jpg" in message and "--on_error skip" in message
+    assert len(json.loads(run(capsys, *arguments, "--on_error", "skip", "--json"))) == 8
+
+
+def test_calibrate_changes_the_gate_and_nothing_else(checkpoint, images_path, tmp_path, capsys):
+    """The thresholds are those of the new images; the weights stay bit for bit."""
+    run(capsys, *with_checkpoint("calibrate", checkpoint, images_path), "--output_dir", tmp_path)
+    before, after = SAEModel.from_pretrained(checkpoint), SAEModel.from_pretrained(tmp_path)
+    assert after.config.num_calibration_rows == 24 and before.config.fvu_quantiles != after.config.fvu_quantiles
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
+    )
+    assert before.config.base_model_fingerprint == after.config.base_model_fingerprint
+
+
+def test_calibrate_in_place_leaves_the_weights_and_an_edited_card(checkpoint, images_path, tmp_path, capsys):
+    """Without `--output_dir` the checkpoint itself is changed: its configuration, and no text that somebody wrote."""
+    for name in ("config.json", "model.safetensors", "README.md"):
+        shutil.copy(checkpoint / name, tmp_path)
+    with (tmp_path / "README.md").open("a", encoding="utf-8") as card:
+        card.write("\nWritten by hand.\n")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    run(capsys, *with_checkpoint("calibrate", tmp_path, images_path))
+    assert SAEConfig.from_pretrained(tmp_path).num_calibration_rows == 24
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert "Written by hand." in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_vs2_checkpoint_serves_too(checkpoint, images_path, tmp_path, capsys):
+    """What `VS2CLIPForZeroShot.save_pretrained` wrote has its own tokenizer and processor, and may hold its CLIP."""
+    VS2CLIPForZeroShot.from_pretrained(checkpoint).save_pretrained(tmp_path, full=True)
+    arguments = [images_path / "test", "--labels", *COLOURS, "--json"]
+    light = json.loads(run(capsys, "classify", *arguments, "--checkpoint", checkpoint))
+    assert json.loads(run(capsys, "classify", *arguments, "--checkpoint", tmp_path)) == light
+
+
+# Configuration files
+
+
+def test_config_file_gives_flags_and_the_command_line_wins(checkpoint, clip_path, images_path, tmp_path):
+    """Everything but what is varied can live in one file; numbers, switches and empty values read as on the command line."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {clip_path}\ndataset: {images_path}\nsplit: train\noutput_dir: {tmp_path / 'wrong'}\n"
+        f"activations_dir: {checkpoint / 'activations'}\nlearning-rate: 5e-4\ntop_k: 8\nmixed_precision: no\nlayer: -1\n"
+        "max_steps: 7\nnum_train_epochs:\nper_device_train_batch_size: 64\ndisable_tqdm: true\nstreaming: false\n",
+        encoding="utf-8",
+    )
+    output = tmp_path / "sae"
+    assert (
+        main(["train", "--config", str(config), "--output_dir", str(output), "--top-k", "4", "--num_train_epochs=1"])
+        == 0
+    )
+    log = read_json(output / "training_log.json")
+    assert SAEConfig.from_pretrained(output).top_k == 4
+    assert (log["args"]["learning_rate"], log["args"]["mixed_precision"]) == (5e-4, "no")
+    assert (log["args"]["max_steps"], log["args"]["num_train_epochs"]) == (None, 1.0), (
+        "the file's max_steps is outdone"
+    )
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_example_config_is_understood():
+    """The file that the documentation names must have keys that exist."""
+    config = REPOSITORY / "examples" / "configs" / "cifar100.yaml"
+    args = parser_of("train").parse(["--config", str(config)])
+    assert dataclass_from(SAETrainingArguments, args).learning_rate == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate?"),
+        ("top_k: many", "top_k: 'many' is not a value"),
+        ("top_k: [1, 2]", "expected one value, not a list"),
+        ("top_k: {a: 1}", "expected a value"),
+        ("disable_tqdm: 3", "expected true or false"),
+        ("activation: gelu", "invalid choice: 'gelu'"),
+        ("just words", "must hold one `flag: value` a line"),
+        ("a: b: c", "is not a YAML file"),
+    ],
+)
+def test_mistakes_in_a_config_file_are_named(text, expected, tmp_path, capsys):
+    """A key that is silently ignored costs a training run."""
+    config = tmp_path / "config.yaml"
+    config.write_text(text, encoding="utf-8")
+    assert expected in complaint(
+        capsys, "train", "--config", config, "--model", "m", "--dataset", "d", "--output_dir", tmp_path
+    )
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "name a command: demo, extract"),
+        (["trian"], "there is no command 'trian'; did you mean train?"),
+        (["--verbose"], "unknown argument --verbose"),
+        (["train"], "required: --output_dir"),
+        (["train", "--output_dir", "o"], "give --model and --dataset, or --activations_dir"),
+        (["train", "--output_dir", "o", "--lerning_rate", "1"], "did you mean --learning_rate?"),
+        (["train", "--output_dir", "o", "--top_k", "x"], "--top_k: invalid int value: 'x'"),
+        (["train", "--output_dir", "o", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["train", "--output_dir", "o", "--max_steps", "0"], "max_steps must be positive"),
+        (["train", "--output_dir", "o", "--max_steps", "1", "--num_train_epochs", "1"], "give one of them"),
+        (["train", "--output_dir", "o", "--config", "none.yaml"], "none.yaml"),
+        (["train", "--output_dir", "o", "--max_step", "1"], "unknown argument --max_step"),
+        (["extract", "--model", "m"], "required: --dataset, --output_dir"),
+        (["extract", "--on_error", "ignore"], "invalid choice: 'ignore'"),
+        (["classify", "--labels", "a", "--checkpoint", "c"], "required: IMAGE"),
+        (["classify", "a.jpg", "--labels", "a", "a", "--checkpoint", "c"], "'a' twice"),
+        (["classify", "a.jpg", "--labels", "a", "--checkpoint", "c", "--templates", "a photo"], "neither one of"),
+        (["classify", "a.jpg", "--labels", "a", "--checkpoint", "c", "--top_k", "0"], "at least 1"),
+        (["classify", "a.jpg", "--labels", "a", "--checkpoint", "c", "--gate", "high"], "--gate"),
+        (["evaluate", "--checkpoint", "c", "--dataset", "d", "--method", "vs3"], "vs3 is not known"),
+        (["calibrate", "--checkpoint", "user/sae", "--dataset", "d"], "--output_dir"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
+    """No traceback and no page of usage: what is wrong, and what to do."""
+    monkeypatch.chdir(tmp_path)
+    assert expected in complaint(capsys, *arguments)
+    assert not list(tmp_path.iterdir()), "nothing may be written before the command line is understood"
+
+
+def test_a_request_that_cannot_be_met_gets_one_line(checkpoint, clip_path, images_path, tmp_path, capsys):
+    """The library's own messages reach the user whole, in one line: models, data sets, splits, columns, layers, sizes."""
+    train = ["train", *source(clip_path, images_path), "--output_dir", tmp_path / "sae", *TRAIN]
+    evaluation = with_checkpoint("evaluate", checkpoint, images_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"nothing")
+    (broken / "config.json").write_text("{}", encoding="utf-8")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    shutil.copy(checkpoint / "config.json", damaged)
+    (damaged / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:2000])
+    for arguments, expected in (
+        ([*train, "--model", tmp_path / "no-model"], "no-model"),
+        ([*train, "--model", checkpoint], "expected a CLIP"),
+        ([*train, "--dataset", tmp_path / "no-data"], "no-data"),
+        ([*train, "--split", "dev"], "no split 'dev'"),
+        ([*train, "--image_column", "img"], "no column 'img'"),
+        ([*train, "--layer", 7], "layer=7 does not exist"),
+        ([*train, "--top_k", 1000], "top_k=1000"),
+        ([*train, "--dataset", broken, "--split", "train"], "a.png"),
+        ([*train, "--activations_dir", checkpoint / "activations", "--report_to", "nothing"], "nothing"),
+        ([*train, "--activations_dir", checkpoint / "activations", "--resume_from_checkpoint", "latest"], "holds no"),
+        ([*evaluation, "--checkpoint", tmp_path / "no-sae"], "no-sae"),
+        ([*evaluation, "--checkpoint", clip_path], "is a plain CLIP without SAE"),
+        ([*evaluation, "--checkpoint", broken], "broken"),
+        ([*evaluation, "--checkpoint", damaged], ".safetensors file of the model or checkpoint is damaged"),
+        ([*evaluation, "--label_column", "class"], "no column 'class'"),
+        ([*evaluation, "--gate", 2], "gate=2.0"),
+        ([*evaluation, "--gate", 0.5, "--fvu_threshold", 1], "exclude each other"),
+        ([*evaluation, "--labels", "a", "b"], "out of range"),
+        (
+            ["calibrate", "--checkpoint", checkpoint, "--dataset", images_path, "--split", "train", "--disable_tqdm"],
+            "trained on",
+        ),
+        (["classify", tmp_path / "none.jpg", "--checkpoint", checkpoint, "--labels", "a"], "none.jpg"),
+        (["classify", clip_path, "--checkpoint", checkpoint, "--labels", "a"], "holds no image"),
+    ):
+        assert expected in complaint(capsys, *arguments)
+
+
+def test_another_clip_is_refused_with_both_names(checkpoint, clip_path, images_path, tmp_path, capsys):
+    """Steering a CLIP with another one's SAE gives nonsense that looks like a result."""
+    other = CLIPModel.from_pretrained(clip_path)
+    with torch.no_grad():
+        other.vision_model.post_layernorm.weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    message = complaint(capsys, *with_checkpoint("evaluate", checkpoint, images_path), "--clip", tmp_path / "other")
+    assert str(clip_path) in message and str(tmp_path / "other") in message
+
+
+def test_debug_shows_where_an_error_comes_from(capsys):
+    assert main(["train", "--output_dir", "o", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(monkeypatch, tmp_path):
+    """Unexpected exceptions keep their traceback: users can report them, and we can find them."""
+    monkeypatch.setattr("hf_vs2.cli.train._activations", lambda args: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["train", "--output_dir", str(tmp_path)])
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch, tmp_path, capsys):
+    """130 is what shells expect; the message says how to go on."""
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_vs2.cli.train._activations", interrupted)
+    assert main(["train", "--output_dir", str(tmp_path)]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    (tmp_path / "checkpoint-20").mkdir()
+    assert main(["train", "--output_dir", str(tmp_path)]) == 130
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+    """`hf-vs2 demo` without scikit-learn says what to install."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "hf_vs2[demo]" in complaint(capsys, "demo", "--output_dir", tmp_path)
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys, monkeypatch):
+    """Each flag has a help text that fits the screen, and each example is a command line that is understood."""
+    out = run(capsys, command, "--help")
+    assert out.startswith(f"usage: hf-vs2 {command} ") and all(len(line) <= 132 for line in out.splitlines())
+    parser = parser_of(command)
+    assert all(action.help for action in parser.flags.values())
+    monkeypatch.chdir(REPOSITORY)
+    examples = [line.strip() for line in parser.epilog.replace("\\\n", " ").splitlines() if "hf-vs2 " in line]
+    assert examples
+    for example in examples:
+        parser.parse(shlex.split(example)[2:])
+
+
+def test_help_and_version_of_the_program(capsys):
+    assert all(f"  {command} " in run(capsys, "--help") for command in COMMANDS)
+    assert run(capsys, "--version") == f"hf_vs2 {__version__}\n"
+
+
+# The installed program
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    """`python -m hf_vs2.cli` is what `accelerate launch -m` starts; its status is the command's."""
+    program = subprocess.run(
+        [sys.executable, "-m", "hf_vs2.cli", "train", "--output_dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert program.returncode == 2
+    assert program.stdout == "" and program.stderr.startswith("hf-vs2 train: error: give --model and --dataset")
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_speak_once(checkpoint, clip_path, images_path, tmp_path):
+    """Launched twice, `train` gives the checkpoint of one process with the same global batch, and prints its report once."""
+    arguments = [
+        *source(clip_path, images_path),
+        "--output_dir",
+        str(tmp_path),
+        *TRAIN,
+        "--per_device_train_batch_size=32",
+    ]
+    program = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "hf_vs2.cli",
+            "train",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert program.returncode == 0, program.stderr
+    assert program.stdout.count("Written:") == 1
+    one, two = (SAEModel.from_pretrained(path).state_dict() for path in (checkpoint, tmp_path))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
