@@ -1,14 +1,35 @@
 """Fixtures shared by the suite: a tiny random CLIP, and the real material that some checkouts have beside them."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 
 
-# The suite never talks to a hub; the loopback tests set their own endpoint in processes of their own.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The suite never leaves the machine: its Hub is on 127.0.0.1, and it has a cache of its own. huggingface_hub reads the address
+# when it is imported, so this comes before that.
+HUB = LoopbackHub().__enter__()
+CACHE = tempfile.mkdtemp(prefix="hf_vs2-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_MODULES_CACHE", "HF_TOKEN_PATH"):
+    os.environ.pop(name, None)
+os.environ.update(HUB.environment(CACHE))
+
+
+@pytest.fixture()
+def hub() -> Iterator[LoopbackHub]:
+    """The Hub that every client in this process, and in those it starts, talks to."""
+    HUB.faults.clear()
+    yield HUB
+    left = [fault.pattern for fault in HUB.faults]
+    HUB.faults.clear()
+    assert not left, f"no request met these faults: {left}"
 
 
 @pytest.fixture(scope="session")

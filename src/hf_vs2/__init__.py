@@ -1,7 +1,7 @@
 """Visual Sparse Steering (VS2) for CLIP in the Hugging Face ecosystem.
 
-Importing the package registers its models with transformers' Auto classes and loads nothing else; the data, training
-and evaluation parts are imported when first used.
+Importing the package registers its models with transformers' Auto classes, and its pipeline; it loads nothing else. The
+data, training and evaluation parts are imported when first used.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import Steering, VS2CLIPConfig
 from .modeling_sae import SAEModel, SAEOutput
 from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
+from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
 
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .data import load_images
     from .evaluation import EvaluationResult, evaluate
+    from .hub import push_to_hub
+    from .model_card import create_model_card, write_model_card
     from .prompts import class_embeddings
     from .trainer import SAETrainer
     from .training_args import SAETrainingArguments
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
+    "push_to_hub": "hub",
+    "create_model_card": "model_card",
+    "write_model_card": "model_card",
     "ActivationStore": "activations",
     "extract_activations": "activations",
     "calibrate": "calibration",
@@ -50,11 +56,16 @@ __all__ = [
     "VS2CLIPConfig",
     "VS2CLIPForZeroShot",
     "VS2CLIPOutput",
+    "VS2ZeroShotImageClassificationPipeline",
     "calibrate",
     "class_embeddings",
+    "create_model_card",
     "evaluate",
     "extract_activations",
     "load_images",
+    "push_to_hub",
+    "write_model_card",
+    "zero_shot_classifier",
 ]
 
 AutoConfig.register(SAEConfig.model_type, SAEConfig, exist_ok=True)

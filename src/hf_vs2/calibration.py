@@ -150,7 +150,7 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
     if config.gate is not None and (highest is None or config.gate > highest):
         logger.warning(
             f"{len(indices)} held-out rows can't vouch for the {config.gate} quantile; the default gate is set to {highest}. "
-            "Hold out more rows (calibration_share) for a higher one."
+            "Calibrate on more rows for a higher one (in training: calibration_share)."
         )
         config.gate = highest
     return {"fvu": error / spread if spread else 0.0, "l0": active / len(indices)}

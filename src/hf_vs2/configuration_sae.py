@@ -1,11 +1,13 @@
 """Configuration of a top-k sparse autoencoder, and everything its checkpoint records about itself."""
 
 import bisect
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .functional import ACTIVATIONS
+from .hub import PackagedCode
 
 
 FORMAT_VERSION = 1
@@ -13,7 +15,7 @@ FORMAT_VERSION = 1
 
 
 @strict
-class SAEConfig(PreTrainedConfig):
+class SAEConfig(PackagedCode, PreTrainedConfig):
     r"""
     Configuration of a [`SAEModel`], a top-k sparse autoencoder on the CLS activations of a frozen CLIP image encoder
     (eq. 1 of arXiv 2506.01247).
@@ -70,7 +72,6 @@ class SAEConfig(PreTrainedConfig):
     """
 
     model_type = "vs2_sae"
-    base_config_key = "sae_config"
 
     hidden_size: int = 768
     expansion_factor: int = 4
@@ -96,29 +97,48 @@ class SAEConfig(PreTrainedConfig):
     hf_vs2_version: str | None = None
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_latents is None:
             self.num_latents = self.expansion_factor * self.hidden_size
         if self.aux_k is None:
             self.aux_k = min(max(1, self.hidden_size // 2), self.num_latents)
         super().__post_init__(**kwargs)
-        self._check_values()
+        self._check_values(self.num_latents, self.aux_k)
 
-    def _check_values(self) -> None:
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """`(num_latents, hidden_size)`, the shape of both weight matrices."""
+        assert self.num_latents is not None  # `__post_init__` filled it in
+        return self.num_latents, self.hidden_size
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Raises:
+            `ValueError`: if the dictionary is another model's. Its checkpoint has none of an SAE's weights, so transformers
+                would warn and return a random SAE.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            hint = "VS2CLIPForZeroShot.from_pretrained(...).sae" if model_type == "vs2_clip" else "an SAE checkpoint"
+            raise ValueError(f"This is the configuration of a {model_type!r} model, not of an SAE. Use {hint}.")
+        return super().from_dict(config_dict, **kwargs)
+
+    def _check_values(self, num_latents: int, aux_k: int) -> None:
         """Refuse what no SAE can be, and say what to change. (A `validate_*` method of `@strict` would turn these plain
         `ValueError`s into an error class of its own, with a prefix before the message.)"""
-        if self.hidden_size < 1 or self.expansion_factor < 1 or self.num_latents < 1:
+        if self.hidden_size < 1 or self.expansion_factor < 1 or num_latents < 1:
             raise ValueError(
                 "hidden_size, expansion_factor and num_latents must be positive, not "
-                f"{self.hidden_size}, {self.expansion_factor} and {self.num_latents}."
+                f"{self.hidden_size}, {self.expansion_factor} and {num_latents}."
             )
-        if not 1 <= self.top_k <= self.num_latents:
+        if not 1 <= self.top_k <= num_latents:
             raise ValueError(
-                f"top_k={self.top_k} must be between 1 and the number of latents ({self.num_latents}). "
+                f"top_k={self.top_k} must be between 1 and the number of latents ({num_latents}). "
                 "Lower top_k, or raise expansion_factor or num_latents."
             )
-        if not 0 <= self.aux_k <= self.num_latents:
-            raise ValueError(f"aux_k={self.aux_k} must be between 0 and the number of latents ({self.num_latents}).")
+        if not 0 <= aux_k <= num_latents:
+            raise ValueError(f"aux_k={aux_k} must be between 0 and the number of latents ({num_latents}).")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known. Use one of {list(ACTIVATIONS)}.")
         if self.site != "cls":

@@ -1,13 +1,16 @@
 """Configuration of a CLIP with sparse autoencoders plugged in, and the steering settings they share."""
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 
 from .configuration_sae import SAEConfig
+from .hub import PackagedCode
 
 
 METHODS = ("none", "centroid", "reconstruct", "amplify", "vs2")
@@ -38,6 +41,9 @@ class Steering:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not known. Use one of {list(METHODS)}.")
+        for name, value in (("lambda_", self.lambda_), *(("gamma", factor) for factor in self.gamma_factors)):
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"{name} must be made of finite numbers, not {value!r}.")
         if self.gate is not None and self.fvu_threshold is not None:
             raise ValueError(
                 f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude each "
@@ -54,9 +60,14 @@ class Steering:
                 "method='centroid' steers along one direction: gamma must be one number, not one a latent."
             )
 
+    @property
+    def gamma_factors(self) -> tuple[float, ...]:
+        """gamma as a tuple: one number, or one a latent."""
+        return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
+
 
 @strict
-class VS2CLIPConfig(PreTrainedConfig):
+class VS2CLIPConfig(PackagedCode, PreTrainedConfig):
     r"""
     Configuration of [`VS2CLIPForZeroShot`].
 
@@ -73,7 +84,7 @@ class VS2CLIPConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, Any]] = {"clip_config": CLIPConfig}
 
     clip_config: dict | CLIPConfig | None = None
-    sae_configs: list | None = None
+    sae_configs: list = field(default_factory=list)
     method: str = "vs2"
     gamma: int | float | list[float] = 1.5
     lambda_: int | float = 2.1
@@ -83,7 +94,7 @@ class VS2CLIPConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     holds_clip: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.clip_config is None:
             self.clip_config = CLIPConfig()
         elif isinstance(self.clip_config, dict):
@@ -92,7 +103,7 @@ class VS2CLIPConfig(PreTrainedConfig):
             # A composite config sets the attention implementation of its parts: never on a config that a live model uses.
             self.clip_config = copy.deepcopy(self.clip_config)
         self.sae_configs = [
-            SAEConfig(**sae) if isinstance(sae, dict) else copy.deepcopy(sae) for sae in self.sae_configs or []
+            SAEConfig(**sae) if isinstance(sae, dict) else copy.deepcopy(sae) for sae in self.sae_configs
         ]
         super().__post_init__(**kwargs)
         self.steering()  # refuses settings that exclude each other

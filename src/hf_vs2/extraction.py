@@ -99,7 +99,7 @@ class Extraction:
             failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
             distributed.all_reduce(failed)
             if failure is None and failed.item():
-                raise RuntimeError("The extraction failed on another process: see its message")
+                raise StoreError("The extraction failed on another process: see its message")
         if failure is not None:
             raise failure
 

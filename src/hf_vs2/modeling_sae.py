@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_sae import SAEConfig
 from .functional import fvu_per_sample, top_k
+from .hub import HubMixin
 from .sparse_ops import linear_at, sparse_decode
 
 
@@ -44,7 +45,7 @@ class SAEOutput(ModelOutput):
     fvu: torch.Tensor | None = None
 
 
-class SAEModel(PreTrainedModel):
+class SAEModel(HubMixin, PreTrainedModel):
     """
     Top-k sparse autoencoder, eq. 1: `c = TopK(W_enc (x - b_pre) + b_enc)`, `x~ = W_dec^T c + b_pre`.
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 from transformers.utils.generic import can_return_tuple
 
-from .base_model import check_base_model, resolve_layer
+from .base_model import check_base_model, loaded_revision, resolve_layer
 from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import Steering, VS2CLIPConfig
 from .functional import amplify, centroid_steer, gate, steer, steering_vector
+from .hub import HubMixin
 from .modeling_sae import SAEModel
 from .processing import save_processing
 
@@ -47,13 +49,14 @@ class SteeredRows(NamedTuple):
 @dataclass
 class VS2ImageFeatures(ModelOutput):
     """
-    Image features of cached CLS rows.
+    Image features, and for each image what steering did.
 
     Args:
         features (`torch.Tensor` of shape `(batch, projection_dim)`): projected, not normalised.
         fvu (`torch.Tensor` of shape `(batch,)`, *optional*): per-sample FVU; `None` when steering is off.
         steered (`torch.BoolTensor` of shape `(batch,)`): which rows were steered.
         latent_values, latent_indices (`torch.Tensor` of shape `(batch, top_k)`, *optional*): the active latents.
+        plain_features (`torch.Tensor` of shape `(batch, projection_dim)`, *optional*): plain CLIP's, where asked for.
     """
 
     features: torch.Tensor | None = None
@@ -61,6 +64,7 @@ class VS2ImageFeatures(ModelOutput):
     steered: torch.Tensor | None = None
     latent_values: torch.Tensor | None = None
     latent_indices: torch.Tensor | None = None
+    plain_features: torch.Tensor | None = None
 
 
 @dataclass
@@ -83,7 +87,7 @@ class VS2CLIPOutput(CLIPOutput):
     latent_indices: torch.Tensor | tuple[torch.Tensor, ...] | None = None
 
 
-class VS2CLIPForZeroShot(PreTrainedModel):
+class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     """
     Wraps a CLIP and the SAEs trained on it; everything that CLIP computes from an image is steered.
 
@@ -141,12 +145,12 @@ class VS2CLIPForZeroShot(PreTrainedModel):
             steering = config.steering()
         else:
             saes = _saes_by_layer(clip, sae)
-            steering = Steering(method, _as_gamma(gamma), lambda_, gate, fvu_threshold)
+            steering = Steering(method, *map(_plain, (gamma, lambda_, gate, fvu_threshold)))
             config = VS2CLIPConfig(
                 clip_config=clip.config,
                 sae_configs=[saes[layer].config for layer in sorted(saes)],
                 base_model_name_or_path=clip.config._name_or_path or None,
-                base_model_revision=getattr(clip.config, "_commit_hash", None),
+                base_model_revision=loaded_revision(clip),
                 dtype=clip.dtype,
             )
         super().__init__(config)
@@ -154,12 +158,22 @@ class VS2CLIPForZeroShot(PreTrainedModel):
         self.saes = nn.ModuleDict({str(layer): saes[layer] for layer in sorted(saes)})
         self.post_init()
         self.set_steering(**asdict(steering))
-        self.train(clip.training)
+        self.training = clip.training  # `self.train(...)` would set the mode of each part of the CLIP
 
     @property
     def sae(self) -> SAEModel:
         """The SAE of the deepest steered layer."""
-        return list(self.saes.values())[-1]
+        return list(self.sae_by_layer.values())[-1]
+
+    @property
+    def sae_by_layer(self) -> dict[int, SAEModel]:
+        """The SAEs by layer index, ascending."""
+        return {int(layer): cast(SAEModel, sae) for layer, sae in self.saes.items()}
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the vision tower."""
+        return self.clip.vision_model.config.num_hidden_layers
 
     # Settings
 
@@ -199,8 +213,7 @@ class VS2CLIPForZeroShot(PreTrainedModel):
         return dict(self._thresholds)
 
     def _changed(self, settings: dict[str, Any]) -> Steering:
-        if "gamma" in settings:
-            settings["gamma"] = _as_gamma(settings["gamma"])
+        settings = {name: _plain(value) for name, value in settings.items()}
         if settings.get("gate") is not None:
             settings.setdefault("fvu_threshold", None)
         elif settings.get("fvu_threshold") is not None:
@@ -209,14 +222,14 @@ class VS2CLIPForZeroShot(PreTrainedModel):
 
     def _use(self, steering: Steering) -> None:
         thresholds: dict[int, float | None] = {}
-        for layer, sae in self.saes.items():
+        for layer, sae in self.sae_by_layer.items():
             if isinstance(steering.gamma, tuple) and len(steering.gamma) != sae.config.num_latents:
                 raise ValueError(
                     f"gamma holds {len(steering.gamma)} factors, but the SAE of layer {layer} has {sae.config.num_latents} "
                     "latents. Give one number, or one factor a latent."
                 )
             quantile = steering.gate
-            thresholds[int(layer)] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
+            thresholds[layer] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
         self._steering = steering
         self._thresholds = thresholds
         self._gamma: torch.Tensor | None = None
@@ -229,10 +242,10 @@ class VS2CLIPForZeroShot(PreTrainedModel):
 
     def steer_cls(self, rows: torch.Tensor, layer: int = -1) -> SteeredRows:
         """Steer CLS rows `(batch, hidden_size)` of one layer (algorithm 1): encode, gate on FVU, move, keep the norm."""
-        index = resolve_layer(layer, self.config.clip_config.vision_config.num_hidden_layers)
-        if str(index) not in self.saes:
-            raise ValueError(f"No SAE for layer {index}: this model holds SAEs for layers {sorted(self._thresholds)}.")
-        sae = self.saes[str(index)]
+        index = resolve_layer(layer, self.num_layers)
+        sae = self.sae_by_layer.get(index)
+        if sae is None:
+            raise ValueError(f"No SAE for layer {index}: this model holds SAEs for layers {list(self.sae_by_layer)}.")
         # Half-precision rows are steered in float32; the result goes back to where and what it came from.
         x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
         code = sae(x)
@@ -252,7 +265,8 @@ class VS2CLIPForZeroShot(PreTrainedModel):
         if method == "vs2":
             return steer(x, steering_vector(values, indices, sae.W_dec, gamma).to(x.dtype), lambda_)
         if method == "centroid":
-            return centroid_steer(x, sae.mean, lambda_ * (self._steering.gamma - 1))
+            (factor,) = self._steering.gamma_factors
+            return centroid_steer(x, sae.mean, lambda_ * (factor - 1))
         if method == "reconstruct":
             return code.reconstruction
         return sae.decode(amplify(values, indices, gamma), indices)  # "amplify"
@@ -265,8 +279,10 @@ class VS2CLIPForZeroShot(PreTrainedModel):
             self._gamma = torch.tensor(self._steering.gamma, device=device)
         return self._gamma
 
-    def _steered_vision(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[Any, dict[int, SteeredRows]]:
+    def _steered_vision(self, pixel_values: torch.Tensor | None, **kwargs: Any) -> tuple[Any, dict[int, SteeredRows]]:
         """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each layer."""
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")  # as CLIPModel says it
         vision = self.clip.vision_model
         last = len(vision.encoder.layers) - 1
         done: dict[int, SteeredRows] = {}
@@ -328,42 +344,56 @@ class VS2CLIPForZeroShot(PreTrainedModel):
         Args:
             pretrained_model_name_or_path (`str` or path): Hub id or folder.
             clip (`CLIPModel` or `str`, *optional*): the CLIP to use instead of the one named, as a model, an id or a path.
-            kwargs: as for any transformers model: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`,
-                `force_download`, `dtype`, `device_map`, `attn_implementation`. `revision` and `subfolder` belong to the
-                checkpoint, not to the CLIP it names.
+            kwargs: settings of [`Steering`] to use instead of the stored ones; and, as for any transformers model,
+                `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`, `dtype`, `device_map`,
+                `attn_implementation`. `revision` and `subfolder` belong to the checkpoint, not to the CLIP it names.
 
         Raises:
             `ValueError`: if the checkpoint is something else, names no CLIP, or `clip` is not the one it was trained on.
+            `OSError`: if files are missing or can't be reached.
         """
         found = kwargs.pop("config", None)
         place = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
         config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+        if not config_dict:
+            where = f" in subfolder {place['subfolder']!r}" if place.get("subfolder") else ""
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json{where}. If it holds several SAEs, name one with subfolder=."
+            )
         model_type = config_dict.get("model_type")
         if model_type == SAEConfig.model_type:
             sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **_without_attention(kwargs))
             defaults = sae.config
-            return cls(
+            model = cls(
                 _load_clip(clip, defaults, place, kwargs),
                 sae,
                 gamma=defaults.gamma,
                 lambda_=defaults.lambda_,
                 gate=defaults.gate if defaults.fvu_quantiles else None,
             )
-        if model_type != VS2CLIPConfig.model_type:
+        elif model_type != VS2CLIPConfig.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; expected a VS2 checkpoint "
                 f"({VS2CLIPConfig.model_type!r}) or an SAE checkpoint ({SAEConfig.model_type!r}). To steer a CLIP you need an "
                 "SAE trained on it: VS2CLIPForZeroShot(clip, sae)."
             )
-        if config_dict.get("holds_clip") and clip is None:
+        elif config_dict.get("holds_clip") and clip is None:
             if found is not None:
                 kwargs["config"] = found
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **place, **kwargs)
-        config = found or VS2CLIPConfig.from_dict(config_dict)
-        model = cls(
-            _load_clip(clip, config, place, kwargs), _load_saes(pretrained_model_name_or_path, config, place, kwargs)
-        )
-        model.set_steering(**asdict(config.steering()))
+            model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **place, **kwargs)
+        else:
+            config = found or VS2CLIPConfig.from_dict(config_dict)
+            # The dtype of the checkpoint, not of the repository its CLIP lies in: as if the weights were here. Older Auto classes
+            # hand on a dtype that was asked for in the config alone.
+            asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
+            model = cls(
+                _load_clip(clip, config, place, kwargs | asked),
+                _load_saes(pretrained_model_name_or_path, config, place, kwargs),
+            )
+            model.set_steering(**asdict(config.steering()))
+        if settings:
+            model.set_steering(**settings)
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool = False, **kwargs: Any) -> None:
@@ -380,12 +410,15 @@ class VS2CLIPForZeroShot(PreTrainedModel):
                 "Save it with full=True, or load the CLIP by from_pretrained first."
             )
         self.config.holds_clip = full
+        # As they are now (calibrated since, perhaps), each with the layer that it steers.
+        self.config.sae_configs = [_at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
         state = kwargs.pop("state_dict", None) or self.state_dict()
         if not full:
             state = {name: tensor for name, tensor in state.items() if name.startswith("saes.")}
+        name = self.config.base_model_name_or_path
+        if name is not None and kwargs.get("is_main_process", True):
+            save_processing(name, self.config.base_model_revision, save_directory, token=kwargs.get("token"))
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
-        if self.config.base_model_name_or_path is not None and kwargs.get("is_main_process", True):
-            save_processing(self.config.base_model_name_or_path, self.config.base_model_revision, save_directory)
 
     # CLIP's interface
 
@@ -405,6 +438,26 @@ class VS2CLIPForZeroShot(PreTrainedModel):
         """`CLIPModel.get_text_features`, untouched: steering moves images only."""
         return self.clip.get_text_features(*args, **kwargs)
 
+    def image_features(
+        self, pixel_values: torch.Tensor, *, with_plain: bool = False, **kwargs: Any
+    ) -> VS2ImageFeatures:
+        """`get_image_features` with what steering did to each image; shapes as in [`VS2CLIPOutput`] for several SAEs.
+
+        `with_plain=True` adds plain CLIP's features, bit for bit. They cost nothing while only the last layer is steered,
+        since they start from the same CLS row, and a second pass through the vision tower otherwise.
+        """
+        if not self._is_steering:
+            features = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+            nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+            return VS2ImageFeatures(features, steered=nothing, plain_features=features if with_plain else None)
+        outputs, done = self._steered_vision(pixel_values, **kwargs)
+        features, plain = self.clip.visual_projection(outputs.pooler_output), None
+        if with_plain and len(done) == 1 and len(self.clip.vision_model.encoder.layers) - 1 in done:
+            plain = self.clip.visual_projection(self.clip.vision_model.post_layernorm(outputs.last_hidden_state[:, 0]))
+        elif with_plain:
+            plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+        return VS2ImageFeatures(features, plain_features=plain, **_per_image(done))
+
     def image_features_from_cls(self, rows: torch.Tensor) -> VS2ImageFeatures:
         """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
 
@@ -420,7 +473,7 @@ class VS2CLIPForZeroShot(PreTrainedModel):
             raise ValueError(
                 f"Layers {inner} are steered too; only the last layer's steering can be replayed on cached rows."
             )
-        width = self.config.clip_config.vision_config.hidden_size
+        width = vision.config.hidden_size
         if rows.ndim != 2 or rows.shape[1] != width:
             raise ValueError(
                 f"CLS rows of this CLIP are (batch, {width}); these are {tuple(rows.shape)}. "
@@ -447,7 +500,10 @@ class VS2CLIPForZeroShot(PreTrainedModel):
     ) -> VS2CLIPOutput:
         """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`]."""
         text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        image_inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        image_inputs: dict[str, Any] = {
+            "pixel_values": pixel_values,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+        }
         if not self._is_steering:
             plain = self.clip(**text_inputs, **image_inputs, return_loss=return_loss, **kwargs)
             nothing = torch.zeros(len(plain.image_embeds), dtype=torch.bool, device=plain.image_embeds.device)
@@ -511,46 +567,55 @@ def _load_clip(
     if isinstance(clip, CLIPModel):
         return clip
     access = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "_commit_hash")}
-    if clip is not None:
-        return CLIPModel.from_pretrained(clip, **access, **kwargs)
-    if config.base_model_name_or_path is None:
+    name, revision = (clip, None) if clip is not None else (config.base_model_name_or_path, config.base_model_revision)
+    if name is None:
         raise ValueError(
             "This checkpoint does not name the CLIP it belongs to. Give it: from_pretrained(..., clip=...)."
         )
-    return CLIPModel.from_pretrained(
-        config.base_model_name_or_path, revision=config.base_model_revision or "main", **access, **kwargs
-    )
+    clip_dict, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main", **access)
+    if clip_dict.get("model_type") != CLIPConfig.model_type:
+        # transformers would load it as a CLIP with random weights.
+        raise ValueError(f"{name} holds a model of type {clip_dict.get('model_type')!r}; expected a CLIP ('clip').")
+    model = CLIPModel.from_pretrained(name, revision=revision or "main", **access, **kwargs)
+    # Newer transformers forgets it, and what is saved again should name it again.
+    model.config._commit_hash = revision or loaded_revision(model, access.get("cache_dir"))
+    return model
 
 
 def _load_saes(
     name_or_path: str | os.PathLike, config: VS2CLIPConfig, place: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[int, SAEModel]:
-    """The SAEs of a light VS2 checkpoint, whose weights are named `saes.<layer>.<parameter>`."""
+    """The SAEs of a VS2 checkpoint, whose weights are named `saes.<layer>.<parameter>`."""
     path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **place)
-    num_layers = config.clip_config.vision_config.num_hidden_layers
     saes = {}
     with safe_open(path, framework="pt") as weights:
         for sae_config in config.sae_configs:
-            layer = resolve_layer(-1 if sae_config.layer is None else sae_config.layer, num_layers)
+            layer = sae_config.layer
             prefix = f"saes.{layer}."
-            state = {
-                name[len(prefix) :]: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefix)
-            }
+            names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            state = {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
+            if not state:
+                raise ValueError(f"{path} holds no weights for the SAE of layer {layer} that its config.json names.")
             saes[layer] = SAEModel.from_pretrained(
                 None, config=sae_config, state_dict=state, **_without_attention(kwargs)
             )
     return saes
 
 
-def _as_gamma(gamma: Any) -> float | tuple[float, ...]:
-    if isinstance(gamma, torch.Tensor):
-        gamma = gamma.tolist()
-    return tuple(float(factor) for factor in gamma) if isinstance(gamma, (list, tuple)) else gamma
+def _plain(setting: Any) -> Any:
+    """A setting as Python numbers: tensors and arrays become a number or a tuple of them."""
+    setting = setting.tolist() if hasattr(setting, "tolist") else setting
+    return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting
 
 
-def _layer_of(config: Any, clip: CLIPModel) -> int:
-    num_layers = clip.config.vision_config.num_hidden_layers
-    return resolve_layer(-1 if config.layer is None else config.layer, num_layers)
+def _at_layer(config: SAEConfig, layer: int) -> SAEConfig:
+    config = copy.deepcopy(config)
+    config.layer = layer
+    return config
+
+
+def _layer_of(config: SAEConfig, clip: CLIPModel) -> int:
+    return resolve_layer(-1 if config.layer is None else config.layer, clip.vision_model.config.num_hidden_layers)
 
 
 def _saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
@@ -559,7 +624,7 @@ def _saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | Non
     given = {_layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
     if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
         raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
-    num_layers = clip.config.vision_config.num_hidden_layers
+    num_layers = clip.vision_model.config.num_hidden_layers
     saes = {}
     for layer, one in given.items():
         check_base_model(clip, one.config)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from . import __version__
-from .calibration import activation_statistics, as_rows, calibrate, split_rows
+from .base_model import resolve_layer
+from .calibration import Rows, TensorRows, activation_statistics, batches, calibrate, split_rows
+from .checkpoint_folder import CARD_NAME
 from .configuration_sae import SAEConfig
+from .model_card import write_model_card
 from .modeling_sae import SAEModel
 from .training_args import SAETrainingArguments
 
@@ -32,6 +38,18 @@ logger = logging.get_logger(__name__)
 
 LOG_NAME = "training_log.json"
 _CHECKPOINT_PREFIX = "checkpoint-"
+_STATE_NAME = "trainer_state.json"
+_COUNTERS_NAME = "steps_since_active.safetensors"
+# What must not change between a training checkpoint and the run that continues it.
+_PLANNED_CONFIG = ("num_latents", "top_k", "activation", "aux_k", "aux_k_coefficient")
+_PLANNED_ARGUMENTS = (
+    "seed",
+    "learning_rate",
+    "warmup_ratio",
+    "max_grad_norm",
+    "dead_latent_threshold",
+    "calibration_share",
+)
 
 
 class BatchPlan:
@@ -61,27 +79,36 @@ class BatchPlan:
         return self._cached[1]
 
 
+@dataclass
 class _Progress:
-    """What a training checkpoint holds besides weights and optimizer: registered with accelerate."""
+    """What a training checkpoint holds beside the weights and accelerate's files: JSON and safetensors, nothing pickled."""
 
-    def __init__(self, num_latents: int, plan: dict[str, Any]):
-        self.step = 0
-        self.steps_since_active = torch.zeros(num_latents, dtype=torch.int64)
-        self.log: list[dict[str, float]] = []
-        self.plan = plan
+    plan: dict[str, Any]
+    """All that decides what a run computes; a checkpoint of another plan is not continued."""
+    steps_since_active: torch.Tensor
+    step: int = 0
+    log: list[dict[str, float]] = field(default_factory=list)
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+    def save(self, folder: Path, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+        save_file({"steps_since_active": self.steps_since_active}, folder / _COUNTERS_NAME)
+        state = {"plan": self.plan, "step": self.step, "log": self.log, "schedule": schedule.state_dict()}
+        write_atomically(folder / _STATE_NAME, json.dumps(state) + "\n")
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        changed = [name for name, value in self.plan.items() if state["plan"].get(name) != value]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"This checkpoint was trained with {name}={state['plan'].get(name)}, now it is {self.plan[name]}: the run can't be "
-                "continued exactly. Use the same settings, or train anew in another output_dir."
-            )
-        vars(self).update(state)
+    def load(self, folder: Path, accelerator: Accelerator, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+        if not (folder / _STATE_NAME).is_file():
+            raise ValueError(f"resume_from_checkpoint={folder} is no training checkpoint: it has no {_STATE_NAME}.")
+        state = json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
+        for name, value in self.plan.items():
+            before = state["plan"].get(name)
+            if before != value and not (isinstance(value, float) and math.isclose(before or 0.0, value, rel_tol=1e-6)):
+                raise ValueError(
+                    f"{folder} was trained with {name}={before}, now it is {value}: the run can't be continued exactly. "
+                    "Use the same rows and settings, or train anew in another output_dir."
+                )
+        accelerator.load_state(str(folder))
+        schedule.load_state_dict(state["schedule"])
+        self.steps_since_active = load_file(folder / _COUNTERS_NAME)["steps_since_active"].to(accelerator.device)
+        self.step, self.log = state["step"], state["log"]
 
 
 class SAETrainer:
@@ -92,8 +119,9 @@ class SAETrainer:
     float error. No labels are used.
 
     Args:
-        model (`SAEModel` or `SAEConfig`): a model to go on training, or the configuration of a new one (`hidden_size` must be the
-            activations'). Which CLIP and layer the rows come from is copied into its config from the store.
+        model (`SAEModel` or `SAEConfig`): a model to go on training, or the configuration of a new one, which is copied
+            (`hidden_size` must be the activations'). The model's config takes over from the store which CLIP and layer the
+            rows come from.
         args (`SAETrainingArguments`): how to train.
         train_rows (`ActivationStore` or `torch.Tensor` of shape `(rows, hidden_size)`): the activations.
         layer (`int`, *optional*): which layer of a store that holds several.
@@ -119,6 +147,8 @@ class SAETrainer:
     ):
         self.args = args
         self.accelerator = Accelerator(
+            # Without this, processes that torchrun starts on a machine without GPU would each train alone.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
@@ -126,9 +156,16 @@ class SAETrainer:
             # The only buffer, the mean, never changes: nothing to broadcast at each step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        if args.report_to not in ("none", "all") and not self.accelerator.log_with:
+            raise ImportError(
+                f"report_to={args.report_to}: that tracker is not installed. Install it, or use report_to=none."
+            )
         set_seed(args.seed)
-        self.model = SAEModel(model) if isinstance(model, SAEConfig) else model
-        self.rows = _LayerRows(train_rows, layer) if hasattr(train_rows, "metadata") else as_rows(train_rows)
+        self._is_new = isinstance(model, SAEConfig) or model.config.total_variance is None
+        self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model
+        self.rows: Rows = (
+            TensorRows(train_rows) if isinstance(train_rows, torch.Tensor) else _LayerRows(train_rows, layer)
+        )
         width = self.rows.take(torch.zeros(1, dtype=torch.int64)).shape[1]
         if width != self.model.config.hidden_size:
             raise ValueError(
@@ -137,7 +174,7 @@ class SAETrainer:
         self.train_indices, self.held_out_indices = split_rows(len(self.rows), args.calibration_share, args.seed)
         if len(self.train_indices) < 2:
             raise ValueError(f"{len(self.rows)} activation rows are too few to train an SAE on.")
-        self._record_origin(train_rows, layer)
+        self._record_origin()
 
     @property
     def batch_size(self) -> int:
@@ -154,12 +191,15 @@ class SAETrainer:
         Train, calibrate on the held-out rows, save to `args.output_dir`.
 
         Returns:
-            `dict`: `fvu` and `l0` on the held-out rows (on training rows if none were held out), `dead_share`, `steps`,
+            `dict`: `fvu` and `l0` on the held-out rows (missing if none were held out), `dead_share`, `steps`,
             `train_rows`, `held_out_rows`, `seconds`. The same is written to `training_log.json`, with the log.
+
+        Raises:
+            `ValueError`: on rows that are not finite or all the same, a loss that is not finite, or a checkpoint to resume from
+                that is missing or was made with other rows or settings.
         """
         started = time.perf_counter()
-        if self.model.config.total_variance is None:
-            self.model.set_statistics(*activation_statistics(self.rows, self.train_indices))
+        self._set_statistics()
         progress = self._optimize()
         metrics: dict[str, Any] = self._calibrate()
         metrics["dead_share"] = _dead(progress, self.args.dead_latent_threshold).float().mean().item()
@@ -174,12 +214,13 @@ class SAETrainer:
         if self.accelerator.is_main_process:
             log = {"metrics": metrics, "args": asdict(self.args), "log": progress.log}
             write_atomically(self.args.output_path / LOG_NAME, json.dumps(log, indent=2) + "\n")
+            write_model_card(self.args.output_path)  # again, now that the log tells the settings
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return metrics
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Write the SAE checkpoint (main process only); each file appears whole or not at all."""
-        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             target = Path(output_dir or self.args.output_dir)
             target.mkdir(parents=True, exist_ok=True)
@@ -187,10 +228,28 @@ class SAETrainer:
                 self.model.save_pretrained(scratch)
                 # Weights first: a folder without config.json is not taken for a checkpoint.
                 for file in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
-                    os.replace(file, target / file.name)
-        self.accelerator.wait_for_everyone()
+                    if file.name != CARD_NAME:  # one that a user has edited must stay
+                        os.replace(file, target / file.name)
+            write_model_card(target)
 
-    def _record_origin(self, train_rows: Any, layer: int | None) -> None:
+    def _set_statistics(self) -> None:
+        """Mean and total variance of the training rows into the model; a new one's `b_pre` starts at the mean."""
+        mean, total_variance = activation_statistics(self.rows, self.train_indices)
+        if not total_variance > 0:
+            raise ValueError(
+                "All training rows are the same: there is nothing to learn. Check how they were extracted."
+            )
+        for _ in batches(self.rows, self.held_out_indices):
+            pass  # refuses rows that are not finite now, not in the calibration after the training
+        if self._is_new:
+            self.model.set_statistics(mean, total_variance)
+        else:  # goes on from its own b_pre
+            self.model.mean.copy_(mean)
+            self.model.config.total_variance = total_variance
+        self._is_new = False
+        self.model.config.fvu_quantiles = self.model.config.num_calibration_rows = None
+
+    def _record_origin(self) -> None:
         config = self.model.config
         config.hf_vs2_version = __version__
         config.training_data = {"num_rows": len(self.rows), "seed": self.args.seed}
@@ -201,21 +260,16 @@ class SAETrainer:
 
     def _optimize(self) -> _Progress:
         args, accelerator = self.args, self.accelerator
+        accelerator.free_memory()  # of an earlier, perhaps interrupted, train()
+        # accelerate keeps one value a process: another trainer may have been made since.
+        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
         steps = self.num_steps
         optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
         schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * steps), steps)
-        plan = {
-            "rows": len(self.rows),
-            "global_batch_size": self.batch_size * args.gradient_accumulation_steps,
-            "steps": steps,
-        }
-        plan |= {"seed": args.seed, "learning_rate": args.learning_rate, "calibration_share": args.calibration_share}
-        progress = _Progress(self.model.config.num_latents, plan)
         model, optimizer = accelerator.prepare(self.model, optimizer)
-        accelerator.register_for_checkpointing(progress, schedule)
+        progress = _Progress(self._plan(), torch.zeros_like(self.model.b_enc, dtype=torch.int64))
         if args.resume_from_checkpoint:
-            accelerator.load_state(str(self._checkpoint_to_resume()))
-        progress.steps_since_active = progress.steps_since_active.to(accelerator.device)
+            progress.load(self._checkpoint_to_resume(), accelerator, schedule)
         if args.report_to != "none":
             accelerator.init_trackers("hf_vs2", config=asdict(args))
 
@@ -251,8 +305,25 @@ class SAETrainer:
                 if progress.step % args.logging_steps == 0 or progress.step == steps:
                     self._log(progress, meter, schedule.get_last_lr()[0], bar)
                 if args.save_steps and progress.step % args.save_steps == 0 and progress.step < steps:
-                    self._save_checkpoint(progress.step)
+                    self._save_checkpoint(progress, schedule)
+        # accelerate put mixed precision around the model's forward; what is calibrated and handed back is the model itself.
+        for name in ("forward", "_original_forward"):
+            self.model.__dict__.pop(name, None)
         return progress
+
+    def _plan(self) -> dict[str, Any]:
+        args, config = self.args, self.model.config
+        plan: dict[str, Any] = {
+            "rows": len(self.rows),
+            "steps": self.num_steps,
+            "global_batch_size": self.batch_size * args.gradient_accumulation_steps,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+        plan |= {name: getattr(config, name) for name in _PLANNED_CONFIG}
+        plan |= {name: getattr(args, name) for name in _PLANNED_ARGUMENTS}
+        # Last, so that a changed setting is named first: it stands for the rows themselves.
+        plan["total_variance"] = config.total_variance
+        return plan
 
     def _batch(self, indices: torch.Tensor) -> torch.Tensor:
         """This process's part of a global batch, on its device."""
@@ -285,25 +356,32 @@ class SAETrainer:
         hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
         return tqdm(desc="Training SAE", initial=initial, total=total, unit="step", disable=hidden)
 
-    def _save_checkpoint(self, step: int) -> None:
+    def _save_checkpoint(self, progress: _Progress, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
         """Everything needed to continue exactly, under a temporary name until it is whole; older ones are removed."""
-        output = self.args.output_path
-        final, partial = output / f"{_CHECKPOINT_PREFIX}{step}", output / f".{_CHECKPOINT_PREFIX}{step}.partial"
+        final = self.args.output_path / f"{_CHECKPOINT_PREFIX}{progress.step}"
+        partial = final.with_name(f".{final.name}.partial")
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            progress.save(partial, schedule)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            for old in self._checkpoints()[: -self.args.save_total_limit or None]:
+            # An earlier run in this folder may have left checkpoints of later steps: the new one stays all the same.
+            others = [path for path in self._checkpoints() if path != final]
+            for old in others[: max(0, len(others) + 1 - self.args.save_total_limit)]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def _checkpoints(self) -> list[Path]:
-        found = [path for path in self.args.output_path.glob(f"{_CHECKPOINT_PREFIX}*") if path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix(_CHECKPOINT_PREFIX)))
+        found = {}
+        for path in self.args.output_path.glob(f"{_CHECKPOINT_PREFIX}*"):
+            step = path.name.removeprefix(_CHECKPOINT_PREFIX)
+            if step.isdecimal() and path.is_dir():
+                found[int(step)] = path
+        return [found[step] for step in sorted(found)]
 
     def _checkpoint_to_resume(self) -> Path:
         wanted = self.args.resume_from_checkpoint
@@ -327,7 +405,7 @@ class _LayerRows:
         if layer is None and len(store.layers) > 1:
             raise ValueError(f"The store holds layers {list(store.layers)}: say which one to train on (layer=).")
         self.store = store
-        self.layer = store.layers[0] if layer is None else layer
+        self.layer = store.layers[0] if layer is None else resolve_layer(layer, store.metadata["num_layers"])
 
     def __len__(self) -> int:
         return len(self.store)

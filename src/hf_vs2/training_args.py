@@ -65,9 +65,13 @@ class SAETrainingArguments:
             "gradient_accumulation_steps",
             "logging_steps",
             "dead_latent_threshold",
+            "save_total_limit",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("save_steps", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("max_steps and num_train_epochs both say how long to train: give one of them.")
         for name in ("max_steps", "num_train_epochs", "learning_rate"):
