@@ -1,0 +1,171 @@
+"""The gate keeps its promise: of fresh in-domain images, the stated share is steered. Figures from SAEs really trained."""
+
+import math
+
+import pytest
+import torch
+from toy import clip_like_rows, make_rows, make_sae
+
+from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, calibrate, functional
+from hf_vs2.calibration import activation_statistics, as_rows, batches, conformal_quantiles, split_rows
+
+
+HIDDEN = 48
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """num_rows -> list of (trainer after training, its rows), one for each seed."""
+
+    def train(num_rows, seed):
+        rows = clip_like_rows(num_rows, HIDDEN, seed=seed)
+        arguments = SAETrainingArguments(
+            output_dir=str(tmp_path_factory.mktemp("sae")),
+            max_steps=300,
+            learning_rate=2e-3,
+            per_device_train_batch_size=128,
+            save_steps=0,
+            seed=seed,
+            disable_tqdm=True,
+        )
+        trainer = SAETrainer(SAEConfig(hidden_size=HIDDEN, top_k=8), arguments, rows)
+        trainer.train()
+        return trainer, rows
+
+    return {num_rows: [train(num_rows, seed) for seed in range(seeds)] for num_rows, seeds in ((500, 5), (20_000, 2))}
+
+
+@torch.no_grad()
+def share_passing(sae, threshold):
+    """Of 10,000 rows nobody has seen, the share under the threshold."""
+    return functional.gate(sae(clip_like_rows(10_000, HIDDEN, seed=999)).fvu, threshold).float().mean().item()
+
+
+@pytest.mark.parametrize("num_rows", [500, 20_000])
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
+def test_the_stated_share_of_fresh_rows_passes_the_gate(trained, num_rows, level):
+    """`gate=0.95` means that 95 % of images like the training ones are steered, with many rows and with few."""
+    runs = trained[num_rows]
+    shares = [share_passing(trainer.model, trainer.model.fvu_threshold(level)) for trainer, _ in runs]
+    # Over draws of n held-out rows the share is Beta((n + 1) q, (n + 1) (1 - q)): mean q, or more by rounding up to 1/n.
+    n = runs[0][0].model.config.num_calibration_rows
+    deviation = math.sqrt(level * (1 - level) / n / len(shares))
+    assert level - 3 * deviation < sum(shares) / len(shares) < level + 1 / n + 3 * deviation, shares
+
+
+def test_in_sample_quantiles_would_not_keep_the_promise(trained):
+    """Why rows are held out: the SAE knows its training rows, and their quantile turns away fresh images by the dozen."""
+    in_sample, held_out = [], []
+    for trainer, rows in trained[500]:
+        with torch.no_grad():
+            threshold = trainer.model(rows[trainer.train_indices]).fvu.quantile(0.9).item()
+        in_sample.append(share_passing(trainer.model, threshold))
+        held_out.append(share_passing(trainer.model, trainer.model.fvu_threshold(0.9)))
+    assert max(in_sample) < 0.8
+    assert sum(held_out) / len(held_out) > 0.86
+
+
+def test_the_gate_turns_away_another_domain(trained):
+    """What the gate is for: rows without the structure that the SAE has learnt."""
+    sae = trained[20_000][0][0].model
+    world = clip_like_rows(2_000, HIDDEN, seed=3)
+    foreign = world.mean(0) + world.std(0) * torch.randn(2_000, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert functional.gate(sae(foreign).fvu, sae.fvu_threshold(0.99)).float().mean() < 0.05
+
+
+def test_conformal_rank_in_closed_form():
+    """The ceil((n + 1) q)-th smallest of n: the 10th of 10 for 0.9, the 180th of 199 for 0.9, and none for 0.99 from 50."""
+    values = torch.arange(1.0, 11.0).flip(0)
+    assert conformal_quantiles(values, (0.5, 0.9, 0.95)) == {"0.5": 6.0, "0.9": 10.0}
+    assert conformal_quantiles(torch.arange(1.0, 200.0), (0.9, 0.99)) == {"0.9": 180.0, "0.99": 198.0}
+    # 0.99 * 100 is 99.00000000000001 in no rounding mode anyone wants: the 99th of 99 vouches for 0.99.
+    assert conformal_quantiles(torch.arange(1.0, 100.0), (0.99,)) == {"0.99": 99.0}
+    assert conformal_quantiles(torch.arange(50.0), (0.99,)) == {}
+    assert conformal_quantiles(torch.ones(3)) == dict.fromkeys([str(p / 100) for p in range(1, 76)], 1.0)
+
+
+def test_few_rows_lower_the_default_gate_and_say_so(tiny_clip, caplog):
+    """Forty images can't vouch for the 0.99 quantile. A gate that pretended to would be wrong, an error would stop a demo."""
+    sae = make_sae(32)
+    assert sae.config.gate == 0.99
+    calibrate(sae, make_rows(40, 32))
+    assert sae.config.gate == 0.97 and sae.config.num_calibration_rows == 40
+    assert "40 held-out rows can't vouch for the 0.99 quantile; the default gate is set to 0.97" in caplog.text
+    VS2CLIPForZeroShot(tiny_clip, sae, gate=sae.config.gate)
+
+    calibrate(sae, make_rows(1, 32))
+    assert sae.config.gate == 0.5
+    caplog.clear()
+    calibrate(make_sae(32), make_rows(1000, 32))
+    assert not caplog.text, "enough rows: nothing to say"
+
+
+def test_metrics_are_those_of_the_whole_set():
+    """FVU of a data set is a ratio of sums; the mean of batch FVUs, or of per-sample ones, is another number."""
+    sae, rows = make_sae(activation="relu", top_k=40), make_rows(9000)
+    metrics = calibrate(sae, rows)
+    with torch.no_grad():
+        out = sae(rows)
+    error, spread = (rows - out.reconstruction).double(), (rows - sae.mean).double()
+    assert metrics["fvu"] == pytest.approx((error.square().sum() / spread.square().sum()).item(), rel=1e-6)
+    assert metrics["l0"] == pytest.approx((out.latent_values > 0).sum().item() / 9000, rel=1e-6)
+    assert metrics["l0"] < 40, "latents that ReLU cut off are not active"
+    assert sae.config.fvu_quantiles == conformal_quantiles(out.fvu)
+    some = torch.arange(100, 400)
+    calibrate(sae, rows, some)
+    assert sae.config.fvu_quantiles == conformal_quantiles(out.fvu[some])
+
+
+def test_statistics_keep_their_digits():
+    """CLIP's mean is large beside the deviations: sums of squares in float32 would lose them altogether."""
+    rows = 1000 + 0.01 * torch.randn(10_000, 8, generator=torch.Generator().manual_seed(0))
+    chosen = torch.arange(0, 10_000, 3)
+    mean, total_variance = activation_statistics(as_rows(rows), chosen)
+    exact = rows[chosen].double()
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-7, atol=0)
+    assert total_variance == pytest.approx(exact.var(0, correction=0).sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected"), [(4, 0), (20, 4), (500, 100), (1500, 200), (4000, 200), (20_000, 1000)]
+)
+def test_held_out_rows_are_few_random_and_disjoint(num_rows, expected):
+    """A row in both halves would spoil the calibration; the first rows of a data set are all of one class."""
+    train, held_out = split_rows(num_rows, 0.05, seed=0)
+    assert len(held_out) == expected
+    assert torch.equal(torch.cat([train, held_out]).sort().values, torch.arange(num_rows))
+    assert torch.equal(train, train.sort().values)
+    if expected > 50:
+        assert held_out.float().mean().item() == pytest.approx(num_rows / 2, rel=0.2)
+        assert not torch.equal(split_rows(num_rows, 0.05, seed=1)[1], held_out)
+    assert torch.equal(split_rows(num_rows, 0.05, seed=0)[1], held_out)
+    assert len(split_rows(num_rows, 0.0, seed=0)[1]) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_row_is_named(value):
+    """One NaN among 50,000 rows: the user needs to know which image."""
+    rows = make_rows(9000)
+    rows[8123, 5] = value
+    with pytest.raises(
+        ValueError, match="Activation row 8123 holds NaN or infinite values. Extract the activations again"
+    ):
+        calibrate(make_sae(), rows)
+    with pytest.raises(ValueError, match="row 8123"):
+        list(batches(as_rows(rows), torch.tensor([3, 8123, 4])))
+
+
+def test_rows_that_cannot_calibrate_are_refused():
+    """None at all, another width, or not a table of rows."""
+    with pytest.raises(
+        ValueError, match=r"must be a \(rows, hidden_size\) tensor with at least one row, not \(0, 16\)"
+    ):
+        calibrate(make_sae(), torch.zeros(0, 16))
+    with pytest.raises(ValueError, match="no rows to calibrate on"):
+        calibrate(make_sae(), make_rows(5), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="rows of width 16"):
+        calibrate(make_sae(), make_rows(5, 17))
+    with pytest.raises(ValueError, match=r"tensor with at least one row, not \(16,\)"):
+        calibrate(make_sae(), torch.zeros(16))

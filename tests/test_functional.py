@@ -1,0 +1,166 @@
+"""The equations hold for any SAE, trained or not: these are identities of the paper, checked to float error."""
+
+import numpy as np
+import numpy_reference as reference
+import pytest
+import torch
+from toy import make_rows, make_sae
+
+from hf_vs2 import functional
+
+
+GAMMA, LAMBDA = 1.5, 2.1
+
+
+@pytest.fixture(params=["relu", "absolute"])
+def sae(request):
+    """A random SAE in float64, so that identities can be told from approximations."""
+    return make_sae(activation=request.param).double()
+
+
+@pytest.fixture()
+def x():
+    return make_rows(9).double()
+
+
+@pytest.mark.parametrize(("gamma", "lambda_"), [(1.5, 2.1), (0.0, 1.0), (-1.0, 0.5), (3.0, 4.0)])
+def test_proposition_3_1_holds_for_any_sae(sae, x, gamma, lambda_):
+    """VS2 is centroid steering plus the SAE's own error. If not, the centroid control would compare with something else."""
+    values, indices = sae.encode(x)
+    v = functional.steering_vector(values, indices, sae.W_dec, gamma)
+    alpha = lambda_ * (gamma - 1)
+    error = sae.decode(values, indices) - x
+    expected = x + alpha * (x - sae.b_pre) + alpha * error
+    torch.testing.assert_close(x + lambda_ * v, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_error_term_is_what_the_fvu_measures(sae, x):
+    """||alpha eps|| = alpha sqrt(FVU) ||x - mu||: the gate bounds how far a steered row can go astray."""
+    with torch.no_grad():
+        sae.mean.copy_(sae.b_pre)
+    values, indices = sae.encode(x)
+    reconstruction = sae.decode(values, indices)
+    alpha = LAMBDA * (GAMMA - 1)
+    fvu = functional.fvu_per_sample(x, reconstruction, sae.b_pre)
+    assert fvu.dtype == torch.float32
+    bound = alpha * fvu.sqrt() * (x - sae.b_pre).norm(dim=-1)
+    torch.testing.assert_close((alpha * (reconstruction - x)).norm(dim=-1), bound.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steering_keeps_the_norm_to_float_error(dtype):
+    """`post_layernorm` would hide a wrong length, a layer in the middle would not."""
+    x = 40 * make_rows(200, 64).to(dtype)
+    direction = 30 * make_rows(200, 64, seed=1).to(dtype)
+    for moved in (functional.steer(x, direction, LAMBDA), functional.centroid_steer(x, x.mean(0), 1.05)):
+        assert not torch.equal(moved, x)
+        torch.testing.assert_close(moved.norm(dim=-1), x.norm(dim=-1), rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_no_nan_from_rows_of_zero_length():
+    """An all-black image must not turn a batch into NaN, in the result or in the gradient of the others."""
+    x = torch.stack([torch.zeros(4), torch.ones(4), torch.ones(4)]).requires_grad_()
+    direction = torch.stack([torch.ones(4), -torch.ones(4), torch.ones(4)])
+    moved = functional.steer(x, direction, 1.0)
+    assert torch.equal(moved, torch.stack([torch.zeros(4), torch.zeros(4), torch.ones(4)]))
+    moved[2].sum().backward()
+    assert x.grad[2].isfinite().all()
+
+
+def test_gamma_one_and_lambda_zero_do_nothing(sae, x):
+    """The neutral settings of a sweep must be plain CLIP."""
+    code = sae.encode(x)
+    for gamma, lambda_ in ((1.0, LAMBDA), (GAMMA, 0.0)):
+        moved = functional.steer(x, functional.steering_vector(*code, sae.W_dec, gamma), lambda_)
+        torch.testing.assert_close(moved, x, rtol=1e-14, atol=0)
+
+
+def test_perfect_reconstruction_makes_vs2_the_centroid_control():
+    """With an SAE that reconstructs exactly, the two methods of the comparison are one."""
+    sae = make_sae(hidden_size=8, num_latents=16, top_k=8, activation="relu").double()
+    with torch.no_grad():  # each axis and its opposite: relu codes that reconstruct anything
+        sae.W_enc.copy_(torch.cat([torch.eye(8), -torch.eye(8)]))
+        sae.W_dec.copy_(sae.W_enc)
+        sae.b_enc.zero_()
+    x = make_rows(6, 8).double()
+    v = functional.steering_vector(*sae.encode(x), sae.W_dec, GAMMA)
+    expected = functional.centroid_steer(x, sae.b_pre, LAMBDA * (GAMMA - 1))
+    torch.testing.assert_close(functional.steer(x, v, LAMBDA), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_gamma_a_latent_reaches_its_latent_only(sae, x):
+    """Selective amplification: a factor of 1 must switch a latent off, and equal factors must be the scalar."""
+    values, indices = sae.encode(x)
+    same = torch.full((sae.config.num_latents,), GAMMA, dtype=x.dtype)
+    scalar = functional.steering_vector(values, indices, sae.W_dec, GAMMA)
+    torch.testing.assert_close(functional.steering_vector(values, indices, sae.W_dec, same), scalar)
+
+    chosen = int(indices[0, 0])
+    only = torch.ones_like(same)
+    only[chosen] = GAMMA
+    v = functional.steering_vector(values, indices, sae.W_dec, only)
+    weight = (values * (indices == chosen)).sum(-1, keepdim=True)
+    torch.testing.assert_close(v, (GAMMA - 1) * weight * sae.W_dec[chosen])
+
+
+def test_top_k_follows_its_sign_rule():
+    """The two rules of eq. 1 choose different latents; a checkpoint trained with one is wrong under the other."""
+    pre = torch.tensor([[0.5, -3.0, 2.0, -0.1]])
+    for activation, expected in (("relu", {2: 2.0, 0: 0.5}), ("absolute", {1: -3.0, 2: 2.0})):
+        values, indices = functional.top_k(pre, 2, activation)
+        assert dict(zip(indices[0].tolist(), values[0].tolist(), strict=True)) == expected
+    values, _ = functional.top_k(-torch.ones(1, 4), 2, "relu")
+    assert values.tolist() == [[0.0, 0.0]], "a row with nothing positive has an empty code"
+    with pytest.raises(ValueError, match=r"activation must be one of .*'relu'.*not 'gelu'"):
+        functional.top_k(pre, 2, "gelu")
+
+
+def test_fvu_at_its_edges_and_the_gate():
+    """A row on the mean divides by zero and a broken image is NaN: neither may pass the gate by accident."""
+    mean = torch.tensor([1.0, 2.0])
+    x = torch.stack([mean, mean, mean + 2, torch.tensor([float("nan"), 0.0]), torch.tensor([float("inf"), 0.0])])
+    reconstruction = torch.stack([mean, mean + 1, mean + 1, mean, mean])
+    fvu = functional.fvu_per_sample(x, reconstruction, mean)
+    assert fvu[:3].tolist() == [0.0, float("inf"), 0.25]
+    assert fvu[3:].isnan().all()
+    assert functional.gate(fvu, 0.25).tolist() == [True, False, True, False, False], "tau itself still passes"
+    assert functional.gate(fvu, float("inf")).tolist() == [True, True, True, False, False]
+
+
+def test_fvu_of_half_precision_rows_is_summed_in_float32():
+    """bfloat16 sums over 768 features are off by per cents, more than the distance between two quantiles."""
+    x = make_rows(20, 768).bfloat16()
+    reconstruction = (x + 0.1 * make_rows(20, 768, seed=1)).bfloat16()
+    mean = x.float().mean(0)
+    exact = functional.fvu_per_sample(x.double(), reconstruction.double(), mean.double())
+    torch.testing.assert_close(functional.fvu_per_sample(x, reconstruction, mean), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [1.7, "per latent"])
+@pytest.mark.parametrize(("positives", "negatives"), [(4, 3), (4, 0), (0, 3), (0, 0)])
+def test_contrastive_direction_is_eq_5(sae, x, gamma, positives, negatives):
+    """VS2++ on a query whose neighbours all agree has no negatives: their mean is 0, not NaN."""
+    if gamma == "per latent":
+        gamma = 1 + make_rows(1, sae.config.num_latents)[0].double()
+    codes = torch.zeros(len(x), sae.config.num_latents, dtype=x.dtype)
+    values, indices = sae.encode(x)
+    codes.scatter_(1, indices, values.detach())
+    positive, negative = codes[:positives], codes[positives : positives + negatives]
+    found = functional.contrastive_direction(positive, negative, sae.W_dec.detach(), gamma)
+    expected = reference.contrastive_direction(
+        list(positive.numpy()), list(negative.numpy()), sae.W_dec.detach().numpy(), np.asarray(gamma)
+    )
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_steering_is_differentiable_in_everything_it_uses(sae, x):
+    """Learning gamma, or training a CLIP through the steering, needs the exact gradient and not just some gradient."""
+    values, indices = (tensor.detach() for tensor in sae.encode(x[:3]))
+    gamma = torch.full((sae.config.num_latents,), GAMMA, dtype=x.dtype, requires_grad=True)
+    decoder = sae.W_dec.detach().clone().requires_grad_()
+
+    def steered(row, values, decoder, gamma):
+        return functional.steer(row, functional.steering_vector(values, indices, decoder, gamma), LAMBDA)
+
+    row = x[:3].clone().requires_grad_()
+    assert torch.autograd.gradcheck(steered, (row, values.requires_grad_(), decoder, gamma), check_batched_grad=False)

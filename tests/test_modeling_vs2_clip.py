@@ -1,0 +1,764 @@
+"""A CLIP with SAEs plugged in: exactly CLIP where nothing is steered, exactly the paper where something is."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_clip
+from numpy_reference import ReferenceSAE
+from numpy_reference import steer as reference_steer
+from safetensors.torch import load_file, save_file
+from toy import make_sae
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPModel
+
+from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate, functional
+from hf_vs2.base_model import describe_base_model
+from hf_vs2.configuration_vs2_clip import METHODS
+
+
+HIDDEN, LATENTS, LAST = 32, 128, 2
+STEERING_METHODS = METHODS[1:]
+PER_LATENT = tuple(1 + 0.01 * i for i in range(LATENTS))
+
+
+def make_inputs(batch=4, texts=3, seed=0):
+    """Images and prompts for the tiny CLIP (98 is its end-of-text token)."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(2, 98, (texts, 7), generator=generator)
+    input_ids[:, -1] = 98
+    return {
+        "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+    }
+
+
+@torch.no_grad()
+def cls_rows(clip, pixel_values):
+    return clip.vision_model(pixel_values=pixel_values).last_hidden_state[:, 0]
+
+
+def fitted_sae(clip=None, layer=None, **config):
+    """A random SAE whose `b_pre` and mean sit where this CLIP's CLS rows are, so that FVUs are spread around 1."""
+    sae = make_sae(HIDDEN, layer=layer, **{"top_k": 8, **config})
+    rows = cls_rows(clip or make_tiny_clip(), make_inputs(64, seed=5)["pixel_values"])
+    with torch.no_grad():
+        sae.b_pre.copy_(rows.mean(0))
+        sae.mean.copy_(rows.mean(0) + 0.1)
+        sae.W_enc.div_(4)
+        sae.W_dec.div_(2)
+    calibrate(sae, rows)
+    return sae.eval()
+
+
+@pytest.fixture()
+def sae(tiny_clip):
+    return fitted_sae(tiny_clip)
+
+
+@pytest.fixture()
+def model(tiny_clip, sae):
+    return VS2CLIPForZeroShot(tiny_clip, sae)
+
+
+@pytest.fixture()
+def named_clip(tmp_path):
+    """A CLIP that was loaded from a path, as users' CLIPs are: light checkpoints name it."""
+    make_tiny_clip().save_pretrained(tmp_path / "clip")
+    return CLIPModel.from_pretrained(tmp_path / "clip")
+
+
+def median_fvu(model, inputs):
+    """A threshold that half of the images pass, with none of them on it."""
+    with torch.no_grad():
+        return model(**inputs).fvu.quantile(0.5).item()
+
+
+def assert_same_output(found, expected):
+    for name, tensor in expected.items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(found[name], tensor), name
+        else:
+            assert_same_output(found[name], tensor)
+
+
+# Plain CLIP, bit for bit
+
+
+@pytest.mark.parametrize("off", [{"enabled": False}, {"method": "none"}])
+def test_switched_off_is_plain_clip_bit_for_bit(model, tiny_clip, off):
+    """The baseline of every comparison. A last-bit difference can flip a prediction and count as a gain."""
+    inputs = make_inputs()
+    with torch.no_grad():
+        expected = tiny_clip(**inputs, return_loss=False)
+        steered = model(**inputs)
+        assert not torch.equal(steered.logits_per_image, expected.logits_per_image), "steering does nothing at all"
+        with model.steering(**off):
+            found = model(**inputs)
+            features = model.get_image_features(inputs["pixel_values"])
+    assert_same_output(found, expected)
+    assert_same_output(features, tiny_clip.get_image_features(inputs["pixel_values"]))
+    assert found.fvu is None and found.latent_values is None and found.steered.tolist() == [False] * 4
+
+
+@pytest.mark.parametrize("method", STEERING_METHODS)
+def test_gated_out_rows_are_plain_clip_whatever_else_is_in_the_batch(model, tiny_clip, method):
+    """The promise of the gate: an image it holds back gets CLIP's own result, also beside steered and broken images."""
+    inputs = make_inputs(batch=8)
+    model.set_steering(method=method, fvu_threshold=median_fvu(model, inputs))
+    for order in (torch.arange(8), torch.randperm(8, generator=torch.Generator().manual_seed(1))):
+        batch = {**inputs, "pixel_values": inputs["pixel_values"][order]}
+        with torch.no_grad():
+            found, plain = model(**batch), tiny_clip(**batch)
+        assert 0 < found.steered.sum() < 8
+        kept = ~found.steered
+        for name in ("image_embeds", "logits_per_image"):
+            assert torch.equal(found[name][kept], plain[name][kept]), name
+            assert (found[name][found.steered] != plain[name][found.steered]).any(dim=1).all()
+        assert torch.equal(found.logits_per_text[:, kept], plain.logits_per_text[:, kept])
+        assert torch.equal(found.text_embeds, plain.text_embeds)
+
+
+def test_a_broken_image_is_not_steered_and_spoils_no_other(model, tiny_clip):
+    """One NaN image in a batch of thousands must not change the others' results."""
+    inputs = make_inputs(batch=8)
+    threshold = median_fvu(model, inputs)
+    model.set_steering(fvu_threshold=threshold)
+    with torch.no_grad():
+        expected = model(**inputs)
+        inputs["pixel_values"][2] = float("nan")
+        found, plain = model(**inputs), tiny_clip(**inputs)
+    others = torch.arange(8) != 2
+    assert not found.steered[2] and found.fvu[2].isnan()
+    assert torch.equal(found.logits_per_image[others], expected.logits_per_image[others])
+    kept = ~found.steered & others
+    assert torch.equal(found.logits_per_image[kept], plain.logits_per_image[kept])
+
+
+def test_a_gate_that_lets_nothing_through_is_plain_clip(model, tiny_clip):
+    """A foreign data set with coverage 0 must come out exactly as zero-shot CLIP."""
+    inputs = make_inputs()
+    model.set_steering(fvu_threshold=0.0)
+    with torch.no_grad():
+        assert_same_output(model(**inputs), tiny_clip(**inputs))
+        model.set_steering(fvu_threshold=float("inf"))
+        assert model(**inputs).steered.all()
+
+
+def state_of(clip):
+    """Everything a user could see change in a CLIP."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return {
+        "weights": {name: tensor.clone() for name, tensor in clip.state_dict().items()},
+        "config": copy.deepcopy(clip.config.to_dict()),
+        "attention": [module.config._attn_implementation for module in clip.modules() if hasattr(module, "config")],
+        "modes": {name: module.training for name, module in clip.named_modules()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in clip.named_parameters()},
+        "hooks": {(name, hook): len(getattr(m, hook)) for name, m in clip.named_modules() for hook in hooks},
+        "types": {name: type(module) for name, module in clip.named_modules()},
+    }
+
+
+def test_the_clip_given_is_never_changed(tiny_clip, sae):
+    """People go on using their CLIP beside the wrapper: same results, no hook, same config, same mode of every part."""
+    tiny_clip.vision_model.train()  # a mixed mode, as in training the image side only
+    tiny_clip.text_model.requires_grad_(False)
+    inputs = make_inputs()
+    with torch.no_grad():
+        result = tiny_clip(**inputs)
+    before = state_of(tiny_clip)
+
+    model = VS2CLIPForZeroShot(tiny_clip, {1: fitted_sae(layer=1), LAST: sae}, gate=0.9)
+    with torch.no_grad():
+        model(**inputs)
+        assert_same_output(tiny_clip(**inputs), result)
+    after = state_of(tiny_clip)
+    weights, unchanged = after.pop("weights"), before.pop("weights")
+    assert after == before
+    assert all(torch.equal(weights[name], tensor) for name, tensor in unchanged.items())
+    assert model.clip is tiny_clip, "no copy: two CLIPs would not fit in memory"
+    assert tiny_clip.config._attn_implementation == "sdpa", "the trap: a composite config resets it"
+
+
+# The method
+
+
+@pytest.mark.parametrize("activation", ["relu", "absolute"])
+@pytest.mark.parametrize(
+    ("method", "gamma"),
+    [*((method, 1.5) for method in STEERING_METHODS), *((m, PER_LATENT) for m in ("vs2", "amplify", "reconstruct"))],
+    ids=lambda value: "per-latent" if isinstance(value, tuple) else str(value),
+)
+def test_numpy_reference_agrees(tiny_clip, method, gamma, activation):
+    """Every method with every kind of gamma, gated, against loops that were written from the paper alone."""
+    sae = fitted_sae(tiny_clip, activation=activation)
+    rows = cls_rows(tiny_clip, make_inputs(12)["pixel_values"])
+    tau = sae(rows).fvu.median().item()
+    model = VS2CLIPForZeroShot(tiny_clip, sae, gamma=gamma, lambda_=0.7, method=method, fvu_threshold=tau)
+    with torch.no_grad():
+        found = model.steer_cls(rows)
+    plain = ReferenceSAE.of(sae)
+    for i, row in enumerate(rows.double().numpy()):
+        np.testing.assert_allclose(found.fvu[i].item(), plain.fvu(row), rtol=1e-4)
+        assert found.steered[i].item() == (found.fvu[i].item() <= tau)
+        gate = float("inf") if found.steered[i] else 0.0
+        expected = reference_steer(plain, row, method, gamma, 0.7, gate)
+        np.testing.assert_allclose(found.rows[i].numpy(), expected, rtol=1e-3, atol=1e-4)
+    assert 0 < found.steered.sum() < 12
+    assert torch.equal(found.rows[~found.steered], rows[~found.steered])
+
+
+@pytest.mark.parametrize("method", STEERING_METHODS)
+def test_tail_replay_equals_the_full_model(model, tiny_clip, method):
+    """Whole evaluations run on cached rows: they must give what the model gives on the images."""
+    inputs = make_inputs(batch=8)
+    model.set_steering(method=method, fvu_threshold=median_fvu(model, inputs))
+    rows = cls_rows(tiny_clip, inputs["pixel_values"])
+    with torch.no_grad():
+        full = model.get_image_features(inputs["pixel_values"]).pooler_output
+        out = model(**inputs)
+        replayed = model.image_features_from_cls(rows)
+    assert torch.equal(replayed.features, full)
+    for name in ("fvu", "steered", "latent_values", "latent_indices"):
+        assert torch.equal(replayed[name], out[name]), name
+    with torch.no_grad(), model.steering(enabled=False):
+        plain = model.image_features_from_cls(rows)
+        assert torch.equal(plain.features, tiny_clip.get_image_features(inputs["pixel_values"]).pooler_output)
+    assert plain.fvu is None and not plain.steered.any()
+
+
+def test_image_features_carry_the_plain_ones(model, tiny_clip):
+    """The pipeline and the evaluation compare both from one pass; the plain ones must be CLIP's own."""
+    pixels = make_inputs(batch=8)["pixel_values"]
+    with torch.no_grad():
+        plain = tiny_clip.get_image_features(pixels).pooler_output
+        found = model.image_features(pixels, with_plain=True)
+        assert torch.equal(found.features, model.get_image_features(pixels).pooler_output)
+        assert torch.equal(found.plain_features, plain) and found.steered.all()
+        assert model.image_features(pixels).plain_features is None
+        with model.steering(enabled=False):
+            off = model.image_features(pixels, with_plain=True)
+    assert torch.equal(off.features, plain) and torch.equal(off.plain_features, plain) and not off.steered.any()
+
+
+@pytest.mark.parametrize("method", STEERING_METHODS)
+def test_a_batch_is_steered_as_each_image_alone(model, method):
+    """Per-sample and order-free: a result must not depend on which images happen to share a batch."""
+    inputs = make_inputs(batch=6)
+    model.set_steering(method=method, fvu_threshold=median_fvu(model, inputs))
+    with torch.no_grad():
+        together = model(**inputs)
+        for i in range(6):
+            alone = model(**{**inputs, "pixel_values": inputs["pixel_values"][i : i + 1]})
+            torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(alone.fvu[0], together.fvu[i], rtol=1e-4, atol=1e-5)
+
+
+def test_last_layer_steering_touches_no_patch_token(model, tiny_clip):
+    """`last_hidden_state` is what segmentation heads and attention maps read; there it stays CLIP's."""
+    inputs = make_inputs()
+    with torch.no_grad():
+        plain = tiny_clip(**inputs, output_hidden_states=True)
+        found = model(**inputs, output_hidden_states=True)
+    vision = found.vision_model_output
+    assert torch.equal(vision.last_hidden_state, plain.vision_model_output.last_hidden_state)
+    assert not torch.equal(vision.pooler_output, plain.vision_model_output.pooler_output)
+    assert len(vision.hidden_states) == LAST + 2
+    assert all(map(torch.equal, vision.hidden_states, plain.vision_model_output.hidden_states))
+
+
+@torch.no_grad()
+def hand_written_features(clip, saes, pixel_values, gamma, lambda_):
+    """The vision tower with steering at several layers, spelled out as the paper's layer study describes it."""
+    vision = clip.vision_model
+    hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
+    for index, layer in enumerate(vision.encoder.layers):
+        hidden = layer(hidden, None)
+        if index in saes:
+            row = hidden[:, 0]
+            v = functional.steering_vector(*saes[index].encode(row), saes[index].W_dec, gamma)
+            hidden = torch.cat([functional.steer(row, v, lambda_)[:, None], hidden[:, 1:]], dim=1)
+    return clip.visual_projection(vision.post_layernorm(hidden[:, 0]))
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1), (1, LAST), (0, 1, LAST)])
+def test_several_layers_equal_a_hand_written_forward(tiny_clip, layers):
+    """The paper's layer study (table of section 4): one SAE a layer, each reading what the layers below made of it."""
+    saes = {layer: fitted_sae(tiny_clip, layer=layer, seed=layer) for layer in layers}
+    model = VS2CLIPForZeroShot(tiny_clip, saes)
+    inputs = make_inputs()
+    with torch.no_grad():
+        out = model(**inputs)
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    expected = hand_written_features(tiny_clip, saes, inputs["pixel_values"], 1.5, 2.1)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(out.vision_model_output.pooler_output, features)
+    if len(layers) > 1:
+        assert out.fvu.shape == out.steered.shape == (4, len(layers))
+        assert [values.shape for values in out.latent_values] == [(4, 8)] * len(layers)
+    with pytest.raises(ValueError, match="Layers .* are steered too; only the last layer's steering can be replayed"):
+        model.image_features_from_cls(torch.zeros(1, HIDDEN))
+    with torch.no_grad(), model.steering(enabled=False):
+        plain = tiny_clip.get_image_features(inputs["pixel_values"]).pooler_output
+        assert torch.equal(model.get_image_features(inputs["pixel_values"]).pooler_output, plain)
+
+
+def test_inner_layer_gated_out_is_plain_clip(tiny_clip):
+    """The gate's promise holds for the layer study too."""
+    model = VS2CLIPForZeroShot(tiny_clip, {0: fitted_sae(layer=0), 1: fitted_sae(layer=1)}, fvu_threshold=0.0)
+    inputs = make_inputs()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits_per_image, tiny_clip(**inputs).logits_per_image)
+
+
+def test_inner_layers_refuse_what_they_cannot_give(tiny_clip):
+    """Hidden states that silently miss the steering would be worse than none."""
+    model = VS2CLIPForZeroShot(tiny_clip, fitted_sae(layer=1))
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"{name}=True is supported when only the last layer is steered"):
+            model(**make_inputs(), **{name: True})
+
+
+@pytest.mark.parametrize("layer", [1, LAST])
+def test_missing_images_are_named(tiny_clip, layer):
+    """As CLIPModel does."""
+    inputs = make_inputs()
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match="You have to specify pixel_values"):
+        VS2CLIPForZeroShot(tiny_clip, fitted_sae(layer=layer))(**inputs)
+
+
+@pytest.mark.parametrize(
+    "gamma", [torch.full((LATENTS,), 1.5), np.full(LATENTS, 1.5), [1.5] * LATENTS, np.float32(1.5), torch.tensor(1.5)]
+)
+def test_gamma_in_any_form(tiny_clip, sae, gamma):
+    """Tensors, arrays and lists come from notebooks; equal factors must be the scalar, and save_pretrained must take them."""
+    inputs = make_inputs()
+    scalar = VS2CLIPForZeroShot(tiny_clip, sae, gamma=1.5)
+    other = VS2CLIPForZeroShot(tiny_clip, sae, gamma=gamma)
+    with torch.no_grad():
+        torch.testing.assert_close(other(**inputs).logits_per_image, scalar(**inputs).logits_per_image)
+    assert other.config.steering() == other.steering_settings
+
+
+# Settings
+
+
+def test_settings_change_one_at_a_time(model, sae):
+    """A sweep sets one thing and expects the rest to stay; a gate given one way replaces the other way."""
+    assert model.steering_settings == model.config.steering()
+    model.set_steering(gamma=2.0)
+    model.set_steering(gate=0.9)
+    assert (model.config.gamma, model.config.lambda_, model.config.gate) == (2.0, 2.1, 0.9)
+    assert model.fvu_thresholds == {LAST: sae.fvu_threshold(0.9)}
+    model.set_steering(fvu_threshold=0.5)
+    assert (model.config.gate, model.config.fvu_threshold) == (None, 0.5) and model.fvu_thresholds == {LAST: 0.5}
+    model.set_steering(gate=0.5)
+    assert (model.config.gate, model.config.fvu_threshold) == (0.5, None)
+    model.set_steering(gate=None)
+    assert model.fvu_thresholds == {LAST: None}
+
+
+def test_overrides_are_nested_and_survive_exceptions(model):
+    """An exception inside the block (an out-of-memory batch, Ctrl-C) must not leave the model unsteered for ever."""
+    inputs = make_inputs()
+    with torch.no_grad():
+        before = model(**inputs).logits_per_image
+        with model.steering(method="centroid", gate=0.9) as same:
+            assert same is model
+            with model.steering(enabled=False):
+                assert not model(**inputs).steered.any()
+            assert (model.steering_settings.method, model.steering_settings.gate) == ("centroid", 0.9)
+        with pytest.raises(RuntimeError, match="out of memory"), model.steering(gamma=3.0):
+            raise RuntimeError("out of memory")
+        assert torch.equal(model(**inputs).logits_per_image, before)
+    assert model.config.method == "vs2" and model.config.gamma == 1.5, "an override is not for save_pretrained"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"gama": 2.0}, TypeError, "gama"),
+        ({"method": "vs3"}, ValueError, "method='vs3'"),
+        ({"lambda_": "2"}, ValueError, "lambda_"),
+        ({"gamma": [1.0, 2.0]}, ValueError, "gamma holds 2 factors, but the SAE of layer 2 has 128 latents"),
+        ({"gate": 0.9999}, ValueError, "gate=0.9999 lies outside the calibrated quantiles"),
+        ({"gate": 0.9, "fvu_threshold": 0.1}, ValueError, "exclude each other"),
+        ({"method": "centroid", "gamma": [1.5] * LATENTS}, ValueError, "gamma must be one number"),
+    ],
+)
+def test_refused_settings_leave_the_model_as_it_was(model, settings, error, message):
+    """A typo in a notebook must not half-apply."""
+    inputs, before, config = make_inputs(), model.steering_settings, model.config.to_dict()
+    with torch.no_grad():
+        logits = model(**inputs).logits_per_image
+        for change in (model.set_steering, lambda **settings: model.steering(**settings).__enter__()):
+            with pytest.raises(error, match=message):
+                change(**settings)
+        assert model.steering_settings == before and model.config.to_dict() == config
+        assert torch.equal(model(**inputs).logits_per_image, logits)
+
+
+def test_a_gate_needs_a_calibrated_sae(tiny_clip):
+    """A gate that silently lets everything through is worse than an error."""
+    with pytest.raises(ValueError, match="holds no FVU quantiles.*Calibrate it"):
+        VS2CLIPForZeroShot(tiny_clip, make_sae(HIDDEN), gate=0.99)
+
+
+# The wrong SAE, the wrong CLIP
+
+
+def described(clip, **changed):
+    return fitted_sae(clip, **{**describe_base_model(clip), **changed})
+
+
+def test_an_sae_of_another_clip_is_refused_with_both_names(named_clip, tmp_path):
+    """ViT-B/32 and ViT-B/16 have the same width: their SAEs fit each other and give nonsense."""
+    ours = str(tmp_path / "clip")
+    sae = described(named_clip, base_model_name_or_path="their/clip")
+    VS2CLIPForZeroShot(named_clip, sae)
+    VS2CLIPForZeroShot(copy.deepcopy(named_clip).bfloat16(), sae)
+
+    other = CLIPModel.from_pretrained(ours)
+    with torch.no_grad():
+        other.vision_model.embeddings.class_embedding.add_(0.5)
+    with pytest.raises(ValueError, match=f"trained on their/clip; the CLIP given is {ours}.*not the same weights"):
+        VS2CLIPForZeroShot(other, sae)
+    sae.config.base_model_fingerprint = None  # what the message says to do
+    VS2CLIPForZeroShot(other, sae)
+
+    sae.config.base_model_num_layers = 12
+    with pytest.raises(ValueError, match=f"their/clip.*{ours}.*depths differ: 12 layers against 3"):
+        VS2CLIPForZeroShot(named_clip, sae)
+    wide = make_sae(48, base_model_name_or_path="their/wide-clip")
+    with pytest.raises(
+        ValueError, match=f"their/wide-clip.*{ours}.*the SAE reads 48 features, the vision tower gives 32"
+    ):
+        VS2CLIPForZeroShot(named_clip, wide)
+
+
+def test_unusable_arguments_are_named(tiny_clip, sae):
+    """Each with the argument and what was expected."""
+    with pytest.raises(TypeError, match="clip must be a transformers CLIPModel, not CLIPVisionModel"):
+        VS2CLIPForZeroShot(tiny_clip.vision_model, sae)
+    for nothing in (None, {}, {LAST: "sae"}):
+        with pytest.raises(TypeError, match="sae must be an SAEModel, or a dict of layer index -> SAEModel"):
+            VS2CLIPForZeroShot(tiny_clip, nothing)
+    with pytest.raises(ValueError, match="layer=3 does not exist: the vision tower has 3 layers, 0 to 2"):
+        VS2CLIPForZeroShot(tiny_clip, {3: sae})
+    with pytest.raises(ValueError, match="Two SAEs for layer 2"):
+        VS2CLIPForZeroShot(tiny_clip, {2: sae, -1: sae})
+    with pytest.raises(ValueError, match="SAE given for layer 2 was trained on layer 1"):
+        VS2CLIPForZeroShot(tiny_clip, {2: fitted_sae(layer=1)})
+    model = VS2CLIPForZeroShot(tiny_clip, sae)
+    with pytest.raises(ValueError, match=r"CLS rows of this CLIP are \(batch, 32\); these are \(4, 24\)"):
+        model.image_features_from_cls(torch.zeros(4, 24))
+    with pytest.raises(ValueError, match=r"No SAE for layer 0: this model holds SAEs for layers \[2\]"):
+        model.steer_cls(torch.zeros(4, HIDDEN), layer=0)
+
+
+# CLIP's interface
+
+
+def test_return_loss_and_tuples_as_clip_gives_them(model, tiny_clip):
+    """Code written for CLIPModel (a training loop, a pipeline) must run with the wrapper in its place."""
+    inputs = make_inputs(batch=3, texts=3)
+    with torch.no_grad():
+        out = model(**inputs, return_loss=True)
+        target = torch.arange(3)
+        expected = torch.nn.functional.cross_entropy(out.logits_per_text, target)
+        expected = (expected + torch.nn.functional.cross_entropy(out.logits_per_image, target)) / 2
+        torch.testing.assert_close(out.loss, expected)
+        with model.steering(enabled=False):
+            assert torch.equal(model(**inputs, return_loss=True).loss, tiny_clip(**inputs, return_loss=True).loss)
+            plain_tuple = model(**inputs, return_dict=False)
+        as_tuple = model(**inputs, return_dict=False)
+        assert model(**inputs).loss is None
+    assert isinstance(as_tuple, tuple) and isinstance(plain_tuple, tuple)
+    assert torch.equal(as_tuple[0], out.logits_per_image) and torch.equal(as_tuple[2], out.text_embeds)
+    clip_tuple = tiny_clip(**inputs, return_dict=False)
+    assert torch.equal(plain_tuple[0], clip_tuple[0]) and len(plain_tuple) == len(clip_tuple) + 1
+
+
+def test_text_features_are_untouched(model, tiny_clip):
+    """Class embeddings made with either model are interchangeable."""
+    inputs = make_inputs()
+    del inputs["pixel_values"]
+    with torch.no_grad():
+        assert_same_output(model.get_text_features(**inputs), tiny_clip.get_text_features(**inputs))
+
+
+@pytest.mark.parametrize("layers", [(LAST,), (1, LAST)])
+def test_larger_images_by_interpolated_positions(tiny_clip, layers):
+    """CLIP's own option for images of another size must reach the embeddings on both paths."""
+    model = VS2CLIPForZeroShot(tiny_clip, {layer: fitted_sae(layer=layer) for layer in layers})
+    pixels = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        features = model.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+        assert features.shape == (2, 24) and features.isfinite().all()
+        with model.steering(fvu_threshold=0.0):
+            plain = tiny_clip.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+            assert torch.equal(model.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output, plain)
+
+
+# Attention, precision, copies, training
+
+
+@pytest.mark.parametrize("layers", [(LAST,), (0, LAST)])
+def test_eager_and_sdpa_attention_agree(named_clip, layers):
+    """Attention maps need eager, speed needs sdpa: the result may not depend on it."""
+    eager = CLIPModel.from_pretrained(named_clip.config._name_or_path, attn_implementation="eager")
+    assert (eager.config._attn_implementation, named_clip.config._attn_implementation) == ("eager", "sdpa")
+    saes = {layer: fitted_sae(named_clip, layer=layer) for layer in layers}
+    inputs = make_inputs()
+    with torch.no_grad():
+        outputs = [VS2CLIPForZeroShot(clip, saes)(**inputs) for clip in (eager, named_clip)]
+    torch.testing.assert_close(outputs[0].logits_per_image, outputs[1].logits_per_image, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", STEERING_METHODS)
+def test_bfloat16(model, tiny_clip, method):
+    """Half precision on a GPU: plain CLIP bit for bit when off, close to float32 when on, gate from float32 statistics."""
+    inputs = make_inputs()
+    model.set_steering(method=method)
+    with torch.no_grad():
+        exact = model(**inputs)
+        model.to(torch.bfloat16)
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        rough = model(**inputs)
+        assert rough.logits_per_image.dtype == torch.bfloat16 and rough.fvu.dtype == torch.float32
+        # Rounding may swap two latents of nearly the same size; rows with the same ones must agree.
+        same = (rough.latent_indices.sort().values == exact.latent_indices.sort().values).all(dim=1)
+        assert same.sum() >= 3
+        similarity = torch.nn.functional.cosine_similarity(rough.image_embeds.float(), exact.image_embeds)
+        assert similarity[same].min() > 0.99
+        torch.testing.assert_close(rough.fvu[same], exact.fvu[same], rtol=0.05, atol=0.02)
+        with model.steering(fvu_threshold=0.0):
+            assert_same_output(model(**inputs), tiny_clip(**inputs))
+
+
+def test_float32_sae_steers_a_bfloat16_clip(tiny_clip, sae):
+    """The usual mix: a CLIP loaded in bfloat16 and an SAE as it was trained."""
+    inputs = make_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    model = VS2CLIPForZeroShot(tiny_clip.bfloat16(), sae)
+    with torch.no_grad():
+        assert model(**inputs).logits_per_image.dtype == torch.bfloat16
+        rows = cls_rows(tiny_clip, inputs["pixel_values"])
+        found = model.steer_cls(rows)
+        # Computed in float32 and rounded once: the norm is kept to bfloat16's own precision.
+        torch.testing.assert_close(found.rows.float().norm(dim=-1), rows.float().norm(dim=-1), rtol=2**-8, atol=0)
+        torch.testing.assert_close(found.fvu, sae(rows.float()).fvu)
+
+
+def test_deepcopy_is_independent(model):
+    """Two settings side by side, or an EMA."""
+    inputs = make_inputs()
+    model.set_steering(gamma=PER_LATENT)
+    with torch.no_grad():
+        before = model(**inputs).logits_per_image
+        clone = copy.deepcopy(model)
+        assert torch.equal(clone(**inputs).logits_per_image, before)
+        clone.set_steering(method="none")
+        clone.sae.W_dec.zero_()
+        assert torch.equal(model(**inputs).logits_per_image, before)
+
+
+@pytest.mark.parametrize("layers", [(LAST,), (1,), (0, LAST)])
+def test_training_the_clip_through_the_steering(tiny_clip, layers):
+    """Fine-tuning under steering: every vision weight gets its gradient, the same with gradient checkpointing."""
+    model = VS2CLIPForZeroShot(tiny_clip, {layer: fitted_sae(layer=layer) for layer in layers}, gate=0.9)
+    model.train()
+    inputs = make_inputs(batch=3, texts=3)
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs, return_loss=True).loss.backward()
+        return {name: p.grad.clone() for name, p in model.clip.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert expected.keys() == dict(model.clip.named_parameters()).keys()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
+    assert tiny_clip.vision_model.encoder.layers[0].gradient_checkpointing
+    found = gradients()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_through_vs2_is_the_numerical_one(tiny_clip, sae):
+    """Adversarial and attribution studies differentiate the steered features with respect to the image."""
+    model = VS2CLIPForZeroShot(tiny_clip.double(), sae.double())
+    rows = cls_rows(tiny_clip, make_inputs(2)["pixel_values"].double()).requires_grad_()
+    for method in STEERING_METHODS:
+        with model.steering(method=method):
+            assert torch.autograd.gradcheck(lambda rows: model.image_features_from_cls(rows).features, rows, atol=1e-4)
+
+
+# Checkpoints
+
+
+def assert_same_logits(one, other):
+    inputs = make_inputs()
+    with torch.no_grad():
+        assert torch.equal(one(**inputs).logits_per_image, other(**inputs).logits_per_image)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["light", "full"])
+@pytest.mark.parametrize("auto", [VS2CLIPForZeroShot, AutoModel, AutoModelForZeroShotImageClassification])
+def test_checkpoints_come_back_the_same(named_clip, tmp_path, full, auto):
+    """One id is enough: weights, settings, statistics and thresholds, light or full, by any class."""
+    saes = {1: fitted_sae(named_clip, layer=1, seed=1), LAST: fitted_sae(named_clip, seed=2)}
+    model = VS2CLIPForZeroShot(named_clip, saes, gamma=PER_LATENT, lambda_=0.4, gate=0.9)
+    model.save_pretrained(tmp_path / "vs2", full=full)
+    names = load_file(tmp_path / "vs2" / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == ({"saes", "clip"} if full else {"saes"})
+
+    loaded = auto.from_pretrained(tmp_path / "vs2")
+    assert type(loaded) is VS2CLIPForZeroShot and not loaded.training
+    assert loaded.steering_settings == model.steering_settings and loaded.fvu_thresholds == model.fvu_thresholds
+    assert list(loaded.sae_by_layer) == [1, LAST]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert_same_logits(loaded, model)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["light", "full"])
+def test_loading_options_reach_clip_and_sae(named_clip, tmp_path, full):
+    """`dtype=`, `attn_implementation=`, `subfolder=`: what people pass to any transformers model."""
+    model = VS2CLIPForZeroShot(named_clip, fitted_sae(named_clip), gate=0.9)
+    model.save_pretrained(tmp_path / "repo" / "vs2", full=full)
+    loaded = VS2CLIPForZeroShot.from_pretrained(
+        tmp_path / "repo", subfolder="vs2", dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    assert loaded.clip.dtype == loaded.sae.dtype == torch.bfloat16
+    assert loaded.sae.mean.dtype == torch.float32 and torch.equal(loaded.sae.mean, model.sae.mean)
+    assert loaded.clip.vision_model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        inputs = make_inputs()
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        assert loaded(**inputs).logits_per_image.isfinite().all()
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["light", "full"])
+def test_settings_given_at_loading_win(named_clip, tmp_path, full):
+    """`from_pretrained(id, gate=None, gamma=2.0)`, the same for each kind of checkpoint."""
+    sae = fitted_sae(named_clip, base_model_name_or_path=named_clip.config._name_or_path)
+    sae.save_pretrained(tmp_path / "sae")
+    VS2CLIPForZeroShot(named_clip, sae, gate=0.9).save_pretrained(tmp_path / "vs2", full=full)
+    for folder in ("sae", "vs2"):
+        loaded = VS2CLIPForZeroShot.from_pretrained(tmp_path / folder, gamma=2.0, fvu_threshold=0.3)
+        assert (loaded.config.gamma, loaded.config.lambda_, loaded.config.gate) == (2.0, 2.1, None)
+        assert loaded.fvu_thresholds == {LAST: 0.3}
+
+
+def test_a_bare_sae_checkpoint_is_enough(named_clip, tmp_path):
+    """What training leaves behind names its CLIP and brings its default steering; without calibration there is no gate."""
+    sae = described(named_clip, gamma=1.25, lambda_=1.0, gate=0.9)
+    sae.save_pretrained(tmp_path / "sae")
+    loaded = VS2CLIPForZeroShot.from_pretrained(tmp_path / "sae")
+    assert (loaded.config.gamma, loaded.config.lambda_, loaded.config.gate) == (1.25, 1.0, 0.9)
+    assert loaded.config.base_model_name_or_path == named_clip.config._name_or_path
+    assert_same_logits(loaded, VS2CLIPForZeroShot(named_clip, sae, gamma=1.25, lambda_=1.0, gate=0.9))
+
+    sae.config.fvu_quantiles = None
+    sae.save_pretrained(tmp_path / "uncalibrated")
+    assert VS2CLIPForZeroShot.from_pretrained(tmp_path / "uncalibrated").config.gate is None
+
+
+def test_another_clip_can_be_given_and_is_checked(named_clip, tmp_path):
+    """A local copy of the CLIP instead of its Hub id is fine; a different CLIP is not."""
+    sae = described(named_clip, base_model_name_or_path="nobody/has-this-clip")
+    sae.save_pretrained(tmp_path / "sae")
+    for clip in (named_clip, named_clip.config._name_or_path):
+        assert_same_logits(
+            VS2CLIPForZeroShot.from_pretrained(tmp_path / "sae", clip=clip, gate=None),
+            VS2CLIPForZeroShot(named_clip, sae),
+        )
+    VS2CLIPForZeroShot(named_clip, sae).save_pretrained(tmp_path / "full", full=True)
+    loaded = VS2CLIPForZeroShot.from_pretrained(tmp_path / "full", clip=named_clip)
+    assert loaded.clip is named_clip
+    with pytest.raises(ValueError, match="depths differ"):
+        VS2CLIPForZeroShot.from_pretrained(tmp_path / "full", clip=make_tiny_clip(num_layers=4))
+
+
+def test_a_later_calibration_is_saved(named_clip, tmp_path):
+    """Calibrating the SAE inside the model, then saving: the new quantiles must be in the checkpoint, not the old ones."""
+    sae = fitted_sae(named_clip)
+    sae.config.fvu_quantiles = None
+    model = VS2CLIPForZeroShot(named_clip, sae)
+    calibrate(model.sae, cls_rows(named_clip, make_inputs(40, seed=9)["pixel_values"]))
+    model.set_steering(gate=0.9)
+    model.save_pretrained(tmp_path / "vs2")
+    loaded = VS2CLIPForZeroShot.from_pretrained(tmp_path / "vs2")
+    assert loaded.sae.config.fvu_quantiles == sae.config.fvu_quantiles
+    assert loaded.fvu_thresholds == model.fvu_thresholds
+
+
+def test_an_sae_without_a_layer_comes_back_at_its_own(named_clip, tmp_path):
+    """`{1: sae}` with an SAE that names no layer: the checkpoint must not move it to the last one."""
+    model = VS2CLIPForZeroShot(named_clip, {1: fitted_sae(named_clip)})
+    for full in (False, True):
+        model.save_pretrained(tmp_path / str(full), full=full)
+        loaded = VS2CLIPForZeroShot.from_pretrained(tmp_path / str(full))
+        assert list(loaded.sae_by_layer) == [1]
+        assert_same_logits(loaded, model)
+    assert model.sae.config.layer is None, "the SAE given is left as it is"
+
+
+def test_checkpoints_that_cannot_work_say_why(tiny_clip, named_clip, tmp_path):
+    """Each message names what was given, what was expected and the way out."""
+    with pytest.raises(ValueError, match="A light checkpoint names its CLIP.*full=True"):
+        VS2CLIPForZeroShot(tiny_clip, fitted_sae(tiny_clip)).save_pretrained(tmp_path / "nameless")
+    fitted_sae(tiny_clip).save_pretrained(tmp_path / "sae")
+    with pytest.raises(ValueError, match=r"does not name the CLIP it belongs to.*clip=\.\.\."):
+        VS2CLIPForZeroShot.from_pretrained(tmp_path / "sae")
+    with pytest.raises(ValueError, match="holds a model of type 'clip'; expected a VS2 checkpoint"):
+        VS2CLIPForZeroShot.from_pretrained(named_clip.config._name_or_path)
+    with pytest.raises(OSError, match="nowhere"):
+        VS2CLIPForZeroShot.from_pretrained(tmp_path / "nowhere")
+
+    VS2CLIPForZeroShot(named_clip, fitted_sae(named_clip)).save_pretrained(tmp_path / "vs2")
+    weights = load_file(tmp_path / "vs2" / "model.safetensors")
+    moved = {name.replace("saes.2", "saes.0"): tensor for name, tensor in weights.items()}
+    save_file(moved, tmp_path / "vs2" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds no weights for the SAE of layer 2"):
+        VS2CLIPForZeroShot.from_pretrained(tmp_path / "vs2")
+
+
+def test_a_trained_copy_of_an_sae_keeps_its_weights(tiny_clip, sae):
+    """Wrapping runs transformers' initialisation: it must pass over weights that are already there."""
+    clone = copy.deepcopy(sae)
+    before = {name: tensor.clone() for name, tensor in clone.state_dict().items()}
+    model = VS2CLIPForZeroShot(tiny_clip, SAEModel(sae.config))
+    model = VS2CLIPForZeroShot(tiny_clip, clone)
+    assert all(torch.equal(model.sae.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+# torch.compile
+
+
+def compiled_equals_eager(clip, backend, layers):
+    torch.compiler.reset()
+    model = VS2CLIPForZeroShot(clip, {layer: fitted_sae(clip, layer=layer) for layer in layers}, gate=0.9)
+    inputs = make_inputs()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for settings in ({}, {"lambda_": 0.5}, {"enabled": False}, {}):
+            with model.steering(**settings):
+                expected, found = model(**inputs), compiled(**inputs)
+            torch.testing.assert_close(found.logits_per_image, expected.logits_per_image, rtol=1e-4, atol=1e-4)
+            assert torch.equal(found.steered, expected.steered), "the compiled model must follow a change of settings"
+
+
+@pytest.mark.parametrize("layers", [(LAST,), (0, LAST)])
+def test_compiles_whole_and_follows_the_settings(tiny_clip, layers):
+    """A graph break costs the speed it was compiled for; a stale graph would go on steering after it is switched off."""
+    compiled_equals_eager(tiny_clip, "eager", layers)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_it(tiny_clip):
+    """The backend that people use; it needs a C++ compiler."""
+    compiled_equals_eager(tiny_clip, "inductor", (LAST,))

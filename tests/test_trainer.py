@@ -1,0 +1,481 @@
+"""Training learns, is reproducible to the last bit, survives a kill, and leaves a checkpoint that needs nothing else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from toy import clip_like_rows, make_sae, sparse_rows
+
+from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
+from hf_vs2.calibration import activation_statistics, as_rows
+from hf_vs2.trainer import BatchPlan
+
+
+HIDDEN = 24
+
+
+def make_trainer(folder, rows, *, config=None, model=None, **arguments):
+    defaults = {"max_steps": 20, "per_device_train_batch_size": 64, "learning_rate": 3e-3, "dead_latent_threshold": 8}
+    defaults |= {"save_steps": 0, "logging_steps": 5, "disable_tqdm": True}
+    model = model or SAEConfig(hidden_size=HIDDEN, **{"num_latents": 96, "top_k": 3, **(config or {})})
+    return SAETrainer(model, SAETrainingArguments(output_dir=str(folder), **{**defaults, **arguments}), rows)
+
+
+def assert_same_weights(one, other):
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def assert_close_weights(one, other, atol=1e-5):
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-4, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Data that a top-k SAE can explain and PCA can't."""
+    return sparse_rows(2000)
+
+
+# Does it learn
+
+
+def test_it_learns_what_pca_cannot(rows, tmp_path):
+    """The point of an SAE: with 3 active latents it explains far more of sparse data than the 3 best directions do."""
+    trainer = make_trainer(tmp_path, rows, max_steps=500, logging_steps=100)
+    untrained = SAEModel(trainer.model.config)
+    untrained.set_statistics(*activation_statistics(as_rows(rows), trainer.train_indices))
+    metrics = trainer.train()
+
+    train, fresh = rows[trainer.train_indices], sparse_rows(1000, seed=1)
+    centred = fresh - train.mean(0)
+    directions = torch.linalg.svd((train - train.mean(0)), full_matrices=False).Vh[:3]
+    pca_fvu = ((centred - centred @ directions.T @ directions).square().sum() / centred.square().sum()).item()
+
+    def fvu(sae):
+        with torch.no_grad():
+            return ((fresh - sae(fresh).reconstruction).square().sum() / centred.square().sum()).item()
+
+    assert fvu(trainer.model) < 0.6 * pca_fvu
+    assert fvu(trainer.model) < 0.6 * fvu(untrained)
+    assert metrics["fvu"] == pytest.approx(fvu(trainer.model), abs=0.03), "held-out rows and fresh rows are alike"
+    assert metrics["dead_share"] < 0.1
+    log = json.loads((tmp_path / "training_log.json").read_text())["log"]
+    assert [entry["step"] for entry in log] == [100, 200, 300, 400, 500]
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    torch.testing.assert_close(trainer.model.W_dec.norm(dim=-1), torch.ones(96))
+
+
+def test_the_checkpoint_needs_nothing_else(rows, tmp_path):
+    """Only the folder goes to the Hub: mean, variance, quantiles, provenance and metrics are all in it."""
+    trainer = make_trainer(tmp_path / "run", rows)
+    metrics = trainer.train()
+    (tmp_path / "moved").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "run" / name).rename(tmp_path / "moved" / name)
+    sae = SAEModel.from_pretrained(tmp_path / "moved")
+    assert_same_weights(trainer.model, sae)
+    train = rows[trainer.train_indices].double()
+    torch.testing.assert_close(sae.mean.double(), train.mean(0))
+    assert sae.config.total_variance == pytest.approx(train.var(0, correction=0).sum().item(), rel=1e-9)
+    assert sae.config.num_calibration_rows == len(trainer.held_out_indices) == 200
+    assert sae.fvu_threshold(0.99) > sae.fvu_threshold(0.5) > 0
+    assert sae.config.training_data == {"num_rows": 2000, "seed": 42}
+    assert sae.config.training_metrics["fvu"] == metrics["fvu"] and sae.config.hf_vs2_version
+
+    log = json.loads((tmp_path / "run" / "training_log.json").read_text())
+    assert log["metrics"] == metrics and log["args"]["learning_rate"] == 3e-3
+    assert metrics.keys() >= {"fvu", "l0", "dead_share", "steps", "train_rows", "held_out_rows", "seconds"}
+    assert log["log"][-1].keys() >= {"step", "loss", "fvu", "dead_share", "learning_rate"}
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) in (
+        ["training_log.json"],
+        ["README.md", "training_log.json"],
+    )
+
+
+# The same again
+
+
+def test_seeds_reproduce_bit_for_bit(rows, tmp_path):
+    """The same seed gives the same file; another seed, another SAE."""
+    first, again, other = (make_trainer(tmp_path / str(i), rows, seed=seed) for i, seed in enumerate((1, 1, 2)))
+    for trainer in (first, again, other):
+        torch.randn(3)  # what ran before in the process must not matter
+        trainer.train()
+    assert_same_weights(first.model, again.model)
+    assert first.model.config.fvu_quantiles == again.model.config.fvu_quantiles
+    assert not torch.equal(first.model.W_dec, other.model.W_dec)
+
+
+def test_one_config_can_be_used_twice(rows, tmp_path):
+    """A loop over seeds or data sets shares the config: the second run must not inherit the first one's statistics."""
+    config = SAEConfig(hidden_size=HIDDEN, num_latents=96, top_k=3)
+    before = config.to_dict()
+    make_trainer(tmp_path / "first", 10 + rows, model=config).train()
+    assert config.to_dict() == before
+    trained = SAEModel.from_pretrained(tmp_path / "first").config
+    again = make_trainer(tmp_path / "again", rows, model=trained)
+    again.train()
+    torch.testing.assert_close(again.model.mean, rows[again.train_indices].mean(0))
+    fresh = make_trainer(tmp_path / "fresh", rows)
+    fresh.train()
+    assert_same_weights(fresh.model, again.model)
+
+
+def test_gradient_accumulation_equals_the_larger_batch(rows, tmp_path):
+    """What people use when the batch does not fit: the same SAE up to float error, the same dead latents. Both trainers are
+    made first, as in a notebook: accelerate shares the number of accumulation steps between them."""
+    whole = make_trainer(tmp_path / "whole", rows, per_device_train_batch_size=96)
+    parts = make_trainer(tmp_path / "parts", rows, per_device_train_batch_size=32, gradient_accumulation_steps=3)
+    metrics = whole.train(), parts.train()
+    assert_close_weights(whole.model, parts.model)
+    assert metrics[0]["dead_share"] == metrics[1]["dead_share"]
+    logs = [json.loads((tmp_path / name / "training_log.json").read_text())["log"] for name in ("whole", "parts")]
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_every_row_comes_once_an_epoch():
+    """A batch plan that skips or repeats rows trains on other data than it says."""
+    rows = torch.arange(100, 137)
+    plan = BatchPlan(rows, batch_size=8, seed=3)
+    drawn = torch.cat([plan[number] for number in range(37)])  # 8 epochs
+    for epoch in drawn.view(8, 37):
+        assert torch.equal(epoch.sort().values, rows)
+    assert not torch.equal(drawn[:37], drawn[37:74]), "each epoch in its own order"
+    assert torch.equal(BatchPlan(rows, 8, seed=3)[20], plan[20]), (
+        "a function of the number alone: resuming needs no state"
+    )
+    assert not torch.equal(BatchPlan(rows, 8, seed=4)[20], plan[20])
+    halves = BatchPlan(rows, batch_size=4, seed=3)
+    assert torch.equal(torch.cat([halves[10], halves[11]]), plan[5]), "the order does not depend on the batch size"
+    larger_than_an_epoch = BatchPlan(rows, batch_size=100, seed=3)[0]
+    assert set((larger_than_an_epoch - 100).bincount().tolist()) == {2, 3}
+
+
+def test_the_number_of_steps():
+    """`num_train_epochs` and `max_steps` as everywhere in transformers; without either, enough for a small set too."""
+
+    def steps(**arguments):
+        return SAETrainingArguments(output_dir="x", **arguments).num_steps(10_000, 500)
+
+    assert steps(max_steps=7) == 7
+    assert steps(num_train_epochs=3) == 60
+    assert steps(num_train_epochs=0.5) == 10
+    assert steps() == 1500
+    assert SAETrainingArguments(output_dir="x").num_steps(1_000_000, 500) == 10_000
+
+
+# Resuming
+
+
+KILLED = """
+import os, signal, sys
+import torch
+sys.path.insert(0, {tests!r})
+from test_trainer import make_trainer, sparse_rows
+import hf_vs2.trainer
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+trainer = make_trainer({folder!r}, sparse_rows(2000), save_steps=5)
+if {where!r} == "training":
+    batch = trainer._batch
+    steps = iter(range(1000))
+    trainer._batch = lambda indices: kill() if next(steps) == 13 else batch(indices)
+else:  # in the middle of writing the second checkpoint
+    save_state = trainer.accelerator.save_state
+    trainer.accelerator.save_state = lambda path: (save_state(path), "10" in path and kill())
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize(("where", "left"), [("training", "checkpoint-10"), ("saving", "checkpoint-5")])
+def test_a_killed_run_continues_exactly(rows, tmp_path, where, left):
+    """SIGKILL (out of memory, a preempted node) in training or while a checkpoint is written; resumed, the same bits."""
+    folder = tmp_path / "killed"
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), where=where)
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (folder / "config.json").exists(), "nothing may look like a finished SAE"
+    assert sorted(path.name for path in folder.glob("checkpoint-*"))[-1] in (left, "checkpoint-5")
+    if where == "saving":
+        assert (folder / ".checkpoint-10.partial").is_dir(), "the torn checkpoint is there, under another name"
+
+    whole = make_trainer(tmp_path / "whole", rows)
+    whole.train()
+    resumed = make_trainer(folder, rows, save_steps=5, resume_from_checkpoint="latest")
+    assert resumed._checkpoint_to_resume().name == left
+    metrics = resumed.train()
+    assert_same_weights(whole.model, resumed.model)
+    assert metrics["steps"] == 20 and resumed.model.config.fvu_quantiles == whole.model.config.fvu_quantiles
+    logs = [json.loads((path / "training_log.json").read_text())["log"] for path in (tmp_path / "whole", folder)]
+    assert logs[0] == logs[1], "saved at a logging step, the log goes on as well"
+
+
+@pytest.fixture(scope="module")
+def interrupted(rows, tmp_path_factory):
+    """A folder with the training checkpoints of steps 5, 10 and 15."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    make_trainer(folder, rows, save_steps=5, save_total_limit=3).train()
+    return folder
+
+
+def test_training_checkpoints_hold_no_pickle_of_ours(interrupted):
+    """A checkpoint from someone else is data: our part of it is JSON and safetensors."""
+    names = {path.name for path in (interrupted / "checkpoint-10").iterdir()}
+    assert names >= {"trainer_state.json", "steps_since_active.safetensors", "model.safetensors"}
+    assert not {name for name in names if "custom_checkpoint" in name}
+    state = json.loads((interrupted / "checkpoint-10" / "trainer_state.json").read_text())
+    assert state["step"] == 10 and state["plan"]["seed"] == 42
+
+
+def test_resuming_from_a_path(rows, interrupted, tmp_path):
+    """`--resume_from_checkpoint PATH`, into another output_dir: the same end."""
+    resumed = make_trainer(tmp_path, rows, resume_from_checkpoint=str(interrupted / "checkpoint-5"))
+    resumed.train()
+    assert_same_weights(resumed.model, SAEModel.from_pretrained(interrupted))
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"seed": 1}, "seed=42, now it is 1"),
+        ({"learning_rate": 1e-3}, "learning_rate=0.003, now it is 0.001"),
+        ({"max_steps": 40}, "steps=20, now it is 40"),
+        ({"warmup_ratio": 0.5}, "warmup_ratio=0.05, now it is 0.5"),
+        ({"per_device_train_batch_size": 32}, "global_batch_size=64, now it is 32"),
+        ({"dead_latent_threshold": 9}, "dead_latent_threshold=8, now it is 9"),
+        ({"calibration_share": 0.15}, "calibration_share=0.05, now it is 0.15"),
+        ({"config": {"top_k": 4}}, "top_k=3, now it is 4"),
+        ({"config": {"num_latents": 100}}, "num_latents=96, now it is 100"),
+        ({"config": {"activation": "absolute"}}, "activation=relu, now it is absolute"),
+    ],
+)
+def test_changed_settings_are_not_continued(rows, interrupted, changed, name):
+    """Half a run with one setting and half with another is neither; the message says which one changed."""
+    trainer = make_trainer(interrupted, rows, resume_from_checkpoint="latest", **changed)
+    with pytest.raises(
+        ValueError, match=f"(?s)checkpoint-15 was trained with .*({name}).*train anew in another output_dir"
+    ):
+        trainer.train()
+
+
+def test_other_rows_are_not_continued(interrupted):
+    """As many rows, but of another data set."""
+    trainer = make_trainer(interrupted, sparse_rows(2000, seed=5), resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="total_variance=.*Use the same rows"):
+        trainer.train()
+
+
+def test_checkpoints_that_are_not_there(rows, interrupted, tmp_path):
+    """A typo in the path, or `latest` in a new folder, must not start from scratch in silence."""
+    for wanted, message in (
+        ("latest", "holds no checkpoint-"),
+        (str(tmp_path / "checkpoint-7"), "there is no such folder"),
+        (str(tmp_path), "is no training checkpoint: it has no trainer_state.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, rows, resume_from_checkpoint=wanted).train()
+
+
+def test_old_checkpoints_go_and_foreign_folders_stay(rows, tmp_path):
+    """`save_total_limit` bounds the disk; a folder that the user put there, or an earlier run's, is not in the way."""
+    for name in ("checkpoint-best", "checkpoint-900"):
+        (tmp_path / name).mkdir()
+    make_trainer(tmp_path, rows, save_steps=4, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-16",
+        "checkpoint-900",
+        "checkpoint-best",
+    ]
+
+
+# Going on, precision, trackers
+
+
+def test_going_on_from_a_trained_sae(rows, tmp_path):
+    """Fine-tuning on a new domain: weights and `b_pre` go on, mean and quantiles become the new domain's."""
+    make_trainer(tmp_path / "first", rows, max_steps=100).train()
+    sae = SAEModel.from_pretrained(tmp_path / "first")
+    start, old = sae.b_pre.detach().clone(), dict(sae.config.fvu_quantiles)
+    trainer = make_trainer(tmp_path / "second", rows + 0.5, model=sae, max_steps=2, learning_rate=1e-6)
+    trainer.train()
+    assert trainer.model is sae
+    torch.testing.assert_close(sae.b_pre.detach(), start, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sae.mean, (rows + 0.5)[trainer.train_indices].mean(0))
+    assert sae.config.fvu_quantiles != old
+
+
+@pytest.fixture()
+def other_precision():
+    """accelerate allows one precision a process; the tests need several."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_bfloat16_training(rows, tmp_path, other_precision):
+    """Mixed precision learns as well, keeps float32 weights, and hands back the SAE itself without an autocast around it."""
+    trainer = make_trainer(tmp_path / "bf16", rows, mixed_precision="bf16", max_steps=150)
+    assert trainer.accelerator.mixed_precision == "bf16"
+    metrics = trainer.train()
+    sae = trainer.model
+    assert {tensor.dtype for tensor in sae.state_dict().values()} == {torch.float32}
+    loaded = SAEModel.from_pretrained(tmp_path / "bf16")
+    x = rows[trainer.held_out_indices]
+    with torch.no_grad():
+        assert torch.equal(sae(x).fvu, loaded(x).fvu), "the thresholds were measured in float32"
+    AcceleratorState._reset_state(True)
+    exact = make_trainer(tmp_path / "float32", rows, max_steps=150).train()
+    assert metrics["fvu"] == pytest.approx(exact["fvu"], rel=0.05)
+
+
+def test_tensorboard_gets_the_log(rows, tmp_path):
+    """`--report_to tensorboard` writes the curves that people watch."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make_trainer(tmp_path, rows, report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "hf_vs2")).Reload()
+    assert {"loss", "fvu", "dead_share", "learning_rate"} <= set(events.Tags()["scalars"])
+    log = json.loads((tmp_path / "training_log.json").read_text())["log"]
+    assert [(event.step, event.value) for event in events.Scalars("fvu")] == [
+        (entry["step"], pytest.approx(entry["fvu"], rel=1e-6)) for entry in log
+    ]
+
+
+def test_the_learning_rate_rises_and_falls(rows, tmp_path):
+    """Linear warm-up and decay to zero: a schedule stepped once too often a batch ends half-way."""
+    make_trainer(tmp_path, rows, warmup_ratio=0.25, logging_steps=1, gradient_accumulation_steps=2).train()
+    log = json.loads((tmp_path / "training_log.json").read_text())["log"]
+    rates = [entry["learning_rate"] / 3e-3 for entry in log]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0] + [1 - i / 15 for i in range(1, 16)], abs=1e-6)
+
+
+def test_the_dead_share_counts_steps_without_activity(rows, tmp_path):
+    """AuxK and the log hang on this counter: a latent is dead after `dead_latent_threshold` steps, not before."""
+    sae = SAEModel(SAEConfig(hidden_size=HIDDEN, num_latents=96, top_k=3, aux_k_coefficient=0.0))
+    with torch.no_grad():
+        sae.b_enc[:24] = -100
+    make_trainer(tmp_path, rows, model=sae, logging_steps=1, dead_latent_threshold=12).train()
+    shares = [entry["dead_share"] for entry in json.loads((tmp_path / "training_log.json").read_text())["log"]]
+    assert shares[:11] == [0.0] * 11 and shares[11] == pytest.approx(0.25, abs=0.05)
+
+
+# What can't be trained
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_broken_rows_are_refused_before_training(rows, tmp_path, part):
+    """Found after an hour of training, a NaN costs the hour."""
+    trainer = make_trainer(tmp_path, rows)
+    broken = rows.clone()
+    number = int(getattr(trainer, f"{part}_indices")[7])
+    broken[number, 3] = float("nan")
+    with pytest.raises(ValueError, match=f"Activation row {number} holds NaN"):
+        make_trainer(tmp_path, broken, max_steps=10**9).train()
+
+
+def test_unusable_rows_are_refused(rows, tmp_path):
+    """Each message says what is wrong with which rows."""
+    with pytest.raises(
+        ValueError, match=r"activations are 24 wide, the SAE reads 32. Use SAEConfig\(hidden_size=24\)"
+    ):
+        make_trainer(tmp_path, rows, model=make_sae(32))
+    with pytest.raises(ValueError, match="1 activation rows are too few"):
+        make_trainer(tmp_path, rows[:1])
+    with pytest.raises(ValueError, match="All training rows are the same"):
+        make_trainer(tmp_path, rows[:1].expand(300, -1)).train()
+    with pytest.raises(ValueError, match=r"must be a \(rows, hidden_size\) tensor"):
+        make_trainer(tmp_path, rows[0])
+
+
+def test_a_diverging_run_stops(rows, tmp_path):
+    """A learning rate of 1e30 must end in a message and without a checkpoint, not in a folder of NaN."""
+    with pytest.raises(ValueError, match=r"The loss is (nan|inf) at step \d+. Lower learning_rate"):
+        make_trainer(tmp_path, rows, learning_rate=1e30, max_grad_norm=0).train()
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_without_held_out_rows_there_is_no_gate(rows, tmp_path, caplog):
+    """`calibration_share=0` uses every row; a gate from an earlier training must not survive it."""
+    trainer = make_trainer(tmp_path, rows, config={"fvu_quantiles": {"0.99": 0.5}}, calibration_share=0.0)
+    metrics = trainer.train()
+    assert len(trainer.train_indices) == 2000 and "fvu" not in metrics
+    assert trainer.model.config.fvu_quantiles is None
+    assert "no rows were held out, so the SAE has no gate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_steps": 5, "num_train_epochs": 1}, "max_steps and num_train_epochs both say how long"),
+        ({"max_steps": 0}, "max_steps must be positive, not 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1"),
+        ({"calibration_share": -0.1}, "calibration_share must be at least 0 and below 1"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1"),
+        ({"save_steps": -1}, "save_steps must not be negative"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    """Before the activations are extracted, not after."""
+    with pytest.raises(ValueError, match=message):
+        SAETrainingArguments(output_dir="x", **arguments)
+
+
+def test_memory_mapped_store_and_tensor_give_the_same(tiny_clip, tmp_path):
+    """Training from the store on disk is training on its rows; and the config says which CLIP and layer they are from."""
+    from datasets import Dataset, Features, Image
+
+    from hf_vs2 import VS2CLIPForZeroShot, extract_activations
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
+    from PIL import Image as PIL
+
+    images = Dataset.from_dict(
+        {"image": [PIL.fromarray(one) for one in pixels]}, features=Features({"image": Image()})
+    )
+    store = extract_activations(tiny_clip, images, tmp_path / "store", layers=(1, -1), progress=False)
+    runs = {}
+    for name, source, layer in (("store", store, -1), ("tensor", store.tensor(layer=2), None)):
+        arguments = SAETrainingArguments(str(tmp_path / name), max_steps=5, save_steps=0, disable_tqdm=True)
+        runs[name] = SAETrainer(SAEConfig(hidden_size=32, top_k=4), arguments, source, layer=layer)
+        runs[name].train()
+    assert_same_weights(runs["store"].model, runs["tensor"].model)
+    sae = SAEModel.from_pretrained(tmp_path / "store")
+    assert (sae.config.layer, sae.config.base_model_num_layers) == (2, 3), "a negative layer is resolved"
+    assert sae.config.training_data["num_rows"] == 40 and "fingerprint" in sae.config.training_data
+    VS2CLIPForZeroShot(tiny_clip, sae)
+    with pytest.raises(ValueError, match=r"The store holds layers \[1, 2\]: say which one to train on"):
+        SAETrainer(SAEConfig(hidden_size=32, top_k=4), arguments, store)
+
+
+def test_the_progress_bar_shows_what_matters(rows, tmp_path, capfd):
+    """People watch loss, FVU and dead share; `disable_tqdm` leaves the terminal alone."""
+    make_trainer(tmp_path / "bar", rows, disable_tqdm=False).train()
+    bar = capfd.readouterr().err
+    assert "Training SAE" in bar and "20/20" in bar and all(f"{name}=" in bar for name in ("loss", "fvu", "dead"))
+    make_trainer(tmp_path / "quiet", rows).train()
+    assert "Training SAE" not in capfd.readouterr().err
+
+
+def test_clip_like_activations_reach_a_low_fvu(tmp_path):
+    """The default recipe on rows with CLIP's spectrum (large mean, few strong directions)."""
+    rows = clip_like_rows(3000, 48)
+    trainer = make_trainer(tmp_path, rows, model=SAEConfig(hidden_size=48, top_k=8), max_steps=300)
+    assert trainer.train()["fvu"] < 0.2
+
+
+assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no", "these tests count on float32"
