@@ -168,8 +168,9 @@ class SAEConfig(PackagedCode, PreTrainedConfig):
         levels = [level for level, _ in stored]
         if not levels[0] <= quantile <= levels[-1]:
             raise ValueError(
-                f"gate={quantile} lies outside the calibrated quantiles {levels[0]} to {levels[-1]}. "
-                "Choose one between them, or give the threshold itself as fvu_threshold=."
+                f"gate={quantile} lies outside the calibrated quantiles {levels[0]} to {levels[-1]}"
+                f" (from {self.num_calibration_rows} held-out rows). Choose one between them, calibrate on more rows, or give the "
+                "threshold itself as fvu_threshold=."
             )
         upper = bisect.bisect_left(levels, quantile)
         if levels[upper] == quantile:

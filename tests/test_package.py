@@ -1,0 +1,224 @@
+"""What someone who installs hf_vs2 meets before any model runs: the import, the names, the wheel, the make commands."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hf_vs2
+import hf_vs2.cli
+
+
+REPOSITORY = Path(__file__).parents[1]
+SOURCE = REPOSITORY / "src" / "hf_vs2"
+
+# A module imports only from its own floor or from floors below it. A new module needs a floor.
+FLOORS = {
+    1: "functional sparse_ops",
+    2: "base_model card_edits card_results checkpoint_folder configuration_sae hub hub_push model_card modeling_sae report",
+    3: "configuration_vs2_clip modeling_vs2_clip processing",
+    4: "activations data extraction fingerprint image_batches images pipeline_inputs prompt_cache prompts retrieval store vision_tower",
+    5: "calibration demo demo_data demo_figure demo_folds evaluation pipeline trainer training_args",
+    6: "__init__ cli",
+}
+FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
+
+# Folders that exist on one machine only. Spelled so that this file does not hold one itself.
+MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/(?:work|root|(?:home|Users)/[\w.-]+|tmp/\w+)(?:/|\b)")
+
+IMPORT_PROBE = """
+import sys
+from transformers import AutoModelForZeroShotImageClassification, CLIPModel
+
+def refuse_network(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise RuntimeError(f"import hf_vs2 uses the network: {event} {arguments[1:]}")
+
+before = set(sys.modules)
+sys.addaudithook(refuse_network)
+import hf_vs2
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+
+
+def modules_of(package: Path) -> Iterator[tuple[str, Path]]:
+    """The top-level module name (`cli` for `cli/train.py`) and path of each source file."""
+    for path in sorted(package.rglob("*.py")):
+        yield path.relative_to(package).parts[0].removesuffix(".py"), path
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Absolute dotted names of everything a file imports, wherever in the file it does so."""
+    package = ["hf_vs2", *path.relative_to(SOURCE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def tracked_files() -> list[Path]:
+    """What git tracks or would track; a source archive without git is taken whole."""
+    try:
+        listing = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"git cannot list the files of {REPOSITORY}: {error}")
+    names = listing.stdout.decode().split("\0")
+    return [REPOSITORY / name for name in names if name and (REPOSITORY / name).is_file()]
+
+
+def test_import_is_cheap_and_offline() -> None:
+    """`import hf_vs2` must not pay for datasets, training or plotting, nor open a connection: transformers' CLIP, no more."""
+    probe = subprocess.run([sys.executable, "-c", IMPORT_PROBE], capture_output=True, text=True)
+    assert probe.returncode == 0, probe.stderr
+    added = set(probe.stdout.split()) - set(sys.stdlib_module_names)
+    assert added <= {"hf_vs2", "transformers"}
+
+
+def test_every_public_name_resolves() -> None:
+    """A name that `__all__` and the documentation promise, but the lazy import cannot find, fails only in users' hands."""
+    assert len(hf_vs2.__all__) == len(set(hf_vs2.__all__)), "a name is listed twice"
+    missing = [name for name in hf_vs2.__all__ if getattr(hf_vs2, name, None) is None]
+    assert not missing
+    assert set(hf_vs2.__all__) <= set(dir(hf_vs2)), "dir() and so completion must show every public name"
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    """`hasattr`, `pickle` and IDEs rely on AttributeError from a lazy package."""
+    assert not hasattr(hf_vs2, "no_such_name")
+
+
+def test_version_is_that_of_the_installed_package() -> None:
+    """Checkpoints record the version; it must be the one that pip shows (after a change: touch pyproject.toml, make test)."""
+    assert importlib.metadata.version("hf_vs2") == hf_vs2.__version__
+
+
+def test_imports_point_downwards() -> None:
+    """A module that imports from a floor above makes cycles, and makes the maths drag in the trainer."""
+    wrong = []
+    for module, path in modules_of(SOURCE):
+        assert module in FLOOR_OF, f"{module} has no floor: add it to FLOORS in tests/test_package.py"
+        for name in imported_names(path):
+            parts = name.split(".")
+            if parts[0] != "hf_vs2" or name == "hf_vs2.__version__":
+                continue
+            target = parts[1] if len(parts) > 1 and parts[1] in FLOOR_OF else "__init__"
+            if FLOOR_OF[target] > FLOOR_OF[module]:
+                wrong.append(f"{path.relative_to(SOURCE)} (floor {FLOOR_OF[module]}) imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_maths_needs_torch_only() -> None:
+    """functional.py and sparse_ops.py can be read, copied and tested without the Hugging Face libraries."""
+    allowed = {"torch", "triton", "hf_vs2", *sys.stdlib_module_names}
+    for module in FLOORS[1].split():
+        used = {name.partition(".")[0] for name in imported_names(SOURCE / f"{module}.py")}
+        assert used <= allowed, f"{module} imports {sorted(used - allowed)}"
+
+
+def test_no_path_of_one_machine_is_written_down() -> None:
+    """A path of the author's machine in a script, a config or a notebook works for nobody else."""
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights and pictures
+        for number, line in enumerate(text.splitlines(), start=1):
+            if MACHINE_PATH.search(line):
+                found.append(f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()[:120]}")
+    assert not found, "\n".join(found)
+
+
+def test_wheel_carries_what_the_package_reads(tmp_path: Path) -> None:
+    """An editable install finds every file in the checkout; a user's wheel has only what pyproject.toml names."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, checkout)
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
+    shutil.copytree(REPOSITORY / "src", checkout / "src", ignore=ignored)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=checkout, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hf_vs2/")}
+    source = checkout / "src"
+    assert packed == {path.relative_to(source).as_posix() for path in (source / "hf_vs2").rglob("*") if path.is_file()}
+
+
+def test_readme_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README is what people copy from: each command and flag in it must be one that `hf-vs2` has."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^hf-vs2 (\w+)(.*)$", readme, flags=re.MULTILINE)
+    assert {name for name, _ in commands} >= {"train", "evaluate", "classify"}
+    for name, arguments in commands:
+        assert hf_vs2.cli.main([name, "--help"]) == 0, f"README's command {name} is unknown"
+        help_text = capsys.readouterr().out
+        unknown = [flag for flag in re.findall(r"--\w+", arguments) if flag not in help_text]
+        assert not unknown, f"hf-vs2 {name} has no {unknown}"
+
+
+def test_readme_code_uses_public_names() -> None:
+    """A block of the README that imports a name the package lost fails at its first line."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_vs2":
+            assert {alias.name for alias in node.names} <= set(hf_vs2.__all__)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_vs2":
+            assert node.attr in hf_vs2.__all__
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="the make commands need a POSIX shell")
+class TestInstallScript:
+    """`make demo` and `make test` on a machine where they cannot run must say what is missing."""
+
+    def install(self, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = ["sh", str(REPOSITORY / "scripts" / "install.sh"), str(tmp_path / "venv"), "test", "constraints.txt"]
+        return subprocess.run(
+            command, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True
+        )
+
+    def test_old_python_is_named(self, tmp_path: Path) -> None:
+        """Someone whose only Python is 3.9 must read that, not a traceback of pip."""
+        for name in ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "python"):
+            old = tmp_path / name
+            old.write_text('#!/bin/sh\ncase "$2" in *version_info*) exit 1 ;; esac\necho 3.9.18\n')
+            old.chmod(0o755)
+        result = self.install(tmp_path, PYTHON="", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        assert result.returncode == 1
+        assert "Python 3.11 or newer is needed" in result.stderr
+        assert "python3 is 3.9.18" in result.stderr
+        assert not (tmp_path / "venv").exists()
+
+    def test_missing_python_is_named(self, tmp_path: Path) -> None:
+        """A misspelt PYTHON=... must be shown back."""
+        result = self.install(tmp_path, PYTHON="no-such-python")
+        assert result.returncode == 1
+        assert "Looked for: no-such-python. Found: none of them." in result.stderr
+
+    def test_foreign_environment_is_left_alone(self, tmp_path: Path) -> None:
+        """A `.venv` that a user made, with a torch of their own, must not get our pinned one."""
+        (tmp_path / "venv" / "bin").mkdir(parents=True)
+        result = self.install(tmp_path)
+        assert result.returncode == 1
+        assert "was not made by this Makefile" in result.stderr
+        assert list((tmp_path / "venv").rglob("*")) == [tmp_path / "venv" / "bin"]
