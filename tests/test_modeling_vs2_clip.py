@@ -422,7 +422,7 @@ def test_an_sae_of_another_clip_is_refused_with_both_names(named_clip, tmp_path)
 
     other = CLIPModel.from_pretrained(ours)
     with torch.no_grad():
-        other.vision_model.embeddings.class_embedding.add_(0.5)
+        other.vision_model.embeddings.class_embedding.mul_(1.05)
     with pytest.raises(ValueError, match=f"trained on their/clip; the CLIP given is {ours}.*not the same weights"):
         VS2CLIPForZeroShot(other, sae)
     sae.config.base_model_fingerprint = None  # what the message says to do
@@ -520,7 +520,7 @@ def test_eager_and_sdpa_attention_agree(named_clip, layers):
 @pytest.mark.parametrize("method", STEERING_METHODS)
 def test_bfloat16(model, tiny_clip, method):
     """Half precision on a GPU: plain CLIP bit for bit when off, close to float32 when on, gate from float32 statistics."""
-    inputs = make_inputs()
+    inputs = make_inputs(batch=16)
     model.set_steering(method=method)
     with torch.no_grad():
         exact = model(**inputs)
@@ -530,7 +530,7 @@ def test_bfloat16(model, tiny_clip, method):
         assert rough.logits_per_image.dtype == torch.bfloat16 and rough.fvu.dtype == torch.float32
         # Rounding may swap two latents of nearly the same size; rows with the same ones must agree.
         same = (rough.latent_indices.sort().values == exact.latent_indices.sort().values).all(dim=1)
-        assert same.sum() >= 3
+        assert same.sum() >= 4
         similarity = torch.nn.functional.cosine_similarity(rough.image_embeds.float(), exact.image_embeds)
         assert similarity[same].min() > 0.99
         torch.testing.assert_close(rough.fvu[same], exact.fvu[same], rtol=0.05, atol=0.02)

@@ -380,7 +380,8 @@ def test_broken_rows_are_refused_before_training(rows, tmp_path, part):
     number = int(getattr(trainer, f"{part}_indices")[7])
     broken[number, 3] = float("nan")
     with pytest.raises(ValueError, match=f"Activation row {number} holds NaN"):
-        make_trainer(tmp_path, broken, max_steps=10**9).train()
+        make_trainer(tmp_path, broken, save_steps=1).train()
+    assert not list(tmp_path.iterdir())
 
 
 def test_unusable_rows_are_refused(rows, tmp_path):

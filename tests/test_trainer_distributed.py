@@ -38,7 +38,8 @@ def launch(script: Path, **settings) -> list[dict]:
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     tests = str(Path(__file__).parent)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
+    path = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     run = subprocess.run(
         [*command, str(script), json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300
     )

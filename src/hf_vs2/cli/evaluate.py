@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint_folder import RESULTS_NAME
 from .common import (
     activations_beside,
     add_checkpoint_flags,
@@ -89,6 +90,7 @@ def run(args: Namespace) -> None:
     import torch
 
     from ..evaluation import EVALUATION_METHODS, evaluate
+    from ..model_card import write_model_card
 
     methods = args.method or EVALUATION_METHODS
     _check_prompts(args, methods)
@@ -117,7 +119,10 @@ def run(args: Namespace) -> None:
         progress=not args.disable_tqdm,
     )
     say(result.table())
-    say_written({"results": result.to_json(_result_path(args)), "activations": store.path})
+    places = {"results": result.to_json(_result_path(args)), "activations": store.path}
+    if places["results"] == Path(args.checkpoint, RESULTS_NAME):
+        places["model card"] = write_model_card(args.checkpoint)  # which shows them from now on
+    say_written(places)
 
 
 def _check_prompts(args: Namespace, methods: Any) -> None:
@@ -157,7 +162,7 @@ def _reference(
 def _result_path(args: Namespace) -> Path:
     if args.output is not None:
         return args.output
-    return Path(args.checkpoint, "results.json") if Path(args.checkpoint).is_dir() else Path("results.json")
+    return Path(args.checkpoint if Path(args.checkpoint).is_dir() else "", RESULTS_NAME)
 
 
 def kept(args: Namespace) -> str:
