@@ -228,8 +228,10 @@ def test_tail_replay_equals_the_full_model(model, tiny_clip, method):
     assert plain.fvu is None and not plain.steered.any()
 
 
-def test_image_features_carry_the_plain_ones(model, tiny_clip):
-    """The pipeline and the evaluation compare both from one pass; the plain ones must be CLIP's own."""
+@pytest.mark.parametrize("layers", [(LAST,), (1,), (1, LAST)])
+def test_image_features_carry_the_plain_ones(tiny_clip, layers):
+    """The pipeline compares both from one call; the plain ones must be CLIP's own, whatever layer is steered."""
+    model = VS2CLIPForZeroShot(tiny_clip, {layer: fitted_sae(layer=layer) for layer in layers})
     pixels = make_inputs(batch=8)["pixel_values"]
     with torch.no_grad():
         plain = tiny_clip.get_image_features(pixels).pooler_output

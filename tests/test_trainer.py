@@ -286,16 +286,15 @@ def test_checkpoints_that_are_not_there(rows, interrupted, tmp_path):
             make_trainer(tmp_path, rows, resume_from_checkpoint=wanted).train()
 
 
-def test_old_checkpoints_go_and_foreign_folders_stay(rows, tmp_path):
-    """`save_total_limit` bounds the disk; a folder that the user put there, or an earlier run's, is not in the way."""
+@pytest.mark.parametrize(
+    ("limit", "left"), [(1, {"16", "best"}), (2, {"16", "900", "best"}), (3, {"12", "16", "900", "best"})]
+)
+def test_old_checkpoints_go_and_the_new_one_stays(rows, tmp_path, limit, left):
+    """`save_total_limit` bounds the disk; an earlier run's later checkpoint, or a folder of the user's, is not in the way."""
     for name in ("checkpoint-best", "checkpoint-900"):
         (tmp_path / name).mkdir()
-    make_trainer(tmp_path, rows, save_steps=4, save_total_limit=2).train()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
-        "checkpoint-16",
-        "checkpoint-900",
-        "checkpoint-best",
-    ]
+    make_trainer(tmp_path, rows, save_steps=4, save_total_limit=limit).train()
+    assert {path.name.removeprefix("checkpoint-") for path in tmp_path.glob("checkpoint-*")} == left
 
 
 # Going on, precision, trackers
@@ -357,6 +356,15 @@ def test_the_learning_rate_rises_and_falls(rows, tmp_path):
     log = json.loads((tmp_path / "training_log.json").read_text())["log"]
     rates = [entry["learning_rate"] / 3e-3 for entry in log]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0] + [1 - i / 15 for i in range(1, 16)], abs=1e-6)
+
+
+@pytest.mark.parametrize(("max_grad_norm", "moves"), [(1e-11, False), (0.0, True)])
+def test_gradients_are_clipped(rows, tmp_path, max_grad_norm, moves):
+    """Clipped to next to nothing, far below Adam's epsilon, no weight moves; 0 means no clipping."""
+    sae = SAEModel(SAEConfig(hidden_size=HIDDEN, num_latents=96, top_k=3))
+    before = sae.W_dec.detach().clone()
+    make_trainer(tmp_path, rows, model=sae, max_grad_norm=max_grad_norm).train()
+    assert ((sae.W_dec - before).abs().max() > 1e-3) == moves
 
 
 def test_the_dead_share_counts_steps_without_activity(rows, tmp_path):
