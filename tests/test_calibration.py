@@ -21,8 +21,8 @@ def trained(tmp_path_factory):
         rows = clip_like_rows(num_rows, HIDDEN, seed=seed)
         arguments = SAETrainingArguments(
             output_dir=str(tmp_path_factory.mktemp("sae")),
-            max_steps=300,
-            learning_rate=2e-3,
+            max_steps=200,
+            learning_rate=3e-3,
             per_device_train_batch_size=128,
             save_steps=0,
             seed=seed,

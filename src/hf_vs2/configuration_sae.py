@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .functional import ACTIVATIONS
-from .hub import PackagedCode
+from .packaged_code import PackagedCode
 
 
 FORMAT_VERSION = 1

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 
 from .configuration_sae import SAEConfig
-from .hub import PackagedCode
+from .packaged_code import PackagedCode
 
 
 METHODS = ("none", "centroid", "reconstruct", "amplify", "vs2")

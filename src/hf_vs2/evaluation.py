@@ -14,17 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 import transformers
 from torch.nn.functional import normalize
-from transformers import CLIPModel
 from transformers.utils import logging
 
 from . import __version__
-from .base_model import vision_fingerprint
+from .base_model import same_fingerprint, vision_fingerprint
 from .modeling_vs2_clip import VS2CLIPForZeroShot
 from .prompts import BUILT_IN_TEMPLATES, class_embeddings, clean_class_names, resolve_templates
 from .report import EvaluationResult, SampleOutputs
@@ -143,7 +142,7 @@ def evaluate(
         _check_rows(model, reference_rows, "reference_rows")
 
     classifiers = {
-        name: class_embeddings(cast(CLIPModel, model.clip), tokenizer, class_names, chosen, progress=progress)
+        name: class_embeddings(model.clip, tokenizer, class_names, chosen, progress=progress)
         for name, chosen in prompt_sets.items()
     }
     variants = _variants(model, methods)
@@ -482,10 +481,7 @@ def _check_store(model: VS2CLIPForZeroShot, store: ActivationStore, what: str) -
             f"{what}: the store {store.path} holds layers {store.layers}, but the last layer, {last}, is the one to "
             "evaluate. Extract it with layers=(-1,)."
         )
-    theirs = torch.tensor(store.metadata["base_model_fingerprint"])
-    ours = torch.tensor(vision_fingerprint(cast(CLIPModel, model.clip)))
-    # bfloat16 keeps 8 bits: the same weights agree to 0.4 %.
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.01, atol=1e-6):
+    if not same_fingerprint(store.metadata["base_model_fingerprint"], vision_fingerprint(model.clip)):
         raise ValueError(
             f"{what}: the store {store.path} was extracted with another CLIP ({store.metadata['model']['id']}) than the one "
             "of this model. Extract the activations with this one."

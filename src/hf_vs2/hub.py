@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
 from .checkpoint_folder import SAE_TYPE, VS2_TYPE, CheckpointFolder
+from .packaged_code import PackagedCode
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from .report import Results
-
-logger = logging.get_logger(__name__)
 
 _HUB_OPTIONS = (
     *("private", "create_pr", "revision", "tag", "token", "commit_message", "commit_description"),
@@ -99,16 +96,6 @@ def push_to_hub(
         return push.run(commit_message or f"Upload {_kind(folder)} with hf_vs2", commit_description)
 
 
-class PackagedCode:
-    """A config or model class that transformers does not take for remote code when it was reached through the shim. It would
-    copy the package's source files into every checkpoint saved from then on."""
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Without effect: who loads a checkpoint has the code from the package."""
-        logger.info(f"{cls.__name__} comes with hf_vs2; its code is not written into checkpoints.")
-
-
 class HubMixin(PackagedCode):
     """
     `save_pretrained` that writes the model card too, and `push_to_hub` that respects an edited one. (transformers' own overwrites
@@ -163,4 +150,4 @@ def _kind(folder: CheckpointFolder) -> str:
     return f"{len(folder.configs)} SAEs" if folder.holds_several else "SAE"
 
 
-__all__ = ["HubMixin", "PackagedCode", "push_to_hub"]
+__all__ = ["HubMixin", "push_to_hub"]

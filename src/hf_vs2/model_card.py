@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +80,7 @@ def create_model_card(
             else "Its authors have not stated a licence for this checkpoint.",
         )
     )
+    text = re.sub(r"\n{3,}", "\n\n", text)  # left where the templates had nothing to say
     return ModelCard(Card.parse(f"---\n{data.to_yaml()}\n---\n\n{text}").signed("wrote").source)
 
 
@@ -163,7 +165,7 @@ def _metadata(
         datasets=data_sets or None,
         metrics=["accuracy"] if results else None,
         tags=["hf_vs2", "clip", "sparse-autoencoder", "visual-sparse-steering", *tags],
-        model_name=title,
+        model_name=title if results else None,
         eval_results=results.eval_results if results else None,
     )
 
