@@ -366,3 +366,11 @@ def test_metadata_are_merged():
     assert merge_metadata(ours, merged) == merged
     nonsense = merge_metadata(ours, {"model-index": "soon"})
     assert nonsense["model-index"] == "soon"
+
+
+def test_a_gate_without_calibration_does_not_stop_a_save(tmp_path):
+    """The card is written by `save_pretrained`: what it can't say must not cost the user the weights."""
+    sae = SAEModel(SAEConfig(hidden_size=8, top_k=2, gate=0.99, fvu_quantiles={"0.9": 0.1}))
+    sae.save_pretrained(tmp_path)
+    assert "for which it is not calibrated" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "model.safetensors").is_file()

@@ -112,7 +112,8 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
     Store per-sample FVU quantiles in `sae.config`, from unlabelled rows that the SAE was NOT trained on.
 
     In-sample rows are reconstructed better than fresh ones; with about 1,000 training rows their 0.99 quantile steers only
-    87-90 % of fresh in-domain images.
+    87-90 % of fresh in-domain images. A model that wraps the SAE with a gate in force goes on with the old threshold until its
+    `set_steering(gate=...)` is called again.
 
     Args:
         sae (`SAEModel`): the SAE; its `mean` must be set. Its config's `fvu_quantiles`, `num_calibration_rows` and, if the rows

@@ -223,6 +223,9 @@ def _default_steering(config: SAEConfig) -> str:
     steering = f"gamma {_gamma(config.gamma)}, lambda {config.lambda_:g}"
     if config.gate is None or not config.fvu_quantiles:
         return f"{steering}, no gate"
+    levels = [float(level) for level in config.fvu_quantiles]
+    if not min(levels) <= config.gate <= max(levels):
+        return f"{steering}, gate at quantile {config.gate:g}, for which it is not calibrated"
     tau = config.fvu_threshold(config.gate)
     held_out = f" of {config.num_calibration_rows:,} held-out images" if config.num_calibration_rows else ""
     return f"{steering}, gate at FVU {tau:.4g} (quantile {config.gate:g}{held_out})"
