@@ -162,6 +162,8 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []
+        self.idle = threading.Condition()
+        self.in_progress = 0
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
         self.servers: list[ThreadingHTTPServer] = []
@@ -217,10 +219,16 @@ class LoopbackHub:
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[tuple[str, str, int]]]:
         """The requests that come in meanwhile."""
-        start = len(self.requests)
+        start = self._count_requests()
         seen: list[tuple[str, str, int]] = []
         yield seen
-        seen += self.requests[start:]
+        seen += self.requests[start : self._count_requests()]
+
+    def _count_requests(self) -> int:
+        """How many there were, with those whose answer the client has but which are not noted down yet."""
+        with self.idle:
+            assert self.idle.wait_for(lambda: self.in_progress == 0, timeout=10)
+            return len(self.requests)
 
     def take_fault(self, request: str, wants: str) -> Fault | None:
         with self.lock:
@@ -298,6 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         status = 0
+        with self.hub.idle:
+            self.hub.in_progress += 1
         parts = urllib.parse.urlsplit(self.path)
         request = f"{self.command} {parts.path}"
         self.query = {name: values[-1] for name, values in urllib.parse.parse_qs(parts.query).items()}
@@ -314,7 +324,10 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
-            self.hub.requests.append((self.command, self.path, status))
+            with self.hub.idle:
+                self.hub.requests.append((self.command, self.path, status))
+                self.hub.in_progress -= 1
+                self.hub.idle.notify_all()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 

@@ -24,7 +24,7 @@ SOURCE = REPOSITORY / "src" / "hf_vs2"
 FLOORS = {
     1: "functional sparse_ops",
     2: "base_model card_edits card_results checkpoint_folder configuration_sae hub hub_push model_card modeling_sae packaged_code report",
-    3: "configuration_vs2_clip modeling_vs2_clip processing",
+    3: "configuration_vs2_clip modeling_vs2_clip processing vs2_parts",
     4: "activations data extraction fingerprint image_batches images pipeline_inputs prompt_cache prompts retrieval store vision_tower",
     5: "calibration demo demo_data demo_figure demo_folds evaluation pipeline trainer training_args",
     6: "__init__ cli",

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .base_model import check_base_model, loaded_revision, resolve_layer
@@ -26,9 +25,7 @@ from .functional import amplify, centroid_steer, gate, steer, steering_vector
 from .hub import HubMixin
 from .modeling_sae import SAEModel
 from .processing import save_processing
-
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
+from .vs2_parts import HUB_ARGUMENTS, load_clip, load_saes, without_attention
 
 
 class SteeredRows(NamedTuple):
@@ -353,7 +350,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             `OSError`: if files are missing or can't be reached.
         """
         found = kwargs.pop("config", None)
-        place = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
         config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
         if not config_dict:
@@ -363,10 +360,10 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             )
         model_type = config_dict.get("model_type")
         if model_type == SAEConfig.model_type:
-            sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **_without_attention(kwargs))
+            sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **without_attention(kwargs))
             defaults = sae.config
             model = cls(
-                _load_clip(clip, defaults, place, kwargs),
+                load_clip(clip, defaults, place, kwargs),
                 sae,
                 gamma=defaults.gamma,
                 lambda_=defaults.lambda_,
@@ -388,8 +385,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             # hand on a dtype that was asked for in the config alone.
             asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
             model = cls(
-                _load_clip(clip, config, place, kwargs | asked),
-                _load_saes(pretrained_model_name_or_path, config, place, kwargs),
+                load_clip(clip, config, place, kwargs | asked),
+                load_saes(pretrained_model_name_or_path, config, place, kwargs),
             )
             model.set_steering(**asdict(config.steering()))
         if settings:
@@ -550,56 +547,6 @@ def _unit(embeds: torch.Tensor) -> torch.Tensor:
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     target = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
-
-
-def _without_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Loading arguments that an SAE understands: it has no attention to choose."""
-    return {name: value for name, value in kwargs.items() if name != "attn_implementation"}
-
-
-def _load_clip(
-    clip: CLIPModel | str | os.PathLike | None,
-    config: SAEConfig | VS2CLIPConfig,
-    place: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> CLIPModel:
-    """The CLIP given, or the one that the checkpoint's config names, at the revision it records."""
-    if isinstance(clip, CLIPModel):
-        return clip
-    access = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "_commit_hash")}
-    name, revision = (clip, None) if clip is not None else (config.base_model_name_or_path, config.base_model_revision)
-    if name is None:
-        raise ValueError(
-            "This checkpoint does not name the CLIP it belongs to. Give it: from_pretrained(..., clip=...)."
-        )
-    clip_dict, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main", **access)
-    if clip_dict.get("model_type") != CLIPConfig.model_type:
-        # transformers would load it as a CLIP with random weights.
-        raise ValueError(f"{name} holds a model of type {clip_dict.get('model_type')!r}; expected a CLIP ('clip').")
-    model = CLIPModel.from_pretrained(name, revision=revision or "main", **access, **kwargs)
-    # Newer transformers forgets it, and what is saved again should name it again.
-    model.config._commit_hash = revision or loaded_revision(model, access.get("cache_dir"))
-    return model
-
-
-def _load_saes(
-    name_or_path: str | os.PathLike, config: VS2CLIPConfig, place: dict[str, Any], kwargs: dict[str, Any]
-) -> dict[int, SAEModel]:
-    """The SAEs of a VS2 checkpoint, whose weights are named `saes.<layer>.<parameter>`."""
-    path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **place)
-    saes = {}
-    with safe_open(path, framework="pt") as weights:
-        for sae_config in config.sae_configs:
-            layer = sae_config.layer
-            prefix = f"saes.{layer}."
-            names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            state = {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
-            if not state:
-                raise ValueError(f"{path} holds no weights for the SAE of layer {layer} that its config.json names.")
-            saes[layer] = SAEModel.from_pretrained(
-                None, config=sae_config, state_dict=state, **_without_attention(kwargs)
-            )
-    return saes
 
 
 def _plain(setting: Any) -> Any:
