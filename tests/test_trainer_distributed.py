@@ -29,6 +29,9 @@ trainer = make_trainer(folder, sparse_rows(2000), **settings)
 assert trainer.accelerator.num_processes == 2, trainer.accelerator.state
 metrics = trainer.train()
 trainer.save_model(folder + "-again")
+second = make_trainer(folder + "-second", sparse_rows(2000), max_steps=2)  # one SAE a layer, say, in one job
+assert second.accelerator.num_processes == 2, second.accelerator.state
+second.train()
 print(json.dumps({"rank": rank, "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()), **metrics}))
 """
 
@@ -39,7 +42,7 @@ def launch(script: Path, **settings) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     tests = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     run = subprocess.run(
         [*command, str(script), json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -216,7 +216,9 @@ class SAETrainer:
             write_atomically(self.args.output_path / LOG_NAME, json.dumps(log, indent=2) + "\n")
             write_model_card(self.args.output_path)  # again, now that the log tells the settings
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        # Not `end_training()`: it would leave the process group too, which a second trainer in the same job still needs.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return metrics
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:

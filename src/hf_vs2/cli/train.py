@@ -87,12 +87,13 @@ def run(args: Namespace) -> None:
     from ..trainer import SAETrainer
 
     arguments = dataclass_from(SAETrainingArguments, args)
-    join_processes()
+    processes = join_processes()
     store = _activations(args)
     config, layer = _sae_config(args, store.hidden_size, store.metadata["num_layers"])
     trainer = SAETrainer(config, arguments, store, layer=layer)
     metrics = trainer.train()
     _report(args, trainer, store, metrics)
+    processes.destroy_process_group()
 
 
 def _activations(args: Namespace) -> ActivationStore:
@@ -147,6 +148,8 @@ def _report(args: Namespace, trainer: SAETrainer, store: ActivationStore, metric
         )
     say(*lines)
     say_written({"SAE checkpoint": output, "training log": output / LOG_NAME, "activations": store.path})
+    if config.layer != store.metadata["num_layers"] - 1:
+        return  # `evaluate` replays the last layer only
     columns = f"--image_column {args.image_column} --label_column label"
     say("", f"Next: hf-vs2 evaluate --checkpoint {output} --dataset {args.dataset or 'D'} --split test {columns}")
 
