@@ -32,23 +32,29 @@ trainer.save_model(folder + "-again")
 second = make_trainer(folder + "-second", sparse_rows(2000), max_steps=2)  # one SAE a layer, say, in one job
 assert second.accelerator.num_processes == 2, second.accelerator.state
 second.train()
-print(json.dumps({"rank": rank, "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()), **metrics}))
+report = {"rank": rank, "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()), **metrics}
+# A file each: two processes that print to one pipe may write into each other's lines.
+with open(sys.argv[2] + str(rank), "w") as file:
+    json.dump(report, file)
 """
 
 
 def launch(script: Path, **settings) -> list[dict]:
-    """Train in two processes; what each printed at the end."""
+    """Train in two processes; what each reported at the end, by rank."""
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     tests = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     run = subprocess.run(
-        [*command, str(script), json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(script), json.dumps(settings), str(script.with_name("report-"))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    return sorted(reports, key=lambda report: report["rank"])
+    return [json.loads(script.with_name(f"report-{rank}").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
