@@ -213,6 +213,41 @@ def test_extract_then_train_on_a_chosen_layer(clip_path, images_path, tmp_path, 
     assert SAEConfig.from_pretrained(tmp_path / "sae").layer == 1
 
 
+def test_train_with_labels_and_say_so(clip_path, images_path, tmp_path, capsys):
+    """PASS from the command line and from a file: the labels reach the loss, the checkpoint and its card say so; labels that are
+    merely kept are not used."""
+    cache = tmp_path / "rows"
+    arguments = [*source(clip_path, images_path), "--activations_dir", cache, "--label_column", "label", *TRAIN]
+    config = tmp_path / "pass.yaml"
+    config.write_text("pass_weight: 0.8\nlabel_column: none\n", encoding="utf-8")
+    run(capsys, "train", "--config", config, *arguments, "--output_dir", tmp_path / "pass")
+    run(capsys, "train", *arguments, "--output_dir", tmp_path / "plain")
+    run(capsys, "train", "--activations_dir", cache, *TRAIN, "--pass_weight", 2, "--output_dir", tmp_path / "two")
+    recorded = [SAEConfig.from_pretrained(tmp_path / name).training_data for name in ("pass", "plain", "two")]
+    weights = [data.get("label_loss", {}).get("weight") for data in recorded]
+    assert weights == [0.8, None, 2.0]
+    cards = [(tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("pass", "plain")]
+    assert ["No labels were used" in card for card in cards] == [False, True]
+    saes = [SAEModel.from_pretrained(tmp_path / name).W_enc for name in ("pass", "plain", "two")]
+    assert not torch.equal(saes[0], saes[1]) and not torch.equal(saes[0], saes[2])
+
+
+def test_train_on_the_activations_of_two_data_sets(clip_path, images_path, tmp_path, capsys):
+    """One SAE for several domains: their rows are one set, and the checkpoint names each."""
+    stores = [tmp_path / "train", tmp_path / "test"]
+    for store in stores:
+        run(capsys, "extract", *source(clip_path, images_path, store.name), "--output_dir", store, "--disable_tqdm")
+    arguments = ["train", "--activations_dir", *stores, "--output_dir", tmp_path / "sae", *TRAIN]
+    assert "label_loss needs labels, and the rows have none" in complaint(capsys, *arguments, "--pass_weight", 1)
+    out = run(capsys, *arguments)
+    assert all(str(store) in out for store in stores)
+    data = SAEConfig.from_pretrained(tmp_path / "sae").training_data
+    assert data["num_rows"] == 144 and [(part["split"], part["num_rows"]) for part in data["parts"]] == [
+        ("train", 120),
+        ("test", 24),
+    ]
+
+
 def test_evaluate_gives_the_figures_of_the_library(checkpoint, clip_path, images_path, tmp_path, capsys):
     """Printed table and result file must be those of `evaluate` on the same rows, with one prompt and with an ensemble."""
     out = run(capsys, *with_checkpoint("evaluate", checkpoint, images_path), "--gamma", 2, "--lambda", 1)
@@ -459,6 +494,16 @@ def test_mistakes_in_a_config_file_are_named(text, expected, tmp_path, capsys):
         (["train", "--output_dir", "o", "--max_steps", "1", "--num_train_epochs", "1"], "give one of them"),
         (["train", "--output_dir", "o", "--config", "none.yaml"], "none.yaml"),
         (["train", "--output_dir", "o", "--max_step", "1"], "unknown argument --max_step"),
+        (["train", "--output_dir", "o", "--activations_dir", "a", "--label_column", "c"], "column of --dataset"),
+        (
+            ["train", "--output_dir", "o", "--model", "m", "--dataset", "d", "--pass_weight", "1"],
+            "with --label_column",
+        ),
+        (["train", "--output_dir", "o", "--activations_dir", "a", "--pass_weight", "-1"], "a number from 0, not -1.0"),
+        (
+            ["train", "--output_dir", "o", "--model", "m", "--dataset", "d", "--activations_dir", "a", "b"],
+            "one cache root",
+        ),
         (["extract", "--model", "m"], "required: --dataset, --output_dir"),
         (["extract", "--on_error", "ignore"], "invalid choice: 'ignore'"),
         (["classify", "--labels", "a", "--checkpoint", "c"], "required: IMAGE"),
@@ -495,6 +540,7 @@ def test_a_request_that_cannot_be_met_gets_one_line(checkpoint, clip_path, image
         ([*train, "--dataset", tmp_path / "no-data"], "no-data"),
         ([*train, "--split", "dev"], "no split 'dev'"),
         ([*train, "--image_column", "img"], "no column 'img'"),
+        ([*train, "--label_column", "class"], "no column 'class'"),
         ([*train, "--layer", 7], "layer=7 does not exist"),
         ([*train, "--top_k", 1000], "top_k=1000"),
         ([*train, "--dataset", broken, "--split", "train"], "a.png"),

@@ -22,6 +22,7 @@ from hf_vs2 import (
     SAEModel,
     SAETrainer,
     SAETrainingArguments,
+    VS2CLIPForZeroShot,
     create_model_card,
     push_to_hub,
     write_model_card,
@@ -125,6 +126,33 @@ def test_card_tells_what_is_on_record(folder, sae):
     assert "under `mit`" in section(card, "Licence")
     assert "arXiv:2506.01247" in section(card, "Citation")
     assert str(folder.parent) not in str(card)
+
+
+def test_card_says_that_labels_were_used(clip, tmp_path):
+    """An SAE that PASS has trained is not label-free, nor is a model that holds it: neither card may say so anywhere."""
+    data = TRAINING_DATA | {"label_loss": {"name": "PrototypeAlignment", "weight": 0.8}}
+    sae = make_sae(clip, training_data=data)
+    sae.save_pretrained(tmp_path / "sae")
+    VS2CLIPForZeroShot(clip, sae, gate=0.99).save_pretrained(tmp_path / "vs2")
+    result = make_result(sae_training_data=data)
+    for folder, results in ((tmp_path / "sae", result), (tmp_path / "vs2", None)):
+        text = create_model_card(folder, name="ada/model", results=results).text
+        assert "Labels of the training images were used" in section(text, "SAE and training")
+        assert "| Labels | used in training by `PrototypeAlignment` (weight 0.8) |" in text
+        head = text.split("## Intended use")[0]
+        assert not re.search("no labels were|without labels|right answers only", head, re.IGNORECASE)
+
+
+def test_card_names_every_set_of_a_union(clip, tmp_path):
+    """One SAE for several data sets: each is named with its rows, and the Hub links them all."""
+    parts = [{**TRAINING_DATA, "num_rows": 400}, {"id": "someone/cars", "fingerprint": "77aa", "num_rows": 100}]
+    data = {"num_rows": 500, "seed": 1, "selected_from": 5000, "parts": parts}
+    make_sae(clip, training_data=data).save_pretrained(tmp_path)
+    card = create_model_card(tmp_path, name="ada/sae")
+    assert card.data.datasets == ["someone/cars", "someone/pictures"]
+    training = section(card, "SAE and training")
+    assert "split `train[:600]`, 400 images; [someone/cars](https://huggingface.co/datasets/someone/cars)" in training
+    assert "100 images (selected from 5,000)" in training and "`0f1e2d`, `77aa`" in training
 
 
 def test_metadata_are_what_the_hub_understands(folder, clip, tmp_path):

@@ -12,19 +12,61 @@ import torch
 from accelerate.state import AcceleratorState
 from toy import clip_like_rows, make_sae, sparse_rows
 
-from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
+from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
 from hf_vs2.calibration import activation_statistics, as_rows
+from hf_vs2.functional import prototype_alignment
+from hf_vs2.label_losses import PrototypeAlignment
+from hf_vs2.store import read_shard_header, write_index, write_shard
 from hf_vs2.trainer import BatchPlan
+from hf_vs2.training_rows import UnionRows, training_rows
 
 
 HIDDEN = 24
 
 
-def make_trainer(folder, rows, *, config=None, model=None, **arguments):
+def make_trainer(folder, rows, *, config=None, model=None, indices=None, labels=None, label_loss=None, **arguments):
     defaults = {"max_steps": 20, "per_device_train_batch_size": 64, "learning_rate": 3e-3, "dead_latent_threshold": 8}
     defaults |= {"save_steps": 0, "logging_steps": 5, "disable_tqdm": True}
     model = model or SAEConfig(hidden_size=HIDDEN, **{"num_latents": 96, "top_k": 3, **(config or {})})
-    return SAETrainer(model, SAETrainingArguments(output_dir=str(folder), **{**defaults, **arguments}), rows)
+    arguments = SAETrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
+    return SAETrainer(model, arguments, rows, indices=indices, labels=labels, label_loss=label_loss)
+
+
+def make_store(folder, rows, labels=None, *, layer=2, shard_size=700, class_names=None, **changed):
+    """An activation store of these rows, written as extraction writes it, without images or a model."""
+    folder.mkdir(parents=True)
+    shards = []
+    for number, start in enumerate(range(0, len(rows), shard_size)):
+        part = slice(start, start + shard_size)
+        tensors = {f"layer_{layer}": rows[part].contiguous(), "image_index": torch.arange(len(rows))[part]}
+        if labels is not None:
+            tensors["label"] = labels[part].contiguous()
+        write_shard(folder, number, tensors, {})
+        header = read_shard_header(folder, number)
+        shards.append({"rows": header["rows"], "bytes": header["bytes"]})
+    index = {
+        "format": "hf_vs2.activations",
+        "format_version": 1,
+        "model": {"id": "someone/clip", "revision": "c0ffee", "fingerprint": "ab12", "dtype": "float32"},
+        "layers": [layer],
+        "site": "cls",
+        "preprocessing": {"size": {"shortest_edge": 32}},
+        "dataset": {"fingerprint": folder.name, "split": "train"},
+        "columns": {"image": "image", "label": None if labels is None else "label"},
+        "dtype": "float32",
+        "dataset_id": f"someone/{folder.name}",
+        "class_names": class_names,
+        "hidden_size": rows.shape[1],
+        "num_layers": 3,
+        "base_model_fingerprint": [0.5, 0.25],
+        "num_images": len(rows),
+        "num_rows": len(rows),
+        "skipped": [],
+        "shards": shards,
+        "complete": True,
+    }
+    write_index(folder, index | changed)
+    return ActivationStore.open(folder)
 
 
 def assert_same_weights(one, other):
@@ -297,6 +339,268 @@ def test_old_checkpoints_go_and_the_new_one_stays(rows, tmp_path, limit, left):
     assert {path.name.removeprefix("checkpoint-") for path in tmp_path.glob("checkpoint-*")} == left
 
 
+# A part of the rows, rows of several stores
+
+
+def test_indices_train_on_those_rows_alone(rows, tmp_path):
+    """How accuracy falls with fewer images: no other row may reach the weights, the mean or the thresholds, in any order."""
+    chosen = torch.randperm(2000, generator=torch.Generator().manual_seed(3))[:400]
+    spoilt = torch.full_like(rows, float("nan"))
+    spoilt[chosen] = rows[chosen]
+    trainer = make_trainer(tmp_path / "chosen", spoilt, indices=chosen)
+    metrics = trainer.train()
+    alone = make_trainer(tmp_path / "alone", rows[chosen.sort().values])
+    alone.train()
+    assert_same_weights(trainer.model, alone.model)
+    assert trainer.model.config.fvu_quantiles == alone.model.config.fvu_quantiles
+    used = torch.cat([trainer.train_indices, trainer.held_out_indices])
+    assert torch.equal(used.sort().values, chosen.sort().values) and metrics["held_out_rows"] == 80
+    assert trainer.model.config.training_data == {"num_rows": 400, "seed": 42, "selected_from": 2000}
+    whole = make_trainer(tmp_path / "whole", rows, indices=range(2000))
+    assert whole.model.config.training_data == {"num_rows": 2000, "seed": 42}
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([3, 4, 3], "indices names a row twice"),
+        ([0, 2000], r"indices must lie in \[0, 2000\).*reach from 0 to 2000"),
+        ([-1, 5], r"indices must lie in \[0, 2000\).*reach from -1 to 5"),
+        (torch.ones(2000, dtype=torch.bool), "indices must be a vector of row numbers, not torch.bool"),
+        ([[1, 2]], r"not torch.int64 of shape \(1, 2\)"),
+        ([7], "1 activation rows are too few"),
+    ],
+)
+def test_impossible_indices_are_refused(rows, tmp_path, indices, message):
+    """A mask taken for numbers trains on rows 0 and 1; a row given twice calibrates on what was trained on."""
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, rows, indices=indices)
+
+
+def test_several_stores_are_one_set(rows, tmp_path):
+    """One SAE for several data sets (the paper's table 3): as if their rows were in one store, and each is on record."""
+    stores = [
+        make_store(tmp_path / "birds", rows[:1500]),
+        make_store(tmp_path / "cars", rows[1500:], class_names=["a"]),
+    ]
+    indices = torch.arange(0, 2000, 2)
+    union = make_trainer(tmp_path / "union", stores, indices=indices)
+    union.train()
+    whole = make_trainer(tmp_path / "whole", rows, indices=indices)
+    whole.train()
+    assert_same_weights(union.model, whole.model)
+    config = SAEModel.from_pretrained(tmp_path / "union").config
+    assert (config.base_model_name_or_path, config.base_model_revision, config.layer) == ("someone/clip", "c0ffee", 2)
+    facts = {"split": "train", "skipped": 0}
+    assert config.training_data == {
+        "num_rows": 1000,
+        "seed": 42,
+        "selected_from": 2000,
+        "parts": [
+            {"num_rows": 750, "id": "someone/birds", "fingerprint": "birds", **facts},
+            {"num_rows": 250, "id": "someone/cars", "fingerprint": "cars", **facts},
+        ],
+    }
+    order = torch.tensor([1999, 0, 1500, 1499, 0, 700])
+    assert torch.equal(union.rows.take(order), rows[order])
+    one = make_trainer(tmp_path / "one", stores[:1])
+    assert one.model.config.training_data["fingerprint"] == "birds", "a list of one store is that store"
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"model": {"id": "b", "revision": None, "fingerprint": "cd34"}}, "model.fingerprint: 'ab12' != 'cd34'"),
+        ({"preprocessing": {"size": {"shortest_edge": 64}}}, "preprocessing.size.shortest_edge: 32 != 64"),
+        ({"layer": 1}, "layer: 2 != 1"),
+        ({"hidden_size": 32}, "hidden_size: 24 != 32"),
+    ],
+)
+def test_stores_of_different_origin_are_not_mixed(rows, tmp_path, changed, difference):
+    """Rows of two CLIPs or two layers have nothing to do with each other; the message names both stores and what differs."""
+    stores = [make_store(tmp_path / "one", rows[:50]), make_store(tmp_path / "other", rows[50:90], **changed)]
+    with pytest.raises(ValueError, match="one and .*other can't be trained on together: ") as error:
+        make_trainer(tmp_path / "sae", stores)
+    assert difference in str(error.value)
+
+
+@pytest.mark.parametrize("train_rows", [[], [torch.zeros(9, HIDDEN)]])
+def test_lists_of_anything_else_are_refused(train_rows, tmp_path):
+    """A list of tensors is easily passed; it must not end in an AttributeError."""
+    with pytest.raises(ValueError, match="train_rows must list activation stores"):
+        make_trainer(tmp_path, train_rows)
+
+
+# Labels in training (PASS)
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """`(rows, labels)`: ten classes, each with a mean of its own beside the features that all share."""
+    draw = torch.Generator().manual_seed(5)
+    labels = torch.randint(0, 10, (2000,), generator=draw)
+    return sparse_rows(2000) + 0.8 * torch.randn(10, HIDDEN, generator=draw)[labels], labels
+
+
+def spread(trainer, rows, labels):
+    """Mean squared distance of the latents to their class mean, beside that to the mean of all: 1 without any structure."""
+    with torch.no_grad():
+        values, indices = trainer.model.encode(rows)
+    return (prototype_alignment(values, indices, labels) / prototype_alignment(values, indices, 0 * labels)).item()
+
+
+def test_prototype_alignment_tightens_the_classes(labelled, tmp_path):
+    """What PASS is for, and its price: on rows held out, latents of a class come closer to each other in proportion to all
+    latents, which mere shrinking would not do; and the FVU rises. The checkpoint says that labels were used."""
+    rows, labels = labelled
+    setting = {"max_steps": 200, "config": {"top_k": 8}}
+    plain = make_trainer(tmp_path / "plain", rows, **setting)
+    tight = make_trainer(tmp_path / "tight", rows, labels=labels, label_loss=PrototypeAlignment(3.0), **setting)
+    fvu, tight_fvu = plain.train()["fvu"], tight.train()["fvu"]
+    held_out = rows[plain.held_out_indices], labels[plain.held_out_indices]
+    assert spread(tight, *held_out) < 0.8 * spread(plain, *held_out)
+    assert tight_fvu > 1.2 * fvu
+    recorded = SAEConfig.from_pretrained(tmp_path / "tight").training_data
+    assert recorded["label_loss"] == {"name": "PrototypeAlignment", "weight": 3.0}
+    assert "label_loss" not in SAEConfig.from_pretrained(tmp_path / "plain").training_data
+
+
+def test_a_label_loss_has_the_units_of_the_fvu(labelled, tmp_path):
+    """The weight must mean the same for rows of any scale. With the reconstruction's own error as the term, the loss that the
+    log shows is twice the FVU; and a term of 0 changes no bit."""
+    rows, labels = labelled
+
+    def twice(out, labels):
+        return (out.reconstruction - x[-1]).square().sum(-1).mean()
+
+    x = []
+    trainer = make_trainer(
+        tmp_path / "twice", rows, labels=labels, label_loss=twice, config={"aux_k_coefficient": 0.0}
+    )
+    batch = trainer._batch
+    trainer._batch = lambda indices: x.append(batch(indices)) or x[-1]
+    trainer.train()
+    for entry in json.loads((tmp_path / "twice" / "training_log.json").read_text())["log"]:
+        assert entry["loss"] == pytest.approx(2 * entry["fvu"], rel=1e-5)
+    assert trainer.model.config.training_data["label_loss"] == {"name": "twice"}
+
+    plain = make_trainer(tmp_path / "plain", rows)
+    nothing = make_trainer(tmp_path / "nothing", rows, labels=labels, label_loss=PrototypeAlignment(0.0))
+    plain.train(), nothing.train()
+    assert_same_weights(plain.model, nothing.model)
+
+
+def test_labels_reach_the_rows_they_belong_to(labelled, tmp_path):
+    """Shuffled batches, chosen rows, accumulated gradients: a label on another row would train on noise without a sign."""
+    rows, labels = labelled
+    seen = []
+
+    def check(out, labels):
+        seen.append((out.reconstruction.detach(), labels))
+        return 0 * out.reconstruction.sum()
+
+    # The label is in the row itself.
+    marked = rows.clone()
+    marked[:, 0] = labels.float()
+    trainer = make_trainer(
+        tmp_path, marked, labels=labels, label_loss=check, indices=range(1, 2000, 3), gradient_accumulation_steps=2
+    )
+    batches = []
+    batch = trainer._batch
+    trainer._batch = lambda indices: batches.append(batch(indices)) or batches[-1]
+    trainer.train()
+    assert len(seen) == 40
+    for x, (_, found) in zip(batches, seen, strict=True):
+        assert torch.equal(x[:, 0].long(), found)
+
+
+def test_labels_come_from_the_stores(labelled, tmp_path):
+    """Stores that were extracted with labels need no `labels=`. Class 3 of birds is not class 3 of cars, unless both stores
+    have the same class names; rows of a store without labels are of unknown class."""
+    rows, labels = labelled
+    names = [str(number) for number in range(10)]
+    first = make_store(tmp_path / "first", rows[:900], labels[:900], class_names=names)
+    second = make_store(tmp_path / "second", rows[900:1800], labels[900:1800], class_names=names)
+    cars = make_store(tmp_path / "cars", rows[900:1800], labels[900:1800], class_names=[*names[:9], "car"])
+    bare = make_store(tmp_path / "bare", rows[1800:])
+    assert torch.equal(training_rows([first, bare, second], None).labels[:900], labels[:900])
+    assert torch.equal(training_rows([first, second], None).labels, labels[:1800])
+    assert torch.equal(training_rows([first, cars], None).labels, torch.cat([labels[:900], labels[900:1800] + 10]))
+    assert training_rows([bare, bare], None).labels is None
+    assert isinstance(training_rows([first, bare], None), UnionRows)
+    assert (training_rows([first, bare], None).labels[900:] == -1).all()
+
+    stored = make_trainer(tmp_path / "stored", first, label_loss=PrototypeAlignment())
+    given = make_trainer(tmp_path / "given", rows[:900], labels=labels[:900].tolist(), label_loss=PrototypeAlignment())
+    stored.train(), given.train()
+    assert_same_weights(stored.model, given.model)
+    unlabelled = make_trainer(tmp_path / "unlabelled", first)
+    assert "label_loss" not in unlabelled.model.config.training_data, "labels that lie in a store are not used"
+    with pytest.raises(ValueError, match="label_loss needs labels, and the rows have none"):
+        make_trainer(tmp_path / "x", bare, label_loss=PrototypeAlignment())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(1999, dtype=torch.int64), r"one integer a row, \(2000,\), not torch.int64 of shape \(1999,\)"),
+        (torch.zeros(2000), "not torch.float32 of shape"),
+        (torch.full((2000,), -2), "or -1 where the class is unknown; the lowest is -2"),
+        (torch.full((2000,), -1), r"All labels are -1 \(unknown\)"),
+        (None, "label_loss needs labels, and the rows have none"),
+    ],
+)
+def test_impossible_labels_are_refused(rows, tmp_path, labels, message):
+    """One-hot or shifted labels must be an error before the training, not a wrong SAE."""
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, rows, labels=labels, label_loss=PrototypeAlignment())
+
+
+def test_labels_without_a_use_are_refused(rows, tmp_path):
+    """Whoever passes labels thinks that they are used; and a negative weight would drive classes apart."""
+    with pytest.raises(ValueError, match="labels are given, but no label_loss"):
+        make_trainer(tmp_path, rows, labels=torch.zeros(2000, dtype=torch.int64))
+    for weight in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight of the prototype alignment must be a number from 0"):
+            PrototypeAlignment(weight)
+
+
+def test_training_with_labels_resumes_exactly(labelled, tmp_path):
+    """The same bits as an uninterrupted run; half with labels and half without, or with other labels or rows, is refused."""
+    rows, labels = labelled
+    setting = {"labels": labels, "label_loss": PrototypeAlignment(), "indices": range(1500)}
+    whole = make_trainer(tmp_path / "whole", rows, save_steps=10, **setting)
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-10")
+    resumed = make_trainer(tmp_path / "resumed", rows, resume_from_checkpoint=checkpoint, **setting)
+    resumed.train()
+    assert_same_weights(whole.model, resumed.model)
+    relabelled = labels.clone()
+    relabelled[0] += 1
+    for changed, message in (
+        (
+            {"labels": None, "label_loss": None},
+            "label_loss={'name': 'PrototypeAlignment', 'weight': 0.8}, now it is None",
+        ),
+        ({"label_loss": PrototypeAlignment(0.5)}, "label_loss=.*'weight': 0.8}, now it is .*'weight': 0.5}"),
+        ({"labels": relabelled}, "labels=[0-9a-f]{16}, now it is [0-9a-f]{16}"),
+        ({"indices": range(1, 1501)}, "indices=[0-9a-f]{16}, now it is [0-9a-f]{16}"),
+    ):
+        trainer = make_trainer(tmp_path / "x", rows, resume_from_checkpoint=checkpoint, **(setting | changed))
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+
+def test_an_sae_keeps_on_record_that_labels_shaped_it(labelled, tmp_path):
+    """Trained with labels and then fine-tuned without: the card must not call it label-free."""
+    rows, labels = labelled
+    make_trainer(tmp_path / "first", rows, labels=labels, label_loss=PrototypeAlignment(), max_steps=2).train()
+    sae = SAEModel.from_pretrained(tmp_path / "first")
+    assert "label_loss" in make_trainer(tmp_path / "second", rows, model=sae).model.config.training_data
+    anew = make_trainer(tmp_path / "third", rows, model=SAEConfig.from_pretrained(tmp_path / "first"))
+    assert "label_loss" not in anew.model.config.training_data
+
+
 # Going on, precision, trackers
 
 
@@ -335,6 +639,18 @@ def test_bfloat16_training(rows, tmp_path, other_precision):
     AcceleratorState._reset_state(True)
     exact = make_trainer(tmp_path / "float32", rows, max_steps=150).train()
     assert metrics["fvu"] == pytest.approx(exact["fvu"], rel=0.05)
+
+
+def test_bfloat16_training_with_labels(labelled, tmp_path, other_precision):
+    """Mixed precision must not lose the difference between latents and their class mean, nor break the graph."""
+    rows, labels = labelled
+    setting = {"labels": labels, "label_loss": PrototypeAlignment(), "max_steps": 100}
+    half = make_trainer(tmp_path / "bf16", rows, mixed_precision="bf16", **setting)
+    metrics = half.train()
+    AcceleratorState._reset_state(True)
+    exact = make_trainer(tmp_path / "float32", rows, **setting)
+    assert metrics["fvu"] == pytest.approx(exact.train()["fvu"], rel=0.05)
+    assert spread(half, rows, labels) == pytest.approx(spread(exact, rows, labels), rel=0.1)
 
 
 def test_tensorboard_gets_the_log(rows, tmp_path):

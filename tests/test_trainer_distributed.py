@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import assert_close_weights, make_trainer
+from test_trainer import PrototypeAlignment, assert_close_weights, make_trainer
 from toy import sparse_rows
 
 from hf_vs2 import SAEModel
@@ -19,7 +19,8 @@ from hf_vs2 import SAEModel
 # Rank 1 gets folders of its own, so that whatever it writes shows.
 WORKER = """
 import json, os, sys
-from test_trainer import make_trainer, sparse_rows
+import torch
+from test_trainer import PrototypeAlignment, make_trainer, sparse_rows
 
 settings = json.loads(sys.argv[1])
 rank = int(os.environ["RANK"])
@@ -29,7 +30,15 @@ trainer = make_trainer(folder, sparse_rows(2000), **settings)
 assert trainer.accelerator.num_processes == 2, trainer.accelerator.state
 metrics = trainer.train()
 trainer.save_model(folder + "-again")
-second = make_trainer(folder + "-second", sparse_rows(2000), max_steps=2)  # one SAE a layer, say, in one job
+# One SAE a layer, say, in one job; this one with labels.
+second = make_trainer(
+    folder + "-second",
+    sparse_rows(2000),
+    max_steps=5,
+    per_device_train_batch_size=16,
+    labels=torch.arange(2000) % 7,
+    label_loss=PrototypeAlignment(),
+)
 assert second.accelerator.num_processes == 2, second.accelerator.state
 second.train()
 report = {"rank": rank, "weights": sum(p.double().abs().sum().item() for p in trainer.model.parameters()), **metrics}
@@ -88,6 +97,25 @@ def test_two_processes_train_what_one_does(runs):
     logs = [json.loads((folder / name / "training_log.json").read_text())["log"] for name in ("one", "two")]
     for entry, other_entry in zip(*logs, strict=True):
         assert entry == pytest.approx(other_entry, rel=1e-3)
+
+
+def test_two_processes_train_with_labels_what_one_does(runs):
+    """Each process must take the labels of its own rows. Class means are those of one process's rows, so one process that
+    accumulates two such parts a step is the reference."""
+    folder, *_ = runs
+    one = make_trainer(
+        folder / "one-second",
+        sparse_rows(2000),
+        max_steps=5,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        labels=torch.arange(2000) % 7,
+        label_loss=PrototypeAlignment(),
+    )
+    one.train()
+    two = SAEModel.from_pretrained(folder / "two-second")
+    assert_close_weights(one.model, two)
+    assert one.model.config.training_data == two.config.training_data
 
 
 def test_dead_latents_are_counted_over_both(runs):

@@ -111,10 +111,11 @@ class ResultFacts:
     def setting(self) -> str:
         """One sentence: on what, and how many."""
         split = self.data_set.get("split")
+        trained = "label_loss" in (self.result.meta.get("sae_training_data") or {})
         return (
             f"Measured with hf_vs2 {self.result.meta.get('hf_vs2_version', '(version not recorded)')} on {self.data_set_name}"
-            f"{f', split `{split}`' if split else ''}: {self.result.rows[0]['n']:,} images, {len(self.class_names)} classes. Labels "
-            "were used to count right answers only."
+            f"{f', split `{split}`' if split else ''}: {self.result.rows[0]['n']:,} images, {len(self.class_names)} classes. "
+            f"Labels were used to count right answers{', and in training the SAE' if trained else ' only'}."
         )
 
     @property

@@ -73,6 +73,7 @@ def create_model_card(
             labels=list(found.class_names[:3] if found else _EXAMPLE_LABELS),
             saes=[{"name": place, "facts": _sae_facts(folder, place, config)} for place, config in saes.items()],
             steering=_steering_facts(folder.configs[""]) if is_vs2 else [],
+            used_labels=any("label_loss" in (config.training_data or {}) for config in saes.values()),
             holds_clip=is_vs2 and folder.configs[""].get("holds_clip", False),
             results=found,
             licence=f"This checkpoint is under `{license}`."
@@ -153,9 +154,8 @@ def _metadata(
     task by itself; an SAE is used through hf_vs2."""
     is_vs2 = folder.model_type == VS2_TYPE
     bases = sorted({base for base in (_base_id(config) for config in _configs(folder)) if base})
-    data_sets = sorted(
-        {str(data) for data in (_data_set(config) for config in saes.values()) if looks_like_hub_id(data)}
-    )
+    parts = [part for config in saes.values() for part in _parts(config.training_data or {})]
+    data_sets = sorted({str(part.get("id")) for part in parts if looks_like_hub_id(part.get("id"))})
     return ModelCardData(
         license=license,
         library_name="transformers" if is_vs2 else "hf_vs2",
@@ -191,8 +191,9 @@ def _base_model(folder: CheckpointFolder, saes: dict[str, SAEConfig]) -> str:
     return f"a CLIP in a local folder (`{Path(names[0]).name}`)" if names else "a CLIP whose name was not recorded"
 
 
-def _data_set(config: SAEConfig) -> str | None:
-    return (config.training_data or {}).get("id")
+def _parts(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the sets that were trained on, one after another as one."""
+    return data.get("parts") or [data]
 
 
 # Facts
@@ -235,9 +236,14 @@ def _training_facts(config: SAEConfig, arguments: dict[str, Any]) -> list[tuple[
     data, metrics = config.training_data or {}, config.training_metrics or {}
     facts = []
     if data:
-        facts.append(("Training images", _describe_data(data)))
-    if data.get("fingerprint"):
-        facts.append(("Fingerprint of the images", f"`{data['fingerprint']}`"))
+        images = "; ".join(_describe_data(part) for part in _parts(data))
+        selected = data.get("selected_from")
+        facts.append(("Training images", f"{images} (selected from {selected:,})" if selected else images))
+    if data.get("label_loss"):
+        facts.append(("Labels", f"used in training by {_describe_label_loss(data['label_loss'])}"))
+    fingerprints = [f"`{part['fingerprint']}`" for part in _parts(data) if part.get("fingerprint")]
+    if fingerprints:
+        facts.append(("Fingerprint of the images", ", ".join(fingerprints)))
     if metrics.get("train_rows") is not None:
         facts.append(("Rows", f"{metrics['train_rows']:,} for training, {metrics.get('held_out_rows', 0):,} held out"))
     settings = (
@@ -279,6 +285,11 @@ def _describe_data(data: dict[str, Any]) -> str:
     if data.get("skipped"):
         parts.append(f"{data['skipped']:,} unreadable ones skipped")
     return ", ".join(parts)
+
+
+def _describe_label_loss(term: dict[str, Any]) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in term.items() if name != "name")
+    return f"`{term['name']}` ({settings})" if settings else f"`{term['name']}`"
 
 
 def _link_to_data(name: str) -> str:

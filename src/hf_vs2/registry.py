@@ -111,7 +111,7 @@ class DatasetInfo:
         return dataclasses.replace(self, **given)
 
     def load(self, split: Literal["train", "test"]) -> Dataset:
-        """The images and labels of one split; images are not decoded.
+        """The images and labels of one split; images are not decoded. Training images need no labels.
 
         Raises:
             FileNotFoundError, OSError: the path or the Hub data set is not there.
@@ -126,7 +126,8 @@ class DatasetInfo:
             config_name=self.config_name,
             revision=self.revision,
         )
-        self._check_label_column(dataset)
+        if split == "test":
+            self._check_label_column(dataset)
         return dataset
 
     def class_names(self, dataset: Dataset) -> list[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,17 +24,15 @@ from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from . import __version__
-from .base_model import resolve_layer
-from .calibration import Rows, TensorRows, activation_statistics, batches, calibrate, split_rows
+from .calibration import activation_statistics, batches, calibrate, split_rows
 from .checkpoint_folder import CARD_NAME
 from .configuration_sae import SAEConfig
+from .label_losses import LabelLoss, describe_label_loss
 from .model_card import write_model_card
-from .modeling_sae import SAEModel
+from .modeling_sae import SAEModel, SAEOutput
 from .training_args import SAETrainingArguments
+from .training_rows import LayerRows, TrainRows, UnionRows, chosen_rows, training_labels, training_rows
 
-
-if TYPE_CHECKING:
-    from .activations import ActivationStore
 
 logger = logging.get_logger(__name__)
 
@@ -116,18 +116,27 @@ class SAETrainer:
     Trains a [`SAEModel`] on cached CLS activations, calibrates it and saves it.
 
     Works on one process or many (`accelerate launch`, `torchrun`); for the same global batch the result is the same up to
-    float error. No labels are used.
+    float error. No labels are used unless a `label_loss` is given.
 
     Args:
         model (`SAEModel` or `SAEConfig`): a model to go on training, or the configuration of a new one, which is copied
             (`hidden_size` must be the activations'). The model's config takes over from the store which CLIP and layer the
             rows come from.
         args (`SAETrainingArguments`): how to train.
-        train_rows (`ActivationStore` or `torch.Tensor` of shape `(rows, hidden_size)`): the activations.
+        train_rows (`ActivationStore`, a list of them, or `torch.Tensor` of shape `(rows, hidden_size)`): the activations. The
+            rows of several stores, of one CLIP and preprocessing, are trained on as one set; none are copied.
         layer (`int`, *optional*): which layer of a store that holds several.
+        indices (`torch.LongTensor` of shape `(n,)`, *optional*): use only these rows, for training and for calibration.
+        labels (`torch.LongTensor` of shape `(rows,)`, *optional*): for `label_loss`, the class of each row, -1 where unknown;
+            the stores' own by default, where classes of stores with different class names are different classes.
+        label_loss (`Callable`, *optional*): a term added to the loss, such as [`PrototypeAlignment`]. It is called with the
+            [`SAEOutput`] and the labels of what one process sees in one forward pass; the scalar it returns is divided by
+            `config.total_variance`, which gives it the units of the reconstruction loss (FVU). Labels are used in training
+            only; `config.training_data` records that they were.
 
     Raises:
-        `ValueError`: on a width that differs from the model's, or too few rows.
+        `ValueError`: on a width that differs from the model's, too few rows, stores that do not belong together, or labels that
+            are missing or do not fit.
 
     Example:
 
@@ -142,8 +151,12 @@ class SAETrainer:
         self,
         model: SAEModel | SAEConfig,
         args: SAETrainingArguments,
-        train_rows: ActivationStore | torch.Tensor,
+        train_rows: TrainRows,
         layer: int | None = None,
+        *,
+        indices: torch.Tensor | Sequence[int] | None = None,
+        labels: torch.Tensor | Sequence[int] | None = None,
+        label_loss: LabelLoss | None = None,
     ):
         self.args = args
         self.accelerator = Accelerator(
@@ -163,17 +176,23 @@ class SAETrainer:
         set_seed(args.seed)
         self._is_new = isinstance(model, SAEConfig) or model.config.total_variance is None
         self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model
-        self.rows: Rows = (
-            TensorRows(train_rows) if isinstance(train_rows, torch.Tensor) else _LayerRows(train_rows, layer)
-        )
+        self.rows = training_rows(train_rows, layer)
         width = self.rows.take(torch.zeros(1, dtype=torch.int64)).shape[1]
         if width != self.model.config.hidden_size:
             raise ValueError(
                 f"The activations are {width} wide, the SAE reads {self.model.config.hidden_size}. Use SAEConfig(hidden_size={width})."
             )
-        self.train_indices, self.held_out_indices = split_rows(len(self.rows), args.calibration_share, args.seed)
-        if len(self.train_indices) < 2:
-            raise ValueError(f"{len(self.rows)} activation rows are too few to train an SAE on.")
+        self.indices = chosen_rows(indices, len(self.rows))
+        train, held_out = split_rows(len(self.indices), args.calibration_share, args.seed)
+        if len(train) < 2:
+            raise ValueError(f"{len(self.indices)} activation rows are too few to train an SAE on.")
+        self.train_indices, self.held_out_indices = self.indices[train], self.indices[held_out]
+        if labels is not None and label_loss is None:
+            raise ValueError(
+                "labels are given, but no label_loss that would use them. Training is label-free without one."
+            )
+        self.label_loss = label_loss
+        self.labels = None if label_loss is None else training_labels(labels, self.rows)
         self._record_origin()
 
     @property
@@ -254,11 +273,19 @@ class SAETrainer:
     def _record_origin(self) -> None:
         config = self.model.config
         config.hf_vs2_version = __version__
-        config.training_data = {"num_rows": len(self.rows), "seed": self.args.seed}
-        if isinstance(self.rows, _LayerRows):
+        earlier = None if self._is_new else config.training_data
+        data: dict[str, Any] = {"num_rows": len(self.indices), "seed": self.args.seed}
+        if isinstance(self.rows, (LayerRows, UnionRows)):
             for name, value in self.rows.origin.items():
                 setattr(config, name, value)
-            config.training_data |= self.rows.dataset
+            data |= self.rows.data(self.indices)
+        if len(self.indices) < len(self.rows):
+            data["selected_from"] = len(self.rows)
+        if self.label_loss is not None:
+            data["label_loss"] = describe_label_loss(self.label_loss)
+        elif earlier and "label_loss" in earlier:
+            data["label_loss"] = earlier["label_loss"]  # the labels of that training are in the weights that go on
+        config.training_data = data
 
     def _optimize(self) -> _Progress:
         args, accelerator = self.args, self.accelerator
@@ -283,17 +310,19 @@ class SAETrainer:
                 active = torch.zeros_like(progress.steps_since_active)
                 dead = _dead(progress, args.dead_latent_threshold) if step >= args.dead_latent_threshold else None
                 for micro in range(args.gradient_accumulation_steps):
-                    x = self._batch(batch_plan[step * args.gradient_accumulation_steps + micro])
+                    indices = batch_plan[step * args.gradient_accumulation_steps + micro]
+                    x = self._batch(indices)
                     with accelerator.accumulate(model):
                         out = model(x, dead_latents=dead)
-                        accelerator.backward(out.loss)
+                        loss = out.loss if self.label_loss is None else out.loss + self._label_term(out, indices)
+                        accelerator.backward(loss)
                         if accelerator.sync_gradients:
                             self.model.remove_parallel_decoder_gradient()
                             if args.max_grad_norm:
                                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                         optimizer.step()
                         optimizer.zero_grad()
-                    meter.add(x, out)
+                    meter.add(x, out.reconstruction, loss)
                     active.scatter_reduce_(
                         0, out.latent_indices.flatten(), (out.latent_values != 0).flatten().long(), reduce="amax"
                     )
@@ -316,22 +345,33 @@ class SAETrainer:
     def _plan(self) -> dict[str, Any]:
         args, config = self.args, self.model.config
         plan: dict[str, Any] = {
-            "rows": len(self.rows),
+            "rows": len(self.indices),
+            "indices": _digest(self.indices) if len(self.indices) < len(self.rows) else None,
             "steps": self.num_steps,
             "global_batch_size": self.batch_size * args.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
         }
         plan |= {name: getattr(config, name) for name in _PLANNED_CONFIG}
         plan |= {name: getattr(args, name) for name in _PLANNED_ARGUMENTS}
+        plan["label_loss"] = None if self.label_loss is None else describe_label_loss(self.label_loss)
+        plan["labels"] = None if self.labels is None else _digest(self.labels[self.indices])
         # Last, so that a changed setting is named first: it stands for the rows themselves.
         plan["total_variance"] = config.total_variance
         return plan
 
     def _batch(self, indices: torch.Tensor) -> torch.Tensor:
         """This process's part of a global batch, on its device."""
+        return self.rows.take(self._mine(indices)).to(self.accelerator.device, non_blocking=True)
+
+    def _mine(self, indices: torch.Tensor) -> torch.Tensor:
         size = self.args.per_device_train_batch_size
-        mine = indices[self.accelerator.process_index * size :][:size]
-        return self.rows.take(mine).to(self.accelerator.device, non_blocking=True)
+        return indices[self.accelerator.process_index * size :][:size]
+
+    def _label_term(self, out: SAEOutput, indices: torch.Tensor) -> torch.Tensor:
+        """What the labels of this process's part add to its loss, in units of the FVU."""
+        assert self.label_loss is not None and self.labels is not None and self.model.config.total_variance
+        labels = self.labels[self._mine(indices)].to(self.accelerator.device)
+        return self.label_loss(out, labels) / self.model.config.total_variance
 
     def _calibrate(self) -> dict[str, float]:
         self.model.eval()
@@ -400,38 +440,6 @@ class SAETrainer:
         return found[-1]
 
 
-class _LayerRows:
-    """One layer of an activation store, and where its rows come from, as the SAE's config records it."""
-
-    def __init__(self, store: ActivationStore, layer: int | None):
-        if layer is None and len(store.layers) > 1:
-            raise ValueError(f"The store holds layers {list(store.layers)}: say which one to train on (layer=).")
-        self.store = store
-        self.layer = store.layers[0] if layer is None else resolve_layer(layer, store.metadata["num_layers"])
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def take(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.store.take(indices, layer=self.layer)
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        found = self.store.metadata
-        return {
-            "base_model_name_or_path": found["model"]["id"],
-            "base_model_revision": found["model"]["revision"],
-            "base_model_num_layers": found["num_layers"],
-            "base_model_fingerprint": found["base_model_fingerprint"],
-            "layer": self.layer,
-        }
-
-    @property
-    def dataset(self) -> dict[str, Any]:
-        found = self.store.metadata
-        return {"id": found["dataset_id"], **found["dataset"], "skipped": len(found["skipped"])}
-
-
 class _Meter:
     """Loss and FVU since the last log entry; sums stay on the device, one reduction a log entry."""
 
@@ -444,11 +452,9 @@ class _Meter:
         self.sums = self.sums.to(self.accelerator.device)
 
     @torch.no_grad()
-    def add(self, x: torch.Tensor, out: Any) -> None:
-        error = (x - out.reconstruction.float()).square().sum()
-        self.sums += torch.stack([out.loss.detach() * len(x), error, torch.full_like(error, len(x))]).to(
-            self.sums.dtype
-        )
+    def add(self, x: torch.Tensor, reconstruction: torch.Tensor, loss: torch.Tensor) -> None:
+        error = (x - reconstruction.float()).square().sum()
+        self.sums += torch.stack([loss.detach() * len(x), error, torch.full_like(error, len(x))]).to(self.sums.dtype)
 
     def read(self) -> dict[str, float]:
         loss, error, count = self.accelerator.reduce(self.sums, "sum").tolist()
@@ -458,6 +464,10 @@ class _Meter:
 
 def _dead(progress: _Progress, threshold: int) -> torch.Tensor:
     return progress.steps_since_active >= threshold
+
+
+def _digest(numbers: torch.Tensor) -> str:
+    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, text: str) -> None:

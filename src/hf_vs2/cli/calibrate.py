@@ -62,7 +62,9 @@ def run(args: Namespace) -> None:
     store = extract(
         args, model.clip, open_dataset(args), activations_beside(args), layers=layers, image_processor=image_processor
     )
-    if (sae.config.training_data or {}).get("fingerprint") == store.metadata["dataset"]["fingerprint"]:
+    trained_on = sae.config.training_data or {}
+    parts = trained_on.get("parts") or [trained_on]  # of a union of data sets
+    if store.metadata["dataset"]["fingerprint"] in [part.get("fingerprint") for part in parts]:
         raise UsageError(
             "these are the images that the SAE was trained on, which it reconstructs better than fresh ones: "
             "calibrate on others"

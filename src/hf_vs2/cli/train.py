@@ -25,12 +25,14 @@ from .parsing import Parser, UsageError, dataclass_from
 if TYPE_CHECKING:
     from ..activations import ActivationStore
     from ..configuration_sae import SAEConfig
+    from ..label_losses import PrototypeAlignment
     from ..trainer import SAETrainer
 
 USAGE = "--model M --dataset D [--split S] --output_dir O [options]"
 DESCRIPTION = """\
 Trains a sparse autoencoder on the CLS activations of unlabelled images: extracts them (once), trains, and calibrates the gate on
-rows held out from training. Runs on one process, or on many with `accelerate launch -m hf_vs2.cli train ...` or torchrun."""
+rows held out from training. Runs on one process, or on many with `accelerate launch -m hf_vs2.cli train ...` or torchrun. Labels
+are used with --pass_weight only (PASS)."""
 EXAMPLES = """\
 examples:
   hf-vs2 train --model openai/clip-vit-base-patch32 --dataset uoft-cs/cifar100 --split train \\
@@ -38,6 +40,9 @@ examples:
   hf-vs2 train --config examples/configs/cifar100.yaml --learning_rate 1e-3
   hf-vs2 train --activations_dir outputs/activations/0123456789abcdef --layer -2 \\
       --output_dir outputs/sae-layer-10
+  hf-vs2 train --activations_dir outputs/rows-cifar100 outputs/rows-cub --output_dir outputs/sae-both
+  hf-vs2 train --config examples/configs/cifar100.yaml --pass_weight 0.8 --label_column fine_label \\
+      --output_dir outputs/sae-pass
   accelerate launch -m hf_vs2.cli train --config examples/configs/cifar100.yaml"""
 CHECKPOINTS_AND_LOG = (
     "save_steps",
@@ -53,6 +58,7 @@ def add_flags(parser: Parser) -> None:
     parser.section("what to train on")
     add_model_flags(parser, required=False)
     add_dataset_flags(parser, required=False)
+    parser.flag("--label_column", metavar="NAME", help="Column of integer labels to keep beside the activations.")
     parser.flag("--layer", type=int, default=-1, help="Encoder layer from 0; negative ones from the last.")
     parser.section("output and configuration")
     parser.dataclass_flags(SAETrainingArguments, ["output_dir"])
@@ -74,39 +80,68 @@ def add_flags(parser: Parser) -> None:
         SAETrainingArguments, [f.name for f in fields(SAETrainingArguments) if f.name not in others]
     )
     parser.alternatives.append({"--max_steps", "--num_train_epochs"})
+    parser.flag(
+        "--pass_weight",
+        type=float,
+        metavar="X",
+        help="Weight of PASS, which uses labels in training (the paper's 0.8). Without it no label is used.",
+    )
     parser.section("checkpoints and log")
     parser.dataclass_flags(SAETrainingArguments, CHECKPOINTS_AND_LOG)
     parser.section("extraction of activations")
-    add_extraction_flags(
-        parser,
-        "Cache root, shared by any number of runs [OUTPUT_DIR/activations]. Without --dataset: the activations to train on.",
+    parser.flag(
+        "--activations_dir",
+        type=Path,
+        nargs="+",
+        help="Cache root, shared by any number of runs [OUTPUT_DIR/activations]. Without --dataset: the activations to train on; "
+        "several are trained on as one set.",
     )
+    add_extraction_flags(parser)
 
 
 def run(args: Namespace) -> None:
     from ..trainer import SAETrainer
 
     arguments = dataclass_from(SAETrainingArguments, args)
+    label_loss = _label_loss(args)
     processes = join_processes()
-    store = _activations(args)
-    config, layer = _sae_config(args, store.hidden_size, store.metadata["num_layers"])
-    trainer = SAETrainer(config, arguments, store, layer=layer)
+    stores = _activations(args)
+    config, layer = _sae_config(args, stores[0].hidden_size, stores[0].metadata["num_layers"])
+    trainer = SAETrainer(config, arguments, stores, layer=layer, label_loss=label_loss)
     metrics = trainer.train()
-    _report(args, trainer, store, metrics)
+    _report(args, trainer, stores, metrics)
     processes.destroy_process_group()
 
 
-def _activations(args: Namespace) -> ActivationStore:
-    """The rows to train on: a store that is there, or that of a model and a data set, extracted when needed."""
+def _label_loss(args: Namespace) -> PrototypeAlignment | None:
+    from ..label_losses import PrototypeAlignment
+
+    if args.label_column is not None and args.dataset is None:
+        raise UsageError(
+            "--label_column names a column of --dataset: activations keep the labels they were extracted with"
+        )
+    if args.pass_weight is None:
+        return None
+    if args.dataset is not None and args.label_column is None:
+        raise UsageError("--pass_weight trains with labels: name their column with --label_column")
+    return PrototypeAlignment(args.pass_weight)
+
+
+def _activations(args: Namespace) -> list[ActivationStore]:
+    """The rows to train on: stores that are there, or that of a model and a data set, extracted when needed."""
     from transformers import AutoConfig, CLIPConfig
 
     from ..activations import ActivationStore
 
     if args.dataset is None and args.activations_dir is not None:
-        return ActivationStore.open(args.activations_dir)
+        return [ActivationStore.open(path) for path in args.activations_dir]
     missing = [f"--{name}" for name in ("model", "dataset") if getattr(args, name) is None]
     if missing:
         raise UsageError(f"give {' and '.join(missing)}, or --activations_dir with activations to train on")
+    if len(args.activations_dir or ()) > 1:
+        raise UsageError(
+            "--activations_dir with --dataset is one cache root; several are for training without --dataset"
+        )
     model = local_or_id(args.model)
     # Settings that cannot work are refused before hours of extraction.
     found = AutoConfig.from_pretrained(model, revision=args.revision or "main")
@@ -115,8 +150,9 @@ def _activations(args: Namespace) -> ActivationStore:
     vision = found.vision_config
     _, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
     dataset = open_dataset(args)
-    cache = args.activations_dir or Path(args.output_dir) / "activations"
-    return extract(args, model, dataset, cache, layers=[layer], revision=args.revision)
+    cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"
+    options = {"layers": [layer], "label_column": args.label_column, "revision": args.revision}
+    return [extract(args, model, dataset, cache, **options)]
 
 
 def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAEConfig, int]:
@@ -132,7 +168,7 @@ def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAE
     return config, resolve_layer(args.layer, num_layers)
 
 
-def _report(args: Namespace, trainer: SAETrainer, store: ActivationStore, metrics: dict[str, float]) -> None:
+def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore], metrics: dict[str, float]) -> None:
     from ..trainer import LOG_NAME
 
     output = trainer.args.output_path
@@ -147,10 +183,16 @@ def _report(args: Namespace, trainer: SAETrainer, store: ActivationStore, metric
             f"On {metrics['held_out_rows']:,} rows held out: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f}; default gate: {gate}."
         )
     say(*lines)
-    say_written({"SAE checkpoint": output, "training log": output / LOG_NAME, "activations": store.path})
-    if config.layer != store.metadata["num_layers"] - 1:
+    say_written(
+        {
+            "SAE checkpoint": output,
+            "training log": output / LOG_NAME,
+            "activations": " ".join(str(store.path) for store in stores),
+        }
+    )
+    if config.layer != stores[0].metadata["num_layers"] - 1:
         return  # `evaluate` replays the last layer only
-    columns = f"--image_column {args.image_column} --label_column label"
+    columns = f"--image_column {args.image_column} --label_column {args.label_column or 'label'}"
     say("", f"Next: hf-vs2 evaluate --checkpoint {output} --dataset {args.dataset or 'D'} --split test {columns}")
 
 
