@@ -137,20 +137,39 @@ def test_fvu_of_half_precision_rows_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("gamma", [1.7, "per latent"])
-@pytest.mark.parametrize(("positives", "negatives"), [(4, 3), (4, 0), (0, 3), (0, 0)])
-def test_contrastive_direction_is_eq_5(sae, x, gamma, positives, negatives):
-    """VS2++ on a query whose neighbours all agree has no negatives: their mean is 0, not NaN."""
+def test_contrastive_direction_is_eq_5(sae, x, gamma):
+    """VS2++ must be the paper's difference of dense means, and a query whose neighbours all agree has no negatives: mean 0, not NaN."""
     if gamma == "per latent":
         gamma = 1 + make_rows(1, sae.config.num_latents)[0].double()
-    codes = torch.zeros(len(x), sae.config.num_latents, dtype=x.dtype)
-    values, indices = sae.encode(x)
-    codes.scatter_(1, indices, values.detach())
-    positive, negative = codes[:positives], codes[positives : positives + negatives]
-    found = functional.contrastive_direction(positive, negative, sae.W_dec.detach(), gamma)
-    expected = reference.contrastive_direction(
-        list(positive.numpy()), list(negative.numpy()), sae.W_dec.detach().numpy(), np.asarray(gamma)
+    values, indices = (tensor.detach() for tensor in sae.encode(x))
+    codes = torch.zeros(len(x), sae.config.num_latents, dtype=x.dtype).scatter_(1, indices, values).numpy()
+    neighbors = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 8, 0], [1, 1, 1, 2, 2], [8, 7, 6, 5, 4]])
+    positive = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    found = functional.contrastive_direction(
+        values[neighbors], indices[neighbors], positive, sae.W_dec.detach(), gamma
     )
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
+    for row, (chosen, mask) in enumerate(zip(neighbors.numpy(), positive.numpy(), strict=True)):
+        expected = reference.contrastive_direction(
+            list(codes[chosen[mask]]), list(codes[chosen[~mask]]), sae.W_dec.detach().numpy(), np.asarray(gamma)
+        )
+        np.testing.assert_allclose(found[row].numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_contrastive_direction_is_differentiable_where_neighbors_share_latents(sae, x):
+    """Neighbours are alike, so the same latent is active in several of them: its direction's gradient is the sum, not the last."""
+    values, indices = (tensor.detach() for tensor in sae.encode(x[:6]))
+    values, indices = values.view(2, 3, -1).repeat(1, 2, 1), indices.view(2, 3, -1).repeat(1, 2, 1)
+    positive = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1]]).bool()
+    gamma = torch.full((sae.config.num_latents,), GAMMA, dtype=x.dtype, requires_grad=True)
+
+    def direction(values, decoder, gamma):
+        return functional.contrastive_direction(values, indices, positive, decoder, gamma)
+
+    inputs = (values.requires_grad_(), sae.W_dec.detach().clone().requires_grad_(), gamma)
+    assert torch.autograd.gradcheck(direction, inputs, check_batched_grad=False)
+    with torch.no_grad():
+        alone = direction(*inputs)
+    torch.testing.assert_close(direction(*inputs), alone, rtol=1e-12, atol=1e-12)
 
 
 def test_steering_is_differentiable_in_everything_it_uses(sae, x):
@@ -164,3 +183,43 @@ def test_steering_is_differentiable_in_everything_it_uses(sae, x):
 
     row = x[:3].clone().requires_grad_()
     assert torch.autograd.gradcheck(steered, (row, values.requires_grad_(), decoder, gamma), check_batched_grad=False)
+
+
+def dense_alignment(values, indices, labels, num_latents):
+    """Mean squared distance of each row's dense latents to the mean of its class, row by row."""
+    dense = torch.zeros(len(values), num_latents, dtype=values.dtype).scatter(1, indices, values)
+    distances = [
+        (row - dense[labels == label].mean(0)).square().sum()
+        for row, label in zip(dense, labels, strict=True)
+        if label >= 0
+    ]
+    return torch.stack(distances).mean()
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0, 0, 0, 0], [3, 900, 3, 5, 900, 3, 900], [2, -1, 2, 0, -1, 0, 2]])
+def test_prototype_alignment_is_the_distance_to_the_class_means(labels):
+    """The expanded form, for one class, for classes far apart in number, and with rows of unknown class; and its gradient."""
+    labels = torch.tensor(labels)
+    draw = torch.Generator().manual_seed(0)
+    indices = torch.rand(7, 11, generator=draw).topk(4).indices
+    values = torch.randn(7, 4, generator=draw, dtype=torch.float64).requires_grad_()
+    ours = functional.prototype_alignment(values, indices, labels)
+    dense = dense_alignment(values, indices, labels, 11)
+    torch.testing.assert_close(ours, dense, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, values)[0] for loss in (ours, dense)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda v: functional.prototype_alignment(v, indices, labels), values)
+    assert (gradients[0][labels < 0] == 0).all(), "a row of unknown class is left out"
+
+
+def test_prototype_alignment_has_nothing_to_align_in_some_batches():
+    """A batch without labels, or with every class once, must add nothing; half precision must not lose the difference."""
+    values, indices = torch.rand(5, 3, requires_grad=True), torch.rand(5, 8).topk(3).indices
+    for labels in (torch.full((5,), -1), torch.arange(5)):
+        loss = functional.prototype_alignment(values, indices, labels)
+        loss.backward()
+        assert loss.item() == pytest.approx(0, abs=1e-6) and values.grad.abs().max() < 1e-6
+    near = (30 + torch.randn(64, 3)).to(torch.bfloat16)
+    labels, indices = torch.zeros(64, dtype=torch.int64), torch.arange(3).expand(64, 3)
+    expected = near.double().var(0, correction=0).sum().item()
+    assert functional.prototype_alignment(near, indices, labels).item() == pytest.approx(expected, rel=1e-3)

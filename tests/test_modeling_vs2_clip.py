@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_clip
-from numpy_reference import ReferenceSAE
+from numpy_reference import ReferenceSAE, keep_norm
+from numpy_reference import contrastive_direction as reference_direction
 from numpy_reference import steer as reference_steer
 from safetensors.torch import load_file, save_file
 from toy import make_sae
@@ -15,10 +16,11 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLI
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate, functional
 from hf_vs2.base_model import describe_base_model
 from hf_vs2.configuration_vs2_clip import METHODS
+from hf_vs2.corpus import RetrievalCorpus
 
 
 HIDDEN, LATENTS, LAST = 32, 128, 2
-STEERING_METHODS = METHODS[1:]
+STEERING_METHODS = [method for method in METHODS if method not in ("none", "vs2++")]  # the latter asks a corpus too
 PER_LATENT = tuple(1 + 0.01 * i for i in range(LATENTS))
 
 
@@ -342,6 +344,166 @@ def test_gamma_in_any_form(tiny_clip, sae, gamma):
     with torch.no_grad():
         torch.testing.assert_close(other(**inputs).logits_per_image, scalar(**inputs).logits_per_image)
     assert other.config.steering() == other.steering_settings
+
+
+# VS2++: neighbours in a corpus
+
+
+@pytest.fixture()
+def searching(tiny_clip, sae):
+    """A model with a corpus; each of its images has six neighbours."""
+    model = VS2CLIPForZeroShot(tiny_clip, sae, lambda_=0.7, method="vs2++", num_neighbors=6)
+    rows = cls_rows(tiny_clip, make_inputs(40, seed=7)["pixel_values"])
+    model.set_corpus(RetrievalCorpus.from_store(rows, clip=tiny_clip))
+    return model
+
+
+def vs2pp_by_loops(model, rows, classes, rule):
+    """Section 4.2 row by row in float64: neighbours, pseudo-labels, the difference of mean codes, the step."""
+    vision, reference = model.clip.vision_model, ReferenceSAE.of(model.sae)
+    corpus = model.corpus.rows
+
+    def unit(tensor):
+        return torch.nn.functional.normalize(tensor, dim=-1).double().numpy()
+
+    with torch.no_grad():
+        embeds, queries = (unit(model.clip.visual_projection(vision.post_layernorm(part))) for part in (corpus, rows))
+    labels, own = ((part @ unit(classes).T).argmax(1) for part in (embeds, queries))
+    moved = []
+    for query, label, x in zip(queries, own, rows.double().numpy(), strict=True):
+        nearest = np.argsort(-(embeds @ query))[: model.steering_settings.num_neighbors]
+        if rule == "majority":
+            counts = [(labels[nearest] == labels[one]).sum() for one in nearest]
+            label = labels[nearest[int(np.argmax(counts))]]
+        codes = {one: reference.encode(corpus[one].double().numpy()) for one in nearest}
+        sides = [[codes[one] for one in nearest if (labels[one] == label) == side] for side in (True, False)]
+        v = reference_direction(*sides, reference.W_dec, 1.5)
+        moved.append(keep_norm(x + 0.7 * v, x))
+    return np.stack(moved)
+
+
+@pytest.mark.parametrize("positives", ["majority", "query"])
+def test_vs2pp_is_the_papers_and_its_classes_are_the_texts(searching, tiny_clip, positives):
+    """The whole chain against plain loops; and `model(**inputs)` must take its classes from the prompts it was called with."""
+    searching.set_steering(positives=positives)
+    inputs = make_inputs(batch=8, texts=4)
+    rows = cls_rows(tiny_clip, inputs["pixel_values"])
+    with torch.no_grad():
+        classes = tiny_clip.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+        found = searching.steer_cls(rows, class_embeds=classes)
+        np.testing.assert_allclose(
+            found.rows.numpy(), vs2pp_by_loops(searching, rows, classes, positives), rtol=1e-3, atol=1e-4
+        )
+        out = searching(**inputs)
+        features = searching.image_features(inputs["pixel_values"], class_embeds=classes, with_plain=True)
+        replayed = searching.image_features_from_cls(rows, class_embeds=classes)
+        stock = searching.get_image_features(inputs["pixel_values"], class_embeds=classes).pooler_output
+        assert not torch.equal(searching(**inputs, class_embeds=-classes).image_embeds, out.image_embeds)
+        plain = tiny_clip.get_image_features(inputs["pixel_values"]).pooler_output
+    assert torch.equal(replayed.features, features.features) and torch.equal(stock, features.features)
+    assert torch.equal(out.vision_model_output.pooler_output, features.features)
+    assert torch.equal(features.plain_features, plain) and not torch.equal(plain, features.features)
+
+
+def test_vs2pp_gated_rows_are_plain_clip(searching, tiny_clip):
+    """The gate's promise holds for every method: what it holds back is CLIP's own, bit for bit, beside broken images too."""
+    inputs = make_inputs(batch=8)
+    searching.set_steering(fvu_threshold=median_fvu(searching, inputs))
+    inputs["pixel_values"][3] = float("nan")
+    with torch.no_grad():
+        found, plain = searching(**inputs), tiny_clip(**inputs)
+    assert 0 < found.steered.sum() < 8 and not found.steered[3]
+    held = ~found.steered
+    held[3] = False
+    assert torch.equal(found.logits_per_image[held], plain.logits_per_image[held])
+    assert found.logits_per_image[found.steered].isfinite().all()
+
+
+def test_vs2pp_leaves_out_the_image_itself(searching):
+    """Evaluating on images of the corpus: each would be its own nearest neighbour and bring its own label."""
+    rows, classes = searching.corpus.rows[:5], torch.eye(24)[:3]
+    with torch.no_grad():
+        with_itself = searching.steer_cls(rows, class_embeds=classes).rows
+        without = searching.steer_cls(rows, class_embeds=classes, exclude=torch.arange(5)).rows
+        smaller = VS2CLIPForZeroShot(searching.clip, searching.sae, lambda_=0.7, method="vs2++", num_neighbors=6)
+        for row in range(5):
+            others = torch.cat([searching.corpus.rows[:row], searching.corpus.rows[row + 1 :]])
+            smaller.set_corpus(RetrievalCorpus(others))
+            expected = smaller.steer_cls(rows[row : row + 1], class_embeds=classes).rows[0]
+            torch.testing.assert_close(without[row], expected)
+    assert not torch.equal(with_itself, without)
+
+
+def test_vs2pp_says_what_it_lacks(searching, tiny_clip, sae):
+    """A corpus, classes, enough rows, one SAE on the last layer: each is named where it is missing."""
+    pixels = make_inputs()["pixel_values"]
+    with pytest.raises(ValueError, match=r"needs to know the classes: give class_embeds="):
+        searching.image_features(pixels)
+    with pytest.raises(ValueError, match=r"class_embeds must be \(num_classes, 24\), not \(3, 5\)"):
+        searching.image_features(pixels, class_embeds=torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"41 neighbours were asked for; the corpus of 40 rows"):
+        searching.set_steering(num_neighbors=41)
+        searching(**make_inputs())
+    searching.set_corpus(None)
+    with pytest.raises(ValueError, match=r"method='vs2\+\+' needs a corpus.*set_corpus"):
+        searching(**make_inputs())
+    inner = VS2CLIPForZeroShot(tiny_clip, {1: fitted_sae(tiny_clip, layer=1), LAST: sae})
+    with pytest.raises(
+        ValueError, match=r"steers the last layer alone \(2\); this model holds SAEs for layers \[1, 2\]"
+    ):
+        inner.set_steering(method="vs2++")
+    for settings, message in (
+        ({"positives": "nearest"}, r"Use one of \['majority', 'query'\]"),
+        ({"num_neighbors": 0}, "must be a positive whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            searching.set_steering(**settings)
+
+
+@pytest.mark.parametrize("method", STEERING_METHODS)
+def test_a_corpus_changes_no_other_method(searching, model, method):
+    """A checkpoint with a corpus is used for VS2 as well, and the pipeline always hands over the classes."""
+    inputs = make_inputs()
+    for one in (searching, model):
+        one.set_steering(method=method, lambda_=2.1)
+    with torch.no_grad():
+        assert torch.equal(searching(**inputs).logits_per_image, model(**inputs).logits_per_image)
+        found = searching.image_features(inputs["pixel_values"], class_embeds=torch.ones(3, 24))
+        assert torch.equal(found.features, model.image_features(inputs["pixel_values"]).features)
+
+
+def test_vs2pp_in_bfloat16_copied_compiled_and_trained(searching):
+    """What people do with any model: none of it may lose the corpus or the gradient."""
+    inputs = make_inputs()
+    with torch.no_grad():
+        expected = searching(**inputs).logits_per_image
+        assert torch.equal(copy.deepcopy(searching)(**inputs).logits_per_image, expected)
+        compiled = torch.compile(searching, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
+        half = copy.deepcopy(searching).to(torch.bfloat16)
+        pixels = inputs["pixel_values"].bfloat16()
+        assert half(**{**inputs, "pixel_values": pixels}).logits_per_image.isfinite().all()
+    searching(**inputs).logits_per_image.sum().backward()
+    for weight in (searching.clip.vision_model.embeddings.class_embedding, searching.sae.W_dec):
+        assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["light", "full"])
+def test_a_corpus_is_saved_and_loaded_with_the_model(named_clip, tmp_path, full):
+    """One id brings everything that VS2++ needs; and a checkpoint without a corpus has none, also over an older one."""
+    model = VS2CLIPForZeroShot(
+        named_clip, fitted_sae(named_clip), method="vs2++", num_neighbors=3, positives="query", gate=0.9
+    )
+    rows = cls_rows(named_clip, make_inputs(20, seed=7)["pixel_values"])
+    model.set_corpus(RetrievalCorpus.from_store(rows, clip=named_clip, dtype="bfloat16"))
+    model.save_pretrained(tmp_path / "repo" / "vs2", full=full)
+    loaded = AutoModel.from_pretrained(tmp_path / "repo", subfolder="vs2")
+    assert loaded.steering_settings == model.steering_settings
+    assert torch.equal(loaded.corpus.rows, model.corpus.rows) and loaded.corpus.rows.dtype == torch.bfloat16
+    assert_same_logits(loaded, model)
+    loaded.set_corpus(None)
+    loaded.save_pretrained(tmp_path / "repo" / "vs2", full=full)
+    assert VS2CLIPForZeroShot.from_pretrained(tmp_path / "repo" / "vs2").corpus is None
 
 
 # Settings

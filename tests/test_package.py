@@ -23,10 +23,10 @@ SOURCE = REPOSITORY / "src" / "hf_vs2"
 # A module imports only from its own floor or from floors below it. A new module needs a floor.
 FLOORS = {
     1: "functional sparse_ops",
-    2: "base_model card_edits card_results checkpoint_folder configuration_sae hub hub_push model_card modeling_sae packaged_code report",
-    3: "configuration_vs2_clip modeling_vs2_clip processing vs2_parts",
-    4: "activations data extraction fingerprint image_batches images pipeline_inputs prompt_cache prompts retrieval store vision_tower",
-    5: "calibration demo demo_data demo_figure demo_folds evaluation pipeline trainer training_args",
+    2: "base_model card_edits card_results checkpoint_folder configuration_sae hub hub_push model_card modeling_sae packaged_code report weight_state",
+    3: "configuration_vs2_clip corpus modeling_vs2_clip neighbors processing vs2_parts",
+    4: "activations data extraction fingerprint image_batches images pipeline_inputs prompt_cache prompts registry retrieval store vision_tower",
+    5: "calibration demo demo_data demo_figure demo_folds evaluation label_losses pipeline study trainer training_args training_rows",
     6: "__init__ cli",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

@@ -19,6 +19,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, VS2ZeroShotImageClassificationPipeline
 from hf_vs2.base_model import describe_base_model
+from hf_vs2.corpus import RetrievalCorpus
 from hf_vs2.images import UnreadableImageError
 from hf_vs2.processing import load_processing
 
@@ -345,6 +346,33 @@ def test_steering_options_hold_for_one_call(classifier, model, images):
     with pytest.raises(UnreadableImageError):
         classifier([images[0], b"broken"], LABELS, gamma=9.0)
     assert classifier(images, LABELS) == default
+
+
+def test_vs2pp_takes_the_labels_of_the_call(model, images, tmp_path):
+    """A checkpoint with a corpus needs no more than `method="vs2++"`; other labels give other pseudo-labels. The stock pipeline
+    must agree, whose prompts are those of the call too."""
+    image_processor = load_processing(CLIP_PATH)[1]
+    pixels = image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        rows = model.clip.vision_model(pixel_values=pixels).last_hidden_state[:, 0]
+    classifier = hf_vs2.zero_shot_classifier(model, device="cpu")
+    with pytest.raises(ValueError, match="needs a corpus"):
+        classifier(images, LABELS, method="vs2++")
+    model.set_corpus(RetrievalCorpus.from_store(rows, clip=model.clip))
+    model.save_pretrained(tmp_path)
+    classifier = hf_vs2.zero_shot_classifier(tmp_path, device="cpu")
+    options = {"method": "vs2++", "num_neighbors": 4, "positives": "query", "lambda_": 9.0}
+    found = classifier(images, LABELS, batch_size=3, **options)
+    assert found != classifier(images, LABELS)
+    assert found != classifier(images, LABELS, **{**options, "positives": "majority"})
+    classifier.model.set_steering(**options)
+    stock = pipeline(
+        STOCK_TASK, model=classifier.model, tokenizer=classifier.tokenizer, image_processor=image_processor
+    )
+    assert_same(stock(images, candidate_labels=LABELS), found)
+    details = classifier(images, LABELS, return_details=True)
+    assert_same([one["predictions"] for one in details], found)
+    assert_same([one["plain"] for one in details], classifier(images, LABELS, steer=False))
 
 
 def test_options_given_at_construction_are_defaults(model, images):

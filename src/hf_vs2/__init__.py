@@ -4,6 +4,8 @@ Importing the package registers its models with transformers' Auto classes, and 
 data, training and evaluation parts are imported when first used.
 """
 
+__version__ = "0.1.0.dev0"  # first: the modules below record it in what they write
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +21,16 @@ from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifi
 if TYPE_CHECKING:
     from .activations import ActivationStore, extract_activations
     from .calibration import calibrate
+    from .corpus import RetrievalCorpus
     from .data import load_images
     from .evaluation import EvaluationResult, evaluate
     from .hub import push_to_hub
+    from .label_losses import PrototypeAlignment
     from .model_card import create_model_card, write_model_card
     from .prompts import class_embeddings
+    from .registry import DatasetInfo, dataset_info
     from .trainer import SAETrainer
     from .training_args import SAETrainingArguments
-
-__version__ = "0.1.0.dev0"
 
 _LAZY = {
     "push_to_hub": "hub",
@@ -36,6 +39,10 @@ _LAZY = {
     "ActivationStore": "activations",
     "extract_activations": "activations",
     "calibrate": "calibration",
+    "RetrievalCorpus": "corpus",
+    "PrototypeAlignment": "label_losses",
+    "DatasetInfo": "registry",
+    "dataset_info": "registry",
     "load_images": "data",
     "EvaluationResult": "evaluation",
     "evaluate": "evaluation",
@@ -46,7 +53,10 @@ _LAZY = {
 
 __all__ = [
     "ActivationStore",
+    "DatasetInfo",
     "EvaluationResult",
+    "PrototypeAlignment",
+    "RetrievalCorpus",
     "SAEConfig",
     "SAEModel",
     "SAEOutput",
@@ -60,6 +70,7 @@ __all__ = [
     "calibrate",
     "class_embeddings",
     "create_model_card",
+    "dataset_info",
     "evaluate",
     "extract_activations",
     "load_images",

@@ -18,6 +18,11 @@ VS2_TYPE = "vs2_clip"
 RESULTS_NAME = "results.json"
 CARD_NAME = "README.md"
 TRAINING_LOG_NAME = "training_log.json"
+# The corpus of a VS2 checkpoint, where its config says that it holds one.
+CORPUS_FOLDER = "corpus"
+CORPUS_CONFIG_NAME = "corpus.json"
+CORPUS_ROWS_NAME = "corpus.safetensors"
+CORPUS_FILES = (f"{CORPUS_FOLDER}/{CORPUS_CONFIG_NAME}", f"{CORPUS_FOLDER}/{CORPUS_ROWS_NAME}")
 
 # What makes up a checkpoint. A training folder holds more (training state, logs with paths of the machine): that stays there.
 _PARTS = (
@@ -89,11 +94,14 @@ class CheckpointFolder:
     @property
     def files(self) -> dict[str, Path]:
         """Path in the repository -> file, for everything that makes up the checkpoints. The card is not among them."""
-        return {
+        found = {
             f"{name}/{file.name}" if name else file.name: file
             for name in self.configs
             for file in sorted(_parts_of(self.path / name))
         }
+        if self.configs.get("", {}).get("holds_corpus"):
+            found |= {name: self.path / name for name in CORPUS_FILES}
+        return found
 
     @property
     def sae_configs(self) -> dict[str, dict[str, Any]]:
@@ -122,6 +130,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if not any(name.suffix == ".safetensors" for name in _parts_of(folder)):
         raise ValueError(f"{folder} has a {CONFIG_NAME} but no {SAFE_WEIGHTS_NAME}. Save the model there again.")
+    missing = [name for name in CORPUS_FILES if config.get("holds_corpus") and not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} should hold a corpus but has no {missing[0]}. Save the model there again.")
     return config
 
 

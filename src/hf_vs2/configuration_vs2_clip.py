@@ -10,10 +10,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 
 from .configuration_sae import SAEConfig
+from .neighbors import POSITIVES
 from .packaged_code import PackagedCode
 
 
-METHODS = ("none", "centroid", "reconstruct", "amplify", "vs2")
+METHODS = ("none", "centroid", "reconstruct", "amplify", "vs2", "vs2++")
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class Steering:
     Args:
         method (`str`): `"vs2"` (eq. 2-3), `"centroid"` (the control of proposition 3.1: away from the training mean, no
             SAE), `"reconstruct"` (the paper's REC-F: the reconstruction takes the row's place), `"amplify"`
-            (REC-F+gamma: `D(gamma c)` does) or `"none"`.
+            (REC-F+gamma: `D(gamma c)` does), `"vs2++"` (section 4.2: towards the latents that an image's neighbours in a
+            corpus share, see `VS2CLIPForZeroShot.set_corpus`) or `"none"`.
         gamma (`float` or one a latent): amplification of the active latents.
         lambda_ (`float`): size of the step.
         gate (`float`, *optional*): FVU quantile above which a row is left alone.
         fvu_threshold (`float`, *optional*): the gate's threshold tau itself, instead of a quantile.
         enabled (`bool`): off means plain CLIP, bit for bit.
+        num_neighbors (`int`): of `"vs2++"`, the paper's N.
+        positives (`str`): of `"vs2++"`, whose latents are amplified: those of the neighbours with the `"majority"` pseudo-label,
+            or with the `"query"`'s own (eq. 4).
     """
 
     method: str = "vs2"
@@ -37,10 +42,16 @@ class Steering:
     gate: float | None = None
     fvu_threshold: float | None = None
     enabled: bool = True
+    num_neighbors: int = 50
+    positives: str = "majority"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not known. Use one of {list(METHODS)}.")
+        if self.positives not in POSITIVES:
+            raise ValueError(f"positives={self.positives!r} is not known. Use one of {list(POSITIVES)}.")
+        if isinstance(self.num_neighbors, bool) or not isinstance(self.num_neighbors, int) or self.num_neighbors < 1:
+            raise ValueError(f"num_neighbors={self.num_neighbors!r} must be a positive whole number.")
         for name, value in (("lambda_", self.lambda_), *(("gamma", factor) for factor in self.gamma_factors)):
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"{name} must be made of finite numbers, not {value!r}.")
@@ -74,10 +85,12 @@ class VS2CLIPConfig(PackagedCode, PreTrainedConfig):
     Args:
         clip_config (`CLIPConfig` or `dict`, *optional*): the CLIP.
         sae_configs (`list[SAEConfig]` or list of `dict`, *optional*): one SAE a steered layer, ascending.
-        method, gamma, lambda_, gate, fvu_threshold: see [`Steering`].
+        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives: see [`Steering`].
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): where the CLIP comes from.
         holds_clip (`bool`, *optional*, defaults to `False`): whether the checkpoint holds the CLIP's weights too (full) or only
             names it (light).
+        holds_corpus (`bool`, *optional*, defaults to `False`): whether the checkpoint has a [`RetrievalCorpus`] in its
+            subfolder `corpus`.
     """
 
     model_type = "vs2_clip"
@@ -93,6 +106,9 @@ class VS2CLIPConfig(PackagedCode, PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     holds_clip: bool = False
+    num_neighbors: int = 50
+    positives: str = "majority"
+    holds_corpus: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.clip_config is None:
@@ -111,7 +127,15 @@ class VS2CLIPConfig(PackagedCode, PreTrainedConfig):
     def steering(self) -> Steering:
         """The steering settings, validated."""
         gamma = tuple(self.gamma) if isinstance(self.gamma, list) else self.gamma
-        return Steering(self.method, gamma, self.lambda_, self.gate, self.fvu_threshold)
+        return Steering(
+            self.method,
+            gamma,
+            self.lambda_,
+            self.gate,
+            self.fvu_threshold,
+            num_neighbors=self.num_neighbors,
+            positives=self.positives,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

@@ -43,17 +43,42 @@ def steering_vector(
 
 
 def contrastive_direction(
-    positive_codes: torch.Tensor, negative_codes: torch.Tensor, decoder: torch.Tensor, gamma: float | torch.Tensor
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    positive: torch.Tensor,
+    decoder: torch.Tensor,
+    gamma: float | torch.Tensor,
 ) -> torch.Tensor:
-    """Eq. 5 (VS2++): `(gamma - 1) W_dec (mean c over positives - mean c over negatives)`, `(hidden_size,)`.
+    """Eq. 5 (VS2++): `(gamma - 1) W_dec (mean c over positives - mean c over negatives)`, `(batch, hidden_size)`.
 
-    Codes are dense, `(rows, num_latents)`; an empty set has mean 0.
+    `values` and `indices` are the codes of each row's neighbours, `(batch, neighbours, top_k)`; `positive` is bool
+    `(batch, neighbours)`, the others are the negatives; an empty set has mean 0. It is one sum over active latents, each
+    weighted `1 / |positives|` or `-1 / |negatives|`: nothing of width `num_latents` is formed.
     """
+    size = positive.sum(-1, keepdim=True)
+    size = torch.where(positive, size, size - positive.shape[-1])  # the negatives' count, negative as their weight
+    weighted = values / size.unsqueeze(-1)
+    change = amplify(weighted, indices, gamma) - weighted
+    return sparse_decode(change.flatten(1), indices.flatten(1), decoder)
 
-    def mean_code(codes: torch.Tensor) -> torch.Tensor:
-        return codes.mean(0) if len(codes) else codes.new_zeros(codes.shape[-1])
 
-    return ((gamma - 1) * (mean_code(positive_codes) - mean_code(negative_codes))) @ decoder
+def prototype_alignment(values: torch.Tensor, indices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """PASS (appendix L): the mean over rows of `||z_i - mean z of class(i)||^2`, a scalar.
+
+    The class means are those of these rows. `labels` is `(batch,)` int64; rows with a negative one are left out, and without
+    any labelled row the result is 0. It is taken as `(sum_i ||z_i||^2 - sum_c n_c ||m_c||^2) / n`, so that only the classes
+    that are present get a dense row of latents; the indices of a row must differ, as those of top-k do. At least float32.
+    """
+    known = labels >= 0
+    values, indices = values[known].to(torch.promote_types(values.dtype, torch.float32)), indices[known]
+    if not len(values):
+        return values.sum()
+    classes, class_of, sizes = labels[known].unique(return_inverse=True, return_counts=True)
+    num_latents = int(indices.max()) + 1
+    cells = class_of[:, None] * num_latents + indices
+    sums = values.new_zeros(len(classes) * num_latents).index_add(0, cells.flatten(), values.flatten())
+    between = sums.view(len(classes), num_latents).square().sum(-1) / sizes
+    return (values.square().sum() - between.sum()) / len(values)
 
 
 def keep_norm(moved: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,15 @@ from transformers.utils import CONFIG_NAME, logging
 from . import __version__
 from .card_edits import card_to_upload, license_of
 from .card_results import ResultFacts
-from .checkpoint_folder import CARD_NAME, RESULTS_NAME, SAE_TYPE, VS2_TYPE, CheckpointFolder, local_paths
+from .checkpoint_folder import (
+    CARD_NAME,
+    CORPUS_FILES,
+    RESULTS_NAME,
+    SAE_TYPE,
+    VS2_TYPE,
+    CheckpointFolder,
+    local_paths,
+)
 from .model_card import create_model_card, read_card
 
 
@@ -94,6 +102,8 @@ class Push:
 
     def _warn_about_paths(self) -> None:
         record = [list(self.folder.configs.values()), json.loads(self.results.content) if self.results else None]
+        if corpus := self.folder.files.get(CORPUS_FILES[0]):
+            record.append(json.loads(corpus.read_text(encoding="utf-8")))
         found = local_paths(record)
         if found:
             logger.warning(
@@ -171,8 +181,8 @@ class Push:
             content[RESULTS_NAME] = results.content
             if results.leaderboard_entry is not None:
                 content[LEADERBOARD_NAME] = results.leaderboard_entry.encode()
-        # Figures of other weights.
-        stale = sorted({RESULTS_NAME, LEADERBOARD_NAME} & on_hub.keys() - content.keys())
+        # Figures of other weights, and a corpus that the checkpoint no longer has.
+        stale = sorted({RESULTS_NAME, LEADERBOARD_NAME, *CORPUS_FILES} & on_hub.keys() - content.keys())
         return content, stale
 
     def _card(self, head: ModelInfo, results: ResultFacts | None) -> str:

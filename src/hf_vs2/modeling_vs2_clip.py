@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .base_model import check_base_model, loaded_revision, resolve_layer
+from .checkpoint_folder import CORPUS_FOLDER
 from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import Steering, VS2CLIPConfig
-from .functional import amplify, centroid_steer, gate, steer, steering_vector
+from .corpus import CorpusSearch, NeighborCodes, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
+from .functional import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
 from .hub import HubMixin
 from .modeling_sae import SAEModel
 from .processing import save_processing
-from .vs2_parts import HUB_ARGUMENTS, load_clip, load_saes, without_attention
+from .vs2_parts import HUB_ARGUMENTS, load_clip, load_corpus, load_saes, without_attention
 
 
 class SteeredRows(NamedTuple):
@@ -97,7 +100,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         sae (`SAEModel` or `dict[int, SAEModel]`): the SAE, for the layer that its config names (the last one if it names
             none), or one SAE a layer.
         gamma (`float` or one a latent), lambda_ (`float`), gate (`float`, *optional*), method (`str`), fvu_threshold
-            (`float`, *optional*): see [`Steering`].
+            (`float`, *optional*), num_neighbors (`int`), positives (`str`): see [`Steering`].
 
     Raises:
         `ValueError`: if an SAE was trained on another CLIP, or settings exclude each other.
@@ -134,6 +137,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         gate: float | None = None,
         method: str = "vs2",
         fvu_threshold: float | None = None,
+        num_neighbors: int = 50,
+        positives: str = "majority",
     ):
         if isinstance(clip, VS2CLIPConfig):
             config = clip
@@ -142,7 +147,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             steering = config.steering()
         else:
             saes = _saes_by_layer(clip, sae)
-            steering = Steering(method, *map(_plain, (gamma, lambda_, gate, fvu_threshold)))
+            settings = *map(_plain, (gamma, lambda_, gate, fvu_threshold)), True, num_neighbors, positives
+            steering = Steering(method, *settings)
             config = VS2CLIPConfig(
                 clip_config=clip.config,
                 sae_configs=[saes[layer].config for layer in sorted(saes)],
@@ -153,6 +159,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         super().__init__(config)
         self.clip = clip
         self.saes = nn.ModuleDict({str(layer): saes[layer] for layer in sorted(saes)})
+        self._search: CorpusSearch | None = None
         self.post_init()
         self.set_steering(**asdict(steering))
         self.training = clip.training  # `self.train(...)` would set the mode of each part of the CLIP
@@ -175,7 +182,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     # Settings
 
     def set_steering(self, **settings: Any) -> None:
-        """Change `method`, `gamma`, `lambda_`, `gate`, `fvu_threshold` or `enabled`; what is not named stays.
+        """Change settings of [`Steering`] (`method`, `gamma`, `lambda_`, `gate`, ...); what is not named stays.
 
         Giving `gate` drops an earlier `fvu_threshold`, and the other way round. Written to the config, so that
         `save_pretrained` keeps it.
@@ -188,6 +195,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         self.config.method, self.config.lambda_ = chosen.method, chosen.lambda_
         self.config.gamma = list(chosen.gamma) if isinstance(chosen.gamma, tuple) else chosen.gamma
         self.config.gate, self.config.fvu_threshold = chosen.gate, chosen.fvu_threshold
+        self.config.num_neighbors, self.config.positives = chosen.num_neighbors, chosen.positives
 
     @contextmanager
     def steering(self, **settings: Any) -> Iterator[VS2CLIPForZeroShot]:
@@ -209,6 +217,21 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         """The gate's threshold tau at each steered layer; `None` where nothing is gated."""
         return dict(self._thresholds)
 
+    @property
+    def corpus(self) -> RetrievalCorpus | None:
+        """The corpus that `method="vs2++"` takes neighbours from."""
+        return None if self._search is None else self._search.corpus
+
+    def set_corpus(self, corpus: RetrievalCorpus | None) -> None:
+        """Give the model an unlabelled corpus for `method="vs2++"`, or with `None` take it away. `save_pretrained` keeps it.
+
+        Raises:
+            `ValueError`: if it was made with another CLIP.
+        """
+        if corpus is not None:
+            corpus.check_base_model(self.clip)
+        self._search = None if corpus is None else CorpusSearch(corpus)
+
     def _changed(self, settings: dict[str, Any]) -> Steering:
         settings = {name: _plain(value) for name, value in settings.items()}
         if settings.get("gate") is not None:
@@ -218,6 +241,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         return replace(getattr(self, "_steering", Steering()), **settings)
 
     def _use(self, steering: Steering) -> None:
+        if steering.method == "vs2++" and list(self.saes) != [str(self.num_layers - 1)]:
+            raise ValueError(
+                f"method='vs2++' steers the last layer alone ({self.num_layers - 1}); this model holds SAEs for layers "
+                f"{list(self.sae_by_layer)}."
+            )
         thresholds: dict[int, float | None] = {}
         for layer, sae in self.sae_by_layer.items():
             if isinstance(steering.gamma, tuple) and len(steering.gamma) != sae.config.num_latents:
@@ -237,8 +265,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     def _is_steering(self) -> bool:
         return self._steering.enabled and self._steering.method != "none" and len(self.saes) > 0
 
-    def steer_cls(self, rows: torch.Tensor, layer: int = -1) -> SteeredRows:
-        """Steer CLS rows `(batch, hidden_size)` of one layer (algorithm 1): encode, gate on FVU, move, keep the norm."""
+    def steer_cls(self, rows: torch.Tensor, layer: int = -1, **retrieval: Unpack[RetrievalInputs]) -> SteeredRows:
+        """Steer CLS rows `(batch, hidden_size)` of one layer (algorithm 1): encode, gate on FVU, move, keep the norm.
+
+        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        """
         index = resolve_layer(layer, self.num_layers)
         sae = self.sae_by_layer.get(index)
         if sae is None:
@@ -246,7 +277,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         # Half-precision rows are steered in float32; the result goes back to where and what it came from.
         x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
         code = sae(x)
-        moved = self._move(sae, x, code).to(device=rows.device, dtype=rows.dtype)
+        moved = self._move(sae, x, code, rows, retrieval).to(device=rows.device, dtype=rows.dtype)
         threshold = self._thresholds[index]
         if threshold is None:
             steered = torch.ones_like(code.fvu, dtype=torch.bool)
@@ -255,12 +286,24 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
         return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices)
 
-    def _move(self, sae: SAEModel, x: torch.Tensor, code: Any) -> torch.Tensor:
+    def _move(
+        self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
+    ) -> torch.Tensor:
         method, lambda_ = self._steering.method, self._steering.lambda_
         values, indices = code.latent_values, code.latent_indices
         gamma = self._gamma_on(x.device)
         if method == "vs2":
             return steer(x, steering_vector(values, indices, sae.W_dec, gamma).to(x.dtype), lambda_)
+        if method == "vs2++":
+            if self._search is None:
+                raise ValueError(
+                    "method='vs2++' needs a corpus to find neighbours in: model.set_corpus(RetrievalCorpus...)."
+                )
+            settings = self._steering
+            found: NeighborCodes = self._search.neighbors(
+                self.clip, sae, rows, settings.num_neighbors, settings.positives, **retrieval
+            )
+            return steer(x, contrastive_direction(*found, sae.W_dec, gamma).to(x.dtype), lambda_)
         if method == "centroid":
             (factor,) = self._steering.gamma_factors
             return centroid_steer(x, sae.mean, lambda_ * (factor - 1))
@@ -276,7 +319,9 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             self._gamma = torch.tensor(self._steering.gamma, device=device)
         return self._gamma
 
-    def _steered_vision(self, pixel_values: torch.Tensor | None, **kwargs: Any) -> tuple[Any, dict[int, SteeredRows]]:
+    def _steered_vision(
+        self, pixel_values: torch.Tensor | None, retrieval: RetrievalInputs, **kwargs: Any
+    ) -> tuple[Any, dict[int, SteeredRows]]:
         """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each layer."""
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")  # as CLIPModel says it
@@ -291,7 +336,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
         cls_rows = hidden[:, 0, :]
         if str(last) in self.saes:
-            done[last] = self.steer_cls(cls_rows, last)
+            done[last] = self.steer_cls(cls_rows, last, **retrieval)
             cls_rows = done[last].rows
         outputs.pooler_output = vision.post_layernorm(cls_rows)
         return outputs, done
@@ -389,6 +434,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 load_saes(pretrained_model_name_or_path, config, place, kwargs),
             )
             model.set_steering(**asdict(config.steering()))
+        if config_dict.get("holds_corpus"):
+            model.set_corpus(load_corpus(pretrained_model_name_or_path, place))
         if settings:
             model.set_steering(**settings)
         return model
@@ -396,7 +443,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool = False, **kwargs: Any) -> None:
         """
         Save a VS2 checkpoint: light (the SAEs, the settings and the name of the CLIP) or `full` (the CLIP's weights too).
-        The CLIP's tokenizer and image processor are saved beside, so that `pipeline(...)` needs no other id.
+        The CLIP's tokenizer and image processor are saved beside, so that `pipeline(...)` needs no other id; and the corpus, if
+        there is one, in the subfolder `corpus`.
 
         Raises:
             `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named.
@@ -406,7 +454,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 "A light checkpoint names its CLIP, but this CLIP was not loaded from a Hub id or a path. "
                 "Save it with full=True, or load the CLIP by from_pretrained first."
             )
-        self.config.holds_clip = full
+        self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
         # As they are now (calibrated since, perhaps), each with the layer that it steers.
         self.config.sae_configs = [_at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
         state = kwargs.pop("state_dict", None) or self.state_dict()
@@ -415,6 +463,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         name = self.config.base_model_name_or_path
         if name is not None and kwargs.get("is_main_process", True):
             save_processing(name, self.config.base_model_revision, save_directory, token=kwargs.get("token"))
+        if self.corpus is not None and kwargs.get("is_main_process", True):
+            self.corpus.save_pretrained(Path(save_directory) / CORPUS_FOLDER)
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
 
     # CLIP's interface
@@ -423,11 +473,15 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """`CLIPModel.get_image_features`, steered: `pooler_output` `(batch, projection_dim)` is projected, not normalised."""
+        """`CLIPModel.get_image_features`, steered: `pooler_output` `(batch, projection_dim)` is projected, not normalised.
+
+        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        """
+        retrieval = pop_retrieval_inputs(kwargs)
         kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
         if not self._is_steering:
             return self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
-        outputs, _ = self._steered_vision(pixel_values, **kwargs)
+        outputs, _ = self._steered_vision(pixel_values, retrieval, **kwargs)
         outputs.pooler_output = self.clip.visual_projection(outputs.pooler_output)
         return outputs
 
@@ -441,13 +495,15 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         """`get_image_features` with what steering did to each image; shapes as in [`VS2CLIPOutput`] for several SAEs.
 
         `with_plain=True` adds plain CLIP's features, bit for bit. They cost nothing while only the last layer is steered,
-        since they start from the same CLS row, and a second pass through the vision tower otherwise.
+        since they start from the same CLS row, and a second pass through the vision tower otherwise. `class_embeds=` and the
+        other [`RetrievalInputs`] are for `method="vs2++"`.
         """
+        retrieval = pop_retrieval_inputs(kwargs)
         if not self._is_steering:
             features = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
             return VS2ImageFeatures(features, steered=nothing, plain_features=features if with_plain else None)
-        outputs, done = self._steered_vision(pixel_values, **kwargs)
+        outputs, done = self._steered_vision(pixel_values, retrieval, **kwargs)
         features, plain = self.clip.visual_projection(outputs.pooler_output), None
         if with_plain and len(done) == 1 and len(self.clip.vision_model.encoder.layers) - 1 in done:
             plain = self.clip.visual_projection(self.clip.vision_model.post_layernorm(outputs.last_hidden_state[:, 0]))
@@ -455,10 +511,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
         return VS2ImageFeatures(features, plain_features=plain, **_per_image(done))
 
-    def image_features_from_cls(self, rows: torch.Tensor) -> VS2ImageFeatures:
+    def image_features_from_cls(self, rows: torch.Tensor, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
         """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
 
         Equal to running the whole model on the images those rows came from. `features` is `(batch, projection_dim)`.
+        `class_embeds=` and the other [`RetrievalInputs`] are for `method="vs2++"`.
 
         Raises:
             `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other widths.
@@ -477,7 +534,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 "Extract them again with the CLIP that this model wraps."
             )
         rows = rows.to(device=vision.post_layernorm.weight.device, dtype=vision.post_layernorm.weight.dtype)
-        steered = self.steer_cls(rows, last) if self._is_steering else None
+        steered = self.steer_cls(rows, last, **retrieval) if self._is_steering else None
         pooled = vision.post_layernorm(rows if steered is None else steered.rows)
         features = self.clip.visual_projection(pooled)
         if steered is None:
@@ -495,7 +552,12 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> VS2CLIPOutput:
-        """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`]."""
+        """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`].
+
+        With `method="vs2++"` the texts are the classes: one prompt a class. It may need `retrieval_embeds=` and `exclude=`: see
+        [`RetrievalInputs`].
+        """
+        retrieval = pop_retrieval_inputs(kwargs)
         text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         image_inputs: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -506,9 +568,14 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             nothing = torch.zeros(len(plain.image_embeds), dtype=torch.bool, device=plain.image_embeds.device)
             return VS2CLIPOutput(**plain, steered=nothing)
 
-        vision_outputs, done = self._steered_vision(**image_inputs, **kwargs)
+        text_outputs = None
+        if self._steering.method == "vs2++":
+            text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
+            retrieval.setdefault("class_embeds", text_outputs.pooler_output)
+        vision_outputs, done = self._steered_vision(**image_inputs, retrieval=retrieval, **kwargs)
         vision_outputs.pooler_output = self.clip.visual_projection(vision_outputs.pooler_output)
-        text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
+        if text_outputs is None:
+            text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
         image_embeds = _unit(vision_outputs.pooler_output)
         text_embeds = _unit(text_outputs.pooler_output)
         # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out bit-identical.

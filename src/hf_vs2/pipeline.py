@@ -28,7 +28,7 @@ TASK = "vs2-zero-shot-image-classification"
 # transformers' own default, so that a checkpoint scores the same in both pipelines.
 DEFAULT_TEMPLATES = ("This is a photo of {}.",)
 
-_STEERING_OPTIONS = ("gamma", "lambda_", "gate", "fvu_threshold", "method")
+_STEERING_OPTIONS = ("gamma", "lambda_", "gate", "fvu_threshold", "method", "num_neighbors", "positives")
 _OPTIONS = (
     *("candidate_labels", "hypothesis_template", "templates", "top_k", "return_details", "timeout", "steer"),
     *_STEERING_OPTIONS,
@@ -118,8 +118,8 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 a text file with one template a line, or a list of templates.
             top_k (`int`, *optional*): how many of the best labels to return; all by default.
             steer (`bool`, *optional*): `False` gives plain CLIP, `True` steers a model whose steering is off.
-            gamma, lambda_, gate, fvu_threshold, method (*optional*): see [`Steering`]; by default the model's own settings.
-                `gate=None` steers every image.
+            gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives (*optional*): see [`Steering`]; by default the
+                model's own settings. `gate=None` steers every image. `method="vs2++"` needs a checkpoint with a corpus.
             return_details (`bool`, *optional*, defaults to `False`): return for each image a dict instead of the list.
             timeout (`float`, *optional*): seconds to wait for an image from the web.
             batch_size (`int`, *optional*, defaults to 1), num_workers (`int`, *optional*): as in every pipeline.
@@ -211,7 +211,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         return_details: bool = False,
     ) -> dict[str, torch.Tensor | None]:
         classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates)
-        images = self._image_features(model_inputs["pixel_values"], steering or {}, return_details)
+        images = self._image_features(model_inputs["pixel_values"], classes, steering or {}, return_details)
         outputs: dict[str, torch.Tensor | None] = {"logits": self._logits(images.features, classes)}
         if return_details:
             outputs |= {
@@ -222,7 +222,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         return outputs
 
     def _image_features(
-        self, pixel_values: torch.Tensor, steering: Mapping[str, Any], with_plain: bool
+        self, pixel_values: torch.Tensor, classes: torch.Tensor, steering: Mapping[str, Any], with_plain: bool
     ) -> VS2ImageFeatures:
         if not isinstance(self.model, VS2CLIPForZeroShot):
             features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
@@ -231,7 +231,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         # A shallow copy: the same weights, but settings of its own. The model itself is never set to this call's options, so
         # other threads, an exception or a generator left half-way can't leave them behind.
         with copy.copy(self.model).steering(**steering) as model:
-            return model.image_features(pixel_values, with_plain=with_plain)
+            return model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes)
 
     def _logits(self, features: Any, classes: torch.Tensor) -> torch.Tensor:
         """Float32 logits `(batch, num_classes)`, also of a model in half precision."""

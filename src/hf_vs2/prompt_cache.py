@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .prompts import class_embeddings
+from .weight_state import weights_state
 
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
-
-
-# Entries of each weight that are compared by value.
-_SAMPLE_SIZE = 8
 
 
 class PromptCache:
@@ -73,36 +68,10 @@ class PromptCache:
             return matrix
 
 
-@torch.no_grad()
 def text_state(clip: CLIPModel) -> tuple[Any, ...]:
-    """
-    Compares equal as long as the same prompts give the same text embeddings.
-
-    Autograd's version counters tell of every ordinary change in place (an optimizer's step, `load_state_dict`), addresses,
-    dtypes and devices of every move. Neither sees a write through `.data` (as exponential averages and adapter merging do),
-    nor is an address never used twice: so a few entries of each weight are compared by value as well. All of it costs about a
-    millisecond. A change that leaves the weights alone (switching an adapter off) is not seen.
-    """
-    parameters = [*clip.text_model.parameters(), *clip.text_projection.parameters()]
-    kind = clip.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return autocast, tuple(_identity(parameter) for parameter in parameters), _sample(parameters)
-
-
-def _identity(parameter: nn.Parameter) -> tuple[Any, ...]:
-    # Tensors made under `inference_mode` have no version counter.
-    version = None if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device
-
-
-def _sample(parameters: Iterable[nn.Parameter]) -> tuple[float, ...]:
-    """Evenly spaced entries of each weight; one copy from each device. Weights that are offloaded have none."""
-    entries: dict[torch.device, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.device.type != "meta":
-            step = max(1, parameter.numel() // _SAMPLE_SIZE)
-            entries.setdefault(parameter.device, []).append(parameter.flatten()[::step])
-    return tuple(value for found in entries.values() for value in torch.cat(found).tolist())
+    """Compares equal as long as the same prompts give the same text embeddings, see [`weights_state`]. A change that leaves the
+    weights alone (switching an adapter off) is not seen."""
+    return weights_state([*clip.text_model.parameters(), *clip.text_projection.parameters()])
 
 
 __all__ = ["PromptCache", "text_state"]

@@ -64,7 +64,8 @@ def _latent_sums(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor
     """`S^T rows` for the sparse `(batch, num_latents)` matrix S of the code: `(num_latents, hidden_size)`."""
     batch, k = indices.shape
     if not _is_sparse(indices, num_latents):
-        return values.new_zeros(batch, num_latents).scatter_(1, indices, values).t() @ rows
+        # Added, not set: a row of several codes (VS2++) may name a latent more than once.
+        return values.new_zeros(batch, num_latents).scatter_add_(1, indices, values).t() @ rows
     # Rows of S^T in compressed form, entries sorted by latent: one "bag" of weighted rows of the batch a latent.
     order = indices.flatten().argsort(stable=True)
     counts = torch.bincount(indices.flatten(), minlength=num_latents)

@@ -10,8 +10,10 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from .base_model import loaded_revision
+from .checkpoint_folder import CORPUS_FOLDER
 from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import VS2CLIPConfig
+from .corpus import RetrievalCorpus
 from .modeling_sae import SAEModel
 
 
@@ -69,4 +71,10 @@ def load_saes(
     return saes
 
 
-__all__ = ["HUB_ARGUMENTS", "load_clip", "load_saes", "without_attention"]
+def load_corpus(name_or_path: str | os.PathLike, place: dict[str, Any]) -> RetrievalCorpus:
+    """The corpus that a VS2 checkpoint holds beside its weights."""
+    subfolder = "/".join(part for part in (place.get("subfolder"), CORPUS_FOLDER) if part)
+    return RetrievalCorpus.from_pretrained(name_or_path, **{**place, "subfolder": subfolder})
+
+
+__all__ = ["HUB_ARGUMENTS", "load_clip", "load_corpus", "load_saes", "without_attention"]
