@@ -162,7 +162,7 @@ def evaluate(
             tally = tallies[variant, name]
             samples.append(tally.samples())
             bootstrap = partial(paired_bootstrap, num_resamples=num_resamples, seed=seed)
-            row = {"method": variant.method, "prompts": name} | _figures(
+            row = {"method": variant.method, "prompts": name} | row_figures(
                 samples[-1], tally.right5, target, plain, bootstrap
             )
             row |= variant.facts | {"seconds": round(tally.seconds, 4)}
@@ -379,10 +379,14 @@ def _last_layer(model: VS2CLIPForZeroShot) -> int:
 # Figures of a row
 
 
-def _figures(
+def row_figures(
     samples: SampleOutputs, right5: int | None, target: torch.Tensor, plain: torch.Tensor, bootstrap: Any
 ) -> dict[str, Any]:
-    """Accuracy, gain, coverage and FVU of one row; `plain` `(n,)` says which images plain CLIP has right."""
+    """Accuracy, gain, coverage and FVU of one row of a table, see [`EvaluationResult`].
+
+    `right5` counts the images with their class among the top five; `plain` `(n,)` says which images plain CLIP has right;
+    `bootstrap(fixed, broken, n)` gives the gain's interval, see [`paired_bootstrap`].
+    """
     n, correct = len(target), samples.predictions == target
     fixed, broken = int((correct & ~plain).sum()), int((plain & ~correct).sum())
     fvu = None if samples.fvu is None else samples.fvu.double().mean().item()
@@ -530,4 +534,5 @@ __all__ = [
     "distribution_norm_scores",
     "evaluate",
     "paired_bootstrap",
+    "row_figures",
 ]

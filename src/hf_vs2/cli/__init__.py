@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "a sparse autoencoder from unlabelled images: extract, train, calibrate",
     "calibrate": "measure the gate's thresholds again, on fresh unlabelled images",
     "evaluate": "compare plain CLIP, the controls and VS2 on labelled images",
+    "study": "the paper's study, or one of yours, from one file",
     "classify": "label images with a steered CLIP, beside plain CLIP's answer",
     "push": "a checkpoint to the Hub, with a model card",
 }

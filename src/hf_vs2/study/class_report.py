@@ -1,0 +1,118 @@
+"""What a mean hides: the classes that VS2 helps and hurts, their confusions, and whether SAEs of other seeds do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import published
+from .analysis import agreement, fixed_confusions, per_class
+from .markdown import table, text
+from .result_view import ResultView
+from .results import Outputs
+
+
+SHOWN_CLASSES = 5
+SHOWN_CONFUSIONS = 5
+
+
+def classes(view: ResultView) -> Iterator[str]:
+    """For each encoder and data set, with the first prompts: the classes and confusions that VS2 changed most."""
+    for encoder, dataset, prompts in _first_prompts(view):
+        runs, plain = _runs(view, encoder, dataset, prompts)
+        if not runs or plain is None:
+            continue
+        steered, repeated = _joined(runs), _joined([plain] * len(runs))
+        names = view.meta["datasets"][dataset]["class_names"]
+        found = [row for row in per_class(steered, repeated, names) if row["support"]]
+        gains = published.class_gains(view.encoder_id(encoder), view.registry(dataset), prompts)
+        better, worse = (sum(sign * row["gain"] > 0 for row in found) for sign in (1, -1))
+        where = f"{view.title(dataset)}, {view.heading(encoder, prompts)}"
+        support = sorted({row["support"] // len(runs) for row in found})
+        images = f"{support[0]}" if len(support) == 1 else f"{support[0]} to {support[-1]}"
+        yield (
+            f"## Classes that VS2 helps and hurts: {where}\n\nAccuracy in %, gain in points, n = {len(runs)} SAE "
+            f"seed{'s' if len(runs) > 1 else ''}, {images} test images a class; {better} of {len(found)} classes gain, {worse} lose."
+            f"\n\n{_class_table(found, gains)}"
+        )
+        confusions = fixed_confusions(steered, repeated, names, SHOWN_CONFUSIONS)
+        rows = [
+            [word, text(one["true"]), text(one["mistaken_for"]), f"{one['count'] / len(runs):.3g}"]
+            for word, key in (("fixed", "fixed"), ("made", "broken"))
+            for one in confusions[key]
+        ]
+        if rows:
+            head = ["", "true class", "mistaken for", "images" if len(runs) == 1 else "images, mean of seeds"]
+            yield f"### Most frequent confusions that VS2 fixed and made: {where}\n\n{table(head, rows)}"
+
+
+def seeds(view: ResultView) -> Iterator[str]:
+    """How far VS2 with SAEs of different seeds decides alike."""
+    rows = []
+    for encoder, dataset, prompts in _first_prompts(view):
+        runs, plain = _runs(view, encoder, dataset, prompts)
+        if len(runs) < 2 or plain is None:
+            continue
+        found = agreement(runs, plain)
+        keys = ("same_prediction_mean", "same_prediction_min", "fixed_jaccard_mean", "fixed_jaccard_min")
+        rows.append([f"{encoder}, {prompts}", view.title(dataset), *(f"{found[key]:.1f}" for key in keys)])
+    if rows:
+        head = ["encoder, prompts", "data set", "same prediction, mean", "least", "same images fixed, mean", "least"]
+        yield (
+            "## Agreement between seeds\n\nVS2 with SAEs of different seeds, over all pairs of seeds, in %: images that both put in "
+            "the same class, and intersection over union of the images that each corrects plain CLIP on.\n\n"
+            + table(head, rows)
+        )
+
+
+def cosines(view: ResultView) -> Iterator[str]:
+    """How far SAEs of other seeds and sizes steer the same way."""
+    for one in view.result.select("agreement", method="steering_cosine"):
+        names, matrix = one.figures["names"], one.figures["cosine"]
+        rows = [[text(name), *(f"{value:.3f}" for value in row)] for name, row in zip(names, matrix, strict=True)]
+        yield (
+            f"## Cosine between steering vectors: {view.title(one.cell.dataset)}, {view.heading(one.cell.encoder)}\n\n"
+            "Mean over the test images, between VS2's steering vectors of two SAEs; `centroid` is x - mu, the direction without an "
+            f"SAE.\n\n{table(['', *map(text, names)], rows)}"
+        )
+
+
+def _first_prompts(view: ResultView) -> list[tuple[str, str, str]]:
+    """Each encoder and data set with VS2 in the table, with its first prompt set."""
+    first: dict[tuple[str, str], str] = {}
+    for one in view.table_cells:
+        if one.cell.method == "vs2":
+            first.setdefault((one.cell.encoder, one.cell.dataset), one.cell.prompts)
+    return [(encoder, dataset, prompts) for (encoder, dataset), prompts in first.items()]
+
+
+def _runs(view: ResultView, encoder: str, dataset: str, prompts: str) -> tuple[list[Outputs], Outputs | None]:
+    """VS2's outcomes, one a seed, and plain CLIP's; empty when a file is gone."""
+    cells = view.seeds_of(encoder, dataset, prompts, "vs2")
+    found = [view.outputs(one) for one in cells]
+    plain = view.plain(encoder, dataset, prompts)
+    present = [one for one in found if one is not None]
+    return (present if len(present) == len(found) else []), None if plain is None else view.outputs(plain)
+
+
+def _class_table(found: Sequence[dict[str, Any]], theirs: dict[str, float]) -> str:
+    """The classes that gain and lose most, and those that the paper names."""
+    ranked = sorted(found, key=lambda row: -row["gain"])
+    half = min(SHOWN_CLASSES, len(ranked) // 2)
+    edges = [*ranked[:half], *ranked[len(ranked) - half :]]
+    shown = [row for row in ranked if row in edges or published.class_key(row["name"]) in theirs]
+    rows = []
+    for row in shown:
+        gain = f"{row['gain']:+.1f}"
+        key = published.class_key(row["name"])
+        if key in theirs:
+            gain += f" [{theirs[key]:+g}]"
+        rows.append([text(row["name"]), f"{row['plain']:.1f}", f"{row['steered']:.1f}", gain])
+    return table(["class", "CLIP", "VS2", "gain"], rows)
+
+
+def _joined(runs: Sequence[Outputs]) -> Outputs:
+    """The outcomes of several runs one after the other."""
+    return Outputs(torch.cat([one.labels for one in runs]), torch.cat([one.predictions for one in runs]))

@@ -1,0 +1,242 @@
+"""What the figures of a study share: what they ask of a result, the sheet they are drawn on, and curves over seeds."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..report import STYLES
+from .methods import METHODS
+from .results import CellResult, Outputs, StudyResult
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+GRID_LINES = "0.9"
+COLUMNS = 3
+"""Panels side by side on one sheet, at most: more would need type too small to read on a page."""
+GROUPS = ("without an SAE", "with an SAE", "retrieval or pseudo-labels", "uses labels: bounds")
+# One method looks the same in every figure.
+VS2, PLAIN, GATED, OTHER = STYLES
+
+
+class StudyReader:
+    """What the figures ask of a result."""
+
+    def __init__(self, result: StudyResult):
+        self.result, self.meta = result, result.meta
+        self.defaults: Mapping[str, Any] = result.meta.get("defaults", {})
+
+    def encoders(self) -> list[str]:
+        return distinct(one.cell.encoder for one in self.result)
+
+    def datasets(self, cells: Iterable[CellResult]) -> list[str]:
+        """Those of the cells, in the study's order."""
+        present = distinct(one.cell.dataset for one in cells)
+        known = [name for name in self.meta["datasets"] if name in present]
+        return known + [name for name in present if name not in known]
+
+    def about(self, dataset: str) -> Mapping[str, Any]:
+        return self.meta["datasets"].get(dataset, {})
+
+    def title(self, dataset: str) -> str:
+        return self.about(dataset).get("title") or dataset
+
+    def headline(self, dataset: str) -> str:
+        """Title of a panel: the data set and its test images."""
+        n = self.about(dataset).get("n")
+        return self.title(dataset) if n is None else f"{self.title(dataset)}, {n:,} images"
+
+    def label(self, method: str) -> str:
+        return self.meta.get("methods", {}).get(method, {}).get("label") or method
+
+    def uses_labels(self, method: str) -> str:
+        return self.meta.get("methods", {}).get(method, {}).get("uses_labels", "")
+
+    def group(self, method: str) -> int:
+        """The one of [`GROUPS`] that a method belongs to."""
+        about = METHODS.get(method)
+        if self.uses_labels(method) or about is not None and about.uses_labels:
+            return 3
+        if about is not None and ("retrieval" in about.settings or "pseudo" in about.label):
+            return 2
+        return 1 if about is not None and about.seeded else 0
+
+    def plain(self, encoder: str, dataset: str, prompts: str) -> CellResult | None:
+        found = self.result.select(encoder=encoder, dataset=dataset, prompts=prompts, method="clip")
+        return found[0] if found else None
+
+    def pairs(self, cells: Iterable[CellResult]) -> list[tuple[Outputs, Outputs]]:
+        """The outcomes of each cell with plain CLIP's; none at all when a file is gone."""
+        pairs = []
+        for one in cells:
+            plain = self.plain(one.cell.encoder, one.cell.dataset, one.cell.prompts)
+            try:
+                pairs.append((one.outputs(), plain.outputs()) if plain is not None else None)
+            except FileNotFoundError:
+                return []
+        return [pair for pair in pairs if pair is not None]
+
+    def first_prompts(self, section: str, encoder: str, **wanted: Any) -> list[CellResult]:
+        """Cells with the prompt set that comes first among them: one curve of a figure is about one prompt set."""
+        cells = self.result.select(section, encoder=encoder, **wanted)
+        return [one for one in cells if one.cell.prompts == cells[0].cell.prompts]
+
+    def said(self, cells: Sequence[CellResult]) -> str:
+        """Seeds and prompts, for the line below a title."""
+        seeds = sorted({one.cell.seed for one in cells if one.cell.seed is not None})
+        prompts = distinct(one.cell.prompts for one in cells if one.cell.prompts)
+        parts = []
+        if seeds:
+            parts.append(f"{'seed' if len(seeds) == 1 else f'{len(seeds)} seeds:'} {', '.join(map(str, seeds))}")
+        if prompts:
+            parts.append(f"prompts: {', '.join(prompts)}")
+        return "; ".join(parts)
+
+
+# Sheets
+
+
+class Sheet:
+    """A figure with a title and notes at its upper left, panels below and one legend for all of them at the bottom."""
+
+    def __init__(self, title: str, notes: str, shape: tuple[int, int], panel: tuple[float, float], **options: Any):
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        rows, columns = shape
+        margin = options.pop("margin", 0.0)
+        width = max(6.4, columns * panel[0] + margin)
+        self.panel_width = (width - margin) / columns
+        # About 15 characters of 9 points to an inch.
+        heading = textwrap.wrap(title, int(12.5 * width))
+        lines = textwrap.wrap(notes, int(14.5 * width))
+        head = 0.12 + 0.2 * len(heading) + 0.165 * len(lines) + 0.1
+        height = rows * panel[1] + head + options.pop("foot", 0.35)
+        layout = ConstrainedLayoutEngine(
+            rect=(0.0, 0.0, 1.0, 1 - head / height), w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.03
+        )
+        self.figure = Figure(figsize=(width, height), layout=layout)
+        top = 1 - 0.1 / height
+        self.figure.text(
+            0.1 / width, top, "\n".join(heading), fontsize=11, fontweight="bold", va="top", linespacing=1.2
+        )
+        self.figure.text(
+            0.1 / width,
+            top - 0.2 * len(heading) / height,
+            "\n".join(lines),
+            fontsize=9,
+            color="0.25",
+            va="top",
+            linespacing=1.2,
+        )
+        self.axes = self.figure.subplots(rows, columns, squeeze=False, **options)
+
+    def panels(self, count: int) -> list[Axes]:
+        """The first `count` panels, row by row; the others go."""
+        everyone = list(self.axes.flat)
+        for axes in everyone[count:]:
+            axes.remove()
+        return everyone[:count]
+
+    def title(self, axes: Axes, *lines: str, beside: float = 0.5) -> None:
+        """A panel's own title, wrapped to its width less the inches of what stands `beside` it."""
+        width = max(12, int(14.5 * (self.panel_width - beside)))
+        axes.set_title("\n".join(textwrap.fill(line, width) for line in lines), loc="left")
+
+    def legend(self) -> None:
+        """One entry a label, from all panels."""
+        handles: dict[str, Any] = {}
+        for axes in self.figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        if handles:
+            wide = max(len(label) for label in handles)
+            columns = max(1, min(len(handles), int(self.figure.get_figwidth() * 14 / (wide + 5))))
+            self.figure.legend(
+                list(handles.values()), list(handles), loc="outside lower left", ncols=columns, frameon=False
+            )
+
+
+def wrapped_shape(count: int) -> tuple[int, int]:
+    """Rows and columns for so many panels of the same kind."""
+    rows = math.ceil(count / COLUMNS)
+    return rows, math.ceil(count / rows)
+
+
+def in_sheets(datasets: Sequence[str], most: int = COLUMNS) -> list[tuple[str, list[str]]]:
+    """Data sets in sheets of at most `most`, of about the same size, and what tells the sheets' names apart."""
+    count = math.ceil(len(datasets) / most)
+    parts = [list(part) for part in np.array_split(np.array(datasets, dtype=object), count)] if count else []
+    return [("" if count == 1 else f"-{number}", part) for number, part in enumerate(parts, 1)]
+
+
+def zero_line(axes: Axes) -> None:
+    axes.axhline(0, color="0.35", linewidth=1)
+    axes.grid(color=GRID_LINES, linewidth=0.8)
+
+
+def seed_curve(
+    axes: Axes, points: Mapping[float, Sequence[float]], style: tuple[str, str], label: str, line: str = "-"
+) -> None:
+    """Mean over seeds against a setting, each seed's own value as a dot, and the band that holds them."""
+    colour, marker = style
+    x = sorted(points)
+    axes.plot(x, [np.mean(points[at]) for at in x], line, color=colour, marker=marker, markersize=5, label=label)
+    if any(len(points[at]) > 1 for at in x):
+        low, high = [min(points[at]) for at in x], [max(points[at]) for at in x]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        for at in x:
+            axes.scatter([at] * len(points[at]), points[at], s=5, color=colour, alpha=0.7, linewidths=0)
+
+
+def by_setting(
+    cells: Iterable[CellResult], setting: str, figure: str, missing: float | None = None
+) -> dict[float, list[float]]:
+    """A figure by the value of a setting, one value a seed."""
+    points: dict[float, list[float]] = {}
+    for one in cells:
+        value = one.figures.get(figure)
+        if value is not None:
+            points.setdefault(one.cell.params.get(setting, missing), []).append(value)
+    return points
+
+
+def mark_default(axes: Axes, value: float | None, shown: Iterable[float]) -> None:
+    """A vertical line at the study's setting, if the axis has it."""
+    if value is not None and any(math.isclose(value, at) for at in shown):
+        axes.axvline(value, color="0.35", linestyle=":", linewidth=1.2, label="the study's default")
+
+
+def set_log_ticks(axes: Any, values: Iterable[float], text: Callable[[float], str] = "{:g}".format) -> None:
+    """A logarithmic axis with a tick at each value measured, and no other; those that would touch lose their label."""
+    values = sorted(values)
+    axes.set_xscale("log")
+    span = math.log(values[-1] / values[0]) or 1.0
+    labels, last = [], -math.inf
+    for value in values:
+        place = math.log(value / values[0]) / span
+        labels.append(text(value) if place - last > 0.12 else "")
+        last = place if labels[-1] else last
+    axes.set_xticks(values, labels)
+    axes.set_xticks([], minor=True)
+    if len(values) == 1:
+        axes.set_xlim(values[0] / 2, values[0] * 2)
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def file_word(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._+-" else "_" for c in name)

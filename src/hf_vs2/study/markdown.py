@@ -1,0 +1,34 @@
+"""Small pieces of a Markdown document: a table, a name that cannot break it, a figure over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .analysis import summary
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def text(value: str) -> str:
+    """A name that cannot break a table."""
+    return value.replace("|", "\\|").replace("\n", " ")
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in the order of its first place."""
+    return list(dict.fromkeys(values))
+
+
+def mean(values: Iterable[float]) -> float:
+    return summary(list(values))["mean"]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation (n - 1); the mean alone of one value."""
+    found = summary(values)
+    deviation = "" if found["std"] is None else f" ± {found['std']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{deviation}"

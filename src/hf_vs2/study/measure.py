@@ -1,0 +1,146 @@
+"""Measuring a cell: a method's scores against the true classes and plain CLIP, or what a cell without rows is about."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from ..evaluation import paired_bootstrap, row_figures
+from ..functional import steer
+from ..report import SampleOutputs
+from .analysis import mean_per_class_accuracy
+from .bench import Bench
+from .cost import measure_cost
+from .methods import METHODS, Scored, usable_gate
+from .plan import COSINE, COST, GRID
+from .results import Cell, Outputs
+
+
+@torch.no_grad()
+def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, Any], Outputs | None]:
+    """
+    The figures of a cell, and the outcome of every image.
+
+    Args:
+        bench, cell: what to measure.
+        plain (`Outputs`, *optional*): plain CLIP's outcomes on the same data set and prompts; `None` when this cell is plain CLIP
+            itself, or no row of a table.
+    """
+    special = {GRID: _grid, COST: _cost, COSINE: _cosine}
+    if cell.method in special:
+        return special[cell.method](bench, cell), None
+    method = METHODS[cell.method]
+    labels, chosen = bench.labels(cell.encoder, cell.dataset), None
+    if "inner" in method.settings:
+        chosen = bench.limited(cell.dataset, "test", cell.params["test_limit"])
+        labels = labels[chosen]
+        assert plain is not None
+        plain = plain.at(chosen)
+    sae = None
+    if method.seeded and "inner" not in method.settings:
+        sae = bench.sae(cell.encoder, bench.spec(cell))  # now, so that its training is not part of the method's time
+    started = time.perf_counter()
+    outputs, right5 = _collect(method.run(bench, cell), labels)
+    outputs.images = chosen
+    seconds = time.perf_counter() - started
+    figures = _figures(outputs, right5, outputs if plain is None else plain)
+    figures["mean_per_class"] = round(mean_per_class_accuracy(outputs, len(bench.class_names(cell.dataset))), 4)
+    figures["seconds"] = round(seconds, 4)
+    if sae is not None:
+        figures["held_out_fvu"] = (sae.config.training_metrics or {}).get("fvu")
+        if "gate" in method.settings:
+            figures["gate"] = usable_gate(sae, cell.params["gate"])
+    return figures, outputs
+
+
+def _collect(scored: Iterator[Scored], labels: torch.Tensor) -> tuple[Outputs, int | None]:
+    """Outcomes of all batches, and how many images have their class among the top five."""
+    predictions, fvu, steered = [], [], []
+    start, right5 = 0, None
+    for batch in scored:
+        scores = batch.scores.cpu()
+        if not scores.isfinite().all():
+            raise ValueError("A method gave scores that are not finite: extract the activations again in float32.")
+        predictions.append(scores.argmax(-1))
+        target = labels[start : start + len(scores)]
+        start += len(scores)
+        if scores.shape[1] > 5:  # among five classes or fewer the top five are always right
+            hits = scores.topk(5, dim=-1).indices == target.unsqueeze(-1)
+            right5 = (right5 or 0) + int(hits.sum())
+        fvu += [] if batch.fvu is None else [batch.fvu.float().cpu()]
+        steered.append(torch.ones(len(scores), dtype=torch.bool) if batch.steered is None else batch.steered.cpu())
+    if start != len(labels):
+        raise ValueError(f"A method scored {start} images; there are {len(labels)}.")
+    return Outputs(labels, torch.cat(predictions), torch.cat(fvu) if fvu else None, torch.cat(steered)), right5
+
+
+def _figures(outputs: Outputs, right5: int | None, plain: Outputs) -> dict[str, Any]:
+    assert outputs.steered is not None
+    samples = SampleOutputs(outputs.predictions, outputs.fvu, outputs.steered)
+    bootstrap = partial(paired_bootstrap, num_resamples=10_000, seed=0)
+    return row_figures(samples, right5, outputs.labels, plain.right, bootstrap)
+
+
+def _grid(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Accuracy of VS2 for each gamma and lambda. For one gamma a step depends on `lambda (gamma - 1)` alone: each is tried once."""
+    model, classes, labels = bench.model(cell), bench.classes(cell), bench.labels(cell.encoder, cell.dataset)
+    gammas, lambdas = cell.params["gammas"], cell.params["lambdas"]
+    steps = {round(lambda_ * (gamma - 1), 9) for gamma in gammas for lambda_ in lambdas}
+    right = dict.fromkeys(sorted(steps | {0.0}), 0)
+    start = 0
+    for rows in bench.batches(cell):
+        target = labels[start : start + len(rows)].to(rows.device)
+        start += len(rows)
+        values, indices = model.sae.encode(rows)
+        direction = model.sae.decode(values, indices) - model.sae.b_pre
+        for step in right:
+            scores = bench.embed(cell.encoder, steer(rows, direction, step)) @ classes.T
+            right[step] += int((scores.argmax(-1) == target).sum())
+    top1 = {step: round(100 * count / len(labels), 4) for step, count in right.items()}
+    settings = bench.config.steering
+    return {
+        "gamma": gammas,
+        "lambda": lambdas,
+        "top1": [[top1[round(lambda_ * (gamma - 1), 9)] for lambda_ in lambdas] for gamma in gammas],
+        "plain": top1[0.0],
+        "default": [settings.gamma, settings.lambda_],
+        "n": len(labels),
+    }
+
+
+def _cosine(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Mean cosine, over the test rows, between the steering vectors of different SAEs, and the centroid's direction `x - mu`."""
+    specs = {f"seed {seed}": {"seed": seed} for seed in cell.params["seeds"]}
+    first = cell.params["seeds"][0]
+    table = cell.params["top_k"]
+    specs |= {f"k {top_k}": {"seed": first, "top_k": top_k} for top_k in cell.params["top_ks"] if top_k != table}
+    saes = []
+    for settings in specs.values():
+        params = dict(cell.params) | {name: value for name, value in settings.items() if name != "seed"}
+        saes.append(
+            bench.sae(cell.encoder, bench.spec(Cell(cell.encoder, cell.dataset, "vs2", "", settings["seed"], params)))
+        )
+    mean = bench.mean(cell.encoder, cell.dataset)
+    names = [*specs, "centroid"]
+    total = torch.zeros(len(names), len(names), dtype=torch.float64)
+    count = 0
+    for rows in bench.batches(cell):
+        vectors = [sae.decode(*sae.encode(rows)) - sae.b_pre for sae in saes] + [rows - mean]
+        for i, one in enumerate(vectors):
+            for j, other in enumerate(vectors):
+                total[i, j] += cosine_similarity(one, other, dim=-1).double().sum().cpu()
+        count += len(rows)
+    return {
+        "names": names,
+        "cosine": [[round(value, 6) for value in row] for row in (total / count).tolist()],
+        "n": count,
+    }
+
+
+def _cost(bench: Bench, cell: Cell) -> dict[str, Any]:
+    return measure_cost(bench.encoder(cell.encoder).clip, bench.sae(cell.encoder, bench.spec(cell)))

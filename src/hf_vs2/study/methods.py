@@ -1,0 +1,317 @@
+"""The methods that a study compares: each scores the images of a cell, batch by batch, so that memory stays flat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+
+from ..evaluation import distribution_norm_scores
+from ..functional import centroid_steer, contrastive_direction, steer
+from ..modeling_sae import SAEModel
+from ..neighbors import select_positives
+from ..retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
+from .results import Cell
+
+
+if TYPE_CHECKING:
+    from .bench import Bench, Neighbors
+
+
+class Scored(NamedTuple):
+    """A batch of images as a method sees them."""
+
+    scores: torch.Tensor
+    """`(batch, num_classes)`."""
+    fvu: torch.Tensor | None = None
+    """`(batch,)`: per-sample FVU, from methods that ask an SAE."""
+    steered: torch.Tensor | None = None
+    """bool `(batch,)`: which images the method touched; `None`: all."""
+
+
+Run = Callable[["Bench", Cell], Iterator[Scored]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Args:
+        label (`str`): as the paper's table has it.
+        run: scores a cell.
+        settings (`tuple[str]`): what of the study's settings it depends on: `"sae"` (and so a seed), `"gamma"`, `"lambda"`,
+            `"gate"`, `"retrieval"`, `"pass_weight"`, `"views"`, `"inner"` (runs the whole model on images).
+        uses_labels (`str`): where labels enter, beside scoring: `""`, `"training"` or `"test"`.
+    """
+
+    label: str
+    run: Run
+    settings: tuple[str, ...] = ()
+    uses_labels: str = ""
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the SAE's seed matters."""
+        return "sae" in self.settings
+
+
+# Without an SAE
+
+
+def clip(bench: Bench, cell: Cell) -> Iterator[Scored]:
+    classes = bench.classes(cell)
+    for rows in bench.batches(cell):
+        nothing = torch.zeros(len(rows), dtype=torch.bool)
+        yield Scored(bench.embed(cell.encoder, rows) @ classes.T, steered=nothing)
+
+
+def centroid(bench: Bench, cell: Cell) -> Iterator[Scored]:
+    """Proposition 3.1 without the SAE; with a `share`, the mean of that share of the training rows."""
+    classes = bench.classes(cell)
+    mean = bench.mean(cell.encoder, cell.dataset, cell.params.get("share", 1.0), cell.seed or 0)
+    for rows in bench.batches(cell):
+        moved = centroid_steer(rows, mean.to(rows), _alpha(cell))
+        yield Scored(bench.embed(cell.encoder, moved) @ classes.T)
+
+
+def distribution_norm(coefficient: float, score: str) -> Run:
+    """With coefficient 1 and dot products this is mean-logit debiasing: the mean logit of each class over the training rows is
+    subtracted (the text mean shifts all classes alike)."""
+
+    def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
+        classes, image_mean = bench.classes(cell), bench.image_mean(cell.encoder, cell.dataset)
+        text_mean = classes.mean(0)
+        for rows in bench.batches(cell):
+            images = bench.embed(cell.encoder, rows)
+            yield Scored(distribution_norm_scores(images, classes, image_mean, text_mean, coefficient, score))
+
+    return run
+
+
+# With an SAE on the last layer
+
+
+def steered(method: str, **fixed: float) -> Run:
+    """One of the wrapper's methods; `fixed` settings take the place of the study's."""
+
+    def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
+        model, classes = bench.model(cell), bench.classes(cell)
+        quantile = cell.params.get("gate")
+        gate = None if quantile is None else usable_gate(model.sae, quantile)
+        model.set_steering(method=method, gate=gate, **fixed)
+        for rows in bench.batches(cell):
+            out = model.image_features_from_cls(rows)
+            yield Scored(_unit(out.features) @ classes.T, out.fvu, out.steered)
+
+    return run
+
+
+def usable_gate(sae: SAEModel, quantile: float) -> float:
+    """The quantile wanted, or the highest one that the SAE's held-out rows can vouch for: 1 % of a small set holds few."""
+    return min(quantile, max((float(level) for level in sae.config.fvu_quantiles or {}), default=quantile))
+
+
+def oracle_prototypes(bench: Bench, cell: Cell) -> Iterator[Scored]:
+    """Appendix L's upper bound: each image is steered to the mean latents of its TRUE class, taken over the ten training images
+    of that class that CLIP is surest of."""
+    classes, sae = bench.classes(cell), bench.sae(cell.encoder, bench.spec(cell))
+    values, indices = bench.corpus_codes(cell.encoder, cell.dataset, bench.spec(cell))
+    probabilities = (100 * bench.corpus_embeds(cell.encoder, cell.dataset) @ classes.T).softmax(-1)
+    labels = bench.corpus_labels(cell.encoder, cell.dataset, cell.prompts, True)
+    confidence = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    directions = torch.zeros(len(classes), sae.config.hidden_size, device=sae.device)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        best = members[confidence[members].topk(min(10, len(members))).indices]
+        everyone = torch.ones(1, len(best), dtype=torch.bool, device=best.device)
+        directions[label] = contrastive_direction(
+            values[best][None], indices[best][None], everyone, sae.W_dec, cell.params["gamma"]
+        )[0]
+    start, targets = 0, bench.labels(cell.encoder, cell.dataset)
+    for rows in bench.batches(cell):
+        true = targets[start : start + len(rows)].to(rows.device)
+        start += len(rows)
+        moved = steer(rows, directions[true], cell.params["lambda"])
+        yield Scored(bench.embed(cell.encoder, moved) @ classes.T)
+
+
+# The whole model on images
+
+
+def inner_layers(method: str, num_layers: int | None) -> Run:
+    """SAEs on the last layers; `None`: on all."""
+
+    def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
+        found = bench.deep_features(cell.encoder, bench.spec(cell), num_layers, method)
+        yield Scored(found.features @ bench.classes(cell).T, found.fvu)
+
+    return run
+
+
+# Augmented views
+
+
+def views(method: str | None) -> Run:
+    """The mean embedding of an image and its augmented views, each steered when a method is given."""
+
+    def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
+        classes = bench.classes(cell)
+        model = None
+        if method is not None:
+            model = bench.model(cell)
+            model.set_steering(method=method)
+
+        def embed(rows: torch.Tensor) -> torch.Tensor:
+            return bench.embed(cell.encoder, rows) if model is None else _unit(model.image_features_from_cls(rows)[0])
+
+        numbers = [None, *range(1, cell.params["views"] + 1)]
+        for batches in zip(*(bench.batches(cell, view) for view in numbers), strict=True):
+            mean = torch.stack([embed(rows) for rows in batches]).mean(0)
+            yield Scored(normalize(mean, dim=-1) @ classes.T)
+
+    return run
+
+
+# Retrieval: VS2++ and what it must beat
+
+
+def _with_neighbors(
+    score: Callable[[Bench, Cell, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Run:
+    """`score(bench, cell, rows, similarity, indices)` for each batch and its neighbours, as embeddings or final scores."""
+
+    def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
+        found: Neighbors = bench.neighbors(cell.encoder, cell.dataset, cell.params["num_neighbors"])
+        start = 0
+        for rows in bench.batches(cell):
+            chosen = slice(start, start + len(rows))
+            start += len(rows)
+            yield Scored(
+                score(
+                    bench, cell, rows, found.similarity[chosen].to(rows.device), found.indices[chosen].to(rows.device)
+                )
+            )
+
+    return run
+
+
+def _positives(bench: Bench, cell: Cell, rows: torch.Tensor, indices: torch.Tensor, rule: str, true: bool) -> Any:
+    labels = bench.corpus_labels(cell.encoder, cell.dataset, cell.prompts, true)[indices]
+    if rule == "majority":
+        return select_positives(labels, "majority")
+    own = (bench.embed(cell.encoder, rows) @ bench.classes(cell).T).argmax(-1)
+    return select_positives(labels, "query", own)
+
+
+def vs2pp(rule: str, true: bool = False) -> Run:
+    """VS2++ (eq. 5): from the latents of the neighbours that share a label, away from those of the others."""
+
+    def score(
+        bench: Bench, cell: Cell, rows: torch.Tensor, similarity: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        values, latents = bench.corpus_codes(cell.encoder, cell.dataset, bench.spec(cell))
+        decoder = bench.sae(cell.encoder, bench.spec(cell)).W_dec
+        positive = _positives(bench, cell, rows, indices, rule, true)
+        direction = contrastive_direction(values[indices], latents[indices], positive, decoder, cell.params["gamma"])
+        moved = steer(rows, direction, cell.params["lambda"])
+        return bench.embed(cell.encoder, moved) @ bench.classes(cell).T
+
+    return _with_neighbors(score)
+
+
+def rag(rule: str | None, true: bool = False) -> Run:
+    """Weighted RAG over all neighbours, or over those that share the majority's label."""
+
+    def score(
+        bench: Bench, cell: Cell, rows: torch.Tensor, similarity: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        weight = similarity
+        if rule is not None:
+            weight = similarity * _positives(bench, cell, rows, indices, rule, true)
+        neighbours = bench.corpus_embeds(cell.encoder, cell.dataset)[indices]
+        query = bench.embed(cell.encoder, rows)
+        return weighted_rag(query, neighbours, weight, bench.config.retrieval.rag_weight) @ bench.classes(cell).T
+
+    return _with_neighbors(score)
+
+
+def clip_steering(true: bool = False) -> Run:
+    """The same contrast as VS2++, of embeddings instead of latents."""
+
+    def score(
+        bench: Bench, cell: Cell, rows: torch.Tensor, similarity: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        positive = _positives(bench, cell, rows, indices, "majority", true)
+        neighbours = bench.corpus_embeds(cell.encoder, cell.dataset)[indices]
+        query = bench.embed(cell.encoder, rows)
+        return contrastive_embedding_steer(query, neighbours, positive, _alpha(cell)) @ bench.classes(cell).T
+
+    return _with_neighbors(score)
+
+
+def _vote(
+    bench: Bench, cell: Cell, rows: torch.Tensor, similarity: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    labels = bench.corpus_labels(cell.encoder, cell.dataset, cell.prompts, False)[indices]
+    return knn_vote(labels, similarity, len(bench.classes(cell)))
+
+
+def probe(bench: Bench, cell: Cell) -> Iterator[Scored]:
+    """Logistic regression on the corpus' embeddings and CLIP's own guesses."""
+    embeds, labels = (
+        bench.corpus_embeds(cell.encoder, cell.dataset),
+        bench.corpus_labels(cell.encoder, cell.dataset, cell.prompts, False),
+    )
+    weight, bias = linear_probe(embeds, labels, len(bench.classes(cell)))
+    for rows in bench.batches(cell):
+        yield Scored(bench.embed(cell.encoder, rows) @ weight.T + bias)
+
+
+def _alpha(cell: Cell) -> float:
+    """`lambda (gamma - 1)`, the step of proposition 3.1."""
+    return cell.params["lambda"] * (cell.params["gamma"] - 1)
+
+
+def _unit(features: Any) -> torch.Tensor:
+    return normalize(features.float(), dim=-1)
+
+
+_STEP = ("gamma", "lambda")
+_SAE = ("sae", *_STEP)
+METHODS = {
+    "clip": Method("CLIP zero-shot", clip),
+    "centroid": Method("centroid, no SAE", centroid, _STEP),
+    "distribution_norm_0.5": Method("distribution norm 0.5, no SAE", distribution_norm(0.5, "dot")),
+    "distribution_norm_1": Method("distribution norm 1, no SAE", distribution_norm(1.0, "cosine")),
+    "mean_logit": Method("mean-logit debiasing, no SAE", distribution_norm(1.0, "dot")),
+    "rec_a": Method("REC-A", inner_layers("reconstruct", None), ("sae", "inner")),
+    "rec_f": Method("REC-F", steered("reconstruct"), ("sae",)),
+    "rec_f_gamma": Method("REC-F+gamma", steered("amplify"), ("sae", "gamma")),
+    # The code is edited and the change decoded, no more: lambda 1.
+    "zero_out": Method("zero-out (gamma 0, lambda 1)", steered("vs2", gamma=0.0, lambda_=1.0), ("sae",)),
+    "negate": Method("negate (gamma -1, lambda 1)", steered("vs2", gamma=-1.0, lambda_=1.0), ("sae",)),
+    "vs2": Method("VS2", steered("vs2"), _SAE),
+    "vs2_gate": Method("VS2, gated", steered("vs2"), (*_SAE, "gate")),
+    "vs2_last2": Method("VS2, last 2 layers", inner_layers("vs2", 2), (*_SAE, "inner")),
+    "vs2_last3": Method("VS2, last 3 layers", inner_layers("vs2", 3), (*_SAE, "inner")),
+    "ens_aug": Method("augmented views", views(None), ("views",)),
+    "vs2_ens_aug": Method("VS2, augmented views", views("vs2"), (*_SAE, "views")),
+    "vs2_pass": Method("VS2 + PASS", steered("vs2"), (*_SAE, "pass_weight"), uses_labels="training"),
+    "oracle_prototypes": Method("oracle prototypes", oracle_prototypes, _SAE, uses_labels="test"),
+    "vs2pp_majority": Method("VS2++, pseudo-labels", vs2pp("majority"), (*_SAE, "retrieval")),
+    "vs2pp_query": Method("VS2++, the query's pseudo-label", vs2pp("query"), (*_SAE, "retrieval")),
+    "vs2pp_oracle": Method(
+        "VS2++, oracle", vs2pp("majority", true=True), (*_SAE, "retrieval"), uses_labels="training"
+    ),
+    "rag": Method("weighted RAG", rag(None), ("retrieval",)),
+    "rag_pseudo": Method("weighted RAG, pseudo-labels", rag("majority"), ("retrieval",)),
+    "rag_oracle": Method("weighted RAG, oracle", rag("majority", true=True), ("retrieval",), uses_labels="training"),
+    "clip_steering_pseudo": Method("CLIP steering, pseudo-labels", clip_steering(), (*_STEP, "retrieval")),
+    "clip_steering_oracle": Method(
+        "CLIP steering, oracle", clip_steering(true=True), (*_STEP, "retrieval"), uses_labels="training"
+    ),
+    "knn_vote": Method("k-NN vote of pseudo-labels", _with_neighbors(_vote), ("retrieval",)),
+    "linear_probe": Method("linear probe on pseudo-labels", probe),
+}

@@ -1,0 +1,142 @@
+"""A study's result as its document shows it: what cells are called, where they are, and the field of a table they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from . import published
+from .markdown import mean, spread, text
+from .results import CellResult, Outputs, StudyResult
+
+
+class ResultView:
+    """Names, cells and fields of one result. A data set that the study was not run for has its name alone."""
+
+    def __init__(self, result: StudyResult):
+        self.result, self.meta = result, result.meta
+        self.table_cells = result.select("table")
+        self._rows: dict[tuple[str, str, str, str], list[CellResult]] = {}
+        for one in self.table_cells:
+            key = (one.cell.encoder, one.cell.dataset, one.cell.prompts, one.cell.method)
+            self._rows.setdefault(key, []).append(one)
+        self._numbers = {id(one): number for number, one in enumerate(result.cells)}
+        self._read = lru_cache(maxsize=256)(self._outputs_of)  # read again rather than held: a study has thousands
+
+    # Names
+
+    def title(self, dataset: str) -> str:
+        return text(self.meta["datasets"].get(dataset, {}).get("title") or dataset)
+
+    def registry(self, dataset: str) -> str | None:
+        """The data set's name in the registry, if it is used as published."""
+        return self.meta["datasets"].get(dataset, {}).get("registry")
+
+    def encoder_id(self, encoder: str) -> str | None:
+        return self.meta["encoders"][encoder].get("id")
+
+    def uses_labels(self, method: str) -> str:
+        """Where a method's labels come from, beside scoring: `""`, `"training"`, `"test"`."""
+        about = self.meta.get("methods", {}).get(method, {})
+        return about.get("uses_labels", "")
+
+    def label(self, method: str, mark: bool = True) -> str:
+        """The name of a row, with a mark if it uses labels."""
+        name = text(self.meta.get("methods", {}).get(method, {}).get("label") or method)
+        labels = self.uses_labels(method)
+        return f"{name} (uses labels: {labels})" if mark and labels else name
+
+    def heading(self, encoder: str, prompts: str = "") -> str:
+        identity = self.encoder_id(encoder)
+        where = f"{encoder} (`{identity}`)" if identity and identity != encoder else encoder
+        return f'{where}, prompts "{prompts}"' if prompts else where
+
+    # Cells
+
+    def outputs(self, one: CellResult) -> Outputs | None:
+        """The outcomes of the images of a cell; `None` where they are gone."""
+        return self._read(self._numbers[id(one)])
+
+    def _outputs_of(self, number: int) -> Outputs | None:
+        try:
+            return self.result.cells[number].outputs()
+        except FileNotFoundError:
+            return None
+
+    def plain(self, encoder: str, dataset: str, prompts: str) -> CellResult | None:
+        found = self.result.select(encoder=encoder, dataset=dataset, prompts=prompts, method="clip")
+        return found[0] if found else None
+
+    def seeds_of(self, encoder: str, dataset: str, prompts: str, method: str) -> list[CellResult]:
+        """A row of the table on one data set, one cell a seed."""
+        return self._rows.get((encoder, dataset, prompts, method), [])
+
+    # Fields
+
+    def field(
+        self,
+        cells: Sequence[CellResult],
+        seeds: int | None = None,
+        figure: str = "top1",
+        bracket: str | None = None,
+    ) -> str:
+        """
+        One field of a table.
+
+        Args:
+            cells: one a seed.
+            seeds: their number if it is said above the table; another number is said in the field.
+            figure: the accuracy to show.
+            bracket: the paper's figure; `None`: that of its tables of accuracy, if the cell is the same.
+        """
+        if not cells:
+            return ""
+        first = cells[0].cell
+        shown = spread([one.figures[figure] for one in cells])
+        gains = self._gains(cells, figure)
+        if first.method != "clip" and gains is not None:
+            shown += f" ({mean(gains):+.2f})"
+        if first.seed is not None and len(cells) != seeds:
+            shown += f", n {len(cells)}"
+        images = cells[0].figures.get("n")
+        if images != self.meta["datasets"][first.dataset]["n"]:
+            shown += f", {images} images"
+        if bracket is None and figure == "top1" and "trained_on" not in first.params:
+            identity, registry = self.encoder_id(first.encoder), self.registry(first.dataset)
+            theirs = published.accuracy(identity, registry, first.prompts, first.method)
+            bracket = "" if theirs is None else f"{theirs:.2f}"
+        return f"{shown} [{bracket}]" if bracket else shown
+
+    def _gains(self, cells: Sequence[CellResult], figure: str) -> list[float] | None:
+        """Gain of each cell over plain CLIP on its own images, points."""
+        if figure == "top1":
+            return [one.figures["gain"] for one in cells]
+        first = cells[0].cell
+        plain = self.plain(first.encoder, first.dataset, first.prompts)
+        if plain is None or plain.figures["n"] != cells[0].figures["n"]:
+            return None
+        return [one.figures[figure] - plain.figures[figure] for one in cells]
+
+
+def common_seeds(fields: Iterable[Sequence[CellResult]]) -> int | None:
+    """The number of seeds in every field of a table that has any; `None` if it differs."""
+    counts = {len(cells) for cells in fields if cells and cells[0].cell.seed is not None}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def seeds_note(seeds: int | None) -> str:
+    """The line above a table whose fields do not say their number of seeds."""
+    return "" if seeds is None else f"n = {seeds} SAE seed{'s' if seeds > 1 else ''}.\n\n"
+
+
+def gate_note(cells: Sequence[CellResult]) -> str:
+    """Share that a gated model steered, and its quantile where the SAE's held-out rows are too few for the one asked for."""
+    coverage = f"; {100 * mean(one.figures['coverage'] for one in cells):.1f} % steered"
+    used = {one.figures["gate"] for one in cells if not gate_as_asked(one)}
+    return coverage + (f" at q {', '.join(f'{quantile:g}' for quantile in sorted(used))}" if used else "")
+
+
+def gate_as_asked(one: CellResult) -> bool:
+    asked: Any = one.cell.params.get("gate")
+    return one.figures.get("gate", asked) == asked

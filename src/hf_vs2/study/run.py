@@ -1,0 +1,128 @@
+"""Running a study: cell after cell, each kept as soon as it is measured; then the tables and figures."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..registry import available
+from ..trainer import write_atomically
+from .bench import Bench
+from .config import StudyConfig
+from .measure import measure
+from .methods import METHODS
+from .plan import plan
+from .reports import REPORTS_NAME, reports
+from .results import CELLS, RESULTS_NAME, Cell, CellResult, StudyResult, load_cell, save_cell, write_json
+from .tables import study_markdown
+
+
+TABLE_NAME = "table.md"
+
+
+def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: bool = True) -> StudyResult:
+    """
+    Measure every cell that is not there yet, and write `results.json`, `reports.json` and `table.md` into the study's folder.
+
+    Args:
+        config (`StudyConfig`): the study.
+        datasets: only these data sets of it, to share the work between machines with one file system; the last call, without
+            this, finds all cells measured.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        [`StudyResult`]: the cells of the study (those of `datasets`) in the order of its plan.
+
+    Raises:
+        ValueError: an unknown data set, images without labels, or what cannot be extracted or trained; cells measured before stay.
+    """
+    known = [one.name for one in config.datasets]
+    for name in datasets:
+        if name not in known:
+            raise ValueError(f"The study has no data set {name!r}: it has {', '.join(known)}.")
+    cells = {cell: where for cell, where in plan(config).items() if not datasets or cell.dataset in datasets}
+    bench, folder = Bench(config, progress), Path(config.output_dir)
+    measured: dict[Cell, CellResult] = {}
+    with tqdm(total=len(cells), unit=" cells", disable=not progress) as bar:
+        for cell, sections in cells.items():
+            bar.set_description(" ".join(filter(None, (cell.dataset, cell.method, cell.prompts))))
+            result = load_cell(folder / CELLS, cell)
+            if result is None:
+                figures, outputs = measure(bench, cell, _plain(measured, cell))
+                result = save_cell(folder / CELLS, cell, figures, outputs)
+            result.sections = sections
+            measured[cell] = result
+            bar.update()
+        bar.set_description("study")
+    study = StudyResult(_meta(config, bench, list(measured.values())), list(measured.values()))
+    study.to_json(folder / RESULTS_NAME)
+    write_json(folder / REPORTS_NAME, reports(study))
+    write_atomically(folder / TABLE_NAME, study_markdown(study))
+    return study
+
+
+def _plain(measured: dict[Cell, CellResult], cell: Cell) -> Any:
+    """Plain CLIP's outcomes on the cell's images, which the plan measures before."""
+    if cell.method == "clip" or cell.method not in METHODS:
+        return None
+    for other, result in measured.items():
+        if other.method == "clip" and all(
+            getattr(other, name) == getattr(cell, name) for name in ("encoder", "dataset", "prompts")
+        ):
+            return result.outputs()
+    raise KeyError(f"plain CLIP was not measured before {cell.name}")
+
+
+def _meta(config: StudyConfig, bench: Bench, results: list[CellResult]) -> dict[str, Any]:
+    sizes = {one.cell.dataset: one.figures["n"] for one in results if one.cell.method == "clip"}
+    return {
+        "name": Path(config.output_dir).name,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {
+            "hf_vs2": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "datasets": {
+            name: {
+                "title": config.dataset(name).title,
+                "registry": name if name in available() else None,
+                "source": config.dataset(name).source_id,
+                "splits": [config.dataset(name).train_split, config.dataset(name).test_split],
+                "class_names": bench.class_names(name),
+                "metric": config.dataset(name).metric,
+                "n": n,
+                "n_train": len(bench.images(name, "train")),
+            }
+            for name, n in sizes.items()
+        },
+        "encoders": {
+            one.name: {"id": one.id, "revision": one.revision, "source": one.source} for one in config.encoders
+        },
+        "seeds": list(config.seeds),
+        "prompts": list(config.prompts),
+        "methods": {name: {"label": one.label, "uses_labels": one.uses_labels} for name, one in METHODS.items()},
+        "defaults": {
+            "gamma": config.steering.gamma,
+            "lambda": config.steering.lambda_,
+            "gate": config.steering.gate,
+            "top_k": config.sae.top_k,
+            "expansion_factor": config.sae.expansion_factor,
+            "training": dict(config.sae.training),
+            "num_neighbors": config.retrieval.num_neighbors,
+            "rag_weight": config.retrieval.rag_weight,
+            "pass_weight": config.pass_weight,
+            "inner_layers": asdict(config.inner_layers),
+            "views": config.views,
+        },
+    }

@@ -1,0 +1,326 @@
+"""The study: one file in, every figure out; what was measured is kept, and is what the other doors of the package give."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_cli import clip_path, images_path, run  # noqa: F401 (fixtures)
+from torch.nn.functional import normalize
+
+from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot
+from hf_vs2.data import load_images
+from hf_vs2.evaluation import evaluate
+from hf_vs2.study import StudyConfig, StudyResult, run_study
+from hf_vs2.study.bench import Bench
+from hf_vs2.study.methods import METHODS
+from hf_vs2.study.plan import plan
+from hf_vs2.study.results import CELLS, Cell, Outputs, load_cell, save_cell
+from hf_vs2.study.views import AugmentedView
+
+
+def description(clip: Path, images: Path, folder: Path) -> dict:
+    """A study of everything there is, on a CLIP and images of a few kilobytes."""
+    return {
+        "output_dir": str(folder),
+        "encoders": [{"id": "tiny/clip", "path": str(clip)}],
+        "datasets": [
+            {"name": "colours", "path": str(images)},
+            {"name": "half", "path": str(images), "train_split": "train[:60]", "templates": ["a {} thing"]},
+        ],
+        "seeds": [0, 1],
+        "prompts": ["single", "published"],
+        "sae": {"top_k": 4, "expansion_factor": 2, "max_steps": 20, "per_device_train_batch_size": 32},
+        "steering": {"gamma": 2.0, "lambda": 0.9, "gate": 0.9},
+        "retrieval": {"num_neighbors": 5},
+        "inner_layers": {"train_limit": 50, "test_limit": 20},
+        "views": 1,
+        "ablations": {
+            "top_k": [2, 4],
+            "expansion_factor": [2, 3],
+            "share": [0.5, 1],
+            "num_neighbors": [3],
+            "pass_weight": [0.5],
+        },
+        "grid": {"gamma": [1.5, 2.0], "lambda": [0.0, 0.9, 1.8]},
+        "gate_shift": {"trained_on": ["colours", "half"], "quantiles": [0.5]},
+        "cost": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, clip_path, images_path) -> tuple[StudyConfig, StudyResult]:  # noqa: F811
+    config = StudyConfig.from_dict(description(clip_path, images_path, tmp_path_factory.mktemp("study")))
+    return config, run_study(config, progress=False)
+
+
+def one(result: StudyResult, method: str, prompts: str = "single", **wanted):
+    """The only cell of the table with these properties."""
+    (cell,) = result.select("table", dataset="colours", method=method, prompts=prompts, **wanted)
+    return cell
+
+
+def test_every_method_has_a_row_for_each_prompt_set_and_seed(study):
+    """A method that silently drops out of the table is a hole nobody sees."""
+    config, result = study
+    for info in config.datasets:
+        for name, method in METHODS.items():
+            cells = result.select("table", dataset=info.name, method=name)
+            assert len(cells) == len(config.prompts) * (len(config.seeds) if method.seeded else 1), name
+            for cell in cells:
+                outputs = cell.outputs()
+                assert cell.figures["top1"] == pytest.approx(100 * outputs.right.double().mean().item(), abs=1e-3)
+                assert cell.figures["n"] == len(outputs.labels) == (20 if "inner" in method.settings else 24)
+    sections = {section for cell in result for section in cell.sections}
+    assert sections == {"table", "top_k", "expansion", "share", "neighbors", "pass", "grid", "agreement", "gate_shift"}
+
+
+def test_rows_are_those_of_evaluate(study, clip_path, images_path):  # noqa: F811
+    """`hf-vs2 evaluate` and `hf-vs2 study` must not tell a user two different things about one SAE."""
+    config, result = study
+    bench = Bench(config, progress=False)
+    row = one(result, "vs2_gate", seed=1)
+    sae = SAEModel.from_pretrained(bench.train("clip", bench.spec(row.cell)))
+    clip, tokenizer, _ = bench.encoder("clip")
+    model = VS2CLIPForZeroShot(clip, sae, gamma=2.0, lambda_=0.9, gate=0.9)
+    expected = evaluate(
+        model, bench.rows("clip", "colours", "test"), None, None, tokenizer,
+        templates=["single"], reference_rows=bench.rows("clip", "colours", "train"),
+    )  # fmt: skip
+    names = {"clip": "clip", "reconstruct": "rec_f", "amplify": "rec_f_gamma", "vs2": "vs2", "vs2+gate": "vs2_gate"}
+    for theirs, ours in names.items():
+        cell = one(result, ours, seed=1 if METHODS[ours].seeded else None)
+        index = expected.index(theirs)
+        assert torch.equal(cell.outputs().predictions, expected.samples[index].predictions), ours
+        for name in ("top1", "gain", "gain_ci", "coverage", "fixed", "broken"):
+            assert cell.figures[name] == pytest.approx(expected.rows[index][name]), (ours, name)
+    for coefficient, ours in ((0.5, "distribution_norm_0.5"), (1.0, "distribution_norm_1")):
+        index = expected.index("distribution_norm", coefficient=coefficient)
+        assert torch.equal(one(result, ours).outputs().predictions, expected.samples[index].predictions)
+
+
+def test_a_second_run_measures_nothing_and_an_interrupted_one_only_what_is_missing(study, tmp_path, monkeypatch):
+    """A study of days must go on where it was killed, and give the file it would have given."""
+    config, result = study
+    cells = Path(config.output_dir) / CELLS
+    written = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
+    lost = sorted(cells.glob("*.json"))[::7]
+    half = sorted(cells.glob("*.safetensors"))[3]  # its JSON is there, its outcomes are not
+    for path in (*lost, half):
+        path.unlink()
+    again = run_study(config, progress=False)
+    changed = {path for path in cells.iterdir() if path.stat().st_mtime_ns != written.get(path)}
+    stems = {path.stem for path in (*lost, half)}
+    assert {path.stem for path in changed} == stems
+    assert set(cells.iterdir()) == set(written)
+
+    def figures(study: StudyResult) -> dict:
+        timeless = [{k: v for k, v in cell.figures.items() if k != "seconds"} for cell in study]
+        return {cell.cell.name: measured for cell, measured in zip(study, timeless, strict=True)}
+
+    assert figures(again) == figures(result)
+    read = StudyResult.from_json(Path(config.output_dir) / "results.json")
+    assert [cell.figures for cell in read] == [cell.figures for cell in again]
+    assert torch.equal(
+        read.select(method="vs2")[0].outputs().predictions, again.select(method="vs2")[0].outputs().predictions
+    )
+
+
+def test_a_changed_setting_makes_new_cells_only_where_it_matters(study):
+    """Old figures under a new setting would be wrong; measuring everything again would be a waste."""
+    config, _ = study
+    before = {cell.name for cell in plan(config)}
+
+    def new(changed: StudyConfig) -> set[str]:
+        return {cell.method for cell in plan(changed) if cell.name not in before}
+
+    assert new(replace(config, steering=replace(config.steering, gate=0.5))) == {"vs2_gate"}
+    assert new(replace(config, views=2)) == {"ens_aug", "vs2_ens_aug"}
+    trained = {name for name, method in METHODS.items() if method.seeded} | {"grid", "steering_cosine"}
+    training = replace(config.sae, training={**config.sae.training, "max_steps": 21})
+    assert new(replace(config, sae=training)) == trained
+    moved = replace(config, datasets=tuple(info.replace(test_split="train") for info in config.datasets))
+    assert new(moved) == {cell.method for cell in plan(config)}
+
+
+def test_the_grid_holds_plain_clip_and_the_tables_row(study):
+    """The heat map and the table are two views of one thing."""
+    config, result = study
+    (grid,) = result.select("grid", dataset="colours", seed=0)
+    assert grid.figures["plain"] == one(result, "clip").figures["top1"]
+    top1 = torch.tensor(grid.figures["top1"])
+    assert top1.shape == (2, 3) and (top1[:, 0] == grid.figures["plain"]).all()  # lambda 0
+    gamma, lambda_ = grid.figures["default"]
+    place = grid.figures["gamma"].index(gamma), grid.figures["lambda"].index(lambda_)
+    assert top1[place].item() == pytest.approx(one(result, "vs2", seed=0).figures["top1"])
+    assert top1[0, 2] == top1[1, 1]  # lambda (gamma - 1) is the same: 1.8 * 0.5 = 0.9 * 1
+
+
+def test_the_whole_model_on_images_agrees_with_the_replay_on_rows(study):
+    """Rows that run the model on images stand beside rows that replay cached activations: same images, same result."""
+    config, result = study
+    bench = Bench(config, progress=False)
+    cell = one(result, "vs2", seed=0)
+    deep = bench.deep_features("clip", bench.spec(cell.cell), 1, "vs2")
+    chosen = bench.limited("colours", "test", 20)
+    scores = deep.features @ bench.classes(cell.cell).T
+    assert torch.equal(scores.argmax(-1), cell.outputs().predictions[chosen])
+    torch.testing.assert_close(deep.fvu, cell.outputs().fvu[chosen], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="3 layers: 4 can't be steered"):
+        bench.deep_features("clip", bench.spec(cell.cell), 4, "vs2")
+
+
+def test_gains_are_against_plain_clip_on_the_same_images(study):
+    """A row on 20 images must not be compared with plain CLIP on 24."""
+    config, result = study
+    chosen = Bench(config, progress=False).limited("colours", "test", 20)
+    plain, deep = one(result, "clip").outputs(), one(result, "rec_a", seed=0)
+    right = plain.right[chosen]
+    gain = 100 * (deep.outputs().right.double().mean() - right.double().mean()).item()
+    assert deep.figures["gain"] == pytest.approx(gain, abs=1e-3)
+    assert torch.equal(deep.outputs().labels, plain.labels[chosen])
+
+
+def test_one_sae_of_several_data_sets_stands_behind_table_3(study):
+    """The gate under shift is about one SAE: its rows must not quietly use one SAE a data set."""
+    config, result = study
+    bench = Bench(config, progress=False)
+    folders = {
+        bench.train("clip", bench.spec(cell.cell)) for cell in result.select("gate_shift", method="vs2", seed=0)
+    }
+    (folder,) = folders
+    config_of = SAEModel.from_pretrained(folder).config
+    assert config_of.training_data["num_rows"] == 120 + 60
+    gated = result.select("gate_shift", method="vs2_gate", dataset="colours", seed=0)[0]
+    outputs = gated.outputs()
+    assert torch.equal(outputs.steered, outputs.fvu <= config_of.fvu_threshold(0.5))
+    plain = one(result, "clip").outputs()
+    assert torch.equal(outputs.predictions[~outputs.steered], plain.predictions[~outputs.steered])
+
+
+def test_reports_hold_the_numbers_behind_the_figures(study):
+    """A curve that exists only as a picture can be neither checked nor compared."""
+    config, result = study
+    found = json.loads((Path(config.output_dir) / "reports.json").read_text())
+    entries = [entry for entry in found if entry["dataset"] == "colours" and entry.get("seed") == 0]
+    assert {tuple(entry["trained_on"]) for entry in entries} == {("colours",), ("colours", "half")}
+    for entry in entries:
+        params = {} if len(entry["trained_on"]) == 1 else {"trained_on": entry["trained_on"]}
+        (cell,) = [
+            cell
+            for cell in result.select(dataset="colours", method="vs2", seed=0, prompts=entry["prompts"], **params)
+            if ("trained_on" in cell.cell.params) == bool(params) and {"table", "gate_shift"} & set(cell.sections)
+        ]
+        deciles, curve = entry["fvu_deciles"], entry["risk_coverage"]
+        assert sum(one["n"] * one["steered"] for one in deciles) / 24 == pytest.approx(cell.figures["top1"], abs=1e-3)
+        assert curve["gated_accuracy"][-1] == pytest.approx(cell.figures["top1"], abs=1e-3)
+        assert curve["gated_accuracy"][0] == pytest.approx(
+            one(result, "clip", entry["prompts"]).figures["top1"], abs=1e-3
+        )
+        assert [one["name"] for one in entry["per_class"]] == ["blue", "green", "red"]
+        assert curve["threshold"][0] is None and curve["steered_risk"][0] is None
+    (seeds,) = [
+        entry for entry in found if entry["dataset"] == "colours" and entry["prompts"] == "single" and "seeds" in entry
+    ]
+    assert seeds["agreement"]["pairs"] == 1
+
+
+@pytest.mark.parametrize("rule", ["majority", "query"])
+def test_the_study_and_the_wrapper_have_one_vs2pp(rule, study):
+    """The figures of VS2++ must be those of the model that a user gets with the same corpus."""
+    config, result = study
+    bench = Bench(config, progress=False)
+    row = one(result, f"vs2pp_{rule}", prompts="published", seed=1)
+    model = bench.model(row.cell)
+    model.set_corpus(RetrievalCorpus.from_store(bench.rows("clip", "colours", "train"), clip=model.clip))
+    model.set_steering(method="vs2++", num_neighbors=5, positives=rule)
+    classes = bench.classes(row.cell)
+    with torch.no_grad():
+        rows = bench.rows("clip", "colours", "test").tensor()
+        features = model.image_features_from_cls(rows, class_embeds=classes).features
+    assert torch.equal((normalize(features, dim=-1) @ classes.T).argmax(-1), row.outputs().predictions)
+
+
+def test_table_and_command_line(study, capsys, tmp_path, monkeypatch, clip_path, images_path):  # noqa: F811
+    """`hf-vs2 study` prints the table, says what it wrote, draws the figures, and finds what is measured."""
+    config, _ = study
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(description(clip_path, images_path, Path("elsewhere"))))
+    out = run(capsys, "study", file, "--output_dir", config.output_dir, "--datasets", "colours", "--disable_tqdm")
+    assert "| VS2 |" in out and "results.json" in out and "figures" in out
+    folder = Path(config.output_dir)
+    assert (folder / "table.md").read_text() in out
+    for figure in ("png", "svg"):
+        assert list((folder / "figures").glob(f"*.{figure}"))
+    assert json.loads((folder / "results.json").read_text())["meta"]["defaults"]["gamma"] == 2.0
+    run_study(config, progress=False)  # puts the whole result back
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encodrs": []}, "did you mean 'encoders'"),
+        ({"datasets": []}, "does not say its datasets"),
+        ({"methods": ["vs3"]}, "did you mean 'vs2'"),
+        ({"prompts": ["all"]}, "'all' is not known"),
+        ({"seeds": [1, 1]}, "1 occurs twice"),
+        ({"sae": {"top_k": 4, "steps": 3}}, "'steps'; did you mean 'max_steps'"),
+        ({"sae": {"max_steps": 0}}, "max_steps must be positive"),
+        ({"steering": {"gate": 2.0}}, "quantile between 0 and 1"),
+        ({"ablations": {"share": [0]}}, "above 0 and up to 1"),
+        ({"gate_shift": {"trained_on": ["cifar"]}}, "'cifar' is not known"),
+        ({"grid": {"gamma": [1.5]}}, "grid lacks lambda"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(change, message, tmp_path, clip_path, images_path):  # noqa: F811
+    """Before anything is extracted."""
+    with pytest.raises(ValueError, match=message):
+        StudyConfig.from_dict(description(clip_path, images_path, tmp_path) | change)
+
+
+def test_images_without_labels_are_named(tmp_path, clip_path, images_path):  # noqa: F811
+    """Accuracy needs labels; the message must say of which data set."""
+    whole = description(clip_path, images_path, tmp_path) | {"methods": ["clip"], "gate_shift": None}
+    flat = tmp_path / "flat"
+    for split in ("train", "test"):
+        (flat / split).mkdir(parents=True)
+        for number, path in enumerate((images_path / split).rglob("*.png")):
+            (flat / split / f"{number}.png").write_bytes(path.read_bytes())
+    whole["datasets"] = [{"name": "flat", "path": str(flat)}]
+    with pytest.raises(ValueError, match="flat.*has no column 'label'"):
+        run_study(StudyConfig.from_dict(whole), progress=False)
+
+
+def test_a_half_written_cell_is_not_taken_for_a_whole_one(tmp_path):
+    """A machine that dies while a cell is written must not leave a figure behind."""
+    cell = Cell("clip", "colours", "vs2", "single", 0, {"gamma": 1.5})
+    assert load_cell(tmp_path, cell) is None
+    outputs = Outputs(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([0.5, float("inf")]))
+    saved = save_cell(tmp_path, cell, {"top1": 50.0}, outputs)
+    assert torch.equal(load_cell(tmp_path, cell).outputs().fvu, outputs.fvu)
+    (tmp_path / f"{cell.name}.json").write_text('{"figures": {"top1"')
+    assert load_cell(tmp_path, cell) is None
+    save_cell(tmp_path, cell, {"top1": 50.0}, outputs)
+    saved.outputs_path.unlink()
+    assert load_cell(tmp_path, cell) is None
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json"}, "no temporary files stay"
+
+
+def test_augmented_views_depend_on_the_image_and_the_number_alone(images_path):  # noqa: F811
+    """Another order, or another process, must not make other views; nor may the cache mix views up."""
+    images = [row["image"] for row in load_images(images_path, "test").cast_column("image", _decoded())]
+    first, second = AugmentedView(None, 1), AugmentedView(None, 2)
+    once = [first.crop(image) for image in images]
+    again = [first.crop(image) for image in reversed(images)][::-1]
+    assert [view.tobytes() for view in once] == [view.tobytes() for view in again]
+    assert once[0].tobytes() != second.crop(images[0]).tobytes()
+    areas = torch.tensor([view.width * view.height / (32 * 32) for view in once])
+    assert (areas > 0.4).all() and (areas <= 1).all() and areas.std() > 0.05
+
+
+def _decoded():
+    from datasets import Image
+
+    return Image(decode=True)

@@ -1,0 +1,127 @@
+"""The study's document from a made-up result: each figure in its place, and rows where a reader looks for them."""
+
+import re
+from pathlib import Path
+
+from made_up_study import cell, made_up, rows, with_outcomes
+
+from hf_vs2.study.results import Cell, CellResult
+from hf_vs2.study.tables import study_markdown
+
+
+def test_a_field_is_mean_deviation_gain_and_seeds() -> None:
+    """The figures people quote: over seeds, with n - 1, and the oracle marked as a bound."""
+    cells = [
+        cell("vs2pp_oracle", 80.0, 20.0, seed=0),
+        cell("clip", 60.0),
+        cell("vs2", 61.0, 1.0, seed=0),
+        cell("vs2", 64.0, 4.0, seed=1),
+    ]
+    document = study_markdown(made_up({"set": {}}, cells))
+    assert rows(document, "CLIP")[0] == ["CLIP zero-shot", "60.00"]
+    assert rows(document, "VS2")[0] == ["VS2", "62.50 ± 2.12 (+2.50), n 2"]
+    assert rows(document, "VS2++")[0] == ["VS2++, oracle (uses labels: training)", "80.00 (+20.00), n 1"]
+    # The paper's order of rows, not that of the cells.
+    assert document.index("| CLIP zero-shot |") < document.index("| VS2 |") < document.index("| VS2++, oracle")
+    assert "A set: 400" in document and "[" not in rows(document, "VS2")[0][1]
+
+
+def test_number_of_seeds_stands_once_if_it_is_one_number() -> None:
+    """n in every field hides the figures; n above a table whose rows differ would be false."""
+    cells = [cell("clip", 60.0), *(cell(name, 61.0, 1.0, seed=seed) for name in ("vs2", "rec_f") for seed in (0, 1))]
+    document = study_markdown(made_up({"set": {}}, cells))
+    assert document.count("n = 2 SAE seeds.") == 1 and ", n 2" not in document
+    document = study_markdown(made_up({"set": {}}, cells[:-1]))
+    assert "n = " not in document
+    assert (
+        rows(document, "VS2")[0][1] == "61.00 ± 0.00 (+1.00), n 2"
+        and rows(document, "rec_f")[0][1] == "61.00 (+1.00), n 1"
+    )
+
+
+def test_rows_are_grouped_and_those_with_labels_last() -> None:
+    """A bound that used labels must not stand among the methods that it bounds, nor a control among the paper's rows."""
+    names = ["vs2pp_oracle", "zero_out", "centroid", "vs2", "clip"]
+    cells = [
+        cell(name, 60.0, seed=None if name in ("clip", "centroid") else 0, prompts=prompts)
+        for prompts in ("single", "ensemble")
+        for name in names
+    ]
+    document = study_markdown(made_up({"set": {}}, cells))
+    assert document.count("## Accuracy: ") == 1
+    for prompts in ("single", "ensemble"):
+        table = document.split(f'### Prompts "{prompts}"')[1].split("\n#")[0]
+        assert [row[0] for row in rows(table, "")[2:]] == [
+            "**The paper's rows**",
+            "CLIP zero-shot",
+            "VS2",
+            "**Controls without an SAE**",
+            "centroid",
+            "**Other ways to steer with an SAE**",
+            "zero_out",
+            "**With labels**",
+            "VS2++, oracle (uses labels: training)",
+        ]
+
+
+def test_mean_per_class_has_its_own_column() -> None:
+    """Where CLIP's paper averages over classes both figures are due, each with its own gain."""
+    cells = [
+        cell("clip", 60.0, mean_per_class=50.0),
+        cell("vs2", 61.0, 1.0, seed=0, mean_per_class=53.5),
+    ]
+    document = study_markdown(made_up({"set": {"metric": "mean_per_class"}}, cells))
+    assert rows(document, "method")[0] == ["method", "A set", "A set, mean per class"]
+    assert rows(document, "VS2")[0] == ["VS2", "61.00 (+1.00)", "53.50 (+3.50)"]
+
+
+def test_cost_stands_beside_the_papers() -> None:
+    """The claim of almost no cost, in both countings."""
+    figures = {
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "batch_size": 1,
+        "image_size": 224,
+        "num_classes": 100,
+        "flops": {
+            "plain": 8_817_725_440,
+            "steered": 8_822_640_640,
+            "added": 4_915_200,
+            "added_percent": 0.05574,
+            "added_by_formula": 196_608,
+            "attention": 92_160_000,
+        },
+        "parameters": {"clip": 151_277_313, "image_side": 87_849_216, "sae": 4_722_432, "added_percent": 5.4},
+        "training": {"per_sample": 5_130_240.0, "added_by_formula": 393_216.0, "dense_encoder": 14_155_776},
+        "time": {"plain_ms": 97.0, "steered_ms": 98.0, "ratio": 1.009, "ratio_iqr": [0.995, 1.04], "pairs": 20},
+        "memory": None,
+    }
+    one = CellResult(Cell("enc", "set", "cost"), figures, ["cost"])
+    document = study_markdown(made_up({"set": {}}, [one]))
+    assert rows(document, "GFLOPs an image")[0][1:] == [
+        "8.8177 [8.7295]",
+        "8.8226 [8.7342]",
+        "+0.056 % [+0.054 %]",
+    ]
+    assert rows(document, "parameters")[0][3] == "+4.72 [+4.72]"
+    assert rows(document, "GFLOPs a sample")[0][2] == "0.0051 [0.0142]"
+    assert not re.search(r"\[\d", study_markdown(made_up({"set": {}}, [one], "another/clip")))
+
+
+def test_names_cannot_break_a_table(tmp_path: Path) -> None:
+    """A class called "a|b" must not shift the figures of its row to other columns."""
+    runs = [with_outcomes(tmp_path, "clip", 200), with_outcomes(tmp_path, "vs2", 240, seed=0)]
+    document = study_markdown(made_up({"set": {"class_names": ["a|b", "c", "d", "e"], "title": "x|y"}}, runs))
+    for line in document.splitlines():
+        if line.startswith("|"):
+            assert len(re.split(r"(?<!\\)\|", line)) == len(re.split(r"(?<!\\)\|", _head_of(document, line)))
+    assert "a\\|b" in document and "x\\|y" in document
+
+
+def _head_of(document: str, line: str) -> str:
+    lines = document.splitlines()
+    start = lines.index(line)
+    while start > 0 and lines[start - 1].startswith("|"):
+        start -= 1
+    return lines[start]
