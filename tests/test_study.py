@@ -177,6 +177,7 @@ def test_gains_are_against_plain_clip_on_the_same_images(study):
     config, result = study
     chosen = Bench(config, progress=False).limited("colours", "test", 20)
     plain, deep = one(result, "clip").outputs(), one(result, "rec_a", seed=0)
+    assert torch.equal(deep.outputs().images, chosen)
     right = plain.right[chosen]
     gain = 100 * (deep.outputs().right.double().mean() - right.double().mean()).item()
     assert deep.figures["gain"] == pytest.approx(gain, abs=1e-3)

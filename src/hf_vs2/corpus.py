@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import CLIPModel
 from transformers.utils import cached_file
 
+from .atomic import replace_file, replace_text
 from .base_model import describe_base_model, same_fingerprint, vision_fingerprint
 from .checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from .modeling_sae import SAEModel
@@ -168,13 +167,12 @@ class RetrievalCorpus:
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `corpus.safetensors` and `corpus.json` into a folder, made when needed; each file appears whole or not at all."""
         folder = Path(save_directory).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
         description = self._description()
         text = json.dumps(description, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         metadata = {"hf_vs2": json.dumps(description, sort_keys=True)}
-        _replace(folder / CORPUS_ROWS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
-        _replace(folder / CORPUS_CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_file(folder / CORPUS_ROWS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
+        replace_text(folder / CORPUS_CONFIG_NAME, text)
 
     @classmethod
     def from_pretrained(
@@ -248,16 +246,6 @@ def _read_description(path: Path) -> dict[str, Any]:
             "version that wrote it, or make the corpus again."
         )
     return description
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(temporary path)`, then the result takes the place of `path` in one step."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 
+from .atomic import replace_text
 from .card_edits import Card, CardError, license_of, refresh_card
 from .card_results import ResultFacts, read_results
 from .checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, looks_like_hub_id
@@ -99,9 +100,7 @@ def write_model_card(folder: str | os.PathLike, **options: Any) -> Path:
         logger.warning(f"{error} The card was left as it is.")
         return path
     if content != found:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(content, encoding="utf-8", newline="")
-        os.replace(partial, path)
+        replace_text(path, content)
     return path
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+
+from .atomic import replace_text
 
 
 if TYPE_CHECKING:
@@ -97,13 +98,7 @@ class EvaluationResult:
         target = Path(path)
         content = {"meta": self.meta, "rows": self.rows, "per_class": self.per_class}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            partial_file.write_text(text + "\n", encoding="utf-8")
-            partial_file.replace(target)
-        finally:
-            partial_file.unlink(missing_ok=True)
+        replace_text(target, text + "\n")
         return target
 
     @classmethod

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .atomic import replace_file, replace_text
 
 
 if TYPE_CHECKING:
@@ -69,19 +70,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _replace(path: Path, write: Any) -> None:
-    """`write(temporary path)`, then moves the result to `path` in one step."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    _replace(folder / INDEX_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(folder / INDEX_NAME, text)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -104,7 +95,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     # One metadata entry only: safetensors writes several in random order, and equal shards should be equal files.
     metadata = {"hf_vs2": json.dumps(header, sort_keys=True)}
-    _replace(folder / shard_name(number), lambda path: save_file(tensors, path, metadata=metadata))
+    replace_file(folder / shard_name(number), lambda path: save_file(tensors, path, metadata=metadata))
 
 
 def read_shard_header(folder: Path, number: int) -> dict[str, Any] | None:

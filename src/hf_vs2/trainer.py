@@ -24,6 +24,7 @@ from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from . import __version__
+from .atomic import replace_text
 from .calibration import activation_statistics, batches, calibrate, split_rows
 from .checkpoint_folder import CARD_NAME
 from .configuration_sae import SAEConfig
@@ -92,7 +93,7 @@ class _Progress:
     def save(self, folder: Path, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
         save_file({"steps_since_active": self.steps_since_active}, folder / _COUNTERS_NAME)
         state = {"plan": self.plan, "step": self.step, "log": self.log, "schedule": schedule.state_dict()}
-        write_atomically(folder / _STATE_NAME, json.dumps(state) + "\n")
+        replace_text(folder / _STATE_NAME, json.dumps(state) + "\n")
 
     def load(self, folder: Path, accelerator: Accelerator, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
         if not (folder / _STATE_NAME).is_file():
@@ -232,7 +233,7 @@ class SAETrainer:
         metrics = metrics | {"seconds": round(time.perf_counter() - started, 3)}
         if self.accelerator.is_main_process:
             log = {"metrics": metrics, "args": asdict(self.args), "log": progress.log}
-            write_atomically(self.args.output_path / LOG_NAME, json.dumps(log, indent=2) + "\n")
+            replace_text(self.args.output_path / LOG_NAME, json.dumps(log, indent=2) + "\n")
             write_model_card(self.args.output_path)  # again, now that the log tells the settings
         self.accelerator.wait_for_everyone()
         # Not `end_training()`: it would leave the process group too, which a second trainer in the same job still needs.
@@ -468,14 +469,6 @@ def _dead(progress: _Progress, threshold: int) -> torch.Tensor:
 
 def _digest(numbers: torch.Tensor) -> str:
     return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 __all__ = ["SAETrainer"]

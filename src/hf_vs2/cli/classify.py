@@ -60,8 +60,8 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from ..atomic import replace_text
     from ..prompts import clean_class_names, resolve_templates
-    from ..trainer import write_atomically
 
     if args.top_k < 1 or args.batch_size < 1:
         raise ValueError("--top_k and --batch_size must be at least 1")
@@ -86,7 +86,7 @@ def run(args: Namespace) -> None:
     text = json.dumps(results, indent=1, ensure_ascii=False)
     say(text if args.json else _table(results))
     if args.output is not None:
-        write_atomically(args.output, text + "\n")
+        replace_text(args.output, text + "\n")
         if not args.json:
             say_written({"results": args.output})
 

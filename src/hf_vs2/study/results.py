@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from ..atomic import replace_file, replace_text
 
 
 FORMAT = "hf_vs2.study"
@@ -203,7 +204,7 @@ def save_cell(folder: Path, cell: Cell, figures: dict[str, Any], outputs: Output
     if outputs is not None:
         path = target.with_suffix(".safetensors")
         tensors = {name: value for name, value in vars(outputs).items() if value is not None}
-        _atomically(path, lambda temporary: save_file(tensors, temporary))
+        replace_file(path, lambda temporary: save_file(tensors, temporary))
     write_json(target, cell.identity | {"figures": figures, "outputs": None if path is None else path.name})
     return CellResult(cell, figures, outputs_path=path)
 
@@ -224,14 +225,4 @@ def load_cell(folder: Path, cell: Cell) -> CellResult | None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _atomically(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(path, text)

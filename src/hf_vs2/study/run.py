@@ -14,8 +14,8 @@ import transformers
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..atomic import replace_text
 from ..registry import available
-from ..trainer import write_atomically
 from .bench import Bench
 from .config import StudyConfig
 from .measure import measure
@@ -66,7 +66,7 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
     study = StudyResult(_meta(config, bench, list(measured.values())), list(measured.values()))
     study.to_json(folder / RESULTS_NAME)
     write_json(folder / REPORTS_NAME, reports(study))
-    write_atomically(folder / TABLE_NAME, study_markdown(study))
+    replace_text(folder / TABLE_NAME, study_markdown(study))
     return study
 
 
