@@ -33,7 +33,7 @@ def gate_shift(view: ResultView) -> Iterator[str]:
         seeds = common_seeds([*ungated.values(), *gated.values()])
         rows = []
         for dataset in datasets:
-            plain = view.plain(encoder, dataset, prompts)
+            plain = view.result.plain(encoder, dataset, prompts)
             trained_on = {view.registry(name) for name in union}
             theirs = published.shift(view.encoder_id(encoder), view.registry(dataset), prompts, trained_on)
             row = [view.title(dataset) + (" (in the union)" if dataset in union else "")]

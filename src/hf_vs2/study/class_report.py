@@ -92,7 +92,7 @@ def _runs(view: ResultView, encoder: str, dataset: str, prompts: str) -> tuple[l
     """VS2's outcomes, one a seed, and plain CLIP's; empty when a file is gone."""
     cells = view.seeds_of(encoder, dataset, prompts, "vs2")
     found = [view.outputs(one) for one in cells]
-    plain = view.plain(encoder, dataset, prompts)
+    plain = view.result.plain(encoder, dataset, prompts)
     present = [one for one in found if one is not None]
     return (present if len(present) == len(found) else []), None if plain is None else view.outputs(plain)
 

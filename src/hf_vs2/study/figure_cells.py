@@ -78,7 +78,7 @@ def gains(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             _draw_gain_panel(axes, here, rows, prompts)
             lines = [study.headline(dataset)]
             for name in prompts:
-                plain = study.plain(encoder, dataset, name)
+                plain = study.result.plain(encoder, dataset, name)
                 lines += [f"CLIP, {name}: {plain.figures['top1']:.1f} %"] if plain is not None else []
             sheet.title(axes, *lines, beside=0.2)
         first = sheet.axes[0, 0]
@@ -314,7 +314,7 @@ def expansion(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         "expansion",
         "expansion_factor",
         "Width of the SAE",
-        "expansion factor, latents / hidden size",
+        "expansion factor",
         "SAEs of different width",
     )
 
@@ -369,7 +369,7 @@ def pass_trade_off(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figu
         here = [one for one in cells if one.cell.dataset == dataset]
         prompts = here[0].cell.prompts
         here += study.result.select("table", encoder=encoder, dataset=dataset, method="vs2", prompts=prompts)
-        plain = study.plain(encoder, dataset, prompts)
+        plain = study.result.plain(encoder, dataset, prompts)
         if plain is not None:
             axes.axhline(plain.figures["top1"], color=PLAIN[0], linestyle="--", linewidth=1.2, label="plain CLIP")
         _draw_pass(axes, here, study.defaults.get("pass_weight"))

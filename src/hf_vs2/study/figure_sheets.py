@@ -68,15 +68,11 @@ class StudyReader:
             return 2
         return 1 if about is not None and about.seeded else 0
 
-    def plain(self, encoder: str, dataset: str, prompts: str) -> CellResult | None:
-        found = self.result.select(encoder=encoder, dataset=dataset, prompts=prompts, method="clip")
-        return found[0] if found else None
-
     def pairs(self, cells: Iterable[CellResult]) -> list[tuple[Outputs, Outputs]]:
         """The outcomes of each cell with plain CLIP's; none at all when a file is gone."""
         pairs = []
         for one in cells:
-            plain = self.plain(one.cell.encoder, one.cell.dataset, one.cell.prompts)
+            plain = self.result.plain(one.cell.encoder, one.cell.dataset, one.cell.prompts)
             try:
                 pairs.append((one.outputs(), plain.outputs()) if plain is not None else None)
             except FileNotFoundError:

@@ -49,9 +49,8 @@ def _of_one(result: StudyResult, cell: CellResult, plain: Outputs) -> dict[str, 
 
 
 def _plain(result: StudyResult, cell: CellResult) -> Outputs | None:
-    place = {name: getattr(cell.cell, name) for name in ("encoder", "dataset", "prompts")}
-    found = result.select(method="clip", **place)
-    return found[0].outputs() if found else None
+    plain = result.plain(cell.cell.encoder, cell.cell.dataset, cell.cell.prompts)
+    return None if plain is None else plain.outputs()
 
 
 def _place(cell: CellResult) -> dict[str, Any]:

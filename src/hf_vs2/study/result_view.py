@@ -64,10 +64,6 @@ class ResultView:
         except FileNotFoundError:
             return None
 
-    def plain(self, encoder: str, dataset: str, prompts: str) -> CellResult | None:
-        found = self.result.select(encoder=encoder, dataset=dataset, prompts=prompts, method="clip")
-        return found[0] if found else None
-
     def seeds_of(self, encoder: str, dataset: str, prompts: str, method: str) -> list[CellResult]:
         """A row of the table on one data set, one cell a seed."""
         return self._rows.get((encoder, dataset, prompts, method), [])
@@ -113,7 +109,7 @@ class ResultView:
         if figure == "top1":
             return [one.figures["gain"] for one in cells]
         first = cells[0].cell
-        plain = self.plain(first.encoder, first.dataset, first.prompts)
+        plain = self.result.plain(first.encoder, first.dataset, first.prompts)
         if plain is None or plain.figures["n"] != cells[0].figures["n"]:
             return None
         return [one.figures[figure] - plain.figures[figure] for one in cells]

@@ -144,6 +144,11 @@ class StudyResult:
             and all(_property(one.cell, name) == value for name, value in wanted.items())
         ]
 
+    def plain(self, encoder: str, dataset: str, prompts: str) -> CellResult | None:
+        """Plain CLIP's cell there: what gains are measured against."""
+        found = self.select(encoder=encoder, dataset=dataset, prompts=prompts, method="clip")
+        return found[0] if found else None
+
     def __iter__(self) -> Iterator[CellResult]:
         return iter(self.cells)
 
