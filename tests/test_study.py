@@ -15,7 +15,8 @@ from hf_vs2.data import load_images
 from hf_vs2.evaluation import evaluate
 from hf_vs2.study import StudyConfig, StudyResult, run_study
 from hf_vs2.study.bench import Bench
-from hf_vs2.study.methods import METHODS
+from hf_vs2.study.catalog import METHODS
+from hf_vs2.study.methods import RUNS
 from hf_vs2.study.plan import plan
 from hf_vs2.study.results import CELLS, Cell, Outputs, load_cell, save_cell
 from hf_vs2.study.views import AugmentedView
@@ -65,6 +66,7 @@ def one(result: StudyResult, method: str, prompts: str = "single", **wanted):
 def test_every_method_has_a_row_for_each_prompt_set_and_seed(study):
     """A method that silently drops out of the table is a hole nobody sees."""
     config, result = study
+    assert list(RUNS) == list(METHODS)
     for info in config.datasets:
         for name, method in METHODS.items():
             cells = result.select("table", dataset=info.name, method=name)
@@ -138,6 +140,11 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(study):
 
     assert new(replace(config, steering=replace(config.steering, gate=0.5))) == {"vs2_gate"}
     assert new(replace(config, views=2)) == {"ens_aug", "vs2_ens_aug"}
+    assert new(replace(config, retrieval=replace(config.retrieval, rag_weight=0.1))) == {
+        "rag",
+        "rag_pseudo",
+        "rag_oracle",
+    }
     trained = {name for name, method in METHODS.items() if method.seeded} | {"grid", "steering_cosine"}
     training = replace(config.sae, training={**config.sae.training, "max_steps": 21})
     assert new(replace(config, sae=training)) == trained

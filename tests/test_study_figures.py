@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_vs2.evaluation import paired_bootstrap
+from hf_vs2.study.catalog import METHODS
 from hf_vs2.study.config import StudyConfig
 from hf_vs2.study.figures import draw_figures, study_figures
-from hf_vs2.study.methods import METHODS
 from hf_vs2.study.plan import plan
 from hf_vs2.study.results import Cell, CellResult, Outputs, StudyResult, save_cell
 

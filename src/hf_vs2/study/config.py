@@ -16,6 +16,7 @@ from ..configuration_sae import SAEConfig
 from ..configuration_vs2_clip import Steering
 from ..registry import DatasetInfo, dataset_info
 from ..training_args import SAETrainingArguments
+from .catalog import METHODS
 
 
 PROMPTS = ("single", "ensemble", "published")
@@ -82,6 +83,11 @@ class RetrievalSettings:
     rag_weight: float = 0.5
     """The `a` of weighted RAG, `E = a q + (1 - a) sum_j w_j r_j`."""
 
+    @property
+    def source(self) -> str | None:
+        """The encoder, with its revision if one is asked for."""
+        return self.encoder if self.revision is None else f"{self.encoder}@{self.revision}"
+
 
 @dataclass(frozen=True)
 class InnerLayers:
@@ -131,7 +137,7 @@ class StudyConfig:
         datasets: names of the registry, or mappings with overrides (`path`, `image_column`, ...) or of a data set of your own.
         seeds: of the SAEs.
         prompts: some of [`PROMPTS`].
-        methods: rows of the table, see [`hf_vs2.study.methods.METHODS`]; all of them by default.
+        methods: rows of the table, see [`hf_vs2.study.catalog.METHODS`]; all of them by default.
         sae, steering, retrieval, inner_layers, ablations, grid, gate_shift: see the classes of those names.
         views (`int`): augmented views beside the image itself, for the `ens_aug` rows.
         pass_weight (`float`): `w_aux` of PASS in the table.
@@ -203,8 +209,6 @@ class StudyConfig:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        from .methods import METHODS  # the methods read this configuration
-
         if not self.methods:
             object.__setattr__(self, "methods", tuple(METHODS))
         _check_choices("methods", self.methods, tuple(METHODS))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..report import STYLES
-from .methods import METHODS
+from .catalog import METHODS
 from .results import CellResult, Outputs, StudyResult
 
 

@@ -15,8 +15,9 @@ from ..functional import steer
 from ..report import SampleOutputs
 from .analysis import mean_per_class_accuracy
 from .bench import Bench
+from .catalog import METHODS
 from .cost import measure_cost
-from .methods import METHODS, Scored, usable_gate
+from .methods import RUNS, Scored, usable_gate
 from .plan import COSINE, COST, GRID
 from .results import Cell, Outputs
 
@@ -45,7 +46,7 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
     if method.seeded and "inner" not in method.settings:
         sae = bench.sae(cell.encoder, bench.spec(cell))  # now, so that its training is not part of the method's time
     started = time.perf_counter()
-    outputs, right5 = _collect(method.run(bench, cell), labels)
+    outputs, right5 = _collect(RUNS[cell.method](bench, cell), labels)
     outputs.images = chosen
     seconds = time.perf_counter() - started
     figures = _figures(outputs, right5, outputs if plain is None else plain)

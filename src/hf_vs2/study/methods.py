@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,28 +32,6 @@ class Scored(NamedTuple):
 
 
 Run = Callable[["Bench", Cell], Iterator[Scored]]
-
-
-@dataclass(frozen=True)
-class Method:
-    """
-    Args:
-        label (`str`): as the paper's table has it.
-        run: scores a cell.
-        settings (`tuple[str]`): what of the study's settings it depends on: `"sae"` (and so a seed), `"gamma"`, `"lambda"`,
-            `"gate"`, `"retrieval"`, `"pass_weight"`, `"views"`, `"inner"` (runs the whole model on images).
-        uses_labels (`str`): where labels enter, beside scoring: `""`, `"training"` or `"test"`.
-    """
-
-    label: str
-    run: Run
-    settings: tuple[str, ...] = ()
-    uses_labels: str = ""
-
-    @property
-    def seeded(self) -> bool:
-        """Whether the SAE's seed matters."""
-        return "sae" in self.settings
 
 
 # Without an SAE
@@ -232,7 +209,7 @@ def rag(rule: str | None, true: bool = False) -> Run:
             weight = similarity * _positives(bench, cell, rows, indices, rule, true)
         neighbours = bench.corpus_embeds(cell.encoder, cell.dataset)[indices]
         query = bench.embed(cell.encoder, rows)
-        return weighted_rag(query, neighbours, weight, bench.config.retrieval.rag_weight) @ bench.classes(cell).T
+        return weighted_rag(query, neighbours, weight, cell.params["rag_weight"]) @ bench.classes(cell).T
 
     return _with_neighbors(score)
 
@@ -278,40 +255,35 @@ def _unit(features: Any) -> torch.Tensor:
     return normalize(features.float(), dim=-1)
 
 
-_STEP = ("gamma", "lambda")
-_SAE = ("sae", *_STEP)
-METHODS = {
-    "clip": Method("CLIP zero-shot", clip),
-    "centroid": Method("centroid, no SAE", centroid, _STEP),
-    "distribution_norm_0.5": Method("distribution norm 0.5, no SAE", distribution_norm(0.5, "dot")),
-    "distribution_norm_1": Method("distribution norm 1, no SAE", distribution_norm(1.0, "cosine")),
-    "mean_logit": Method("mean-logit debiasing, no SAE", distribution_norm(1.0, "dot")),
-    "rec_a": Method("REC-A", inner_layers("reconstruct", None), ("sae", "inner")),
-    "rec_f": Method("REC-F", steered("reconstruct"), ("sae",)),
-    "rec_f_gamma": Method("REC-F+gamma", steered("amplify"), ("sae", "gamma")),
+RUNS: dict[str, Run] = {
+    "clip": clip,
+    "centroid": centroid,
+    "distribution_norm_0.5": distribution_norm(0.5, "dot"),
+    "distribution_norm_1": distribution_norm(1.0, "cosine"),
+    "mean_logit": distribution_norm(1.0, "dot"),
+    "rec_a": inner_layers("reconstruct", None),
+    "rec_f": steered("reconstruct"),
+    "rec_f_gamma": steered("amplify"),
     # The code is edited and the change decoded, no more: lambda 1.
-    "zero_out": Method("zero-out (gamma 0, lambda 1)", steered("vs2", gamma=0.0, lambda_=1.0), ("sae",)),
-    "negate": Method("negate (gamma -1, lambda 1)", steered("vs2", gamma=-1.0, lambda_=1.0), ("sae",)),
-    "vs2": Method("VS2", steered("vs2"), _SAE),
-    "vs2_gate": Method("VS2, gated", steered("vs2"), (*_SAE, "gate")),
-    "vs2_last2": Method("VS2, last 2 layers", inner_layers("vs2", 2), (*_SAE, "inner")),
-    "vs2_last3": Method("VS2, last 3 layers", inner_layers("vs2", 3), (*_SAE, "inner")),
-    "ens_aug": Method("augmented views", views(None), ("views",)),
-    "vs2_ens_aug": Method("VS2, augmented views", views("vs2"), (*_SAE, "views")),
-    "vs2_pass": Method("VS2 + PASS", steered("vs2"), (*_SAE, "pass_weight"), uses_labels="training"),
-    "oracle_prototypes": Method("oracle prototypes", oracle_prototypes, _SAE, uses_labels="test"),
-    "vs2pp_majority": Method("VS2++, pseudo-labels", vs2pp("majority"), (*_SAE, "retrieval")),
-    "vs2pp_query": Method("VS2++, the query's pseudo-label", vs2pp("query"), (*_SAE, "retrieval")),
-    "vs2pp_oracle": Method(
-        "VS2++, oracle", vs2pp("majority", true=True), (*_SAE, "retrieval"), uses_labels="training"
-    ),
-    "rag": Method("weighted RAG", rag(None), ("retrieval",)),
-    "rag_pseudo": Method("weighted RAG, pseudo-labels", rag("majority"), ("retrieval",)),
-    "rag_oracle": Method("weighted RAG, oracle", rag("majority", true=True), ("retrieval",), uses_labels="training"),
-    "clip_steering_pseudo": Method("CLIP steering, pseudo-labels", clip_steering(), (*_STEP, "retrieval")),
-    "clip_steering_oracle": Method(
-        "CLIP steering, oracle", clip_steering(true=True), (*_STEP, "retrieval"), uses_labels="training"
-    ),
-    "knn_vote": Method("k-NN vote of pseudo-labels", _with_neighbors(_vote), ("retrieval",)),
-    "linear_probe": Method("linear probe on pseudo-labels", probe),
+    "zero_out": steered("vs2", gamma=0.0, lambda_=1.0),
+    "negate": steered("vs2", gamma=-1.0, lambda_=1.0),
+    "vs2": steered("vs2"),
+    "vs2_gate": steered("vs2"),
+    "vs2_last2": inner_layers("vs2", 2),
+    "vs2_last3": inner_layers("vs2", 3),
+    "ens_aug": views(None),
+    "vs2_ens_aug": views("vs2"),
+    "vs2_pass": steered("vs2"),
+    "oracle_prototypes": oracle_prototypes,
+    "vs2pp_majority": vs2pp("majority"),
+    "vs2pp_query": vs2pp("query"),
+    "vs2pp_oracle": vs2pp("majority", true=True),
+    "rag": rag(None),
+    "rag_pseudo": rag("majority"),
+    "rag_oracle": rag("majority", true=True),
+    "clip_steering_pseudo": clip_steering(),
+    "clip_steering_oracle": clip_steering(true=True),
+    "knn_vote": _with_neighbors(_vote),
+    "linear_probe": probe,
 }
+"""How each of [`hf_vs2.study.catalog.METHODS`] scores a cell."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from .catalog import METHODS
 from .config import StudyConfig
-from .methods import METHODS
 from .results import Cell
 
 
@@ -132,7 +132,8 @@ class _Planner:
             "gamma": {"gamma": steering.gamma},
             "lambda": {"lambda": steering.lambda_},
             "gate": {"gate": steering.gate},
-            "retrieval": {"num_neighbors": retrieval.num_neighbors, "retrieval_encoder": retrieval.encoder},
+            "retrieval": {"num_neighbors": retrieval.num_neighbors, "retrieval_encoder": retrieval.source},
+            "rag_weight": {"rag_weight": retrieval.rag_weight},
             "pass_weight": {"pass_weight": config.pass_weight},
             "views": {"views": config.views},
             "inner": {"train_limit": inner.train_limit, "test_limit": inner.test_limit},

@@ -34,7 +34,7 @@ class Cell:
 
     Args:
         encoder (`str`), dataset (`str`): their names in the study.
-        method (`str`): see [`hf_vs2.study.methods`], or `"grid"`, `"cost"` and `"steering_cosine"`, which are no rows of a table.
+        method (`str`): see [`hf_vs2.study.catalog`], or `"grid"`, `"cost"` and `"steering_cosine"`, which are no rows of a table.
         prompts (`str`): name of the prompt set; `""` where there is none.
         seed (`int`, *optional*): of the SAE; `None` for a method without one.
         params (`dict`): settings that differ from cell to cell: `gamma`, `lambda`, `gate`, `top_k`, `expansion_factor`, `share`,

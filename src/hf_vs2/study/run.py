@@ -17,9 +17,9 @@ from .. import __version__
 from ..atomic import replace_text
 from ..registry import available
 from .bench import Bench
+from .catalog import METHODS
 from .config import StudyConfig
 from .measure import measure
-from .methods import METHODS
 from .plan import plan
 from .reports import REPORTS_NAME, reports
 from .results import CELLS, RESULTS_NAME, Cell, CellResult, StudyResult, load_cell, save_cell, write_json
