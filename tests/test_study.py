@@ -288,6 +288,17 @@ def test_a_mistake_in_the_file_is_named(change, message, tmp_path, clip_path, im
         StudyConfig.from_dict(description(clip_path, images_path, tmp_path) | change)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "examples" / "studies").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_studies_that_we_ship_can_be_planned(path):
+    """Nobody should find a spelling mistake in our own file after a day of downloads."""
+    config = StudyConfig.from_yaml(path)
+    cells = plan(config)
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.method for cell in cells} >= set(METHODS)
+
+
 def test_images_without_labels_are_named(tmp_path, clip_path, images_path):  # noqa: F811
     """Accuracy needs labels; the message must say of which data set."""
     whole = description(clip_path, images_path, tmp_path) | {"methods": ["clip"], "gate_shift": None}

@@ -51,7 +51,7 @@ def run(args: Namespace) -> None:
     if args.disable_tqdm:
         datasets.disable_progress_bars()
     config = StudyConfig.from_yaml(args.config_file, output_dir=args.output_dir)
-    result = run_study(config, datasets=args.datasets, progress=not args.disable_tqdm)
+    result = run_study(config, datasets=args.datasets or (), progress=not args.disable_tqdm)
     folder = Path(config.output_dir)
     say((folder / TABLE_NAME).read_text(encoding="utf-8"))
     places: dict[str, Any] = {
