@@ -251,6 +251,22 @@ def test_the_study_and_the_wrapper_have_one_vs2pp(rule, study):
     assert torch.equal((normalize(features, dim=-1) @ classes.T).argmax(-1), row.outputs().predictions)
 
 
+def test_neighbors_of_another_encoder(study, tmp_path, clip_path, images_path):  # noqa: F811
+    """The paper's neighbours are DINOv2's. With the CLIP itself in that place, they are its own, and found once."""
+    config, result = study
+    changed = description(clip_path, images_path, tmp_path) | {"methods": ["vs2pp_majority"], "seeds": [1]}
+    changed |= {"ablations": {"num_neighbors": [3]}, "retrieval": {"num_neighbors": 5, "encoder": str(clip_path)}}
+    changed |= {"datasets": changed["datasets"][:1], "gate_shift": None, "grid": None, "prompts": ["single"]}
+    other = run_study(StudyConfig.from_dict(changed), progress=False)
+    for number in (3, 5):
+        (found,) = other.select(method="vs2pp_majority", num_neighbors=number)
+        (own,) = result.select(
+            method="vs2pp_majority", num_neighbors=number, dataset="colours", prompts="single", seed=1
+        )
+        assert torch.equal(found.outputs().predictions, own.outputs().predictions)
+    assert len(list((tmp_path / "retrieval").iterdir())) == 2, "one file a split"
+
+
 def test_table_and_command_line(study, capsys, tmp_path, monkeypatch, clip_path, images_path):  # noqa: F811
     """`hf-vs2 study` prints the table, says what it wrote, draws the figures, and finds what is measured."""
     config, _ = study

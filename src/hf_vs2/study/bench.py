@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPModel
 
 from ..activations import ActivationStore, extract_activations
+from ..atomic import replace_file
 from ..calibration import activation_statistics
 from ..configuration_sae import SAEConfig
+from ..fingerprint import dataset_fingerprint
 from ..image_batches import Columns, ImageReader, Normalizer, read_batches, spans_of_dataset
 from ..label_losses import PrototypeAlignment
 from ..modeling_sae import SAEModel
@@ -331,21 +334,33 @@ class Bench:
             return self.labels(encoder, dataset, "train").to(self.encoder(encoder).clip.device)
         return pseudo_labels(self.corpus_embeds(encoder, dataset), self.class_matrix(encoder, dataset, prompts))
 
-    def _neighbors(self, encoder: str, dataset: str, num_neighbors: int) -> Neighbors:
-        retrieval = self.config.retrieval
-        if retrieval.encoder is None:
-            queries = torch.cat(
-                [self.embed(encoder, rows) for rows in self.rows(encoder, dataset, "test").iter_batches(BATCH)]
-            )
+    def _neighbors(self, encoder: str, dataset: str) -> Neighbors:
+        """As many neighbours as any cell of the study asks for."""
+        config = self.config
+        if config.retrieval.encoder is None:
+            rows = self.rows(encoder, dataset, "test")
+            queries = torch.cat([self.embed(encoder, batch) for batch in rows.iter_batches(BATCH)])
             corpus = self.corpus_embeds(encoder, dataset)
         else:
-            queries, corpus = (
-                embed_images(
-                    retrieval.encoder,
-                    self.images(dataset, split),
-                    image_column=self.config.dataset(dataset).image_column,
-                    revision=retrieval.revision,
-                )
-                for split in ("test", "train")
+            queries, corpus = (self._retrieval_embeds(dataset, split) for split in ("test", "train"))
+        wanted = max(config.retrieval.num_neighbors, *config.ablations.num_neighbors, 1)
+        return Neighbors(*nearest_neighbors(queries, corpus, min(wanted, len(corpus))))
+
+    def _retrieval_embeds(self, dataset: str, split: Split) -> torch.Tensor:
+        """Unit embeddings of the images of a split by the encoder of `retrieval`, kept on disk: it reads every image."""
+        retrieval, info = self.config.retrieval, self.config.dataset(dataset)
+        images = self.images(dataset, split)
+        origin = [retrieval.source, dataset_fingerprint(images, info.image_column, None)]
+        digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+        path = self.folder / "retrieval" / f"{dataset}-{split}-{digest}.safetensors"
+        if not path.is_file():
+            assert retrieval.encoder is not None
+            embeds = embed_images(
+                retrieval.encoder,
+                images,
+                image_column=info.image_column,
+                revision=retrieval.revision,
+                progress=self.progress,
             )
-        return Neighbors(*nearest_neighbors(queries, corpus, min(num_neighbors, len(corpus))))
+            replace_file(path, lambda temporary: save_file({"embeds": embeds.cpu()}, temporary))
+        return load_file(path)["embeds"]

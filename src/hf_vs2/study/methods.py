@@ -17,7 +17,7 @@ from .results import Cell
 
 
 if TYPE_CHECKING:
-    from .bench import Bench, Neighbors
+    from .bench import Bench
 
 
 class Scored(NamedTuple):
@@ -160,16 +160,13 @@ def _with_neighbors(
     """`score(bench, cell, rows, similarity, indices)` for each batch and its neighbours, as embeddings or final scores."""
 
     def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
-        found: Neighbors = bench.neighbors(cell.encoder, cell.dataset, cell.params["num_neighbors"])
+        found, wanted = bench.neighbors(cell.encoder, cell.dataset), cell.params["num_neighbors"]
         start = 0
         for rows in bench.batches(cell):
             chosen = slice(start, start + len(rows))
             start += len(rows)
-            yield Scored(
-                score(
-                    bench, cell, rows, found.similarity[chosen].to(rows.device), found.indices[chosen].to(rows.device)
-                )
-            )
+            similarity, indices = (part[chosen, :wanted].to(rows.device) for part in found)
+            yield Scored(score(bench, cell, rows, similarity, indices))
 
     return run
 
