@@ -112,20 +112,21 @@ def _draw_gain_panel(
                 seeds.append(gains)
                 places.append((row + shift, index))
     intervals = np.array(bars).reshape(-1, 2)
-    top = max([3.0, *intervals[:, 1], *(max(gains) for gains in seeds)])
-    # Controls that destroy the embedding lose so much that on a common axis all others would fall together.
-    floor = min([-1.0, *intervals[:, 0], *(min(gains) for gains in seeds)])
-    usual = -max(1.2 * top, 6.0)
-    floor = usual if floor < 2 * usual else floor
+    ends = np.concatenate([intervals.ravel(), *seeds, [-1.0, 3.0]])
+    # Controls that destroy the embedding, and oracles, move so far that on a common axis all others would fall together.
+    usual = max(3.0, 2 * float(np.quantile(np.abs(ends), 0.75)))
+    floor, top = max(float(ends.min()), -usual), min(float(ends.max()), usual)
     room = 0.06 * (top - floor)
     for (place, index), mean, (low, high), gains in zip(places, means, intervals, seeds, strict=True):
         colour, marker = STYLES[index % len(STYLES)]
         label = f"prompts: {prompts[index]}"
-        if mean < floor:
-            axes.plot(floor, place, "<", color=colour, markersize=5, clip_on=False)
-            axes.text(floor + room, place, f"−{abs(mean):.1f}", va="center", fontsize=8, color=colour)
+        if not floor <= mean <= top:
+            edge, inward, arrow, side = (floor, room, "<", "left") if mean < floor else (top, -room, ">", "right")
+            axes.plot(edge, place, arrow, color=colour, markersize=5, clip_on=False)
+            text = f"{mean:+.1f}".replace("-", "−")
+            axes.text(edge + inward, place, text, va="center", ha=side, fontsize=8, color=colour)
             continue
-        axes.plot([max(low, floor - room), high], [place, place], "-", color=colour, linewidth=1.3)
+        axes.plot([max(low, floor - room), min(high, top + room)], [place, place], "-", color=colour, linewidth=1.3)
         axes.plot(mean, place, marker, color=colour, markersize=4, linestyle="none", label=label)
         if len(gains) > 1:
             axes.scatter(gains, [place + 0.17] * len(gains), s=4, color=colour, alpha=0.8, linewidths=0)

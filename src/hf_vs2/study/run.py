@@ -107,7 +107,7 @@ def _meta(config: StudyConfig, bench: Bench, results: list[CellResult]) -> dict[
             for name, n in sizes.items()
         },
         "encoders": {
-            one.name: {"id": one.id, "revision": one.revision, "source": one.source} for one in config.encoders
+            one.name: {"id": one.id, "revision": one.revision, "source": one.path or one.id} for one in config.encoders
         },
         "seeds": list(config.seeds),
         "prompts": list(config.prompts),
