@@ -334,6 +334,14 @@ class Bench:
             return self.labels(encoder, dataset, "train").to(self.encoder(encoder).clip.device)
         return pseudo_labels(self.corpus_embeds(encoder, dataset), self.class_matrix(encoder, dataset, prompts))
 
+    def corpus_confidence(self, encoder: str, dataset: str, prompts: str) -> torch.Tensor:
+        """The probability that plain CLIP gives to the true class of each row of the corpus `(rows,)`."""
+        scale, classes = self.encoder(encoder).clip.logit_scale.exp(), self.class_matrix(encoder, dataset, prompts)
+        labels = self.corpus_labels(encoder, dataset, prompts, True)
+        blocks = zip(self.corpus_embeds(encoder, dataset).split(BATCH), labels.split(BATCH), strict=True)
+        found = [(scale * block @ classes.T).softmax(-1).gather(1, true.unsqueeze(1)) for block, true in blocks]
+        return torch.cat(found).squeeze(1)
+
     def _neighbors(self, encoder: str, dataset: str) -> Neighbors:
         """As many neighbours as any cell of the study asks for."""
         config = self.config

@@ -95,9 +95,8 @@ def oracle_prototypes(bench: Bench, cell: Cell) -> Iterator[Scored]:
     of that class that CLIP is surest of."""
     classes, sae = bench.classes(cell), bench.sae(cell.encoder, bench.spec(cell))
     values, indices = bench.corpus_codes(cell.encoder, cell.dataset, bench.spec(cell))
-    probabilities = (100 * bench.corpus_embeds(cell.encoder, cell.dataset) @ classes.T).softmax(-1)
     labels = bench.corpus_labels(cell.encoder, cell.dataset, cell.prompts, True)
-    confidence = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    confidence = bench.corpus_confidence(cell.encoder, cell.dataset, cell.prompts)
     directions = torch.zeros(len(classes), sae.config.hidden_size, device=sae.device)
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
