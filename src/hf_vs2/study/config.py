@@ -168,6 +168,8 @@ class StudyConfig:
     @classmethod
     def from_yaml(cls, path: str | Path, output_dir: str | None = None) -> StudyConfig:
         """Read a study's file; `output_dir` takes the place of its own. Relative paths count from the working directory."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no study file {path}: give the path of a YAML file, see docs/study.md.")
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -51,6 +51,7 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
             raise ValueError(f"The study has no data set {name!r}: it has {', '.join(known)}.")
     cells = {cell: where for cell, where in plan(config).items() if not datasets or cell.dataset in datasets}
     bench, folder = Bench(config, progress), Path(config.output_dir)
+    _check_labels(bench, cells)
     measured: dict[Cell, CellResult] = {}
     with tqdm(total=len(cells), unit=" cells", disable=not progress) as bar:
         for cell, sections in cells.items():
@@ -68,6 +69,19 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
     write_json(folder / REPORTS_NAME, reports(study))
     replace_text(folder / TABLE_NAME, study_markdown(study))
     return study
+
+
+def _check_labels(bench: Bench, cells: Collection[Cell]) -> None:
+    """Training images need no labels, except for some methods: said before anything long begins."""
+    for name in dict.fromkeys(cell.dataset for cell in cells):
+        needy = {cell.method for cell in cells if cell.dataset == name and cell.method in METHODS}
+        needy = {method for method in needy if METHODS[method].uses_labels}
+        column = bench.config.dataset(name).label_column
+        if needy and column not in bench.images(name, "train").column_names:
+            raise ValueError(
+                f"{name}: the training images have no column {column!r}, which these methods use: "
+                f"{', '.join(sorted(needy))}. List the others under `methods` (and no ablations.pass_weight), or set label_column."
+            )
 
 
 def _plain(measured: dict[Cell, CellResult], cell: Cell) -> Any:
