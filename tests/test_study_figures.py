@@ -241,7 +241,7 @@ def test_gains(figures, result):
     """Mean over seeds at its method's row; a collapse is named with its number; what uses labels says so."""
     axes = panel(figures["gains"], "Eurosat")
     labels = [label.get_text() for label in figures["gains"].axes[0].get_yticklabels()]
-    assert labels.index("uses labels: bounds") < labels.index("VS2++, oracle (training labels)")
+    assert labels.index("with labels") < labels.index("VS2++, oracle (training labels)")
     assert labels.index("without an SAE") < labels.index("centroid, no SAE") < labels.index("with an SAE")
     cells = {
         name: result.select("table", dataset="eurosat", prompts="single", method=name) for name in ("vs2", "negate")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GRID_LINES = "0.9"
 COLUMNS = 3
 """Panels side by side on one sheet, at most: more would need type too small to read on a page."""
-GROUPS = ("without an SAE", "with an SAE", "retrieval or pseudo-labels", "uses labels: bounds")
+GROUPS = ("without an SAE", "with an SAE", "retrieval or pseudo-labels", "with labels")
 # One method looks the same in every figure.
 VS2, PLAIN, GATED, OTHER = STYLES
 
