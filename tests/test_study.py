@@ -1,6 +1,7 @@
 """The study: one file in, every figure out; what was measured is kept, and is what the other doors of the package give."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,27 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(study):
     assert new(replace(config, sae=training)) == trained
     moved = replace(config, datasets=tuple(info.replace(test_split="train") for info in config.datasets))
     assert new(moved) == {cell.method for cell in plan(config)}
+
+
+def test_changed_images_make_new_cells_though_the_path_stays(tmp_path, clip_path, images_path):  # noqa: F811
+    """Figures of images that are no longer there would stand beside new ones, and nobody could tell."""
+    images = tmp_path / "images"
+    shutil.copytree(images_path, images)
+    whole = description(clip_path, images, tmp_path / "out") | {"methods": ["clip", "centroid"], "prompts": ["single"]}
+    whole |= {"datasets": whole["datasets"][:1], "ablations": {}, "grid": None, "gate_shift": None, "agreement": False}
+    config = StudyConfig.from_dict(whole)
+
+    def names() -> list[str]:
+        return [cell.outputs_path.stem for cell in run_study(config, progress=False)]
+
+    before = names()
+    assert names() == before
+    for split, changed in (("train", {"centroid", "clip"}), ("test", {"centroid", "clip"})):
+        first, second = sorted((images / split / "red").iterdir())[:2]
+        shutil.copy(first, second)
+        after = names()
+        assert {new.split("-")[2] for new, old in zip(after, before, strict=True) if new != old} == changed
+        before = after
 
 
 def test_the_grid_holds_plain_clip_and_the_tables_row(study):

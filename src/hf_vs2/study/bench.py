@@ -99,6 +99,7 @@ class Bench:
         self.encoder = cache(self._encoder)
         self.images = cache(self._images)
         self.rows = cache(self._rows)
+        self.content = cache(self._content)
         self.class_names = cache(self._class_names)
         self.class_matrix = cache(self._class_matrix)
         self.mean = cache(self._mean)
@@ -146,6 +147,19 @@ class Bench:
             progress=self.progress,
             dataset_id=info.source_id,
         )
+
+    def identified(self, cell: Cell) -> Cell:
+        """The cell with what its encoder and images are now, by content: a path or a branch keeps its name when they change."""
+        named = dict.fromkeys((cell.dataset, *cell.params.get("trained_on", ())))
+        content = {name: self.content(cell.encoder, name) for name in named}
+        return replace(cell, origin={**cell.origin, "content": content})
+
+    def _content(self, encoder: str, dataset: str) -> list[str]:
+        """Of the test rows (which stands for the encoder too) and of the training images."""
+        info, images = self.config.dataset(dataset), self.images(dataset, "train")
+        label = info.label_column if info.label_column in images.column_names else None
+        rows = self.rows(encoder, dataset, "test")
+        return [request_key(request_of(rows.metadata)), dataset_fingerprint(images, info.image_column, label)]
 
     def labels(self, encoder: str, dataset: str, split: Split = "test") -> torch.Tensor:
         """The class of each row `(n,)`.

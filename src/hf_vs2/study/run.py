@@ -31,7 +31,7 @@ TABLE_NAME = "table.md"
 
 def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: bool = True) -> StudyResult:
     """
-    Measure every cell that is not there yet, and write `results.json`, `reports.json` and `table.md` into the study's folder.
+    Measure every cell that is not there yet (or whose encoder or images have changed since), and write `results.json`, `reports.json` and `table.md` into the study's folder.
 
     Args:
         config (`StudyConfig`): the study.
@@ -54,7 +54,8 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
     _check_labels(bench, cells)
     measured: dict[Cell, CellResult] = {}
     with tqdm(total=len(cells), unit=" cells", disable=not progress) as bar:
-        for cell, sections in cells.items():
+        for planned, sections in cells.items():
+            cell = bench.identified(planned)
             bar.set_description(" ".join(filter(None, (cell.dataset, cell.method, cell.prompts))))
             result = load_cell(folder / CELLS, cell)
             if result is None:
