@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def run(args: Namespace) -> None:
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("a study runs in one process; share it between machines with --datasets")
+    if not args.no_figures and find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib: pip install 'hf_vs2[report]', or give --no_figures")
     if args.disable_tqdm:
         datasets.disable_progress_bars()
     config = StudyConfig.from_yaml(args.config_file, output_dir=args.output_dir)
