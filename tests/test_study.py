@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -231,6 +232,92 @@ def test_one_sae_of_several_data_sets_stands_behind_table_3(study):
     assert torch.equal(outputs.steered, outputs.fvu <= config_of.fvu_threshold(0.5))
     plain = one(result, "clip").outputs()
     assert torch.equal(outputs.predictions[~outputs.steered], plain.predictions[~outputs.steered])
+
+
+def assert_chosen(cell, scores: np.ndarray):
+    """The cell's predictions are those of these scores, up to near ties."""
+    chosen = scores[np.arange(len(scores)), cell.outputs().predictions.numpy()]
+    np.testing.assert_allclose(chosen, scores.max(1), atol=1e-4 * max(1, np.abs(scores).max()), err_msg=cell.cell.name)
+
+
+def test_rows_are_their_formulas(study):
+    """Each control and baseline must be what its name says: computed again from the rows, by the definition, image by image."""
+    config, result = study
+    bench = Bench(config, progress=False)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def embed(rows):
+        with torch.no_grad():
+            return bench.embed("clip", torch.as_tensor(rows, dtype=torch.float32)).numpy().astype(np.float64)
+
+    def keep_norm(moved, x):
+        return unit(moved) * np.linalg.norm(x, axis=-1, keepdims=True)
+
+    train, test = (bench.rows("clip", "colours", split).tensor().numpy() for split in ("train", "test"))
+    classes = bench.class_matrix("clip", "colours", "single").numpy().astype(np.float64)
+    query, corpus = embed(test), embed(train)
+    alpha = 0.9 * (2.0 - 1)
+
+    half = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[: len(train) // 2].numpy()
+    for rows, cell in (
+        (train, one(result, "centroid")),
+        (train[half], result.select("share", dataset="colours", method="centroid", share=0.5, seed=1)[0]),
+    ):
+        assert_chosen(cell, embed(keep_norm(test + alpha * (test - rows.mean(0)), test)) @ classes.T)
+    assert_chosen(one(result, "mean_logit"), query @ classes.T - (corpus @ classes.T).mean(0))
+
+    true, guess = bench.labels("clip", "colours", "train").numpy(), (corpus @ classes.T).argmax(1)
+    nearest = np.argsort(-(query @ corpus.T), axis=1, kind="stable")[:, :5]
+    for labels, suffix in ((guess, "_pseudo"), (true, "_oracle")):
+        rag, steered = [], []
+        for q, found in zip(query, nearest, strict=True):
+            counts = [(labels[found] == label).sum() for label in labels[found]]
+            positive = labels[found] == labels[found][int(np.argmax(counts))]
+            weight = (q @ corpus[found].T).clip(min=0) * positive
+            rag.append(unit(0.5 * q + 0.5 * weight @ corpus[found] / max(weight.sum(), 1e-12)))
+            negatives = corpus[found][~positive]
+            contrast = corpus[found][positive].mean(0) - (negatives.mean(0) if len(negatives) else 0)
+            steered.append(unit(q + alpha * contrast))
+        assert_chosen(one(result, f"rag{suffix}"), np.array(rag) @ classes.T)
+        assert_chosen(one(result, f"clip_steering{suffix}"), np.array(steered) @ classes.T)
+    votes = [
+        np.bincount(guess[found], weights=q @ corpus[found].T, minlength=3)
+        for q, found in zip(query, nearest, strict=True)
+    ]
+    assert_chosen(one(result, "knn_vote"), np.array(votes))
+
+    view = bench.rows("clip", "colours", "test", view=1).tensor().numpy()
+    assert not np.allclose(view, test)
+    assert_chosen(one(result, "ens_aug"), unit(query + embed(view)) @ classes.T)
+
+    sae = bench.sae("clip", bench.spec(one(result, "vs2", seed=1).cell))
+    with torch.no_grad():
+        codes = np.zeros((len(train), sae.config.num_latents))
+        values, indices = sae.encode(torch.as_tensor(train))
+        np.put_along_axis(codes, indices.numpy(), values.numpy(), axis=1)
+        steps = [sae.decode(*sae.encode(torch.as_tensor(x))).numpy() - sae.b_pre.numpy() for x in (test, view)]
+    steered = sum(embed(keep_norm(x + alpha * step, x)) for x, step in zip((test, view), steps, strict=True))
+    assert_chosen(one(result, "vs2_ens_aug", seed=1), unit(steered) @ classes.T)
+
+    logits = bench.encoder("clip").clip.logit_scale.exp().item() * corpus @ classes.T
+    sure = np.exp(logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(len(train)), true]
+    prototypes = []
+    for label in range(3):
+        members = np.flatnonzero(true == label)
+        prototypes.append(codes[members[np.argsort(-sure[members])[:10]]].mean(0) @ sae.W_dec.detach().numpy())
+    target = bench.labels("clip", "colours").numpy()
+    assert_chosen(
+        one(result, "oracle_prototypes", seed=1),
+        embed(keep_norm(test + alpha * np.array(prototypes)[target], test)) @ classes.T,
+    )
+
+    (cosines,) = result.select("agreement", dataset="colours")
+    place = cosines.figures["names"].index("seed 1"), cosines.figures["names"].index("centroid")
+    direction = test - train.mean(0)
+    expected = (unit(steps[0]) * unit(direction)).sum(1).mean()
+    assert cosines.figures["cosine"][place[0]][place[1]] == pytest.approx(expected, abs=1e-4)
 
 
 def test_reports_hold_the_numbers_behind_the_figures(study):
