@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from made_up_study import cell, made_up, rows, with_outcomes
 
 from hf_vs2.study.results import Cell, CellResult
@@ -73,6 +74,19 @@ def test_mean_per_class_has_its_own_column() -> None:
     document = study_markdown(made_up({"set": {"metric": "mean_per_class"}}, cells))
     assert rows(document, "method")[0] == ["method", "A set", "A set, mean per class"]
     assert rows(document, "VS2")[0] == ["VS2", "61.00 (+1.00)", "53.50 (+3.50)"]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "number", "bracket"),
+    [("facebook/dinov2-base", 50, " [77.11]"), (None, 50, ""), ("facebook/dinov2-base", 20, "")],
+)
+def test_neighbours_found_otherwise_than_in_the_paper_get_no_bracket(encoder, number, bracket) -> None:
+    """VS2++ with CLIP's own neighbours is another row than the paper's: beside its figure it would look like a failure to repeat it."""
+    params = {"num_neighbors": number, "retrieval_encoder": encoder}
+    cells = [cell("clip", 60.0), cell("vs2pp_majority", 61.0, 1.0, seed=0, params=params)]
+    document = study_markdown(made_up({"set": {"registry": "cifar100"}}, cells))
+    assert rows(document, "CLIP zero-shot")[0][1] == "60.00 [61.07]"
+    assert rows(document, "vs2pp_majority")[0][1] == f"61.00 (+1.00){bracket}"
 
 
 def test_cost_stands_beside_the_papers() -> None:

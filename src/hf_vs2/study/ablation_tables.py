@@ -126,8 +126,10 @@ def reconstruction(view: ResultView) -> Iterator[str]:
         text += f", n {len(of_seeds)}" if len(of_seeds) != seeds else ""
         rows.append([encoder, view.title(dataset), text + (f" [{theirs:.4f}]" if theirs is not None else "")])
     if rows:
+        note = " [The paper's] is over a batch." if any("[" in row[-1] for row in rows) else ""
         yield (
-            "## Reconstruction\n\nVariance that the SAE leaves unexplained (FVU) on training rows held out from its training.\n\n"
+            "## Reconstruction\n\nVariance that the SAE leaves unexplained (FVU) on training rows held out from its training."
+            f"{note}\n\n"
             f"{seeds_note(seeds)}{table(['encoder', 'data set', 'FVU'], rows)}"
         )
 

@@ -31,6 +31,16 @@ def accuracy(encoder: str | None, dataset: str | None, prompts: str, method: str
     return None
 
 
+def same_retrieval(params: Mapping[str, Any]) -> bool:
+    """Whether a cell's neighbours are found as the paper's were; true of one without neighbours."""
+    if "num_neighbors" not in params:
+        return True
+    theirs = published()["retrieval"]
+    return theirs["encoder"] in str(params.get("retrieval_encoder")).lower() and (
+        params["num_neighbors"] == theirs["num_neighbors"]
+    )
+
+
 def settings_note(encoder: str | None, defaults: Mapping[str, Any]) -> str:
     """Whether the paper's rows for this encoder had the settings of this study."""
     theirs = published()["settings"].get(encoder)

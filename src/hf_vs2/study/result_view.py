@@ -98,7 +98,8 @@ class ResultView:
         images = cells[0].figures.get("n")
         if images != self.meta["datasets"][first.dataset]["n"]:
             shown += f", {images} images"
-        if bracket is None and figure == "top1" and "trained_on" not in first.params:
+        is_theirs = "trained_on" not in first.params and published.same_retrieval(first.params)
+        if bracket is None and figure == "top1" and is_theirs:
             identity, registry = self.encoder_id(first.encoder), self.registry(first.dataset)
             theirs = published.accuracy(identity, registry, first.prompts, first.method)
             bracket = "" if theirs is None else f"{theirs:.2f}"

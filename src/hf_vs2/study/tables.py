@@ -88,7 +88,8 @@ def _head(view: ResultView) -> str:
         "plain CLIP with the same prompts on the same images, in points. n, the number of seeds, stands above the table, or in each "
         "field where it differs; nothing without an SAE depends on a seed, unless it draws a share of the training images. A number "
         f"of images in a field says that the row was measured on that many. [Brackets] hold the figure that {published.PAPER} "
-        "publishes for the same encoder, data set, method and prompts; no brackets, no such figure. Rows that say so use labels for "
+        "publishes for the same encoder, data set, method and prompts (it lists no prompts: its Ens rows are taken for ensemble, all "
+        "others for single; its neighbours are DINOv2's); no brackets, no such figure. Rows that say so use labels for "
         "more than scoring: those of training images, or those of test images, which makes a bound that nobody can deploy.\n\n"
         + "\n".join(lines)
     )
