@@ -23,7 +23,9 @@ def top_k(pre_activations: torch.Tensor, k: int, activation: str = "relu") -> tu
     then has values of exactly zero, which contribute nothing.
     """
     if activation == "relu":
-        return torch.relu(pre_activations).topk(k, dim=-1, sorted=False)
+        # ReLU keeps the order, so it can wait for the few that are left: no second `(batch, num_latents)` tensor.
+        values, indices = pre_activations.topk(k, dim=-1, sorted=False)
+        return torch.relu(values), indices
     if activation == "absolute":
         indices = pre_activations.abs().topk(k, dim=-1, sorted=False).indices
         return pre_activations.gather(-1, indices), indices

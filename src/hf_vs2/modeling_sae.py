@@ -20,6 +20,10 @@ from .hub import HubMixin
 from .sparse_ops import linear_at, sparse_decode
 
 
+_CACHED_ROWS = 256
+"""Directions at a time where a CPU goes through all of them more than once."""
+
+
 @dataclass
 class SAEOutput(ModelOutput):
     """
@@ -107,12 +111,17 @@ class SAEModel(HubMixin, PreTrainedModel):
         Raises:
             `ValueError`: if `x` has another shape.
         """
+        values, indices, _ = self._encode(x)
+        return values, indices
+
+    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What [`SAEModel.encode`] returns, and the `(batch, num_latents)` pre-activations, without a graph in training."""
         self._check_width(x)
         config = self.config
         x = x.to(self.b_pre.dtype)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             pre_activations = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
-            return top_k(pre_activations, config.top_k, config.activation)
+            return *top_k(pre_activations, config.top_k, config.activation), pre_activations
         with torch.no_grad():
             pre_activations = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
             values, indices = top_k(pre_activations, config.top_k, config.activation)
@@ -120,7 +129,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         if config.activation == "relu":
             # Changes no value; stops the gradient where ReLU did.
             values = torch.relu(values)
-        return values, indices
+        return values, indices, pre_activations
 
     def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """`x~ = sum_j values_j d_j + b_pre`, `(batch, hidden_size)`; nothing of width `num_latents` is formed."""
@@ -138,33 +147,61 @@ class SAEModel(HubMixin, PreTrainedModel):
         The squared error is divided by the total variance of the training activations (`config.total_variance`), a
         constant, so that the loss of a batch is the mean of the losses of its parts; without it, by the batch's own.
         """
-        values, indices = self.encode(x)
+        values, indices, pre_activations = self._encode(x)
         reconstruction = self.decode(values, indices)
         target = x.float()
         error = target - reconstruction.float()
         scale = self.config.total_variance or (target - target.mean(0)).square().sum(-1).mean()
         loss = error.square().sum(-1).mean() / scale
         if dead_latents is not None and self.config.aux_k_coefficient:
-            loss = loss + self.config.aux_k_coefficient * self._aux_k_loss(x, error.detach(), dead_latents) / scale
+            aux_k_loss = self._aux_k_loss(x, pre_activations, error.detach(), dead_latents)
+            loss = loss + self.config.aux_k_coefficient * aux_k_loss / scale
         with torch.no_grad():
             fvu = fvu_per_sample(target, reconstruction, self.mean)
         return SAEOutput(loss, reconstruction, values, indices, fvu)
 
-    def _aux_k_loss(self, x: torch.Tensor, residual: torch.Tensor, dead_latents: torch.Tensor) -> torch.Tensor:
+    def _aux_k_loss(
+        self, x: torch.Tensor, pre_activations: torch.Tensor, residual: torch.Tensor, dead_latents: torch.Tensor
+    ) -> torch.Tensor:
         """Squared error of the residual reconstructed by the `aux_k` most active dead latents (Gao et al., appendix A.2).
 
-        Their pre-activations are computed here, with a graph, and for the dead latents only: the gradient reaches the
-        encoder rows and biases of exactly the latents that are to be revived.
+        Where fewer are dead, the loss shrinks with their share. The gradient reaches the encoder rows and biases of exactly
+        the latents that are to be revived.
         """
-        dead = dead_latents.nonzero().squeeze(-1)
         aux_k = self.config.aux_k or 0
-        k = min(aux_k, len(dead))
-        if k == 0:
+        x = x.to(self.b_pre.dtype)
+        if torch.compiler.is_compiling() or _counting_is_free(x.device):
+            values, indices, share = self._few_dead_latents(x, dead_latents, aux_k)
+        else:
+            values, indices, share = self._any_dead_latents(x, pre_activations.detach(), dead_latents, aux_k)
+        if not indices.numel():
             return residual.new_zeros(())
-        pre_activations = F.linear(x.to(self.b_pre.dtype) - self.b_pre.detach(), self.W_enc[dead], self.b_enc[dead])
+        prediction = sparse_decode(values, indices, self.W_dec).float()
+        return share * (residual - prediction).square().sum(-1).mean()
+
+    def _few_dead_latents(
+        self, x: torch.Tensor, dead: torch.Tensor, aux_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+        """The code of each row among the dead, and their share of `aux_k`. They are counted, and only theirs are computed."""
+        rows = dead.nonzero().squeeze(-1)
+        k = min(aux_k, len(rows))
+        pre_activations = F.linear(x - self.b_pre.detach(), self.W_enc[rows], self.b_enc[rows])
         values, chosen = top_k(pre_activations, k, self.config.activation)
-        prediction = sparse_decode(values, dead[chosen], self.W_dec).float()
-        return (k / aux_k) * (residual - prediction).square().sum(-1).mean()
+        return values, rows[chosen], k / aux_k if k else 0.0
+
+    def _any_dead_latents(
+        self, x: torch.Tensor, pre_activations: torch.Tensor, dead: torch.Tensor, aux_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+        """The same without the host knowing how many are dead: a GPU would have to finish all its work to tell."""
+        strength = pre_activations.abs() if self.config.activation == "absolute" else pre_activations
+        k = min(aux_k, len(dead))
+        indices = strength.masked_fill(~dead, -torch.inf).topk(k, dim=-1, sorted=False).indices
+        values = pre_activations.gather(-1, indices)
+        values = linear_at(x, self.b_pre.detach(), self.W_enc, self.b_enc, indices, values)
+        if self.config.activation == "relu":
+            values = torch.relu(values)
+        # Where fewer than aux_k are dead the rest are living ones: they must neither count nor learn.
+        return values * dead[indices], indices, dead.sum().clamp(max=k) / max(aux_k, 1)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -182,9 +219,12 @@ class SAEModel(HubMixin, PreTrainedModel):
         """
         if self.W_dec.grad is None:
             raise RuntimeError("W_dec has no gradient: call remove_parallel_decoder_gradient() after backward().")
-        along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
-        length = self.W_dec.square().sum(-1, keepdim=True)
-        self.W_dec.grad.addcmul_(along / torch.where(length > 0, length, 1), self.W_dec, value=-1)
+        # On a CPU in blocks that stay in its cache: a product of the size of W_dec would cost three times as much.
+        rows = _CACHED_ROWS if self.W_dec.device.type == "cpu" else len(self.W_dec)
+        for weight, grad in zip(self.W_dec.split(rows), self.W_dec.grad.split(rows), strict=True):
+            along = (grad * weight).sum(-1, keepdim=True)
+            length = weight.square().sum(-1, keepdim=True)
+            grad.addcmul_(along / torch.where(length > 0, length, 1), weight, value=-1)
 
     @torch.no_grad()
     def set_statistics(self, mean: torch.Tensor, total_variance: float) -> None:
@@ -204,6 +244,10 @@ class SAEModel(HubMixin, PreTrainedModel):
                 f"it is {tuple(x.shape)}. Pass CLS activations of the CLIP it was trained on"
                 f" ({self.config.base_model_name_or_path or 'not recorded'})."
             )
+
+
+def _counting_is_free(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 __all__ = ["SAEModel", "SAEOutput"]
