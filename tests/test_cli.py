@@ -631,22 +631,59 @@ def test_help_and_version_of_the_program(capsys):
 
 # The installed program
 
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "huggingface_hub", "numpy", "PIL"}
+
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def test_the_module_runs_as_a_program(tmp_path):
-    """`python -m hf_vs2.cli` is what `accelerate launch -m` starts; its status is the command's."""
-    program = subprocess.run(
-        [sys.executable, "-m", "hf_vs2.cli", "train", "--output_dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
+def imported_by(*program: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """What Python says when it runs a program, and the names of the modules that were imported meanwhile."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *program], capture_output=True, text=True, env=environment(), check=False
     )
-    assert program.returncode == 2
-    assert program.stdout == "" and program.stderr.startswith("hf-vs2 train: error: give --model and --dataset")
+    lines = result.stderr.splitlines()
+    modules = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    result.stderr = "\n".join(line for line in lines if not line.startswith("import time:"))
+    assert "hf_vs2.cli" in modules
+    return result, modules
+
+
+@pytest.fixture
+def program(tmp_path) -> str:
+    """The script that pip writes for `hf-vs2`."""
+    path = tmp_path / "hf-vs2"
+    path.write_text("import sys\nfrom hf_vs2.cli import main\nsys.exit(main())\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_comes_without_torch(arguments, program, capsys):
+    """Nobody waits for torch and transformers to be imported in order to read which flags there are."""
+    result, modules = imported_by(program, *arguments)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", run(capsys, *arguments))
+    assert not HEAVY & modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["trian"], "did you mean train?"), (["train", "--top_k", "x"], "invalid int value")]
+)
+def test_a_misspelt_command_line_is_refused_at_once(arguments, expected):
+    """A typo costs no wait either, started as a module too."""
+    result, modules = imported_by("-m", "hf_vs2.cli", *arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert expected in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not HEAVY & modules
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    """`python -m hf_vs2.cli` is what `accelerate launch -m` starts; its status is the command's, and the Auto classes know our
+    checkpoints before the command begins."""
+    result, modules = imported_by("-m", "hf_vs2.cli", "train", "--output_dir", str(tmp_path))
+    assert result.returncode == 2
+    assert result.stdout == "" and result.stderr.startswith("hf-vs2 train: error: give --model and --dataset")
+    assert "hf_vs2.auto_classes" in modules
 
 
 @pytest.mark.slow

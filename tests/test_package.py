@@ -26,8 +26,8 @@ FLOORS = {
     2: "base_model card_edits card_results checkpoint_folder configuration_sae hub hub_push model_card modeling_sae packaged_code report weight_state",
     3: "configuration_vs2_clip corpus modeling_vs2_clip neighbors processing vs2_parts",
     4: "activations data extraction fingerprint image_batches images pipeline_inputs prompt_cache prompts registry retrieval store vision_tower",
-    5: "calibration demo demo_data demo_figure demo_folds evaluation label_losses pipeline study trainer training_args training_rows",
-    6: "__init__ cli",
+    5: "calibration demo demo_data demo_figure demo_folds evaluation grid label_losses pipeline sharding study trainer training_args training_rows",
+    6: "__init__ auto_classes cli",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
@@ -46,6 +46,35 @@ before = set(sys.modules)
 sys.addaudithook(refuse_network)
 import hf_vs2
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+
+REGISTRATION_PROBE = """
+def check_registration():
+    from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    sae = AutoModel.from_config(AutoConfig.for_model("vs2_sae", hidden_size=8, top_k=2))
+    assert type(sae).__name__ == "SAEModel"
+    steered = type(AutoConfig.for_model("vs2_clip"))
+    for auto in (AutoModel, AutoModelForZeroShotImageClassification):
+        assert auto._model_mapping[steered].__name__ == "VS2CLIPForZeroShot"
+    task = PIPELINE_REGISTRY.check_task("vs2-zero-shot-image-classification")[1]
+    assert task["impl"].__name__ == "VS2ZeroShotImageClassificationPipeline"
+"""
+
+# Saved as `hf-vs2`, so that hf_vs2 takes its process for the command line's.
+COMMAND_LINE_PROBE = f"""
+import multiprocessing, sys
+import hf_vs2
+{REGISTRATION_PROBE}
+if __name__ == "__main__":
+    assert "transformers" not in sys.modules, "the registration was not put off"
+    child = multiprocessing.get_context("spawn").Process(target=check_registration)
+    child.start()
+    hf_vs2.SAEConfig
+    check_registration()
+    child.join()
+    assert child.exitcode == 0, "not registered in a spawned process"
 """
 
 
@@ -83,11 +112,50 @@ def tracked_files() -> list[Path]:
 
 
 def test_import_is_cheap_and_offline() -> None:
-    """`import hf_vs2` must not pay for datasets, training or plotting, nor open a connection: transformers' CLIP, no more."""
-    probe = subprocess.run([sys.executable, "-c", IMPORT_PROBE], capture_output=True, text=True)
+    """`import hf_vs2` must not pay for datasets, training or plotting, nor open a connection: transformers' CLIP, no more. After
+    it the Auto classes and `pipeline`, imported before, know our checkpoints."""
+    code = f"{IMPORT_PROBE}{REGISTRATION_PROBE}check_registration()"
+    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert probe.returncode == 0, probe.stderr
     added = set(probe.stdout.split()) - set(sys.stdlib_module_names)
     assert added <= {"hf_vs2", "transformers"}
+
+
+def test_registration_that_was_put_off_is_made_up_for(tmp_path: Path) -> None:
+    """In a process of the command line, workers that load a checkpoint, and code that uses a public name, find it registered."""
+    program = tmp_path / "hf-vs2"
+    program.write_text(COMMAND_LINE_PROBE, encoding="utf-8")
+    result = subprocess.run([sys.executable, str(program), "train"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("started", "argv", "expected"),
+    [
+        # what Python was started with, sys.argv when hf_vs2 is imported
+        ("python /venv/bin/hf-vs2 --help", "/venv/bin/hf-vs2 --help", True),
+        ("python bin/hf-vs2.exe", "bin/hf-vs2.exe", True),
+        ("python -m hf_vs2.cli train --top_k 8", "-m train --top_k 8", True),
+        ("python -u -Im hf_vs2.cli", "-m", True),
+        ("python -m hf_vs2.trainer", "-m", False),
+        ("python -m pytest -m hf_vs2.cli", "-m -m hf_vs2.cli", False),
+        ("python -m pdb -m hf_vs2.cli", "hf_vs2.cli", False),
+        ("python -c code --multiprocessing-fork", "/venv/bin/hf-vs2 train", False),
+        ("python -c code --multiprocessing-fork", "/venv/bin/hf-vs2 train --top_k 8 --seed 1", False),
+        ("python steer.py hf-vs2", "steer.py hf-vs2", False),
+        ("python my_hf-vs2", "my_hf-vs2", False),
+        ("python", "", False),
+        ("jupyter", "hf-vs2", False),
+        ("", "", False),
+    ],
+)
+def test_only_the_command_line_puts_registration_off(
+    started: str, argv: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script, notebook, debugger or worker that is taken for `hf-vs2` could not load checkpoints through the Auto classes."""
+    monkeypatch.setattr(sys, "orig_argv", started.split())
+    monkeypatch.setattr(sys, "argv", argv.split())
+    assert hf_vs2._is_command_line() is expected
 
 
 def test_every_public_name_resolves() -> None:
@@ -95,6 +163,9 @@ def test_every_public_name_resolves() -> None:
     assert len(hf_vs2.__all__) == len(set(hf_vs2.__all__)), "a name is listed twice"
     missing = [name for name in hf_vs2.__all__ if getattr(hf_vs2, name, None) is None]
     assert not missing
+    names: dict[str, object] = {}
+    exec("from hf_vs2 import *", names)
+    assert set(hf_vs2.__all__) <= set(names)
     assert set(hf_vs2.__all__) <= set(dir(hf_vs2)), "dir() and so completion must show every public name"
 
 

@@ -1,52 +1,62 @@
 """Visual Sparse Steering (VS2) for CLIP in the Hugging Face ecosystem.
 
-Importing the package registers its models with transformers' Auto classes, and its pipeline; it loads nothing else. The
-data, training and evaluation parts are imported when first used.
+Importing the package registers its models with transformers' Auto classes, and its pipeline; it loads nothing else. Public names
+are imported when first used. The command line puts the registration off until a command runs, so that its help needs no torch.
 """
 
 __version__ = "0.1.0.dev0"  # first: the modules below record it in what they write
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
-
-from .configuration_sae import SAEConfig
-from .configuration_vs2_clip import Steering, VS2CLIPConfig
-from .modeling_sae import SAEModel, SAEOutput
-from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
-from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
 
 
 if TYPE_CHECKING:
     from .activations import ActivationStore, extract_activations
     from .calibration import calibrate
+    from .configuration_sae import SAEConfig
+    from .configuration_vs2_clip import Steering, VS2CLIPConfig
     from .corpus import RetrievalCorpus
     from .data import load_images
     from .evaluation import EvaluationResult, evaluate
+    from .grid import steering_grid
     from .hub import push_to_hub
     from .label_losses import PrototypeAlignment
     from .model_card import create_model_card, write_model_card
+    from .modeling_sae import SAEModel, SAEOutput
+    from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
+    from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
     from .prompts import class_embeddings
     from .registry import DatasetInfo, dataset_info
     from .trainer import SAETrainer
     from .training_args import SAETrainingArguments
 
-_LAZY = {
-    "push_to_hub": "hub",
-    "create_model_card": "model_card",
-    "write_model_card": "model_card",
+_HOMES = {
     "ActivationStore": "activations",
     "extract_activations": "activations",
     "calibrate": "calibration",
+    "SAEConfig": "configuration_sae",
+    "Steering": "configuration_vs2_clip",
+    "VS2CLIPConfig": "configuration_vs2_clip",
     "RetrievalCorpus": "corpus",
-    "PrototypeAlignment": "label_losses",
-    "DatasetInfo": "registry",
-    "dataset_info": "registry",
     "load_images": "data",
     "EvaluationResult": "evaluation",
     "evaluate": "evaluation",
+    "steering_grid": "grid",
+    "push_to_hub": "hub",
+    "PrototypeAlignment": "label_losses",
+    "create_model_card": "model_card",
+    "write_model_card": "model_card",
+    "SAEModel": "modeling_sae",
+    "SAEOutput": "modeling_sae",
+    "VS2CLIPForZeroShot": "modeling_vs2_clip",
+    "VS2CLIPOutput": "modeling_vs2_clip",
+    "VS2ZeroShotImageClassificationPipeline": "pipeline",
+    "zero_shot_classifier": "pipeline",
     "class_embeddings": "prompts",
+    "DatasetInfo": "registry",
+    "dataset_info": "registry",
     "SAETrainer": "trainer",
     "SAETrainingArguments": "training_args",
 }
@@ -75,22 +85,38 @@ __all__ = [
     "extract_activations",
     "load_images",
     "push_to_hub",
+    "steering_grid",
     "write_model_card",
     "zero_shot_classifier",
 ]
 
-AutoConfig.register(SAEConfig.model_type, SAEConfig, exist_ok=True)
-AutoModel.register(SAEConfig, SAEModel, exist_ok=True)
-AutoConfig.register(VS2CLIPConfig.model_type, VS2CLIPConfig, exist_ok=True)
-AutoModel.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
-AutoModelForZeroShotImageClassification.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _HOMES:
+        import_module(".auto_classes", __name__)  # if the command line has put it off
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _is_command_line() -> bool:
+    """Whether Python was started as `hf-vs2` or `python -m hf_vs2.cli`, which register when they run a command.
+
+    Where that is not certain (a process that a command spawns, a debugger, a launcher of another name), the answer is no, and
+    costs the time that torch takes to import.
+    """
+    # What Python was told to run stands as far from the end as there are arguments. While it looks for a module to run, it
+    # calls itself "-m".
+    if not 1 <= len(sys.argv) <= len(sys.orig_argv):
+        return False
+    started = sys.orig_argv[-len(sys.argv)]
+    if sys.argv[0] == "-m":
+        return started == "hf_vs2.cli"
+    return started == sys.argv[0] and os.path.basename(started) in ("hf-vs2", "hf-vs2.exe")
+
+
+if not _is_command_line():
+    import_module(".auto_classes", __name__)

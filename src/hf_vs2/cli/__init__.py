@@ -2,7 +2,7 @@
 
 A command is a module of this package with `USAGE`, `DESCRIPTION` and `EXAMPLES` (text for its help), `add_flags(parser)`,
 `run(args)` and, if an interruption leaves something worth keeping, `kept(args)` that says what. Enter it in `COMMANDS`.
-Modules import what is heavy inside `run`.
+Modules import what is heavy inside `run`: help and mistakes in the command line need no torch.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _without_command(argv: Sequence[str]) -> None:
 def _run(command: Any, args: Namespace) -> None:
     from transformers.utils import logging
 
+    from .. import auto_classes  # noqa: F401  `import hf_vs2` has left it to us
+
     # Loading a model of one file takes a moment; bars for it are noise between the ones that matter.
     logging.disable_progress_bar()
     if _rank() != 0:
@@ -109,14 +111,13 @@ def _run(command: Any, args: Namespace) -> None:
 
 def _is_expected(error: Exception) -> bool:
     """Whether an error is about the request or the machine, so that its message is all that helps; others are bugs."""
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        return True
     import torch
     from datasets.exceptions import DatasetsError
     from safetensors import SafetensorError
 
-    return isinstance(
-        error,
-        (ValueError, TypeError, OSError, ImportError, DatasetsError, SafetensorError, torch.OutOfMemoryError),
-    )
+    return isinstance(error, (DatasetsError, SafetensorError, torch.OutOfMemoryError))
 
 
 def _message(error: Exception) -> str:

@@ -6,7 +6,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint_folder import RESULTS_NAME
 from .common import (
     activations_beside,
     add_checkpoint_flags,
@@ -89,6 +88,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     import torch
 
+    from ..checkpoint_folder import RESULTS_NAME
     from ..evaluation import EVALUATION_METHODS, evaluate
     from ..model_card import write_model_card
 
@@ -160,6 +160,8 @@ def _reference(
 
 
 def _result_path(args: Namespace) -> Path:
+    from ..checkpoint_folder import RESULTS_NAME
+
     if args.output is not None:
         return args.output
     return Path(args.checkpoint if Path(args.checkpoint).is_dir() else "", RESULTS_NAME)

@@ -1,0 +1,18 @@
+"""Importing this module registers the configs and models with transformers' Auto classes, and (with its module) the pipeline."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
+
+from . import pipeline  # noqa: F401  which registers itself
+from .configuration_sae import SAEConfig
+from .configuration_vs2_clip import VS2CLIPConfig
+from .modeling_sae import SAEModel
+from .modeling_vs2_clip import VS2CLIPForZeroShot
+
+
+AutoConfig.register(SAEConfig.model_type, SAEConfig, exist_ok=True)
+AutoModel.register(SAEConfig, SAEModel, exist_ok=True)
+AutoConfig.register(VS2CLIPConfig.model_type, VS2CLIPConfig, exist_ok=True)
+AutoModel.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
+
+__all__: list[str] = []
