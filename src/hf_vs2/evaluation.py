@@ -133,13 +133,13 @@ def evaluate(
     unknown = [method for method in methods if method not in EVALUATION_METHODS]
     if unknown:
         raise ValueError(f"methods={unknown} are not known. Use some of {list(EVALUATION_METHODS)}.")
-    _check_replayable(model)
-    _check_rows(model, rows, "rows")
+    check_replayable(model)
+    check_rows(model, rows, "rows")
     class_names = _class_names(rows, class_names)
-    target = _labels(rows, labels, class_names)
+    target = class_labels(rows, labels, len(class_names))
     prompt_sets = _prompt_sets(templates)
     if reference_rows is not None:
-        _check_rows(model, reference_rows, "reference_rows")
+        check_rows(model, reference_rows, "reference_rows")
 
     classifiers = {
         name: class_embeddings(model.clip, tokenizer, class_names, chosen, progress=progress)
@@ -304,7 +304,7 @@ def _run(
     tallies = {(variant, name): _Tally() for variant in variants for name in classifiers}
     text_means = {name: classifier.mean(0) for name, classifier in classifiers.items()}
     done = 0
-    for batch in _batches(model, rows, batch_size, "rows"):
+    for batch in replay_batches(model, rows, batch_size, "rows"):
         batch_target = target[done : done + len(batch)]
         done += len(batch)
         shared: dict[Any, tuple[Any, torch.Tensor, float]] = {}
@@ -347,12 +347,13 @@ def _image_mean(model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what: st
     """Mean of plain CLIP's unit image embeddings `(projection_dim,)`, summed in float64."""
     total = torch.zeros(model.clip.visual_projection.out_features, dtype=torch.float64, device=model.clip.device)
     with model.steering(enabled=False):
-        for batch in _batches(model, rows, batch_size, what):
+        for batch in replay_batches(model, rows, batch_size, what):
             total += _unit(model.image_features_from_cls(batch).features).double().sum(0)
     return (total / len(rows)).float()
 
 
-def _batches(model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what: str) -> Iterator[torch.Tensor]:
+def replay_batches(model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what: str) -> Iterator[torch.Tensor]:
+    """The rows block by block, refused at the first NaN or infinity; `what` is their name in the message."""
     batches = (
         rows.split(batch_size) if isinstance(rows, torch.Tensor) else rows.iter_batches(batch_size, _last_layer(model))
     )
@@ -449,7 +450,8 @@ def _meta(
 # Checks
 
 
-def _check_replayable(model: VS2CLIPForZeroShot) -> None:
+def check_replayable(model: VS2CLIPForZeroShot) -> None:
+    """Refuse a model with an inner layer steered: cached rows of the last layer can't show what that does."""
     last = _last_layer(model)
     if list(model.fvu_thresholds) != [last]:
         raise ValueError(
@@ -458,7 +460,8 @@ def _check_replayable(model: VS2CLIPForZeroShot) -> None:
         )
 
 
-def _check_rows(model: VS2CLIPForZeroShot, rows: Rows, what: str) -> None:
+def check_rows(model: VS2CLIPForZeroShot, rows: Rows, what: str) -> None:
+    """Refuse rows of another shape, layer or CLIP than this model's; `what` is their name in the message."""
     width = model.clip.visual_projection.in_features
     if isinstance(rows, torch.Tensor):
         if rows.ndim != 2:
@@ -502,7 +505,7 @@ def _class_names(rows: Rows, class_names: Sequence[str] | None) -> Sequence[str]
     return clean_class_names(class_names)
 
 
-def _labels(rows: Rows, labels: Any, class_names: Sequence[str]) -> torch.Tensor:
+def class_labels(rows: Rows, labels: Any, num_classes: int) -> torch.Tensor:
     """The labels as int64 `(n,)` on the CPU, checked against rows and class names."""
     if labels is None and not isinstance(rows, torch.Tensor):
         labels = rows.labels
@@ -515,13 +518,13 @@ def _labels(rows: Rows, labels: Any, class_names: Sequence[str]) -> torch.Tensor
         raise ValueError(
             f"there are {len(rows)} rows but labels of shape {tuple(target.shape)}: one label a row is needed."
         )
-    outside = ((target < 0) | (target >= len(class_names))).nonzero()
+    outside = ((target < 0) | (target >= num_classes)).nonzero()
     if len(outside):
         row = int(outside[0])
         hint = " (data sets mark hidden labels with -1)" if target[row] == -1 else ""
         raise ValueError(
-            f"label {int(target[row])} of row {row} is out of range: {len(class_names)} class names allow 0 to "
-            f"{len(class_names) - 1}{hint}."
+            f"label {int(target[row])} of row {row} is out of range: {num_classes} class names allow 0 to "
+            f"{num_classes - 1}{hint}."
         )
     return target.long()
 
@@ -531,8 +534,12 @@ __all__ = [
     "EVALUATION_METHODS",
     "EvaluationResult",
     "SampleOutputs",
+    "check_replayable",
+    "check_rows",
+    "class_labels",
     "distribution_norm_scores",
     "evaluate",
     "paired_bootstrap",
+    "replay_batches",
     "row_figures",
 ]

@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from ..evaluation import paired_bootstrap, row_figures
-from ..functional import steer
+from ..grid import steering_grid
 from ..report import SampleOutputs
 from .analysis import mean_per_class_accuracy
-from .bench import Bench
+from .bench import BATCH, Bench
 from .catalog import METHODS
 from .cost import measure_cost
 from .methods import RUNS, Scored, usable_gate
@@ -88,27 +88,16 @@ def _figures(outputs: Outputs, right5: int | None, plain: Outputs) -> dict[str, 
 
 
 def _grid(bench: Bench, cell: Cell) -> dict[str, Any]:
-    """Accuracy of VS2 for each gamma and lambda. For one gamma a step depends on `lambda (gamma - 1)` alone: each is tried once."""
-    model, classes, labels = bench.model(cell), bench.classes(cell), bench.labels(cell.encoder, cell.dataset)
-    gammas, lambdas = cell.params["gammas"], cell.params["lambdas"]
-    steps = {round(lambda_ * (gamma - 1), 9) for gamma in gammas for lambda_ in lambdas}
-    right = dict.fromkeys(sorted(steps | {0.0}), 0)
-    start = 0
-    for rows in bench.batches(cell):
-        target = labels[start : start + len(rows)].to(rows.device)
-        start += len(rows)
-        values, indices = model.sae.encode(rows)
-        direction = model.sae.decode(values, indices) - model.sae.b_pre
-        for step in right:
-            scores = bench.embed(cell.encoder, steer(rows, direction, step)) @ classes.T
-            right[step] += int((scores.argmax(-1) == target).sum())
-    top1 = {step: round(100 * count / len(labels), 4) for step, count in right.items()}
+    """Accuracy of VS2 for each gamma and lambda."""
+    labels, gammas, lambdas = bench.labels(cell.encoder, cell.dataset), cell.params["gammas"], cell.params["lambdas"]
+    rows = bench.rows(cell.encoder, cell.dataset, "test")
+    found = steering_grid(bench.model(cell), rows, labels, bench.classes(cell), gammas, lambdas, batch_size=BATCH)
     settings = bench.config.steering
     return {
         "gamma": gammas,
         "lambda": lambdas,
-        "top1": [[top1[round(lambda_ * (gamma - 1), 9)] for lambda_ in lambdas] for gamma in gammas],
-        "plain": top1[0.0],
+        "top1": [[round(value, 4) for value in line] for line in found.top1.tolist()],
+        "plain": round(found.plain, 4),
         "default": [settings.gamma, settings.lambda_],
         "n": len(labels),
     }
