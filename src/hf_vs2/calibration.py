@@ -16,7 +16,8 @@ logger = logging.get_logger(__name__)
 LEVELS = tuple(percent / 100 for percent in range(1, 100)) + (0.995, 0.999)
 """Quantile levels stored with an SAE; the paper uses 0.90, 0.95, 0.99 and 0.995."""
 
-_BATCH = 4096
+# More rows at once are no faster, and all latents of a block are in memory: 200 MB for 49,152.
+_BATCH = 1024
 
 
 class Rows(Protocol):

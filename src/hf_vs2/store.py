@@ -11,9 +11,12 @@ only after the last shard.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,7 @@ INDEX_NAME = "index.json"
 # The fields of the index that decide the rows; together they are the key of the store.
 REQUEST_FIELDS = ("model", "layers", "site", "preprocessing", "dataset", "columns", "dtype")
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class StoreError(OSError):
@@ -113,6 +117,26 @@ def read_shard_header(folder: Path, number: int) -> dict[str, Any] | None:
     return header
 
 
+def _first_byte(file: io.FileIO, name: str) -> int:
+    """
+    Where a tensor begins in a whole safetensors file, which safetensors itself does not tell.
+
+    The format: 8 bytes, little-endian, with the length of the header; the header, JSON; the tensors, whose `data_offsets` count
+    from the end of the header.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    return 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+
+
+def _fill(file: io.FileIO, buffer: memoryview) -> None:
+    """Reads until `buffer` is full: one read may bring less, on macOS and Windows never more than 2 GB."""
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise ValueError("it ends too early")
+        buffer = buffer[count:]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Reader
 # --------------------------------------------------------------------------------------------------------------------
@@ -120,7 +144,7 @@ def read_shard_header(folder: Path, number: int) -> dict[str, Any] | None:
 
 class ActivationStore:
     """
-    CLS rows on disk, read through memory-mapped shards. Made by [`~hf_vs2.activations.extract_activations`].
+    CLS rows on disk, of which only those asked for are read. Made by [`~hf_vs2.activations.extract_activations`].
 
     Attributes:
         path (`Path`): the folder.
@@ -133,9 +157,10 @@ class ActivationStore:
     def __init__(self, path: Path, metadata: dict[str, Any]):
         self.path = path
         self.metadata = metadata
-        self._shards: dict[int, dict[str, torch.Tensor]] = {}
         rows = torch.tensor([shard["rows"] for shard in metadata["shards"]], dtype=torch.int64)
-        self._ends = rows.cumsum(0)  # shard s holds rows _ends[s-1] up to _ends[s]
+        self._ends = rows.cumsum(0)  # shard s holds rows _starts[s] up to _ends[s]
+        self._starts = self._ends - rows
+        self._offsets: dict[tuple[int, str], int] = {}  # byte at which a layer begins in a shard, of those read so far
 
     @classmethod
     def open(cls, path: str | os.PathLike, request: dict[str, Any] | None = None) -> ActivationStore:
@@ -181,10 +206,6 @@ class ActivationStore:
             f"layers={self.layers}, dtype={self.metadata['dtype']!r})"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy in another process (DataLoader workers) maps the shards itself instead of receiving their rows.
-        return {**self.__dict__, "_shards": {}}
-
     @property
     def hidden_size(self) -> int:
         return self.metadata["hidden_size"]
@@ -224,12 +245,11 @@ class ActivationStore:
         wanted = torch.where(wanted < 0, wanted + len(self), wanted)
         if wanted.numel() and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
             raise IndexError(f"Row numbers must lie in [{-len(self)}, {len(self)}), got {indices}")
-        shard_of = torch.bucketize(wanted, self._ends, right=True)
-        out = torch.empty(len(wanted), self.hidden_size)
-        for number in shard_of.unique().tolist():
-            places = (shard_of == number).nonzero().squeeze(1)
-            out[places] = self._shard(number)[name][wanted[places] - self._start(number)].float()
-        return out
+        rows = torch.empty(len(wanted), self.hidden_size, dtype=ROW_DTYPES[self.metadata["dtype"]])
+        buffer = rows.view(torch.uint8).flatten().numpy().data
+        for number, runs in groupby(self._runs(wanted), key=itemgetter(0)):
+            self._read(number, name, runs, buffer)
+        return rows.float()
 
     def iter_batches(self, batch_size: int, layer: int | None = None) -> Iterator[torch.Tensor]:
         """All rows in order, `batch_size` at a time: (<= batch_size, hidden) float32."""
@@ -243,7 +263,7 @@ class ActivationStore:
         name = self._layer_name(layer)
         out = torch.empty(len(self), self.hidden_size)
         for number in range(len(self._ends)):
-            out[self._start(number) : int(self._ends[number])] = self._shard(number)[name]
+            out[int(self._starts[number]) : int(self._ends[number])] = self._tensor(number, name)
         return out
 
     def to_dataset(self, layer: int | None = None) -> Dataset:
@@ -259,10 +279,11 @@ class ActivationStore:
             features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
         tables = []
         for number in range(len(self._ends)):
-            shard = self._shard(number)
-            flat = pa.array(shard[name].float().flatten().numpy())  # shares the mapped memory when rows are float32
+            # Shares the mapped memory when rows are float32.
+            flat = pa.array(self._tensor(number, name).float().flatten().numpy())
             columns = {"activation": pa.FixedSizeListArray.from_arrays(flat, self.hidden_size)}
-            columns |= {key: pa.array(shard[key].numpy()) for key in ("image_index", "label") if key in features}
+            for key in features.keys() - columns.keys():
+                columns[key] = pa.array(self._tensor(number, key).numpy())
             tables.append(pa.table(columns, schema=features.arrow_schema))
         fingerprint = f"{request_key(request_of(self.metadata))}-{name}"
         info = datasets.DatasetInfo(features=features)
@@ -278,22 +299,68 @@ class ActivationStore:
             raise ValueError(f"This store holds layers {self.layers}, not {layer}")
         return f"layer_{resolved}"
 
-    def _start(self, number: int) -> int:
-        return int(self._ends[number - 1]) if number else 0
+    def _runs(self, wanted: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
+        """`wanted` as stretches that lie on disk as they are asked for: (shard, row in it, place in `wanted`, length), in the
+        order of the disk."""
+        shard = torch.bucketize(wanted, self._ends, right=True)
+        begins = torch.ones_like(wanted, dtype=torch.bool)
+        begins[1:] = (wanted.diff() != 1) | (shard.diff() != 0)
+        places = begins.nonzero().squeeze(1)
+        lengths = torch.cat([places, torch.tensor([len(wanted)])]).diff()
+        order = wanted[places].argsort()
+        places, lengths = places[order], lengths[order]
+        shard = shard[places]
+        columns = (shard, wanted[places] - self._starts[shard], places, lengths)
+        return zip(*(column.tolist() for column in columns), strict=True)
 
-    def _shard(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of a shard, backed by the mapped file: pages are read when touched and can be dropped again."""
-        if number not in self._shards:
-            path = self.path / shard_name(number)
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    self._shards[number] = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                raise StoreError(f"{path} is damaged ({error}): extract the activations again") from error
-        return self._shards[number]
+    def _read(self, number: int, name: str, runs: Iterable[tuple[int, int, int, int]], buffer: memoryview) -> None:
+        """Copies `runs` of one shard to their places in `buffer`, which holds all rows asked for.
+
+        The file is not kept open, so that any number of shards, threads and processes will do. It is not mapped: every mapped
+        page that was read counts as resident memory, in the end the whole store.
+        """
+        path = f"{self.path}{os.sep}{shard_name(number)}"
+        width = self.hidden_size * ROW_DTYPES[self.metadata["dtype"]].itemsize
+        try:
+            with open(path, "rb", buffering=0) as file:
+                offset = self._offset(number, name, file)
+                for _, row, place, count in runs:
+                    file.seek(offset + row * width)
+                    _fill(file, buffer[place * width : (place + count) * width])
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+    def _offset(self, number: int, name: str, file: io.FileIO) -> int:
+        """Byte of an open shard at which the rows of a layer begin. Refuses a file of another size than the index says and, when
+        it is first read, one that safetensors refuses or whose rows are of another dtype or shape."""
+        shard, size = self.metadata["shards"][number], os.fstat(file.fileno()).st_size
+        if size != shard["bytes"]:
+            raise ValueError(f"it has {size} bytes instead of {shard['bytes']}")
+        if (number, name) not in self._offsets:
+            with safe_open(file.name, framework="pt") as whole:
+                rows = whole.get_slice(name)
+                found = (rows.get_dtype(), rows.get_shape())
+            expected = (_SAFETENSORS_DTYPES[self.metadata["dtype"]], [shard["rows"], self.hidden_size])
+            if found != expected:
+                raise ValueError(f"{name} is {found} instead of {expected}")
+            self._offsets[number, name] = _first_byte(file, name)
+        return self._offsets[number, name]
+
+    def _tensor(self, number: int, name: str) -> torch.Tensor:
+        """A whole tensor of a shard, backed by the mapped file until the tensor is dropped."""
+        path = self.path / shard_name(number)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
 
     def _column(self, name: str) -> torch.Tensor:
-        return torch.cat([self._shard(number)[name] for number in range(len(self._ends))])
+        return torch.cat([self._tensor(number, name) for number in range(len(self._ends))])
+
+
+def _damaged(path: str | Path, error: Exception) -> StoreError:
+    return StoreError(f"{path} is damaged ({error}): extract the activations again")
 
 
 def _find_store(path: Path) -> Path:

@@ -1,0 +1,280 @@
+"""The store gives the rows that were written, from any place at any time, without growing into memory, or says which file is bad."""
+
+import io
+import os
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from hf_vs2.calibration import activation_statistics
+from hf_vs2.store import (
+    FORMAT,
+    FORMAT_VERSION,
+    ROW_DTYPES,
+    ActivationStore,
+    StoreError,
+    _fill,
+    read_shard_header,
+    shard_name,
+    write_index,
+    write_shard,
+)
+
+
+def finish_store(folder, rows_per_shard, hidden, layers, dtype="float32"):
+    """Declares the shards in `folder` a complete store, as extraction does, and opens it."""
+    shards = [{"rows": n, "bytes": (folder / shard_name(i)).stat().st_size} for i, n in enumerate(rows_per_shard)]
+    index = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": {"id": "someone/clip", "revision": None, "fingerprint": "ab12", "dtype": "float32"},
+        "layers": layers,
+        "site": "cls",
+        "preprocessing": {},
+        "dataset": {"fingerprint": "cd34", "split": None},
+        "columns": {"image": "image", "label": None},
+        "dtype": dtype,
+        "class_names": None,
+        "hidden_size": hidden,
+        "num_layers": 3,
+        "num_rows": sum(rows_per_shard),
+        "shards": shards,
+        "complete": True,
+    }
+    write_index(folder, index)
+    return ActivationStore.open(folder)
+
+
+def make_store(folder, dtype="float32", rows_per_shard=(7, 0, 30, 1, 12), layers=(0, 2), hidden=5):
+    """A store of uneven shards, one of them empty, and the rows of each layer."""
+    dice = torch.Generator().manual_seed(0)
+    rows = {layer: torch.randn(sum(rows_per_shard), hidden, generator=dice).to(ROW_DTYPES[dtype]) for layer in layers}
+    start = 0
+    for number, count in enumerate(rows_per_shard):
+        part = slice(start, start := start + count)
+        tensors = {f"layer_{layer}": values[part].contiguous() for layer, values in rows.items()}
+        write_shard(folder, number, tensors | {"image_index": torch.arange(part.start, part.stop)}, {})
+        assert read_shard_header(folder, number)["rows"] == count
+    store = finish_store(folder, rows_per_shard, hidden, list(layers), dtype)
+    return store, {layer: values.float() for layer, values in rows.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The right rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(ROW_DTYPES))
+def test_rows_come_as_asked_for_whatever_the_order(tmp_path, dtype):
+    """An SAE would be trained on other images' rows, or on bytes read at the wrong place, without any error."""
+    store, rows = make_store(tmp_path, dtype)
+    dice = torch.Generator().manual_seed(1)
+    orders = {
+        "all": torch.arange(50),
+        "backwards": torch.arange(49, -1, -1),
+        "stretches": torch.cat([torch.arange(20, 45), torch.arange(3, 9), torch.arange(30, 50)]),
+        "repeated": torch.tensor([6, 6, 7, 7, 6, 7, 8]),
+        "from the end": torch.arange(-50, 0),
+        "around the end": torch.tensor([48, 49, -1, 0, 1, -50]),
+        "every other": torch.arange(0, 50, 2),
+        "at random": torch.randint(-50, 50, (200,), generator=dice),
+        "none": torch.empty(0, dtype=torch.int64),
+    }
+    for layer in (0, 2):
+        for name, wanted in orders.items():
+            taken = store.take(wanted, layer)
+            assert taken.dtype == torch.float32, name
+            assert torch.equal(taken, rows[layer][wanted]), (name, layer)
+        assert torch.equal(store.tensor(layer), rows[layer])
+    assert torch.equal(store.image_indices, torch.arange(50))
+
+
+class TakenRows(torch.utils.data.Dataset):
+    def __init__(self, store):
+        self.store = store
+
+    def __len__(self):
+        return len(self.store)
+
+    def __getitem__(self, number):
+        return self.store.take([number], 2)[0]
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_worker_processes_read_the_store_they_were_handed(tmp_path, start):
+    """A DataLoader over a store would fail or mix up rows: workers share open files with their parent, or receive a pickle."""
+    if start not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {start} processes")
+    store, rows = make_store(tmp_path)
+    store.take([3, 20], 2)
+    loader = DataLoader(TakenRows(store), batch_size=4, num_workers=2, multiprocessing_context=start)
+    assert torch.equal(torch.cat(list(loader)), rows[2])
+
+
+def test_threads_read_at_the_same_time(tmp_path):
+    """A server that answers several requests at once would get rows of another request."""
+    store, rows = make_store(tmp_path, rows_per_shard=(1000,) * 4, hidden=64)
+
+    def right(seed):
+        wanted = torch.randint(4000, (300,), generator=torch.Generator().manual_seed(seed))
+        return torch.equal(store.take(wanted, 0), rows[0][wanted])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(right, range(100)))
+
+
+def test_an_exported_dataset_outlives_the_store(tmp_path):
+    """`to_dataset` shares the mapped files; it must keep them mapped itself."""
+    store, rows = make_store(tmp_path)
+    dataset = store.to_dataset(2)
+    del store
+    assert torch.equal(dataset.with_format("torch")["activation"][:], rows[2])
+
+
+def test_a_read_that_stops_short_is_continued(tmp_path):
+    """One read brings at most 2 GB: rows of a large shard would be left as whatever was in memory. A pipe stops far earlier."""
+    sent = os.urandom(500_000)
+    receiver, sender = os.pipe()
+    with io.FileIO(receiver) as file:
+
+        def send():
+            with io.FileIO(sender, "w") as pipe:
+                for start in range(0, len(sent), 50_000):
+                    pipe.write(sent[start : start + 50_000])
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        received = bytearray(len(sent))
+        _fill(file, memoryview(received))
+        assert received == sent
+        thread.join()
+        with pytest.raises(ValueError, match="ends too early"):
+            _fill(file, memoryview(received))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damage while in use
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def cut(file, size):
+    os.truncate(file, size - 8)
+
+
+def overwrite(file, size):
+    file.write_bytes(b"\xff" * size)
+
+
+def other_shape(file, size):
+    tensors = {"layer_0": torch.zeros(60, 5), "layer_2": torch.zeros(30, 5), "image_index": torch.arange(30)}
+    save_file(tensors, file)
+
+
+def same_size(file, size):
+    """As many bytes, other rows: a shard of another model with a smaller width."""
+    before = file.read_bytes()
+    length = int.from_bytes(before[:8], "little")
+    header = before[8 : 8 + length].replace(b"[30,5]", b"[50,3]")
+    assert header.count(b"[50,3]") == 2
+    file.write_bytes(before[:8] + header + before[8 + length :])
+
+
+def other_dtype(file, size):
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b'"F32"', b'"I32"'))
+
+
+def missing(file, size):
+    file.unlink()
+
+
+def assert_named(store, rows):
+    assert torch.equal(
+        store.take([0, 6, 38, 49], 0), rows[0][[0, 6, 38, 49]]
+    )  # the other shards are as good as before
+    with pytest.raises(StoreError, match=r"shard-00002\.safetensors is damaged \(.+\): extract the activations again"):
+        store.take([0, 9], 0)
+
+
+@pytest.mark.parametrize("damage", [cut, overwrite, other_shape, same_size, other_dtype, missing])
+def test_damage_since_the_store_was_opened_names_the_file(tmp_path, damage):
+    """Bytes of something else would be read as activations, or an error would leave open which of thousands of files to mend."""
+    store, rows = make_store(tmp_path)
+    damage(tmp_path / shard_name(2), store.metadata["shards"][2]["bytes"])
+    assert_named(store, rows)
+
+
+@pytest.mark.parametrize("damage", [cut, other_shape, missing])
+def test_a_file_exchanged_under_a_running_job_is_named(tmp_path, damage):
+    """Where rows begin is remembered; in a file that is not the same any more, other bytes lie there."""
+    store, rows = make_store(tmp_path)
+    assert torch.equal(store.take(range(50), 0), rows[0])
+    damage(tmp_path / shard_name(2), store.metadata["shards"][2]["bytes"])
+    assert_named(store, rows)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def at_random(store):
+    dice = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        yield store.take(torch.randint(len(store), (512,), generator=dice))
+
+
+def in_order(store):
+    yield from store.iter_batches(4096)
+
+
+def training_statistics(store):
+    yield activation_statistics(store, torch.arange(len(store)))
+
+
+@pytest.mark.parametrize("read", [at_random, in_order, training_statistics])
+def test_resident_memory_does_not_grow_with_the_store(tmp_path, read):
+    """A mapped page that was read counts as the job's memory: schedulers and containers kill a job at its limit, although the
+    store would fit on the disk many times over."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is measured through /proc, which this system does not have")
+    rows, hidden, shards = 4096, 512, 32
+    tensors = {"layer_2": torch.randn(rows, hidden), "image_index": torch.arange(rows)}
+    write_shard(tmp_path, 0, tensors, {})
+    for number in range(1, shards):
+        os.link(tmp_path / shard_name(0), tmp_path / shard_name(number))
+    store = finish_store(tmp_path, [rows] * shards, hidden, [2])
+    assert sum(shard["bytes"] for shard in store.metadata["shards"]) > 268e6
+    store.take(range(4096))  # what the first call alone needs
+    before = most = resident_memory()
+    for _ in read(store):
+        most = max(most, resident_memory())
+    assert most - before < 60e6
+    assert len(pickle.dumps(store)) < 20_000  # no rows travel to a worker process
+
+
+def resident_memory():
+    """Bytes of this process in memory, mapped files included."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def test_only_the_rows_asked_for_are_read(tmp_path):
+    """A random batch from a cold disk would cost whole shards."""
+    if not Path("/proc/self/io").exists():
+        pytest.skip("bytes read are counted through /proc, which this system does not have")
+    store, rows = make_store(tmp_path, rows_per_shard=(2000,) * 3, hidden=256, layers=(0,))
+    wanted = torch.tensor([5999, 3, 2500, 4])
+    before = bytes_read()
+    assert torch.equal(store.take(wanted), rows[0][wanted])
+    assert 4 * 256 * 4 <= bytes_read() - before < 4 * 256 * 4 + 10_000
+
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
