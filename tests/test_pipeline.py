@@ -318,6 +318,47 @@ def test_a_generator_is_read_as_results_are_taken(classifier, images):
     assert_same(found, classifier(images[:6], LABELS))
 
 
+def test_many_images_are_taken_in_batches_unless_told_otherwise(model, images):
+    """Called without `batch_size`, a list must not run at the speed of one image at a time; who names one must get it; and of
+    a camera or a queue, no answer may wait for the images after it."""
+    many = images * 5
+    classifier = hf_vs2.zero_shot_classifier(model, device="cpu")
+    expected = classifier(many, LABELS, batch_size=1)
+    passes = count_calls(model.clip.vision_model)
+    for collection in (many, tuple(many), KeyDataset([{"image": image} for image in many], "image")):
+        passes.clear()
+        assert_same(list(classifier(collection, LABELS)), expected)
+        assert len(passes) == 3, "16, 16, and the 3 that are left"
+    passes.clear()
+    classifier(many, LABELS, batch_size=7)
+    fixed = hf_vs2.zero_shot_classifier(model, device="cpu", batch_size=7)
+    assert_same(fixed(many, LABELS), expected)
+    assert len(passes) == 5 + 5
+    fixed(many, LABELS, batch_size=1)
+    assert len(passes) == 5 + 5 + 35
+    read = []
+    results = classifier((read.append(number) or image for number, image in enumerate(many)), LABELS)
+    for number, found in zip(range(1, 4), results, strict=False):
+        assert_same(found, expected[number - 1])
+        assert len(read) == number
+
+
+def test_a_file_opened_once_and_given_often_is_read_whole(classifier, images, tmp_path, monkeypatch):
+    """Pillow loads an opened file at its first use; two threads at it would damage each other's pixels. Whoever stops half-way
+    must not leave threads behind."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    large = images[0].resize((700, 500))
+    expected = classifier([large] * 2, LABELS)
+    large.save(tmp_path / "image.png")
+    before = threading.active_count()
+    for _ in range(5):
+        opened = Image.open(tmp_path / "image.png")
+        assert_same(classifier([opened, large, opened, opened, large], LABELS), [*expected, *expected, expected[0]])
+    results = iter(classifier(KeyDataset([{"image": large}] * 20, "image"), LABELS, batch_size=4))
+    next(results)
+    assert threading.active_count() == before
+
+
 # Steering
 
 

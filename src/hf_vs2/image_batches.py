@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .images import UnreadableImageError, open_image
 
+
+T = TypeVar("T")
 
 # Says nothing about the pixels: left out of what a store is keyed by.
 _PROCESSOR_NOISE = ("processor_class", "feature_extractor_type", "return_tensors", "transformers_version", "auto_map")
@@ -66,17 +69,21 @@ class ImageReader(TorchDataset):
 
     def __getitem__(self, span: Span) -> ImageBatch:
         batch = ImageBatch(span.start, span.stop)
+        rows = list(self._rows(span))
+        values = [row[self.columns.image] for row in rows]
+        paths = [_path_of(value) for value in values]
+        names = [
+            f"image {index} ({path})" if path else f"image {index}"
+            for index, path in zip(range(span.start, span.stop), paths, strict=True)
+        ]
         pixels = []
-        for index, row in zip(range(span.start, span.stop), self._rows(span), strict=True):
-            value = row[self.columns.image]
-            label = None if self.columns.label is None else row[self.columns.label]
-            path = _path_of(value)
-            name = f"image {index} ({path})" if path else f"image {index}"
-            try:
-                pixels.append(self._pixels(value, name))
-            except UnreadableImageError as error:
-                batch.unreadable.append({"index": index, "path": path, "error": str(error)})
+        found = read_together(self._pixels_or_error, values, names)
+        for index, row, path, name, image in zip(range(span.start, span.stop), rows, paths, names, found, strict=True):
+            if isinstance(image, UnreadableImageError):
+                batch.unreadable.append({"index": index, "path": path, "error": str(image)})
                 continue
+            label = None if self.columns.label is None else row[self.columns.label]
+            pixels.append(image)
             batch.indices.append(index)
             batch.names.append(name)
             batch.labels.append(_integer_label(label, name))
@@ -95,17 +102,56 @@ class ImageReader(TorchDataset):
             for values in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, values, strict=True))
 
-    def _pixels(self, value: Any, name: str) -> torch.Tensor:
-        image = open_image(value, name)
-        _refuse_extreme_aspect(image, self.processor, name)
-        # The processor's own resize and crop; rescaling and normalisation are one step on the device (`Normalizer`).
-        pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
-        if pixels.dtype != torch.uint8:
-            raise TypeError(
-                f"{type(self.processor).__name__} gives {pixels.dtype} with do_rescale=False and do_normalize=False, "
-                "expected uint8: use CLIP's image processor or one built like it"
-            )
-        return pixels
+    def _pixels_or_error(self, value: Any, name: str) -> torch.Tensor | UnreadableImageError:
+        try:
+            image = open_image(value, name)
+            _refuse_extreme_aspect(image, self.processor, name)
+            return uint8_pixels(image, self.processor)
+        except UnreadableImageError as error:
+            return error
+
+
+def uint8_pixels(image: Image.Image, processor: Any) -> torch.Tensor:
+    """
+    The image as `processor` resizes and crops it, (channels, height, width) uint8. Rescaling and normalisation are left to
+    [`Normalizer`]: one step for a whole batch, on the device.
+
+    Raises:
+        TypeError: a processor that gives other than uint8.
+    """
+    pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    if pixels.dtype != torch.uint8:
+        raise TypeError(
+            f"{type(processor).__name__} gives {pixels.dtype} with do_rescale=False and do_normalize=False, "
+            "expected uint8: use CLIP's image processor or one built like it"
+        )
+    return pixels
+
+
+def read_together(read: Callable[[Any, str], T], images: Sequence[Any], names: Sequence[str]) -> list[T]:
+    """
+    `read(image, name)` of each image, in order, by as many threads as torch uses (in a DataLoader worker: one), for Pillow's
+    decoders and its resizing let other threads run. The threads end before this returns; the first error in order is raised.
+    """
+    # A Pillow object that was given several times (opened, not loaded yet) can't be decoded by two threads at once.
+    places: dict[int, list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(id(image), []).append(place)
+    num_threads = min(torch.get_num_threads(), len(places))
+    if num_threads <= 1:
+        return [read(image, name) for image, name in zip(images, names, strict=True)]
+
+    def read_one(of_one: Sequence[int]) -> list[T]:
+        return [read(images[place], names[place]) for place in of_one]
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = pool.map(read_one, places.values())
+        by_place = {
+            place: result
+            for of_one, results in zip(places.values(), found, strict=True)
+            for place, result in zip(of_one, results, strict=True)
+        }
+    return [by_place[place] for place in range(len(images))]
 
 
 class Normalizer:
