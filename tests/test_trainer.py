@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import clip_like_rows, make_sae, sparse_rows
 
-from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
+from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments, modeling_sae
 from hf_vs2.calibration import activation_statistics, as_rows
 from hf_vs2.functional import prototype_alignment
 from hf_vs2.label_losses import PrototypeAlignment
@@ -785,6 +786,42 @@ def test_memory_mapped_store_and_tensor_give_the_same(tiny_clip, tmp_path):
     VS2CLIPForZeroShot(tiny_clip, sae)
     with pytest.raises(ValueError, match=r"The store holds layers \[1, 2\]: say which one to train on"):
         SAETrainer(SAEConfig(hidden_size=32, top_k=4), arguments, store)
+
+
+class HostQuestions(TorchDispatchMode):
+    """Counts the operations whose result, or its size, the host must wait for."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0].lstrip("_")
+        if name in {each.lstrip("_") for each in self.NAMES}:
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}])
+def test_the_host_waits_for_the_device_at_log_entries_only(rows, tmp_path, monkeypatch, settings):
+    """Asked for one number a step, a GPU finishes all its work before it gets more: half its time it would stand idle."""
+    monkeypatch.setattr(modeling_sae, "_counting_is_free", lambda device: False)  # take the path of a GPU
+
+    def questions(steps, logging_steps):
+        options = {"max_steps": steps, "logging_steps": logging_steps, "dead_latent_threshold": 1, **settings}
+        options |= {"per_device_train_batch_size": 16, "config": {"aux_k": 20}}
+        trainer = make_trainer(tmp_path / f"{steps}-{logging_steps}", rows, **options)
+        trainer._set_statistics()
+        with HostQuestions() as questions:
+            progress = trainer._optimize()
+        assert progress.log[-1]["dead_share"] > 0, "AuxK is at work"
+        return len(questions.asked)
+
+    at_one_entry = questions(10, 10)
+    assert questions(30, 30) == at_one_entry > 0
+    assert questions(30, 10) == 3 * at_one_entry
 
 
 def test_the_progress_bar_shows_what_matters(rows, tmp_path, capfd):

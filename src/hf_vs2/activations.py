@@ -79,7 +79,8 @@ def extract_activations(
         dtype (`str`): of the rows on disk, "float32", "bfloat16" or "float16".
         on_error (`str`): "raise" stops at an image that cannot be read, "skip" leaves it out; what was skipped is
             logged and listed in `store.metadata["skipped"]`.
-        shard_size (`int`): images per file, the step in which an interrupted extraction continues.
+        shard_size (`int`): images per file, the step in which an interrupted extraction continues. Several processes
+            make smaller files where that gives each as many images as the others.
         device (*optional*): default: the model's own; for a model given by name, a GPU if there is one.
         progress (`bool`): show a progress bar, on the main process only.
         dataset_id (`str`, *optional*): name of the data set, for the records only.

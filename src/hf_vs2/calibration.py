@@ -16,8 +16,10 @@ logger = logging.get_logger(__name__)
 LEVELS = tuple(percent / 100 for percent in range(1, 100)) + (0.995, 0.999)
 """Quantile levels stored with an SAE; the paper uses 0.90, 0.95, 0.99 and 0.995."""
 
-# More rows at once are no faster, and all latents of a block are in memory: 200 MB for 49,152.
+# More rows at once are no faster.
 _BATCH = 1024
+# Numbers that a block's latents may take before the top-k, 256 MB: fewer rows at once for a very wide SAE.
+_PRE_ACTIVATIONS = 2**26
 
 
 class Rows(Protocol):
@@ -137,7 +139,7 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
         )
     error = spread = active = 0.0
     fvus = []
-    for block in batches(rows, indices):
+    for block in batches(rows, indices, max(1, min(_BATCH, _PRE_ACTIVATIONS // sae.config.weight_shape[0]))):
         block = block.to(sae.device)
         values, latents = sae.encode(block)
         reconstruction = sae.decode(values, latents).float()

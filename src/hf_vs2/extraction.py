@@ -128,6 +128,10 @@ class Extraction:
             self.index["shard_size"] = read_index(self.folder)["shard_size"]
         else:
             self._log_nearest()
+            if self.num_images is not None:
+                self.index["shard_size"] = even_shard_size(
+                    self.num_images, self.index["shard_size"], self.batch_size, self.world_size
+                )
         write_index(self.folder, self.index)
 
     def _log_nearest(self) -> None:
@@ -232,6 +236,19 @@ class Extraction:
             "complete": True,
         }
         write_index(self.folder, self.index)
+
+
+def even_shard_size(num_images: int, shard_size: int, batch_size: int, world_size: int) -> int:
+    """Images per shard, at most `shard_size`, of which each process gets as many as the others where there are enough images.
+
+    Whole batches where `shard_size` is: every image then is in the batch that it is in when one process does all.
+    """
+    if world_size == 1:
+        return shard_size
+    num_shards = -(-num_images // shard_size)
+    num_shards += -num_shards % world_size
+    size = -(-num_images // num_shards)
+    return min(shard_size, size + -size % batch_size)
 
 
 class _Shard:

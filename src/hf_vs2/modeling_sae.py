@@ -97,6 +97,9 @@ class SAEModel(HubMixin, PreTrainedModel):
         init.zeros_(self.b_pre)
         init.zeros_(self.mean)
 
+    def get_input_embeddings(self) -> None:
+        """None: there are no tokens. accelerate asks when it shards a model (FSDP)."""
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SAEModel:
         # `.to(torch.bfloat16)` and friends move everything but must not round the statistics: the FVU and so the gate hang on it.
         mean = self.mean
@@ -206,8 +209,9 @@ class SAEModel(HubMixin, PreTrainedModel):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Set every decoder direction to unit norm. Call it after the optimizer's step. A zero row stays zero."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=-1, keepdim=True, dtype=torch.float32)
-        self.W_dec.div_(torch.where(norms > 0, norms, 1).to(self.W_dec.dtype))
+        weight = _own_rows(self.W_dec)
+        norms = torch.linalg.vector_norm(weight, dim=-1, keepdim=True, dtype=torch.float32)
+        weight.div_(torch.where(norms > 0, norms, 1).to(weight.dtype))
 
     @torch.no_grad()
     def remove_parallel_decoder_gradient(self) -> None:
@@ -219,9 +223,10 @@ class SAEModel(HubMixin, PreTrainedModel):
         """
         if self.W_dec.grad is None:
             raise RuntimeError("W_dec has no gradient: call remove_parallel_decoder_gradient() after backward().")
+        weights, grads = _own_rows(self.W_dec), _own_rows(self.W_dec.grad)
         # On a CPU in blocks that stay in its cache: a product of the size of W_dec would cost three times as much.
-        rows = _CACHED_ROWS if self.W_dec.device.type == "cpu" else len(self.W_dec)
-        for weight, grad in zip(self.W_dec.split(rows), self.W_dec.grad.split(rows), strict=True):
+        rows = _CACHED_ROWS if weights.device.type == "cpu" else max(1, len(weights))
+        for weight, grad in zip(weights.split(rows), grads.split(rows), strict=True):
             along = (grad * weight).sum(-1, keepdim=True)
             length = weight.square().sum(-1, keepdim=True)
             grad.addcmul_(along / torch.where(length > 0, length, 1), weight, value=-1)
@@ -244,6 +249,11 @@ class SAEModel(HubMixin, PreTrainedModel):
                 f"it is {tuple(x.shape)}. Pass CLS activations of the CLIP it was trained on"
                 f" ({self.config.base_model_name_or_path or 'not recorded'})."
             )
+
+
+def _own_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The directions that this process holds, sharing memory: all of them, unless FSDP has dealt them out by rows."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _counting_is_free(device: torch.device) -> bool:

@@ -31,6 +31,7 @@ from .configuration_sae import SAEConfig
 from .label_losses import LabelLoss, describe_label_loss
 from .model_card import write_model_card
 from .modeling_sae import SAEModel, SAEOutput
+from .sharding import apply_fsdp, refuse_unfit_fsdp, whole_model
 from .training_args import SAETrainingArguments
 from .training_rows import LayerRows, TrainRows, UnionRows, chosen_rows, training_labels, training_rows
 
@@ -117,7 +118,9 @@ class SAETrainer:
     Trains a [`SAEModel`] on cached CLS activations, calibrates it and saves it.
 
     Works on one process or many (`accelerate launch`, `torchrun`); for the same global batch the result is the same up to
-    float error. No labels are used unless a `label_loss` is given.
+    float error. Under an FSDP configuration of accelerate each process keeps a part of the latents, and of their gradients
+    and optimizer state; after training, `trainer.model` is whole again on every process. No labels are used unless a
+    `label_loss` is given.
 
     Args:
         model (`SAEModel` or `SAEConfig`): a model to go on training, or the configuration of a new one, which is copied
@@ -136,8 +139,8 @@ class SAETrainer:
             only; `config.training_data` records that they were.
 
     Raises:
-        `ValueError`: on a width that differs from the model's, too few rows, stores that do not belong together, or labels that
-            are missing or do not fit.
+        `ValueError`: on a width that differs from the model's, too few rows, stores that do not belong together, labels that
+            are missing or do not fit, or an accelerate configuration that an SAE can't be trained under.
 
     Example:
 
@@ -160,6 +163,7 @@ class SAETrainer:
         label_loss: LabelLoss | None = None,
     ):
         self.args = args
+        refuse_unfit_fsdp()
         self.accelerator = Accelerator(
             # Without this, processes that torchrun starts on a machine without GPU would each train alone.
             cpu=not torch.accelerator.is_available(),
@@ -167,9 +171,13 @@ class SAETrainer:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
-            # The only buffer, the mean, never changes: nothing to broadcast at each step.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                # The only buffer, the mean, never changes: nothing to broadcast at each step. And the gradients are kept where
+                # they are exchanged from, not twice.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
         )
+        apply_fsdp(self.accelerator)
         if args.report_to not in ("none", "all") and not self.accelerator.log_with:
             raise ImportError(
                 f"report_to={args.report_to}: that tracker is not installed. Install it, or use report_to=none."
@@ -221,6 +229,9 @@ class SAETrainer:
         started = time.perf_counter()
         self._set_statistics()
         progress = self._optimize()
+        if self.accelerator.is_fsdp2:
+            self.accelerator.free_memory()  # the optimizer's state makes room for the weights
+            self.model = whole_model(self.model)
         metrics: dict[str, Any] = self._calibrate()
         metrics["dead_share"] = _dead(progress, self.args.dead_latent_threshold).float().mean().item()
         metrics |= {
@@ -297,7 +308,8 @@ class SAETrainer:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
         schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * steps), steps)
         model, optimizer = accelerator.prepare(self.model, optimizer)
-        progress = _Progress(self._plan(), torch.zeros_like(self.model.b_enc, dtype=torch.int64))
+        never = torch.zeros(self.model.config.weight_shape[0], dtype=torch.int64, device=accelerator.device)
+        progress = _Progress(self._plan(), steps_since_active=never)
         if args.resume_from_checkpoint:
             progress.load(self._checkpoint_to_resume(), accelerator, schedule)
         if args.report_to != "none":
@@ -351,6 +363,7 @@ class SAETrainer:
             "steps": self.num_steps,
             "global_batch_size": self.batch_size * args.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
+            "sharding": "fsdp" if self.accelerator.is_fsdp2 else None,  # accelerate's files differ
         }
         plan |= {name: getattr(config, name) for name in _PLANNED_CONFIG}
         plan |= {name: getattr(args, name) for name in _PLANNED_ARGUMENTS}
@@ -371,7 +384,7 @@ class SAETrainer:
     def _label_term(self, out: SAEOutput, indices: torch.Tensor) -> torch.Tensor:
         """What the labels of this process's part add to its loss, in units of the FVU."""
         assert self.label_loss is not None and self.labels is not None and self.model.config.total_variance
-        labels = self.labels[self._mine(indices)].to(self.accelerator.device)
+        labels = self.labels[self._mine(indices)].to(self.accelerator.device, non_blocking=True)
         return self.label_loss(out, labels) / self.model.config.total_variance
 
     def _calibrate(self) -> dict[str, float]:

@@ -43,7 +43,8 @@ examples:
   hf-vs2 train --activations_dir outputs/rows-cifar100 outputs/rows-cub --output_dir outputs/sae-both
   hf-vs2 train --config examples/configs/cifar100.yaml --pass_weight 0.8 --label_column fine_label \\
       --output_dir outputs/sae-pass
-  accelerate launch -m hf_vs2.cli train --config examples/configs/cifar100.yaml"""
+  accelerate launch --config_file examples/accelerate/one_node_8_gpus.yaml \\
+      -m hf_vs2.cli train --config examples/configs/cifar100.yaml"""
 CHECKPOINTS_AND_LOG = (
     "save_steps",
     "save_total_limit",
@@ -100,8 +101,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from ..sharding import refuse_unfit_fsdp
     from ..trainer import SAETrainer
 
+    refuse_unfit_fsdp()  # before the extraction, which it would spoil
     arguments = dataclass_from(SAETrainingArguments, args)
     label_loss = _label_loss(args)
     processes = join_processes()
