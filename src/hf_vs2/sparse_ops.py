@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-SPARSE_LIMIT = 0.07
+SPARSE_LIMIT = 0.09
 """Largest `top_k / num_latents` for which the backward is sparse; `benchmarks/sparse_backward.py` measures it."""
 
 _SUM_MODE = 0  # embedding_bag's number for mode="sum"
