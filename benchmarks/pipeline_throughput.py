@@ -14,7 +14,7 @@ checkout by default; where there are none, JPEGs of like size are made), again a
 - ours VS2: with steering by a random SAE (--num_latents, --top_k) at the last layer, labels encoded anew.
 
 No tokenizer of a real CLIP is needed: one of its kind is trained on the prompts, after which each common word is one token, as it is
-for CLIP's own (seen: 9 to 11 tokens a prompt with both). Prints images a second, the ratios of ours to the stock pipeline as people
+for CLIP's own (seen: 9 to 10 tokens a prompt with both). Prints images a second, the ratios of ours to the stock pipeline as people
 call it, to the stock pipeline at its best batch size and to the tower at its best, and the largest difference of scores.
 """
 
