@@ -253,7 +253,7 @@ class SAEModel(HubMixin, PreTrainedModel):
 
 def _own_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The directions that this process holds, sharing memory: all of them, unless FSDP has dealt them out by rows."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _counting_is_free(device: torch.device) -> bool:
