@@ -549,7 +549,7 @@ def test_a_request_that_cannot_be_met_gets_one_line(checkpoint, clip_path, image
         ([*evaluation, "--checkpoint", tmp_path / "no-sae"], "no-sae"),
         ([*evaluation, "--checkpoint", clip_path], "is a plain CLIP without SAE"),
         ([*evaluation, "--checkpoint", broken], "broken"),
-        ([*evaluation, "--checkpoint", damaged], ".safetensors file of the model or checkpoint is damaged"),
+        ([*evaluation, "--checkpoint", damaged], "model.safetensors is damaged"),
         ([*evaluation, "--label_column", "class"], "no column 'class'"),
         ([*evaluation, "--gate", 2], "gate=2.0"),
         ([*evaluation, "--gate", 0.5, "--fvu_threshold", 1], "exclude each other"),

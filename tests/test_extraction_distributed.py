@@ -25,7 +25,8 @@ def plans(tower, folder, dataset, batch_size, shard_size, world_size, done=()):
     spans = []
     for rank in range(world_size):
         index = {"format": "hf_vs2.activations", "format_version": 1, "shard_size": shard_size, "complete": False}
-        index |= dict.fromkeys(("model", "layers", "site", "preprocessing", "dataset", "columns", "dtype"))
+        index |= {"model": tower.identity(), "layers": [0], "site": "cls", "preprocessing": {}, "dtype": "float32"}
+        index |= {"dataset": {"fingerprint": "numbers", "split": None}, "columns": {"image": "image", "label": None}}
         reader = ImageReader(dataset, Columns("image", None), make_processor())
         one = Extraction(tower, reader, index, folder / "store", batch_size, 0, False, False)
         one.rank, one.world_size = rank, world_size

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     Nothing stays behind when `write` fails. The name of the temporary file begins with a dot and ends with `.tmp`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -23,6 +25,59 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def replace_files(folder: Path, write: Callable[[Path], Any], last: str) -> None:
+    """
+    The files that `write(temporary folder)` makes, moved into `folder`; the one named `last`, which declares the others, goes last.
+
+    The earlier file of that name goes first: who is killed between two moves leaves a folder that is refused, not a mixture.
+    When `write` fails, what was in `folder` is untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(folder / "files")
+    try:
+        temporary.mkdir()
+        write(temporary)
+        files = sorted(temporary.iterdir(), key=lambda path: path.name == last)
+        if len(files) > 1:
+            (folder / last).unlink(missing_ok=True)
+        for file in files:
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if there is one, so that nobody finds a part of it under its name."""
+    if folder.exists():
+        temporary = _temporary(folder)
+        os.replace(folder, temporary)
+        shutil.rmtree(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed left behind. Only for who knows that nobody is writing into `folder`."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def failing_as(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """What a full disk raises does not say which file it was, and is no `OSError` in safetensors and torch, whose `errors` these
+    are: it leaves here as one that names `path`."""
+    known: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except known as error:
+        if getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(f"{path} could not be written: {error}. Earlier files are untouched.") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 def replace_text(path: Path, text: str) -> None:
     """[`replace_file`] with text, in UTF-8, line ends as they are."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+    with failing_as(path):
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -89,10 +89,13 @@ def _stored_fingerprint(path: Path) -> list[float] | None:
     if not path.is_file():
         return None
     names = [f"vision_model.{name}" for name in _FINGERPRINT_WEIGHTS]
-    with safe_open(path, framework="pt") as weights:
-        if not set(names) <= set(weights.keys()):
-            return None
-        return _entries(weights.get_tensor(name) for name in names)
+    try:
+        with safe_open(path, framework="pt") as weights:
+            if not set(names) <= set(weights.keys()):
+                return None
+            return _entries(weights.get_tensor(name) for name in names)
+    except SafetensorError:
+        return None  # a damaged file is not the one that the model came from
 
 
 def describe_base_model(clip: CLIPModel) -> dict:

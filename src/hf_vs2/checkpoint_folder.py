@@ -113,7 +113,12 @@ class CheckpointFolder:
     def training_arguments(self, name: str) -> dict[str, Any]:
         """How the SAE in a subfolder was trained, from the log that training left beside it; empty without one."""
         log = self.path / name / TRAINING_LOG_NAME
-        return json.loads(log.read_text(encoding="utf-8")).get("args", {}) if log.is_file() else {}
+        if not log.is_file():
+            return {}
+        try:
+            return dict(json.loads(log.read_text(encoding="utf-8")).get("args", {}))
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{log} is not the log of a training: {error}. Remove it, or train again.") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -121,19 +126,35 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type = config.get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the configuration of a model: {error}.") from error
     if model_type not in (SAE_TYPE, VS2_TYPE):
         raise ValueError(
             f"{path} describes a model of type {model_type!r}; expected an SAE ({SAE_TYPE!r}) or a VS2 checkpoint "
             f"({VS2_TYPE!r})."
         )
+    _check_saes(path, config)
     if not any(name.suffix == ".safetensors" for name in _parts_of(folder)):
         raise ValueError(f"{folder} has a {CONFIG_NAME} but no {SAFE_WEIGHTS_NAME}. Save the model there again.")
     missing = [name for name in CORPUS_FILES if config.get("holds_corpus") and not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} should hold a corpus but has no {missing[0]}. Save the model there again.")
     return config
+
+
+def _check_saes(path: Path, config: dict[str, Any]) -> None:
+    """Everything that reads a folder makes configs of these, and relies on it."""
+    from .configuration_sae import SAEConfig  # not at import: it needs torch
+
+    saes = [config] if config["model_type"] == SAE_TYPE else config.get("sae_configs")
+    if not isinstance(saes, list):
+        raise ValueError(f"{path}: sae_configs must be a list.")
+    for sae in saes:
+        try:
+            SAEConfig.check_fields(sae)
+            SAEConfig.from_dict(dict(sae))
+        except ValueError as error:
+            raise ValueError(f"{path} can't be used. {error}") from error
 
 
 def _parts_of(folder: Path) -> Iterator[Path]:

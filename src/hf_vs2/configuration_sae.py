@@ -1,13 +1,15 @@
 """Configuration of a top-k sparse autoencoder, and everything its checkpoint records about itself."""
 
 import bisect
-from typing import Any
+import math
+import sys
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .checkpoint_config import CheckpointConfig
 from .functional import ACTIVATIONS
-from .packaged_code import PackagedCode
 
 
 FORMAT_VERSION = 1
@@ -15,7 +17,7 @@ FORMAT_VERSION = 1
 
 
 @strict
-class SAEConfig(PackagedCode, PreTrainedConfig):
+class SAEConfig(CheckpointConfig, PreTrainedConfig):
     r"""
     Configuration of a [`SAEModel`], a top-k sparse autoencoder on the CLS activations of a frozen CLIP image encoder
     (eq. 1 of arXiv 2506.01247).
@@ -72,6 +74,7 @@ class SAEConfig(PackagedCode, PreTrainedConfig):
     """
 
     model_type = "vs2_sae"
+    required_fields: ClassVar[tuple[str, ...]] = ("model_type", "hidden_size", "num_latents", "top_k", "activation")
 
     hidden_size: int = 768
     expansion_factor: int = 4
@@ -111,14 +114,20 @@ class SAEConfig(PackagedCode, PreTrainedConfig):
         assert self.num_latents is not None  # `__post_init__` filled it in
         return self.num_latents, self.hidden_size
 
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint, and its shape."""
+        num_latents, hidden_size = self.weight_shape
+        vectors = {"b_enc": (num_latents,), "b_pre": (hidden_size,), "mean": (hidden_size,)}
+        return {"W_enc": self.weight_shape, "W_dec": self.weight_shape, **vectors}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """
         Raises:
-            `ValueError`: if the dictionary is another model's. Its checkpoint has none of an SAE's weights, so transformers
-                would warn and return a random SAE.
+            `ValueError`: if the dictionary is another model's, or can't be used; the message names the field.
         """
-        model_type = config_dict.get("model_type", cls.model_type)
+        model_type = config_dict.get("model_type", cls.model_type) if isinstance(config_dict, dict) else cls.model_type
         if model_type != cls.model_type:
             hint = "VS2CLIPForZeroShot.from_pretrained(...).sae" if model_type == "vs2_clip" else "an SAE checkpoint"
             raise ValueError(f"This is the configuration of a {model_type!r} model, not of an SAE. Use {hint}.")
@@ -145,13 +154,40 @@ class SAEConfig(PackagedCode, PreTrainedConfig):
             raise ValueError(f"site={self.site!r} is not known. This version reads the CLS token only: use 'cls'.")
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer={self.layer} must be counted from 0. Resolve a negative index before saving it.")
+        layers = self.base_model_num_layers
+        if self.layer is not None and layers is not None and self.layer >= layers:
+            raise ValueError(f"layer={self.layer} does not exist: base_model_num_layers={layers}.")
         if self.gate is not None and not 0 < self.gate < 1:
             raise ValueError(f"gate={self.gate} must be a quantile between 0 and 1 (0.99, say), or None for no gate.")
+        self._check_statistics()
+        if self.format_version < 1:
+            raise ValueError(f"format_version={self.format_version} does not exist: versions count from 1.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has format version {self.format_version}; this package reads up to {FORMAT_VERSION}. "
                 "Upgrade it: pip install -U hf_vs2."
             )
+
+    def _check_statistics(self) -> None:
+        """Refuse numbers that would make every loss, gate or steering vector NaN."""
+        for name in ("gamma", "lambda_", "aux_k_coefficient"):
+            if not is_finite(getattr(self, name)):
+                raise ValueError(f"{name}={str(getattr(self, name))[:20]} must be a finite number.")
+        if self.total_variance is not None and not (is_finite(self.total_variance) and self.total_variance >= 0):
+            raise ValueError(f"total_variance={str(self.total_variance)[:20]} must be finite and not negative.")
+        if self.base_model_fingerprint is not None and not all(map(is_finite, self.base_model_fingerprint)):
+            raise ValueError("base_model_fingerprint must be made of finite numbers.")
+        if self.num_calibration_rows is not None and self.num_calibration_rows < 0:
+            raise ValueError(f"num_calibration_rows={self.num_calibration_rows} must not be negative.")
+        levels = {name: _level(name) for name in self.fvu_quantiles or {}}
+        values = [(self.fvu_quantiles or {})[name] for name in sorted(levels, key=lambda name: levels[name])]
+        # Infinity is the FVU of a row at the mean itself.
+        if not all(0 < level < 1 for level in levels.values()) or not all(value >= 0 for value in values):
+            raise ValueError(
+                f"fvu_quantiles={self.fvu_quantiles} must map levels between 0 and 1 to FVUs that are not negative."
+            )
+        if values != sorted(values):
+            raise ValueError(f"fvu_quantiles={self.fvu_quantiles} must rise with the level.")
 
     def fvu_threshold(self, quantile: float) -> float:
         """The gate's threshold tau: per-sample FVU at `quantile`, interpolated between the stored levels.
@@ -179,4 +215,16 @@ class SAEConfig(PackagedCode, PreTrainedConfig):
         return low_value + (high_value - low_value) * (quantile - low) / (high - low)
 
 
-__all__ = ["SAEConfig"]
+def is_finite(value: float) -> bool:
+    """Whether this is a number that a float can hold; JSON knows whole numbers of any size."""
+    return abs(value) <= sys.float_info.max
+
+
+def _level(name: str) -> float:
+    try:
+        return float(name)
+    except ValueError:
+        return math.nan
+
+
+__all__ = ["SAEConfig", "is_finite"]

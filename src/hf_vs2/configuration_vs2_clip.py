@@ -1,7 +1,6 @@
 """Configuration of a CLIP with sparse autoencoders plugged in, and the steering settings they share."""
 
 import copy
-import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -9,9 +8,9 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 
-from .configuration_sae import SAEConfig
+from .checkpoint_config import CheckpointConfig
+from .configuration_sae import SAEConfig, is_finite
 from .neighbors import POSITIVES
-from .packaged_code import PackagedCode
 
 
 METHODS = ("none", "centroid", "reconstruct", "amplify", "vs2", "vs2++")
@@ -53,7 +52,7 @@ class Steering:
         if isinstance(self.num_neighbors, bool) or not isinstance(self.num_neighbors, int) or self.num_neighbors < 1:
             raise ValueError(f"num_neighbors={self.num_neighbors!r} must be a positive whole number.")
         for name, value in (("lambda_", self.lambda_), *(("gamma", factor) for factor in self.gamma_factors)):
-            if not isinstance(value, Real) or not math.isfinite(value):
+            if not isinstance(value, Real) or not is_finite(value):
                 raise ValueError(f"{name} must be made of finite numbers, not {value!r}.")
         if self.gate is not None and self.fvu_threshold is not None:
             raise ValueError(
@@ -78,7 +77,7 @@ class Steering:
 
 
 @strict
-class VS2CLIPConfig(PackagedCode, PreTrainedConfig):
+class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     r"""
     Configuration of [`VS2CLIPForZeroShot`].
 
@@ -94,6 +93,15 @@ class VS2CLIPConfig(PackagedCode, PreTrainedConfig):
     """
 
     model_type = "vs2_clip"
+    required_fields: ClassVar[tuple[str, ...]] = (
+        "model_type",
+        "clip_config",
+        "sae_configs",
+        "method",
+        "gamma",
+        "lambda_",
+        "holds_clip",
+    )
     sub_configs: ClassVar[dict[str, Any]] = {"clip_config": CLIPConfig}
 
     clip_config: dict | CLIPConfig | None = None
@@ -123,6 +131,20 @@ class VS2CLIPConfig(PackagedCode, PreTrainedConfig):
         ]
         super().__post_init__(**kwargs)
         self.steering()  # refuses settings that exclude each other
+
+    @classmethod
+    def check_fields(cls, config_dict: Any) -> None:
+        super().check_fields(config_dict)
+        if config_dict["model_type"] != cls.model_type:
+            raise ValueError(f"model_type={config_dict['model_type']!r} is not {cls.model_type!r}.")
+        if not isinstance(config_dict["sae_configs"], list):
+            raise ValueError("sae_configs must be a list.")
+        for number, sae in enumerate(config_dict["sae_configs"]):
+            if not isinstance(sae, SAEConfig):
+                try:
+                    SAEConfig.check_fields(sae)
+                except ValueError as error:
+                    raise ValueError(f"sae_configs[{number}]: {error}") from error
 
     def steering(self) -> Steering:
         """The steering settings, validated."""

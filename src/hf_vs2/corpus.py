@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPModel
 from transformers.utils import cached_file
@@ -25,6 +24,7 @@ from .base_model import describe_base_model, same_fingerprint, vision_fingerprin
 from .checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from .modeling_sae import SAEModel
 from .neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
+from .weight_files import LARGEST, opened
 from .weight_state import weights_state
 
 
@@ -61,16 +61,18 @@ class RetrievalCorpus:
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors().items():
-            if tensor.ndim != 2 or tensor.dtype not in _DTYPES.values() or not len(tensor):
+            if tensor.ndim != 2 or tensor.dtype not in _DTYPES.values() or not tensor.numel():
                 raise ValueError(
                     f"The {name} of a corpus are a matrix with a row an image, float32 or bfloat16; these are "
                     f"{tuple(tensor.shape)}, {tensor.dtype}."
                 )
             for start in range(0, len(tensor), BLOCK_ROWS):
-                finite = tensor[start : start + BLOCK_ROWS].isfinite().all(-1)
-                if not finite.all():
-                    row = start + int((~finite).nonzero()[0])
-                    raise ValueError(f"Row {row} of the corpus' {name} holds NaN or infinity: leave that image out.")
+                usable = tensor[start : start + BLOCK_ROWS].abs().amax(-1) <= LARGEST  # not with NaN
+                if not usable.all():
+                    row = start + int((~usable).nonzero()[0])
+                    raise ValueError(
+                        f"Row {row} of the corpus' {name} holds NaN, infinity or a number beyond {LARGEST:g}: leave that image out."
+                    )
         if (self.embeddings is None) != (self.encoder is None):
             raise ValueError(
                 "embeddings= and encoder= go together: the embeddings, and the id of the model that made them."
@@ -194,24 +196,29 @@ class RetrievalCorpus:
         description_path = cached_file(source, CORPUS_CONFIG_NAME, **place)
         description = _read_description(Path(description_path))
         rows_path = cached_file(source, CORPUS_ROWS_NAME, **place)
+        with opened(rows_path) as file:
+            header = (file.metadata() or {}).get("hf_vs2", "null")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         try:
-            with safe_open(rows_path, framework="pt") as file:
-                stored = json.loads((file.metadata() or {}).get("hf_vs2", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{rows_path} is damaged ({error}): save or download the corpus again.") from error
-        if stored != description or "rows" not in tensors:
+            stored = json.loads(header)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{rows_path} is damaged ({error}). Save or download the corpus again.") from error
+        names = {"rows"} if description["encoder"] is None else {"rows", "embeddings"}
+        if stored != description or set(tensors) != names or len(tensors["rows"]) != description["num_rows"]:
             raise ValueError(
                 f"{rows_path} and {CORPUS_CONFIG_NAME} beside it are not of one corpus (a save that was cut off?): save it again."
             )
         base, encoder = description["base_model"], description["encoder"] or {}
-        return cls(
-            tensors["rows"],
-            tensors.get("embeddings"),
-            encoder.get("name_or_path"),
-            encoder.get("revision"),
-            **{f"base_model_{name}": base[name] for name in ("name_or_path", "revision", "fingerprint")},
-        )
+        try:
+            return cls(
+                tensors["rows"],
+                tensors.get("embeddings"),
+                encoder.get("name_or_path"),
+                encoder.get("revision"),
+                **{f"base_model_{name}": base[name] for name in ("name_or_path", "revision", "fingerprint")},
+            )
+        except ValueError as error:
+            raise ValueError(f"{rows_path} can't be used. {error}") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"rows": self.rows} | ({} if self.embeddings is None else {"embeddings": self.embeddings})
@@ -236,7 +243,7 @@ class RetrievalCorpus:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a corpus ({error}): save the corpus again.") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a corpus: it does not say format {FORMAT!r}.")
@@ -245,6 +252,19 @@ def _read_description(path: Path) -> dict[str, Any]:
             f"{path} has format version {description.get('format_version')}, this hf_vs2 reads version {FORMAT_VERSION}: use the "
             "version that wrote it, or make the corpus again."
         )
+    base, encoder = description.get("base_model"), description.get("encoder")
+    fields = {
+        "num_rows": isinstance(description.get("num_rows"), int),
+        "base_model": isinstance(base, dict) and {"name_or_path", "revision", "fingerprint"} <= base.keys(),
+        "encoder": "encoder" in description
+        and (encoder is None or (isinstance(encoder, dict) and isinstance(encoder.get("name_or_path"), str))),
+    }
+    numbers = base.get("fingerprint") if isinstance(base, dict) else None
+    if numbers is not None:
+        fields["base_model.fingerprint"] = isinstance(numbers, list) and all(isinstance(one, float) for one in numbers)
+    wrong = [name for name, right in fields.items() if not right]
+    if wrong:
+        raise ValueError(f"{path} does not describe a corpus: {wrong[0]} is missing or of the wrong type.")
     return description
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 from transformers.utils import logging
 
+from .atomic import remove_leftovers
 from .image_batches import ImageBatch, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
 from .images import UnreadableImageError
 from .store import (
@@ -97,7 +98,8 @@ class Extraction:
         if self.world_size > 1:
             device = "cpu" if distributed.get_backend() == "gloo" else best_device()
             failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
-            distributed.all_reduce(failed)
+            with naming_lost_partners():
+                distributed.all_reduce(failed)
             if failure is None and failed.item():
                 raise StoreError("The extraction failed on another process: see its message")
         if failure is not None:
@@ -122,8 +124,7 @@ class Extraction:
         if self.num_images == 0:
             raise ValueError("The data set is empty: there is nothing to extract")
         self.folder.mkdir(exist_ok=True)
-        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while writing
-            leftover.unlink()
+        remove_leftovers(self.folder)
         if (self.folder / INDEX_NAME).exists():
             self.index["shard_size"] = read_index(self.folder)["shard_size"]
         else:
@@ -236,6 +237,21 @@ class Extraction:
             "complete": True,
         }
         write_index(self.folder, self.index)
+
+
+@contextlib.contextmanager
+def naming_lost_partners() -> Iterator[None]:
+    """Says that another process has died or hangs where torch says which socket was closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain ones; their text begins with the place in its source.
+        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise OSError(
+            "Another process of this job has died or does not answer: see its message, then start the job again; it goes on "
+            f"from what was saved. ({error})"
+        ) from error
 
 
 def even_shard_size(num_images: int, shard_size: int, batch_size: int, world_size: int) -> int:

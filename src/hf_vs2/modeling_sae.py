@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .configuration_sae import SAEConfig
 from .functional import fvu_per_sample, top_k
 from .hub import HubMixin
 from .sparse_ops import linear_at, sparse_decode
+from .weight_files import HUB_ARGUMENTS, WeightFiles, at_one_commit
 
 
 _CACHED_ROWS = 256
@@ -85,6 +87,37 @@ class SAEModel(HubMixin, PreTrainedModel):
         self.b_pre = nn.Parameter(torch.empty(hidden_size))
         self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> SAEModel:
+        """
+        As `PreTrainedModel.from_pretrained`, from `config.json` and `model.safetensors` alone.
+
+        Raises:
+            `OSError`: if there are no such files; a pickle is not opened. `ValueError`: if they are damaged, do not belong
+                together, or are another model's. transformers would warn, and fill in random numbers.
+        """
+        source = pretrained_model_name_or_path
+        if source is None:  # the weights are given as state_dict=
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        place = at_one_commit(source, {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs})
+        if not isinstance(config, SAEConfig):
+            names = {field.name for field in fields(SAEConfig)} - {"dtype"}
+            changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+            config = SAEConfig.from_pretrained(source if config is None else config, **place, **changed)
+        files = WeightFiles.find(source, place)
+        files.check(config.tensor_shapes)
+        model = super().from_pretrained(None, *model_args, config=config, state_dict=files.read(), **kwargs)
+        name = str(source)
+        found, *_ = model if isinstance(model, tuple) else (model,)  # with output_loading_info=True
+        found.config.name_or_path = found.name_or_path = name
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Unpack, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import CLIPModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.utils import ModelOutput
@@ -28,18 +28,19 @@ from .functional import amplify, centroid_steer, contrastive_direction, gate, st
 from .hub import HubMixin
 from .modeling_sae import SAEModel
 from .processing import save_processing
-from .vs2_parts import HUB_ARGUMENTS, load_clip, load_corpus, load_saes, without_attention
+from .vs2_parts import load_clip, load_corpus, load_full, load_saes, without_attention
+from .weight_files import HUB_ARGUMENTS, at_one_commit
 
 
 class SteeredRows(NamedTuple):
     """CLS rows after steering, and what was decided for each."""
 
     rows: torch.Tensor
-    """`(batch, hidden_size)`, in the dtype they came in; rows the gate held back are the input's own, bit for bit."""
+    """`(batch, hidden_size)`, in the dtype they came in; rows that were not steered are the input's own, bit for bit."""
     fvu: torch.Tensor
     """`(batch,)` float32: per-sample FVU against the training mean."""
     steered: torch.Tensor
-    """`(batch,)` bool: which rows were steered."""
+    """`(batch,)` bool: which rows were steered. Not those that the gate held back, nor those that overflow or hold NaN."""
     latent_values: torch.Tensor
     """`(batch, top_k)`."""
     latent_indices: torch.Tensor
@@ -144,6 +145,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             config = clip
             clip = CLIPModel._from_config(config.clip_config)
             saes = {_layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
+            _check_widths(saes, clip)
             steering = config.steering()
         else:
             saes = _saes_by_layer(clip, sae)
@@ -278,12 +280,12 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
         code = sae(x)
         moved = self._move(sae, x, code, rows, retrieval).to(device=rows.device, dtype=rows.dtype)
+        # A row that its dtype can't hold once moved, or whose squares overflow in the LayerNorm that follows, stays as it was.
+        steered = moved.to(x.dtype).square().sum(-1).isfinite().to(code.fvu.device)
         threshold = self._thresholds[index]
-        if threshold is None:
-            steered = torch.ones_like(code.fvu, dtype=torch.bool)
-        else:
-            steered = gate(code.fvu, threshold)
-            moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
+        if threshold is not None:
+            steered = steered & gate(code.fvu, threshold)
+        moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
         return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices)
 
     def _move(
@@ -397,12 +399,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         found = kwargs.pop("config", None)
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
-        config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
-        if not config_dict:
-            where = f" in subfolder {place['subfolder']!r}" if place.get("subfolder") else ""
-            raise OSError(
-                f"{pretrained_model_name_or_path} has no config.json{where}. If it holds several SAEs, name one with subfolder=."
-            )
+        place = at_one_commit(pretrained_model_name_or_path, place)
+        config_dict, _ = VS2CLIPConfig.get_config_dict(pretrained_model_name_or_path, **place)
         model_type = config_dict.get("model_type")
         if model_type == SAEConfig.model_type:
             sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **without_attention(kwargs))
@@ -421,11 +419,10 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 "SAE trained on it: VS2CLIPForZeroShot(clip, sae)."
             )
         elif config_dict.get("holds_clip") and clip is None:
-            if found is not None:
-                kwargs["config"] = found
-            model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **place, **kwargs)
+            config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
+            model = load_full(super().from_pretrained, pretrained_model_name_or_path, config, place, kwargs)
         else:
-            config = found or VS2CLIPConfig.from_dict(config_dict)
+            config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
             # The dtype of the checkpoint, not of the repository its CLIP lies in: as if the weights were here. Older Auto classes
             # hand on a dtype that was asked for in the config alone.
             asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
@@ -607,8 +604,9 @@ def _per_image(done: dict[int, SteeredRows]) -> dict[str, Any]:
 
 
 def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    # Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit.
-    return embeds / embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
+    # Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit. Where it divides by 0, this gives 0.
+    length = embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
+    return embeds / torch.where(length > 0, length, 1)
 
 
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
@@ -630,6 +628,16 @@ def _at_layer(config: SAEConfig, layer: int) -> SAEConfig:
 
 def _layer_of(config: SAEConfig, clip: CLIPModel) -> int:
     return resolve_layer(-1 if config.layer is None else config.layer, clip.vision_model.config.num_hidden_layers)
+
+
+def _check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
+    width = clip.vision_model.config.hidden_size
+    for layer, sae in saes.items():
+        if sae.config.hidden_size != width:
+            raise ValueError(
+                f"The SAE of layer {layer} reads {sae.config.hidden_size} features, the vision tower gives {width}: they do not "
+                "belong together."
+            )
 
 
 def _saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:

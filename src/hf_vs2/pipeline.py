@@ -25,6 +25,7 @@ from .pipeline_inputs import SINGLE_IMAGE, NamedImage, NamedImages, NamedStream,
 from .processing import knows_words, load_processing
 from .prompt_cache import PromptCache
 from .prompts import resolve_templates
+from .weight_files import at_one_commit
 
 
 TASK = "vs2-zero-shot-image-classification"
@@ -370,7 +371,10 @@ def zero_shot_classifier(
     place = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     if isinstance(model, (str, os.PathLike)):
         loading = {name: kwargs.pop(name) for name in _MODEL_OPTIONS if name in kwargs}
-        source, model = os.fspath(model), _load_model(os.fspath(model), place, loading)
+        source = os.fspath(model)
+        # Model, tokenizer and image processor of one commit, whatever happens to the branch meanwhile.
+        place = at_one_commit(source, place)
+        model = _load_model(source, place, loading)
     else:
         source = None
         if place:

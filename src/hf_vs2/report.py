@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,11 +112,57 @@ class EvaluationResult:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = [dict(row, method=row["method"], prompts=row["prompts"]) for row in content["rows"]]
-            return cls(rows, dict(content["meta"]), dict(content.get("per_class", {})))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            result = cls(rows, dict(content["meta"]), dict(content.get("per_class", {})))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a result file of hf_vs2: JSON with 'meta' and 'rows' was expected."
             ) from error
+        for number, row in enumerate(rows):
+            wrong = [name for name, value in row.items() if not _is_usable(name, value)]
+            wrong += [name for name in _needed(row) if name not in row]
+            if wrong:
+                raise ValueError(
+                    f"{path} is not a result file of hf_vs2, or damaged: {wrong[0]} of row {number} is {row.get(wrong[0])!r}."
+                )
+        return result
+
+
+_TEXTS = ("method", "prompts")
+_NUMBERS = (
+    "top1",
+    "top5",
+    "gain",
+    "coverage",
+    "mean_fvu",
+    "n",
+    "gamma",
+    "lambda",
+    "tau",
+    "seconds",
+    "coefficient",
+    "fixed",
+    "broken",
+)
+
+
+def _needed(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the tables and pictures show of every row."""
+    return ("n", "top1") if row["method"] == "clip" else ("n", "top1", "gain", "gain_ci")
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Whether a value of a row can be shown; of names that are not ours anything can."""
+    if name in _TEXTS:
+        return isinstance(value, str)
+    if name == "gain_ci":
+        return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+    if name in ("n", "gain") and value is None:
+        return False
+    return name not in _NUMBERS or value is None or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 Results: TypeAlias = EvaluationResult | str | Path

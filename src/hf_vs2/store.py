@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .atomic import replace_file, replace_text
+from .atomic import failing_as, replace_file, replace_text
+from .weight_files import LARGEST
 
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{folder} is not an activation store: {path.name} cannot be read ({error})") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise StoreError(f"{folder} is not an activation store: {path.name} does not say format {FORMAT!r}")
@@ -93,13 +94,55 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{folder} has format version {index.get('format_version')}, this hf_vs2 reads version {FORMAT_VERSION}: "
             "use the version that wrote it, or extract again into another folder"
         )
+    _check_fields(path, index, _REQUEST_CHECKS)
     return index
+
+
+def check_complete(folder: Path, index: dict[str, Any]) -> None:
+    """Refuse the index of a finished store that contradicts itself: rows are counted and memory is taken by what it says."""
+    path = folder / INDEX_NAME
+    _check_fields(path, index, _COMPLETE_CHECKS)
+    if index["num_rows"] != sum(shard["rows"] for shard in index["shards"]):
+        raise StoreError(f"{path} is damaged: num_rows is not the sum of the shards' rows. {_AGAIN}")
+
+
+def _check_fields(path: Path, index: dict[str, Any], checks: dict[str, Callable[[Any], bool]]) -> None:
+    wrong = [name for name, is_right in checks.items() if name not in index or not is_right(index[name])]
+    if wrong:
+        raise StoreError(f"{path} is damaged: {wrong[0]} is missing or can't be {index.get(wrong[0])!r:.60}. {_AGAIN}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+_AGAIN = "Extract the activations again"
+_REQUEST_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(REQUEST_FIELDS, lambda value: value is not None),
+    "model": lambda value: isinstance(value, dict) and {"id", "revision"} <= value.keys(),
+    "dataset": lambda value: isinstance(value, dict) and "split" in value,
+    "columns": lambda value: isinstance(value, dict) and "label" in value,
+    "layers": lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_count, value)),
+    "dtype": lambda value: isinstance(value, str) and value in ROW_DTYPES,
+    "complete": lambda value: isinstance(value, bool),
+}
+_COMPLETE_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "hidden_size": _is_count,
+    "num_layers": _is_count,
+    "num_rows": _is_count,
+    "class_names": lambda value: value is None or (isinstance(value, list) and all(isinstance(x, str) for x in value)),
+    "shards": lambda value: (
+        isinstance(value, list)
+        and all(isinstance(x, dict) and _is_count(x.get("rows")) and _is_count(x.get("bytes")) for x in value)
+    ),
+}
 
 
 def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     # One metadata entry only: safetensors writes several in random order, and equal shards should be equal files.
     metadata = {"hf_vs2": json.dumps(header, sort_keys=True)}
-    replace_file(folder / shard_name(number), lambda path: save_file(tensors, path, metadata=metadata))
+    with failing_as(folder / shard_name(number), SafetensorError):
+        replace_file(folder / shard_name(number), lambda path: save_file(tensors, path, metadata=metadata))
 
 
 def read_shard_header(folder: Path, number: int) -> dict[str, Any] | None:
@@ -160,6 +203,8 @@ class ActivationStore:
         rows = torch.tensor([shard["rows"] for shard in metadata["shards"]], dtype=torch.int64)
         self._ends = rows.cumsum(0)  # shard s holds rows _starts[s] up to _ends[s]
         self._starts = self._ends - rows
+        width = metadata["hidden_size"] * ROW_DTYPES[metadata["dtype"]].itemsize * len(metadata["layers"])
+        self._holds_its_rows = all(shard["rows"] * width <= shard["bytes"] for shard in metadata["shards"])
         self._offsets: dict[tuple[int, str], int] = {}  # byte at which a layer begins in a shard, of those read so far
 
     @classmethod
@@ -186,6 +231,7 @@ class ActivationStore:
             raise StoreError(
                 f"The store {folder} is unfinished: call `extract_activations` with the same arguments to continue it"
             )
+        check_complete(folder, index)
         for number, shard in enumerate(index["shards"]):
             file = folder / shard_name(number)
             size = file.stat().st_size if file.is_file() else None
@@ -222,12 +268,21 @@ class ActivationStore:
     @property
     def labels(self) -> torch.Tensor | None:
         """(len(self),) int64, -1 where the data set has no label; None when labels were not asked for."""
-        return self._column("label") if self.metadata["columns"]["label"] is not None else None
+        if self.metadata["columns"]["label"] is None:
+            return None
+        labels = self._column("label")
+        most = len(self.class_names) if self.class_names else torch.iinfo(torch.int64).max
+        return self._within(labels, -1, most, "label")
 
     @property
     def image_indices(self) -> torch.Tensor:
         """(len(self),) int64: row of the data set that each row was made from."""
-        return self._column("image_index")
+        return self._within(
+            self._column("image_index"),
+            0,
+            self.metadata.get("num_images", torch.iinfo(torch.int64).max),
+            "image_index",
+        )
 
     def take(self, indices: torch.Tensor | Sequence[int], layer: int | None = None) -> torch.Tensor:
         """
@@ -249,7 +304,7 @@ class ActivationStore:
         buffer = rows.view(torch.uint8).flatten().numpy().data
         for number, runs in groupby(self._runs(wanted), key=itemgetter(0)):
             self._read(number, name, runs, buffer)
-        return rows.float()
+        return self._finite(rows.float(), lambda row: int(wanted[row]))
 
     def iter_batches(self, batch_size: int, layer: int | None = None) -> Iterator[torch.Tensor]:
         """All rows in order, `batch_size` at a time: (<= batch_size, hidden) float32."""
@@ -264,7 +319,7 @@ class ActivationStore:
         out = torch.empty(len(self), self.hidden_size)
         for number in range(len(self._ends)):
             out[int(self._starts[number]) : int(self._ends[number])] = self._tensor(number, name)
-        return out
+        return self._finite(out, lambda row: row)
 
     def to_dataset(self, layer: int | None = None) -> Dataset:
         """The rows of one layer as a `datasets.Dataset`: `activation`, `image_index` and, if stored, `label`."""
@@ -290,6 +345,8 @@ class ActivationStore:
         return datasets.Dataset(pa.concat_tables(tables), info=info, fingerprint=fingerprint)
 
     def _layer_name(self, layer: int | None) -> str:
+        if not self._holds_its_rows:  # memory is taken by what the index says
+            raise _damaged(self.path / INDEX_NAME, f"no shard can hold its rows of {self.hidden_size} numbers")
         if layer is None:
             if len(self.layers) > 1:
                 raise ValueError(f"This store holds layers {self.layers}: say which with layer=...")
@@ -338,11 +395,7 @@ class ActivationStore:
             raise ValueError(f"it has {size} bytes instead of {shard['bytes']}")
         if (number, name) not in self._offsets:
             with safe_open(file.name, framework="pt") as whole:
-                rows = whole.get_slice(name)
-                found = (rows.get_dtype(), rows.get_shape())
-            expected = (_SAFETENSORS_DTYPES[self.metadata["dtype"]], [shard["rows"], self.hidden_size])
-            if found != expected:
-                raise ValueError(f"{name} is {found} instead of {expected}")
+                self._check_shard(number, whole, name)
             self._offsets[number, name] = _first_byte(file, name)
         return self._offsets[number, name]
 
@@ -351,15 +404,51 @@ class ActivationStore:
         path = self.path / shard_name(number)
         try:
             with safe_open(path, framework="pt") as shard:
+                self._check_shard(number, shard, name)
                 return shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path, error) from error
+
+    def _check_shard(self, number: int, shard: Any, name: str) -> None:
+        """Refuses a shard of another store or another place in this one, and a tensor of another type or shape."""
+        header = json.loads((shard.metadata() or {}).get("hf_vs2", "{}"))
+        place: dict[str, Any] = {"store": request_key(request_of(self.metadata))}
+        if "shard_size" in self.metadata:
+            place["start"] = number * self.metadata["shard_size"]
+        if not isinstance(header, dict) or any(header.get(name, value) != value for name, value in place.items()):
+            raise ValueError(f"it is not shard {number} of this store")
+        rows, part = self.metadata["shards"][number]["rows"], shard.get_slice(name)
+        expected = ("I64", [rows])
+        if name.startswith("layer_"):
+            expected = (_SAFETENSORS_DTYPES[self.metadata["dtype"]], [rows, self.hidden_size])
+        if (part.get_dtype(), part.get_shape()) != expected:
+            raise ValueError(f"{name} is {(part.get_dtype(), part.get_shape())} instead of {expected}")
+
+    def _finite(self, rows: torch.Tensor, number_of: Callable[[int], int]) -> torch.Tensor:
+        """`rows`, if each is finite: extraction keeps no others, so the disk has changed this one."""
+        if not rows.numel():
+            return rows
+        lowest, highest = rows.aminmax()
+        if not (lowest >= -LARGEST and highest <= LARGEST):  # so it is with NaN
+            row = int((~(rows.abs().amax(1) <= LARGEST)).nonzero()[0])
+            shard = int(torch.bucketize(number_of(row), self._ends, right=True))
+            raise _damaged(self.path / shard_name(shard), f"row {number_of(row)} holds NaN, infinity or huge numbers")
+        return rows
+
+    def _within(self, numbers: torch.Tensor, least: int, end: int, name: str) -> torch.Tensor:
+        wrong = ((numbers < least) | (numbers >= end)).nonzero()
+        if len(wrong):
+            shard = int(torch.bucketize(wrong[0], self._ends, right=True))
+            raise _damaged(
+                self.path / shard_name(shard), f"{name} {int(numbers[wrong[0]])} is not in [{least}, {end})"
+            )
+        return numbers
 
     def _column(self, name: str) -> torch.Tensor:
         return torch.cat([self._tensor(number, name) for number in range(len(self._ends))])
 
 
-def _damaged(path: str | Path, error: Exception) -> StoreError:
+def _damaged(path: str | Path, error: Exception | str) -> StoreError:
     return StoreError(f"{path} is damaged ({error}): extract the activations again")
 
 

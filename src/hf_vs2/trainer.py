@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from . import __version__
-from .atomic import replace_text
+from .atomic import failing_as, remove_folder, remove_leftovers, replace_files, replace_text
 from .calibration import activation_statistics, batches, calibrate, split_rows
 from .checkpoint_folder import CARD_NAME
 from .configuration_sae import SAEConfig
+from .extraction import naming_lost_partners
 from .label_losses import LabelLoss, describe_label_loss
 from .model_card import write_model_card
 from .modeling_sae import SAEModel, SAEOutput
@@ -40,6 +42,7 @@ logger = logging.get_logger(__name__)
 
 LOG_NAME = "training_log.json"
 _CHECKPOINT_PREFIX = "checkpoint-"
+_LOCK_NAME = ".training.lock"
 _STATE_NAME = "trainer_state.json"
 _COUNTERS_NAME = "steps_since_active.safetensors"
 # What must not change between a training checkpoint and the run that continues it.
@@ -94,7 +97,7 @@ class _Progress:
     def save(self, folder: Path, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
         save_file({"steps_since_active": self.steps_since_active}, folder / _COUNTERS_NAME)
         state = {"plan": self.plan, "step": self.step, "log": self.log, "schedule": schedule.state_dict()}
-        replace_text(folder / _STATE_NAME, json.dumps(state) + "\n")
+        (folder / _STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def load(self, folder: Path, accelerator: Accelerator, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
         if not (folder / _STATE_NAME).is_file():
@@ -225,7 +228,13 @@ class SAETrainer:
         Raises:
             `ValueError`: on rows that are not finite or all the same, a loss that is not finite, or a checkpoint to resume from
                 that is missing or was made with other rows or settings.
+            `OSError`: when another training writes to `args.output_dir`, on a full disk, or when another process of this
+                training has died.
         """
+        with naming_lost_partners(), self._alone():
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         started = time.perf_counter()
         self._set_statistics()
         progress = self._optimize()
@@ -252,17 +261,38 @@ class SAETrainer:
             tracker.finish()
         return metrics
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two trainings in one folder would tear each other's checkpoints. The system drops the lock when a process dies."""
+        from huggingface_hub.utils import WeakFileLock
+
+        with contextlib.ExitStack() as held:
+            taken = torch.zeros(1, device=self.accelerator.device)
+            if self.accelerator.is_main_process:
+                self.args.output_path.mkdir(parents=True, exist_ok=True)
+                try:
+                    held.enter_context(WeakFileLock(self.args.output_path / _LOCK_NAME, timeout=0.1))
+                    remove_leftovers(self.args.output_path)
+                except TimeoutError:
+                    taken += 1
+            if self.accelerator.reduce(taken, "sum").item():
+                raise OSError(
+                    f"Another training is writing to {self.args.output_dir}. Wait for it, or choose another output_dir. "
+                    f"If none is running (some file systems keep the lock of a process that died), remove {_LOCK_NAME} in it."
+                )
+            yield
+
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
-        """Write the SAE checkpoint (main process only); each file appears whole or not at all."""
+        """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or none."""
         if self.accelerator.is_main_process:
             target = Path(output_dir or self.args.output_dir)
-            target.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target) as scratch:
+
+            def write(scratch: Path) -> None:
                 self.model.save_pretrained(scratch)
-                # Weights first: a folder without config.json is not taken for a checkpoint.
-                for file in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
-                    if file.name != CARD_NAME:  # one that a user has edited must stay
-                        os.replace(file, target / file.name)
+                (scratch / CARD_NAME).unlink(missing_ok=True)  # one that a user has edited must stay
+
+            with failing_as(target, SafetensorError):
+                replace_files(target, write, last=CONFIG_NAME)  # a folder without it is not taken for a checkpoint
             write_model_card(target)
 
     def _set_statistics(self) -> None:
@@ -419,16 +449,18 @@ class SAETrainer:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        with failing_as(final, RuntimeError, SafetensorError):
+            self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            progress.save(partial, schedule)
-            shutil.rmtree(final, ignore_errors=True)
+            with failing_as(final, RuntimeError, SafetensorError):
+                progress.save(partial, schedule)
+            remove_folder(final)
             os.replace(partial, final)
             # An earlier run in this folder may have left checkpoints of later steps: the new one stays all the same.
             others = [path for path in self._checkpoints() if path != final]
             for old in others[: max(0, len(others) + 1 - self.args.save_total_limit)]:
-                shutil.rmtree(old)
+                remove_folder(old)
         self.accelerator.wait_for_everyone()
 
     def _checkpoints(self) -> list[Path]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from safetensors import safe_open
+import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from .base_model import loaded_revision
+from .checkpoint_config import refuse_kernels
 from .checkpoint_folder import CORPUS_FOLDER
 from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import VS2CLIPConfig
 from .corpus import RetrievalCorpus
 from .modeling_sae import SAEModel
-
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
-"""Arguments of `from_pretrained` that say where a checkpoint is."""
+from .weight_files import HUB_ARGUMENTS, WeightFiles, check_numbers, in_one_message
 
 
 def without_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +42,15 @@ def load_clip(
     if clip_dict.get("model_type") != CLIPConfig.model_type:
         # transformers would load it as a CLIP with random weights.
         raise ValueError(f"{name} holds a model of type {clip_dict.get('model_type')!r}; expected a CLIP ('clip').")
-    model = CLIPModel.from_pretrained(name, revision=revision or "main", **access, **kwargs)
+    refuse_kernels(clip_dict, name)
+    asked = {"revision": revision or "main", "output_loading_info": True, **access, **kwargs}
+    model, loading = in_one_message(lambda: CLIPModel.from_pretrained(name, **asked), name)
+    if loading["missing_keys"]:
+        # transformers has filled them in at random.
+        raise ValueError(
+            f"{name} is damaged: it has no {min(loading['missing_keys'])}. Save or download that CLIP again."
+        )
+    check_numbers(model.named_parameters(), name)
     # Newer transformers forgets it, and what is saved again should name it again.
     model.config._commit_hash = revision or loaded_revision(model, access.get("cache_dir"))
     return model
@@ -55,20 +60,68 @@ def load_saes(
     name_or_path: str | os.PathLike, config: VS2CLIPConfig, place: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[int, SAEModel]:
     """The SAEs of a VS2 checkpoint, whose weights are named `saes.<layer>.<parameter>`."""
-    path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **place)
+    files = WeightFiles.find(name_or_path, place)
+    if config.holds_clip:  # whose weights are not wanted: another CLIP was given
+        files = files.only("saes.")
+    files.check(sae_tensors(config, files.source))
+    state = files.read()
     saes = {}
-    with safe_open(path, framework="pt") as weights:
-        for sae_config in config.sae_configs:
-            layer = sae_config.layer
-            prefix = f"saes.{layer}."
-            names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            state = {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
-            if not state:
-                raise ValueError(f"{path} holds no weights for the SAE of layer {layer} that its config.json names.")
-            saes[layer] = SAEModel.from_pretrained(
-                None, config=sae_config, state_dict=state, **without_attention(kwargs)
-            )
+    for sae_config in config.sae_configs:
+        prefix = f"saes.{sae_config.layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        saes[sae_config.layer] = SAEModel.from_pretrained(
+            None, config=sae_config, state_dict=own, **without_attention(kwargs)
+        )
     return saes
+
+
+def load_full(
+    model_class: Any,
+    name_or_path: str | os.PathLike,
+    config: VS2CLIPConfig,
+    place: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """
+    A VS2 checkpoint that holds its CLIP.
+
+    Args:
+        model_class: `PreTrainedModel.from_pretrained`, bound to the class.
+    """
+    files = WeightFiles.find(name_or_path, place)
+    sizes = in_one_message(lambda: _sizes_of_clip(config, files), files.source)
+    files.check(sae_tensors(config, files.source) | sizes)
+    model, loading = in_one_message(
+        lambda: model_class(None, config=config, state_dict=files.read(), output_loading_info=True, **kwargs),
+        files.source,
+    )
+    if loading["missing_keys"] or loading["unexpected_keys"]:
+        raise ValueError(f"{files.source} is not what this version writes: {loading}. Save the checkpoint again.")
+    model.config.name_or_path = model.name_or_path = str(name_or_path)
+    return model
+
+
+def _sizes_of_clip(config: VS2CLIPConfig, files: WeightFiles) -> dict[str, tuple[int, ...]]:
+    """The tensors of the CLIP that the config describes, without making them."""
+    clip_config: Any = config.clip_config
+    for part in (clip_config.vision_config, clip_config.text_config):
+        if part.num_hidden_layers > len(files.shapes):
+            raise ValueError(
+                f"by its config.json {files.source} has {part.num_hidden_layers} layers; it holds fewer tensors."
+            )
+    with torch.device("meta"):
+        clip = CLIPModel(clip_config)
+    return {f"clip.{name}": tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+
+
+def sae_tensors(config: VS2CLIPConfig, source: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a VS2 checkpoint's SAEs, and their shapes."""
+    layers = [sae.layer for sae in config.sae_configs]
+    if not layers or len(set(layers)) < len(layers) or None in layers:
+        raise ValueError(f"The config.json beside {source} must name one SAE a layer; it names layers {layers}.")
+    return {
+        f"saes.{sae.layer}.{name}": shape for sae in config.sae_configs for name, shape in sae.tensor_shapes.items()
+    }
 
 
 def load_corpus(name_or_path: str | os.PathLike, place: dict[str, Any]) -> RetrievalCorpus:
@@ -77,4 +130,4 @@ def load_corpus(name_or_path: str | os.PathLike, place: dict[str, Any]) -> Retri
     return RetrievalCorpus.from_pretrained(name_or_path, **{**place, "subfolder": subfolder})
 
 
-__all__ = ["HUB_ARGUMENTS", "load_clip", "load_corpus", "load_saes", "without_attention"]
+__all__ = ["HUB_ARGUMENTS", "load_clip", "load_corpus", "load_full", "load_saes", "without_attention"]

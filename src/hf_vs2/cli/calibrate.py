@@ -85,10 +85,13 @@ def _save(sae: SAEModel, checkpoint: Path, target: Path) -> None:
     if target.resolve() != checkpoint.resolve():
         sae.save_pretrained(target)
         return
+    from transformers.utils import CONFIG_NAME
+
+    from ..atomic import replace_files
     from ..model_card import write_model_card
 
     # In place, the configuration alone has changed; the weights may be mapped from the very file that would be written.
-    sae.config.save_pretrained(target)
+    replace_files(target, sae.config.save_pretrained, last=CONFIG_NAME)
     write_model_card(target)
 
 

@@ -1,0 +1,157 @@
+"""Configs read from a `config.json` that anybody may have written, or a bad disk changed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from transformers.utils import CONFIG_NAME
+
+from .packaged_code import PackagedCode
+
+
+# By these transformers opens other files, or fetches kernels, which are code. No checkpoint of ours has them.
+_OPENS_OTHERS = (
+    "quantization_config",
+    "transformers_weights",
+    "fusion_config",
+    "kernel_config",
+    "configuration_files",
+)
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Attributes of transformers' configs that its files hold, but that are no field of theirs.
+_NO_FIELDS = ("model_type", "_name_or_path", "name_or_path", "num_labels", "output_attentions", "torch_dtype")
+
+
+class CheckpointConfig(PackagedCode):
+    """
+    A config class whose files are refused in one message, with the file and the field, before anything is built from them.
+
+    Put it before `PreTrainedConfig` among the bases. An unknown field is kept: a later version may have added it.
+    """
+
+    required_fields: ClassVar[tuple[str, ...]] = ("model_type",)
+    """Fields that every file has held from the first version on; a default in place of one that was lost is another model."""
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers.
+
+        Raises:
+            `OSError`: if there is no such file, or no JSON in it. `ValueError`: if it is other JSON than an object.
+        """
+        subfolder = kwargs.get("subfolder")
+        try:
+            found = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            # What transformers meets where it takes a JSON object for granted.
+            raise ValueError(
+                f"{CONFIG_NAME} of {pretrained_model_name_or_path} is not the configuration of a model: {error}."
+            ) from error
+        if not found[0]:
+            where = f" in subfolder {subfolder!r}" if subfolder else ""
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no {CONFIG_NAME}{where}. If it holds several SAEs, name one with subfolder=."
+            )
+        if not isinstance(found[0], dict):
+            raise ValueError(f"{CONFIG_NAME} of {pretrained_model_name_or_path} is not a JSON object.")
+        return found
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            `OSError`: if there is no such file, or no JSON in it. `ValueError`: if it can't be used; the message names the file and
+                the field.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if str(pretrained_model_name_or_path) in str(error):
+                raise
+            raise ValueError(f"{CONFIG_NAME} of {pretrained_model_name_or_path} can't be used. {error}") from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            `ValueError`: if the dictionary is no configuration of this class; the message names the field.
+        """
+        cls.check_fields(config_dict)
+        try:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        except ValueError:
+            raise
+        except Exception as error:  # a value of the wrong kind fails in many ways, most of them inside transformers
+            raise ValueError(f"A field has a value that can't be used: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def check_fields(cls, config_dict: Any) -> None:
+        """Refuse a dictionary that lacks fields, has some that are misspelt, or asks for more than a configuration may.
+
+        Raises:
+            `ValueError`: naming the field.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise ValueError(f"A configuration is a JSON object, not {type(config_dict).__name__}.")
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        lost = sorted((known & set(cls.__annotations__) | set(cls.required_fields)) - set(config_dict))
+        for name in config_dict:
+            if name in known or name in _NO_FIELDS:
+                continue
+            near = difflib.get_close_matches(str(name), lost, n=1, cutoff=0.75)
+            if near:
+                raise ValueError(f"There is no field {name!r}; did it once say {near[0]!r}?")
+            if hasattr(cls, name):
+                raise ValueError(f"The field {name!r} would replace a part of {cls.__name__} itself.")
+        missing = [name for name in cls.required_fields if name not in config_dict]
+        if missing:
+            raise ValueError(f"The field {missing[0]!r} is missing.")
+        refuse_requests(config_dict)
+
+
+def refuse_requests(config: Any) -> None:
+    """Refuse a configuration, or one of its parts, by which transformers would open other files or run other code.
+
+    Raises:
+        `ValueError`: naming the field.
+    """
+    for name, value in _entries(config):
+        asks = name in _OPENS_OTHERS or (name.lstrip("_") in _IMPLEMENTATIONS and "/" in str(value))
+        if asks and value is not None:
+            raise ValueError(f"The field {name!r} ({value!r}) asks for other files or code, which is not loaded.")
+        if name in ("dtype", "torch_dtype") and value is not None and value not in _DTYPES:
+            raise ValueError(f"{name}={value!r} is not a type of weights. Expected one of {list(_DTYPES)}.")
+
+
+def refuse_kernels(config: Any, where: str | os.PathLike) -> None:
+    """Refuse the configuration of another library's model that names a repository of kernels.
+
+    Raises:
+        `ValueError`: naming the field.
+    """
+    for name, value in _entries(config):
+        if name.lstrip("_") in _IMPLEMENTATIONS and "/" in str(value):
+            raise ValueError(f"{CONFIG_NAME} of {where} asks for code ({name}={value!r}), which is not loaded.")
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """Every name and value of nested JSON."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield str(name), value
+            yield from _entries(value)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from _entries(value)
+
+
+__all__ = ["CheckpointConfig", "refuse_kernels", "refuse_requests"]

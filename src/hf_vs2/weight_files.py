@@ -1,0 +1,184 @@
+"""The safetensors files of a checkpoint, looked at before they are believed. No other format is ever opened: a pickle is code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
+"""Arguments of `from_pretrained` that say where a checkpoint is."""
+
+LARGEST = 1e8
+"""No weight and no activation of a CLIP or its SAE comes near it. Where one flipped bit of the exponent made a number larger, its
+products and squares would overflow."""
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """
+    The weights of a checkpoint, of which so far only the headers are read.
+
+    Args:
+        paths (`dict[str, str]`): tensor -> its file.
+        shapes (`dict[str, tuple[int, ...]]`): tensor -> its shape.
+        source (`str`): the file, or the list of files, for messages.
+    """
+
+    paths: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    source: str
+
+    @classmethod
+    def find(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> WeightFiles:
+        """
+        Look for `model.safetensors` or its parts in a folder or on the Hub.
+
+        Raises:
+            `OSError`: if there is none, or it can't be reached. `ValueError`: if one is damaged, or holds anything else than floats.
+        """
+        source, files = _find(name_or_path, place)
+        paths: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            with opened(path) as weights:
+                for name in weights.keys():  # noqa: SIM118 (not a dict)
+                    part = weights.get_slice(name)
+                    if part.get_dtype() not in _DTYPES:
+                        raise ValueError(
+                            f"{path}: {name} is of type {part.get_dtype()}; weights are one of {_DTYPES}."
+                        )
+                    if name in paths:
+                        raise ValueError(f"{path}: {name} is in {paths[name]} too.")
+                    paths[name], shapes[name] = path, tuple(part.get_shape())
+        return cls(paths, shapes, source)
+
+    def only(self, prefix: str) -> WeightFiles:
+        """Those tensors whose name begins so."""
+        paths = {name: path for name, path in self.paths.items() if name.startswith(prefix)}
+        return WeightFiles(paths, {name: self.shapes[name] for name in paths}, self.source)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse other tensors than these, and other shapes.
+
+        Raises:
+            `ValueError`: naming the file, the tensor and both shapes.
+        """
+        missing, extra = sorted(expected.keys() - self.shapes), sorted(self.shapes.keys() - expected)
+        if missing or extra:
+            what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}"
+            raise ValueError(
+                f"{self.source} {what}, and {CONFIG_NAME} describes a model with{'' if missing else 'out'} it. Save or download the "
+                "checkpoint again; if a newer version wrote it, upgrade hf_vs2."
+            )
+        for name, shape in expected.items():
+            if self.shapes[name] != shape:
+                raise ValueError(
+                    f"{self.paths[name]}: {name} is {self.shapes[name]}, by {CONFIG_NAME} it is {shape}. The two are not of one "
+                    "checkpoint: save or download it again."
+                )
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """
+        All tensors, in memory: nothing follows later changes of the files.
+
+        Raises:
+            `ValueError`: on NaN, infinity and other numbers that no weight is, naming file and tensor.
+        """
+        tensors = {}
+        for path in dict.fromkeys(self.paths.values()):
+            with opened(path) as weights:
+                for name in (name for name, at in self.paths.items() if at == path):
+                    tensors[name] = weights.get_tensor(name).clone()
+                    check_numbers([(name, tensors[name])], path)
+        return tensors
+
+
+def check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str | os.PathLike) -> None:
+    """Refuse tensors with NaN, infinity, or numbers so large that they would turn into it.
+
+    Raises:
+        `ValueError`: naming the place and the tensor.
+    """
+    for name, tensor in tensors:
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        lowest, highest = (bound.item() for bound in tensor.aminmax())
+        if not (lowest >= -LARGEST and highest <= LARGEST):
+            found = f"numbers from {lowest:.3g} to {highest:.3g}" if lowest <= highest else "NaN"
+            raise ValueError(
+                f"{where} is damaged: {name} holds {found}, and no weight is larger than {LARGEST:g}. Save or download it again."
+            )
+
+
+@contextmanager
+def opened(path: str | os.PathLike) -> Iterator[Any]:
+    """An open safetensors file.
+
+    Raises:
+        `ValueError`: if it is none, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as weights:
+            yield weights
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Save or download it again.") from error
+
+
+def at_one_commit(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> dict[str, Any]:
+    """`place` with the commit in it that the branch or tag stands for now, so that all files are of one commit."""
+    config = cached_file(name_or_path, CONFIG_NAME, **place, _raise_exceptions_for_missing_entries=False)
+    commit = extract_commit_hash(config, None)
+    return dict(place) if commit is None or os.path.isdir(name_or_path) else {**place, "revision": commit}
+
+
+def in_one_message(load: Callable[[], Any], where: str | os.PathLike) -> Any:
+    """`load()`; what transformers and torch raise on a damaged or foreign checkpoint becomes a `ValueError` that names it."""
+    try:
+        return load()
+    except (torch.OutOfMemoryError, OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{where} can't be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+def _find(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[str, list[str]]:
+    def look(name: str) -> str | None:
+        return cached_file(name_or_path, name, **place, _raise_exceptions_for_missing_entries=False)
+
+    whole = look(SAFE_WEIGHTS_NAME)
+    if whole is not None:
+        return whole, [whole]
+    index = look(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        raise OSError(
+            f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. Other formats, pickled ones above all (pytorch_model.bin, *.pt), are not "
+            "opened, since they can hold code: save the model again with save_pretrained."
+        )
+    try:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}). Save or download it again.") from error
+    strange = [name for name in names if os.path.basename(name) != name or not name.endswith(".safetensors")]
+    if strange:
+        raise ValueError(f"{index} names {strange[0]!r}, which is no .safetensors file beside it.")
+    files = [(name, look(name)) for name in names]
+    lost = [name for name, path in files if path is None]
+    if lost:
+        raise OSError(f"{name_or_path} has no {lost[0]}, which {index} names.")
+    return index, [path for _, path in files if path is not None]
+
+
+__all__ = ["HUB_ARGUMENTS", "LARGEST", "WeightFiles", "at_one_commit", "check_numbers", "in_one_message", "opened"]

@@ -1,0 +1,643 @@
+"""Files of strangers and of bad disks: used whole, or refused in one message, never run, never believed half."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_clip
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from toy import make_rows, make_sae
+from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel
+from transformers.utils import logging
+
+from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate
+from hf_vs2.activations import ActivationStore, extract_activations
+from hf_vs2.checkpoint_folder import CheckpointFolder
+from hf_vs2.registry import dataset_info
+from hf_vs2.report import EvaluationResult
+from hf_vs2.study.config import StudyConfig
+
+
+TRIES, MANY_TRIES = 40, 600
+"""Mutations of each artefact, in the fast test and in the slow one."""
+EXAMPLES = 60
+MEMORY = 2 << 30
+"""Address space that one load may take on top of what the process has; the artefacts are of some 100 kB."""
+SECONDS = 20
+"""Of the processor, so that a busy machine fails nothing."""
+
+Numbers = Any
+
+
+# The artefacts, and what is read from each: the numbers that somebody would go on to publish.
+
+
+def sae_folder(folder: Path) -> None:
+    sae = make_sae(32, layer=2, total_variance=40.0)
+    calibrate(sae, make_rows(400, 32))
+    sae.save_pretrained(folder)
+    log = {"metrics": {"fvu": 0.5}, "args": {"learning_rate": 1e-3}, "log": []}
+    (folder / "training_log.json").write_text(json.dumps(log))
+
+
+def sae_numbers(folder: Path) -> Numbers:
+    sae = SAEModel.from_pretrained(folder)
+    with torch.no_grad():
+        out = sae(make_rows(8, 32))
+    assert CheckpointFolder.open(folder).training_arguments("") is not None
+    config = sae.config
+    return [out.loss, out.reconstruction, out.fvu, config.gamma, config.lambda_, sae.fvu_threshold(0.9)]
+
+
+def corpus_folder(folder: Path) -> None:
+    RetrievalCorpus(make_rows(20, 32), make_rows(20, 8), "some/encoder").save_pretrained(folder)
+
+
+def corpus_numbers(folder: Path) -> Numbers:
+    corpus = RetrievalCorpus.from_pretrained(folder)
+    return [corpus.rows, corpus.embeddings]
+
+
+def light_folder(folder: Path, full: bool = False) -> None:
+    make_tiny_clip().save_pretrained(folder / "clip")
+    clip = CLIPModel.from_pretrained(folder / "clip")
+    sae = make_sae(32, layer=2, total_variance=40.0)
+    calibrate(sae, make_rows(400, 32))
+    model = VS2CLIPForZeroShot(clip, sae, gate=0.9)
+    model.set_corpus(RetrievalCorpus.from_store(make_rows(60, 32), clip=clip))
+    # Relative to the folder that `vs2_numbers` is called in: the artefact is copied and mutated with its CLIP.
+    model.config.base_model_name_or_path = "clip"
+    model.save_pretrained(folder / "vs2", full=full)
+
+
+def full_folder(folder: Path) -> None:
+    light_folder(folder, full=True)
+
+
+@torch.no_grad()
+def vs2_numbers(folder: Path) -> Numbers:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        model = VS2CLIPForZeroShot.from_pretrained(folder / "vs2")
+    finally:
+        os.chdir(before)
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    text = torch.tensor([[5, 6, 98], [7, 8, 98]])
+    numbers = [model(input_ids=text, pixel_values=pixels).logits_per_image]
+    with model.steering(method="vs2++", gate=None, num_neighbors=5):
+        numbers.append(model(input_ids=text, pixel_values=pixels).logits_per_image)
+    return numbers
+
+
+def store_folder(folder: Path) -> None:
+    make_tiny_clip().save_pretrained(folder / "clip")
+    clip = CLIPModel.from_pretrained(folder / "clip")
+    images = [Image.new("RGB", (32, 32), (20 * i, 255 - 20 * i, 7 * i)) for i in range(10)]
+    data = Dataset.from_dict({"image": images, "label": [i % 2 for i in range(10)]})
+    store = extract_activations(
+        clip,
+        data,
+        folder / "out",
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        shard_size=4,
+        batch_size=4,
+        label_column="label",
+        progress=False,
+    )
+    shutil.move(store.path, folder / "store")
+    shutil.rmtree(folder / "clip")
+    shutil.rmtree(folder / "out")
+
+
+def store_numbers(folder: Path) -> Numbers:
+    store = ActivationStore.open(folder / "store")
+    return [store.take(torch.arange(len(store))), store.labels, store.image_indices]
+
+
+def result_folder(folder: Path) -> None:
+    row = {"method": "vs2", "prompts": "single", "top1": 61.5, "top5": 90.0, "gain": 1.5, "gain_ci": [0.5, 2.5]}
+    row |= {"coverage": 0.99, "mean_fvu": 0.25, "n": 1000, "gamma": 1.5, "lambda": 2.1, "tau": 0.4, "seconds": 0.1}
+    rows = [row | {"method": "clip", "gain": 0.0}, row]
+    EvaluationResult(rows, {"seed": 0}, {"class_names": ["a"]}).to_json(folder / "results.json")
+
+
+def result_numbers(folder: Path) -> Numbers:
+    result = EvaluationResult.from_json(folder / "results.json")
+    assert result.table()
+    return [row["top1"] for row in result.rows] + [row.get("gain") for row in result.rows]
+
+
+ARTEFACTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Numbers]]] = {
+    "sae": (sae_folder, sae_numbers),
+    "corpus": (corpus_folder, corpus_numbers),
+    "light": (light_folder, vs2_numbers),
+    "full": (full_folder, vs2_numbers),
+    "store": (store_folder, store_numbers),
+    "results": (result_folder, result_numbers),
+}
+IGNORED = ("README.md",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """Hundreds of loads would print hundreds of bars."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Callable[[str], Path]:
+    """A folder of each artefact as it was written, made once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "whole"
+            made[kind].mkdir()
+            ARTEFACTS[kind][0](made[kind])
+        return made[kind]
+
+    return make
+
+
+@contextmanager
+def bounded_memory(extra: int = MEMORY) -> Iterator[None]:
+    """Allocations beyond it fail, with an error that no test here expects."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if pages is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def flat(numbers: Numbers) -> list[float]:
+    return [float(value) for one in numbers if one is not None for value in torch.as_tensor(one).flatten().tolist()]
+
+
+def outcome(kind: str, folder: Path, names: tuple[str, ...]) -> list[float] | str:
+    """The numbers of an artefact, or the message that it was refused with. Fails on any other end."""
+    started = time.process_time()
+    try:
+        with bounded_memory():
+            numbers = flat(ARTEFACTS[kind][1](folder))
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert str(folder) in message or any(name in message for name in names), f"names nothing: {message}"
+        assert type(error) in (ValueError, OSError, FileNotFoundError) or type(error).__module__.startswith(
+            "hf_vs2"
+        ), f"{type(error)}: {message}"
+        return message
+    finally:
+        assert time.process_time() - started < SECONDS
+    assert all(math.isfinite(value) for value in numbers), "NaN or infinity came out"
+    return numbers
+
+
+# Random damage
+
+
+def flip(content: bytearray, dice: random.Random, at: int) -> bytearray:
+    for place in {at, *(dice.randrange(len(content)) for _ in range(dice.choice((0, 0, 3))))}:
+        content[place] ^= 1 << dice.randrange(8)
+    return content
+
+
+def truncate(content: bytearray, dice: random.Random, at: int) -> bytearray:
+    return content[:at]
+
+
+def zeros(content: bytearray, dice: random.Random, at: int) -> bytearray:
+    length = min(dice.choice((8, 64, 512, 4096)), len(content) - at)
+    content[at : at + length] = bytes(length)
+    return content
+
+
+def double(content: bytearray, dice: random.Random, at: int) -> bytearray:
+    return content[:at] + content[at : at + 256] + content[at:]
+
+
+def overwrite(content: bytearray, dice: random.Random, at: int) -> bytearray:
+    """As a disk does that writes a sector to the wrong place: the length stays."""
+    piece = content[at : at + 64]
+    to = dice.randrange(max(1, len(content) - len(piece)))
+    content[to : to + len(piece)] = piece
+    return content
+
+
+def ones(content: bytearray, dice: random.Random, at: int) -> bytearray:
+    length = min(8, len(content) - at)
+    content[at : at + length] = b"\xff" * length
+    return content
+
+
+HARMS = (flip, flip, truncate, zeros, double, overwrite, ones)
+
+
+def mutate(folder: Path, dice: random.Random) -> tuple[str, Path]:
+    """Damages one file: which harm, and where."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    # Cards are read by nobody here: a few tries will do to show that.
+    files = [path for path in files if path.name not in IGNORED or dice.random() < 0.1] or files
+    path, harm = dice.choice(files), dice.choice(HARMS)
+    content = bytearray(path.read_bytes())
+    end = len(content) if dice.random() < 0.5 else min(len(content), 3000)  # where the headers are
+    path.write_bytes(harm(content, dice, dice.randrange(end)))
+    return harm.__name__, path
+
+
+def survive(kind: str, source: Path, scratch: Path, tries: int, seed: int) -> dict[str, int]:
+    """Counts of the outcomes."""
+    expected = outcome(kind, source, ())
+    assert isinstance(expected, list)
+    counts = {"refused": 0, "same numbers": 0, "other finite numbers": 0}
+    for number in range(tries):
+        dice = random.Random(seed * 1_000_003 + number)
+        folder = scratch / "damaged"
+        shutil.copytree(source, folder)
+        harm, path = mutate(folder, dice)
+        try:
+            found = outcome(kind, folder, path.relative_to(folder).parts)
+        except BaseException as error:
+            raise AssertionError(
+                f"try {number}: {harm} in {path.relative_to(folder)}: {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(found, str):
+            assert path.name not in IGNORED, f"{path.name} was read: {found}"
+            counts["refused"] += 1
+        else:
+            counts["same numbers" if found == expected else "other finite numbers"] += 1
+        shutil.rmtree(folder)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ARTEFACTS)
+def test_random_damage_is_refused_or_harmless(whole, tmp_path, kind):
+    """A bit that flips on the disk must never become a traceback nobody understands, NaN in a table, or all the memory."""
+    counts = survive(kind, whole(kind), tmp_path, TRIES, seed=1)
+    assert counts["refused"] >= TRIES // 5, f"the damage does nothing: {counts}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ARTEFACTS)
+def test_much_random_damage_is_refused_or_harmless(whole, tmp_path, kind):
+    """The same, for the harms that only show up once in hundreds."""
+    print(kind, survive(kind, whole(kind), tmp_path, MANY_TRIES, seed=2))
+
+
+# Harms with a name, one for each way in which a file has been seen to be wrong
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    """`...` takes a field away."""
+
+    def harm(folder: Path) -> None:
+        path = folder / "config.json"
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+    return harm
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return harm
+
+
+def weight(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return weights(lambda tensors: tensors | {name: change(tensors[name]).contiguous()})
+
+
+def one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.flatten().index_fill(0, torch.tensor([3]), value).view_as(tensor)
+
+
+def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8:end])
+        change(entries)
+        text = json.dumps(entries).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+    return harm
+
+
+def text(content: str | bytes, name: str = "config.json") -> Callable[[Path], None]:
+    return lambda folder: void((folder / name).write_bytes(content.encode() if isinstance(content, str) else content))
+
+
+def void(_: Any) -> None:
+    pass
+
+
+def other_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(__file__)
+
+
+NAN, INF, HUGE = float("nan"), float("inf"), 10**12
+SAE_HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "field missing": (config(top_k=...), r"config.json of .*field 'top_k' is missing"),
+    "field misspelt": (config(top_k=..., tgp_k=8), r"config.json of .*no field 'tgp_k'.*'top_k'"),
+    "text for a number": (config(gamma="1.5"), r"config.json of .*'gamma'"),
+    "number no float holds": (config(gamma=10**400), r"config.json of .*gamma=1000"),
+    "NaN": (config(lambda_=NAN), r"config.json of .*lambda_=nan"),
+    "more active than there are": (config(top_k=10_000), r"config.json of .*top_k=10000"),
+    "width to fill any memory": (config(hidden_size=HUGE), r"model.safetensors: W_enc is \(128, 32\), by config.json"),
+    "latents to fill any memory": (config(num_latents=HUGE, hidden_size=HUGE), r"model.safetensors: W_enc is"),
+    "quantile NaN": (config(fvu_quantiles={"0.5": NAN}), r"config.json of .*fvu_quantiles"),
+    "quantile negative": (config(fvu_quantiles={"0.5": -0.1}), r"config.json of .*fvu_quantiles"),
+    "quantiles fall": (config(fvu_quantiles={"0.5": 0.9, "0.9": 0.5}), r"fvu_quantiles.*must rise"),
+    "quantile of no level": (config(fvu_quantiles={"half": 0.5}), r"config.json of .*fvu_quantiles"),
+    "quantiles a list": (config(fvu_quantiles=[0.5]), r"config.json of .*fvu_quantiles"),
+    "variance negative": (config(total_variance=-1.0), r"config.json of .*total_variance=-1"),
+    "fingerprint NaN": (config(base_model_fingerprint=[NAN]), r"config.json of .*base_model_fingerprint"),
+    "layer beyond the tower": (config(base_model_num_layers=2), r"config.json of .*layer=2 does not exist"),
+    "version of the future": (config(format_version=2), r"config.json of .*format version 2.*pip install -U"),
+    "version that never was": (config(format_version=0), r"config.json of .*format_version=0"),
+    "another library's": (config(model_type="bert"), r"config.json of .*'bert' model"),
+    "dtype of no weights": (config(dtype="int8"), r"config.json of .*dtype='int8'"),
+    "dtype that is no dtype": (config(dtype="os.system"), r"config.json of .*dtype='os.system'"),
+    "quantised": (config(quantization_config={"quant_method": "x"}), r"'quantization_config'.*not loaded"),
+    "weights elsewhere": (config(transformers_weights="../x.safetensors"), r"'transformers_weights'.*not loaded"),
+    "kernel from a repository": (config(attn_implementation="x/y"), r"'attn_implementation'.*not loaded"),
+    "field that is a method": (config(to_dict=5), r"config.json of .*'to_dict' would replace"),
+    "no JSON": (text("{"), r"config.json"),
+    "JSON, but a list": (text("[1]"), r"config.json of"),
+    "JSON, but null": (text("null"), r"config.json of"),
+    "no text": (text(b"\xff\xfe\0"), r"config.json"),
+    "a million brackets": (text("[" * 1_000_000), r"config.json of"),
+    "a number of 5000 digits": (text('{"hidden_size": ' + "9" * 5000 + "}"), r"config.json of"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"config.json"),
+    "weight NaN": (weight("W_enc", one(NAN)), r"model.safetensors is damaged: W_enc holds NaN"),
+    "weight infinite": (weight("b_pre", one(INF)), r"model.safetensors is damaged: b_pre holds .* inf"),
+    "exponent flipped": (weight("W_dec", one(1e37)), r"model.safetensors is damaged: W_dec holds .*1e\+37"),
+    "mean NaN": (weight("mean", one(NAN)), r"model.safetensors is damaged: mean holds NaN"),
+    "tensor missing": (weights(lambda all: {n: t for n, t in all.items() if n != "mean"}), r"safetensors lacks mean"),
+    "tensor too many": (weights(lambda all: all | {"gate": torch.ones(3)}), r"model.safetensors holds gate"),
+    "tensor of other shape": (weight("W_dec", lambda t: t.T), r"model.safetensors: W_dec is \(32, 128\), by config"),
+    "tensor of int8": (weight("W_dec", lambda t: t.to(torch.int8)), r"model.safetensors: W_dec is of type I8"),
+    "tensor of bool": (weight("mean", lambda t: t > 0), r"model.safetensors: mean is of type BOOL"),
+    "tensor renamed": (header(lambda all: all.update(W_dex=all.pop("W_dec"))), r"model.safetensors lacks W_dec"),
+    "size that no disk has": (header(lambda all: all["W_dec"].update(shape=[HUGE, 32])), r"safetensors is damaged"),
+    "beyond the file": (header(lambda all: all["W_dec"].update(data_offsets=[0, HUGE])), r"safetensors is damaged"),
+    "tensors that overlap": (
+        header(lambda all: all["W_dec"].update(data_offsets=all["W_enc"]["data_offsets"])),
+        r"model.safetensors is damaged",
+    ),
+    "header longer than the file": (text((1 << 60).to_bytes(8, "little"), "model.safetensors"), r"is damaged"),
+    "cut to nothing": (text("", "model.safetensors"), r"model.safetensors is damaged"),
+    "another file's link": (other_file, r"model.safetensors is damaged"),
+}
+
+
+@pytest.mark.parametrize("harm", SAE_HARMS)
+def test_an_sae_that_cannot_be_trusted_is_refused(whole, tmp_path, harm):
+    """transformers warns and fills in random numbers, or fails deep inside: here one line names the file and the fault."""
+    folder = tmp_path / "sae"
+    shutil.copytree(whole("sae"), folder)
+    change, message = SAE_HARMS[harm]
+    change(folder)
+    with bounded_memory(), pytest.raises((ValueError, OSError), match=message):
+        SAEModel.from_pretrained(folder)
+
+
+VS2_HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "layers without end": (
+        "full",
+        lambda folder: nested(folder, "clip_config", "vision_config", num_hidden_layers=HUGE),
+        r"has 1000000000000 layers; it holds fewer tensors",
+    ),
+    "width to fill any memory": (
+        "full",
+        lambda folder: nested(folder, "clip_config", "text_config", hidden_size=HUGE),
+        r"model.safetensors",
+    ),
+    "patches of no size": (
+        "full",
+        lambda folder: nested(folder, "clip_config", "vision_config", patch_size=0),
+        r"model.safetensors|config.json",
+    ),
+    "activation of no name": (
+        "full",
+        lambda folder: nested(folder, "clip_config", "text_config", hidden_act="nothing"),
+        r"model.safetensors|config.json",
+    ),
+    "kernel from a repository": (
+        "full",
+        lambda folder: nested(folder, "clip_config", "vision_config", attn_implementation="x/y"),
+        r"config.json of .*'attn_implementation'",
+    ),
+    "NaN in the CLIP": (
+        "full",
+        weight("clip.visual_projection.weight", one(NAN)),
+        r"model.safetensors is damaged: clip.visual_projection.weight holds NaN",
+    ),
+    "CLIP without a tensor": (
+        "full",
+        weights(lambda all: {n: t for n, t in all.items() if n != "clip.logit_scale"}),
+        r"model.safetensors lacks clip.logit_scale",
+    ),
+    "NaN in the CLIP it names": (
+        "light",
+        lambda folder: weight("visual_projection.weight", one(NAN))(folder.parent / "clip"),
+        r"clip is damaged: visual_projection.weight holds NaN",
+    ),
+    "named CLIP without a tensor": (
+        "light",
+        lambda folder: weights(lambda all: {n: t for n, t in all.items() if n != "logit_scale"})(
+            folder.parent / "clip"
+        ),
+        r"clip is damaged: it has no logit_scale",
+    ),
+    "no SAE": ("light", config(sae_configs=[]), r"config.json beside .*names layers \[\]"),
+    "SAEs a number": ("light", config(sae_configs=3), r"config.json of .*sae_configs must be a list"),
+    "an SAE a number": ("light", config(sae_configs=[3]), r"config.json of .*sae_configs\[0\]"),
+    "method of no name": ("light", config(method="vs3"), r"config.json of .*method='vs3'"),
+    "gamma NaN": ("light", config(gamma=[NAN]), r"config.json of .*gamma"),
+    "weights of two SAEs": (
+        "light",
+        weights(lambda all: all | {n.replace("saes.2", "saes.1"): t.clone() for n, t in all.items()}),
+        r"model.safetensors holds saes.1",
+    ),
+}
+
+
+def nested(folder: Path, *place: str, **changes: Any) -> None:
+    path = folder / "config.json"
+    content = inner = json.loads(path.read_text())
+    for name in place:
+        inner = inner[name]
+    inner.update(changes)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("harm", VS2_HARMS)
+def test_a_vs2_checkpoint_that_cannot_be_trusted_is_refused(whole, tmp_path, harm):
+    """A full checkpoint's CLIP is built by what its config says: that must be looked at before memory is taken for it."""
+    kind, change, message = VS2_HARMS[harm]
+    folder = tmp_path / "copy"
+    shutil.copytree(whole(kind), folder)
+    change(folder / "vs2")
+    with bounded_memory(), pytest.raises((ValueError, OSError), match=message):
+        vs2_numbers(folder)
+
+
+def test_shards_that_were_swapped_deleted_or_borrowed_are_named(whole, tmp_path):
+    """Rows in another order would be given other images' labels: accuracies of chance that look like a bad method."""
+    source = whole("store") / "store"
+
+    def damaged(name: str) -> Path:
+        shutil.copytree(source, tmp_path / name)
+        return tmp_path / name
+
+    swapped = damaged("swapped")
+    first, second = swapped / "shard-00000.safetensors", swapped / "shard-00001.safetensors"
+    assert first.stat().st_size == second.stat().st_size, "nothing but the content tells them apart"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    for read in (lambda s: s.take([0]), lambda s: s.tensor(), lambda s: s.labels, lambda s: s.to_dataset()):
+        with pytest.raises(OSError, match="shard-00000.safetensors is damaged .it is not shard 0 of this store"):
+            read(ActivationStore.open(swapped))
+    deleted = damaged("deleted")
+    (deleted / "shard-00001.safetensors").unlink()
+    with pytest.raises(OSError, match="shard-00001.safetensors is missing"):
+        ActivationStore.open(deleted)
+    borrowed = damaged("borrowed")
+    index = json.loads((borrowed / "index.json").read_text())
+    index["model"]["fingerprint"] = "another"
+    (borrowed / "index.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match="it is not shard 0 of this store"):
+        ActivationStore.open(borrowed).take([0])
+
+
+# Code in the place of data
+
+
+class Evil:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.marker), "w"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "adapter_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["sae", "light", "full", "corpus", "clip"])
+def test_a_pickle_is_never_loaded(whole, tmp_path, kind, name):
+    """A pickle runs what it says: one from a stranger can take over the machine."""
+    folder, marker = tmp_path / "copy", tmp_path / "was here"
+    shutil.copytree(whole("light" if kind == "clip" else kind), folder)
+    place = folder / {"light": "vs2", "full": "vs2", "clip": "clip"}.get(kind, "")
+    if kind == "corpus":
+        name = "corpus.safetensors" if name == "model.safetensors" else name
+    for path in place.glob("*.safetensors"):
+        path.unlink()
+    torch.save(Evil(marker), place / name)
+    with pytest.raises((ValueError, OSError)):
+        ARTEFACTS["light" if kind == "clip" else kind][1](folder)
+    assert not marker.exists()
+    with open(place / name, "rb") as file:
+        torch.load(file, weights_only=False)
+    assert marker.exists(), "the pickle does nothing: the test proves nothing"
+
+
+def test_code_that_a_config_names_is_not_run(whole, tmp_path):
+    """`auto_map` in config.json is how checkpoints bring code; ours bring none, whatever they say."""
+    folder, marker = tmp_path / "sae", tmp_path / "was here"
+    shutil.copytree(whole("sae"), folder)
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    config(auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})(folder)
+    expected = flat(ARTEFACTS["sae"][1](whole("sae")))
+    assert flat(sae_numbers(folder)) == expected
+    assert isinstance(AutoModel.from_pretrained(folder), SAEModel)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("read", [dataset_info, StudyConfig.from_yaml])
+def test_yaml_brings_no_code(tmp_path, read):
+    """YAML can name Python objects to make; a stranger's study file must not."""
+    path, marker = tmp_path / "foreign.yaml", tmp_path / "was here"
+    path.write_text(f"name: x\npath: !!python/object/apply:builtins.open [{str(marker)!r}, w]\n")
+    with pytest.raises(ValueError, match="foreign.yaml is not a YAML file"):
+        read(str(path))
+    assert not marker.exists()
+
+
+# Any JSON in any field
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400) | st.just("x/y"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+PROPERTY = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=EXAMPLES,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def fields_changed(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(names) | st.text(max_size=12), JSON | st.just(...), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("kind", ["sae", "light", "full"])
+def test_any_config_is_used_or_refused_by_name(whole, tmp_path, kind):
+    """Property: whatever JSON stands in whichever fields, the result is finite numbers or one message about the file."""
+    folder = tmp_path / "copy"
+    shutil.copytree(whole(kind), folder)
+    path = folder / ("config.json" if kind == "sae" else "vs2/config.json")
+    original = json.loads(path.read_text())
+
+    @PROPERTY
+    @given(fields_changed(sorted(original)))
+    def run(changes: dict[str, Any]) -> None:
+        content = {name: value for name, value in (original | changes).items() if value is not ...}
+        path.write_text(json.dumps(content))
+        outcome(kind, folder, (*original, "config.json", "clip"))
+
+    run()
+
+
+def test_any_result_row_is_shown_or_refused(whole, tmp_path):
+    """The same for result files, which people send each other."""
+    path = tmp_path / "results.json"
+    original = json.loads((whole("results") / "results.json").read_text())
+
+    @PROPERTY
+    @given(fields_changed(sorted(original["rows"][1])))
+    def run(changes: dict[str, Any]) -> None:
+        row = {name: value for name, value in (original["rows"][1] | changes).items() if value is not ...}
+        path.write_text(json.dumps(original | {"rows": [original["rows"][0], row]}))
+        outcome("results", tmp_path, ("results.json",))
+
+    run()
