@@ -118,8 +118,8 @@ def test_a_path_reads_as_its_bytes_do_and_leaves_no_file_open(tmp_path):
     ("value", "reason"),
     [
         (encoded(Image.fromarray(COLOUR), "JPEG")[:-200], "runcated"),
-        (b"", "cannot identify"),
-        (b"<html>404 not found</html>", "cannot identify"),
+        (b"", "it is empty, 0 bytes"),
+        (b"<html>404 not found</html>", "no image format that Pillow can identify"),
         ("nowhere/at all.jpg", "No such file"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         (None, "neither bytes nor a path"),

@@ -106,7 +106,9 @@ def conformal_quantiles(fvu: torch.Tensor, levels: tuple[float, ...] = LEVELS) -
     ordered = fvu.double().sort().values.tolist()
     # The tolerance keeps (n + 1) q = 198.00000000000003 from asking for the 199th.
     ranks = {level: math.ceil((len(ordered) + 1) * level - 1e-9) for level in levels}
-    return {str(level): ordered[rank - 1] for level, rank in ranks.items() if 1 <= rank <= len(ordered)}
+    # An infinite threshold (of a row that sits on the mean) is no gate, and JSON can't hold it.
+    known = {level: ordered[rank - 1] for level, rank in ranks.items() if 1 <= rank <= len(ordered)}
+    return {str(level): threshold for level, threshold in known.items() if math.isfinite(threshold)}
 
 
 @torch.no_grad()

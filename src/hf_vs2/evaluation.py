@@ -442,7 +442,8 @@ def _meta(
         "n": len(rows),
     }
     if not isinstance(rows, torch.Tensor):
-        meta["dataset"] = {"id": rows.metadata["dataset_id"], **rows.metadata["dataset"]}
+        skipped = {"skipped": len(rows.metadata["skipped"])}
+        meta["dataset"] = {"id": rows.metadata["dataset_id"], **rows.metadata["dataset"], **skipped}
         meta["activations_model"] = rows.metadata["model"]
     return meta
 

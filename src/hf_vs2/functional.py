@@ -84,7 +84,11 @@ def prototype_alignment(values: torch.Tensor, indices: torch.Tensor, labels: tor
 
 
 def keep_norm(moved: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Algorithm 1, last step: `moved` rescaled row by row to the norm of `x`. A row moved to exactly 0 stays 0."""
+    """Algorithm 1, last step: `moved` rescaled row by row to the norm of `x`. A row moved to exactly 0 stays 0.
+
+    Squares are summed in the rows' dtype: in float32 a row shorter than about 1e-22 counts as 0, and one longer than 1.8e19
+    gives what is not finite. [`VS2CLIPForZeroShot`] leaves such a row as it was.
+    """
     moved_norm = moved.norm(dim=-1, keepdim=True)
     scale = x.norm(dim=-1, keepdim=True) / moved_norm
     return moved * torch.where(moved_norm > 0, scale, torch.zeros_like(scale))
@@ -106,15 +110,20 @@ def centroid_steer(x: torch.Tensor, centroid: torch.Tensor, alpha: float) -> tor
 def fvu_per_sample(x: torch.Tensor, reconstruction: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """`||x~ - x||^2 / ||x - mu||^2` for each row, float32 `(batch,)`; `mean` is that of the TRAINING activations.
 
-    A row that sits exactly on the mean has no variance to explain: its FVU is infinite unless it is reconstructed exactly.
-    A row with a NaN has a NaN FVU, which no gate lets through.
+    A row that sits exactly on the mean has no variance to explain: its FVU is infinite unless it is reconstructed exactly. So
+    is that of a row too large for float32, whose squares overflow. A row with a NaN or infinity has a NaN FVU, which no gate
+    lets through; no other row has.
     """
     x = x.float()
     error = (reconstruction.float() - x).square().sum(-1)
     spread = (x - mean.float()).square().sum(-1)
-    return torch.where(error == 0, torch.zeros_like(error), error / spread)
+    fvu = torch.where(error == 0, torch.zeros_like(error), error / spread)
+    return torch.where(fvu.isnan() & x.isfinite().all(-1), torch.full_like(fvu, torch.inf), fvu)
 
 
 def gate(fvu: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Which rows to steer: those with `FVU(x) <= tau`, bool `(batch,)`. The rest keep plain CLIP's result exactly."""
+    """Which rows to steer: those with `FVU(x) <= tau`, bool `(batch,)`. The rest keep plain CLIP's result exactly.
+
+    tau 0 passes exact reconstructions alone, an infinite tau every row whose FVU is a number.
+    """
     return fvu <= threshold

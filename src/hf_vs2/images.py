@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers.utils import logging
 
 
@@ -53,9 +53,12 @@ def open_image(value: Any, name: str = "the image") -> Image.Image:
     try:
         return _to_rgb(_upright(_decode(value), name))
     except Image.DecompressionBombError as error:
+        # Pillow's sentence, without its full stop: what may be done instead follows.
         raise UnreadableImageError(
-            f"{name} is too large to be opened safely: {error} If you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+            f"{name} is too large to be opened safely: {str(error).rstrip('.')} (if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
+    except UnidentifiedImageError as error:  # whose own words are the address of a buffer, another one in every run
+        raise UnreadableImageError(f"{name} cannot be read (no image format that Pillow can identify)") from error
     # Pillow's decoders raise nearly every exception type on damaged files (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         raise UnreadableImageError(f"{name} cannot be read ({type(error).__name__}: {error})") from error
@@ -70,6 +73,8 @@ def _decode(value: Any) -> Image.Image:
     if isinstance(value, (str, os.PathLike)):
         value = _read_file(os.fspath(value))
     if isinstance(value, (bytes, bytearray, memoryview)):
+        if not len(value):
+            raise ValueError("it is empty, 0 bytes")
         value = Image.open(io.BytesIO(value))
     if isinstance(value, Image.Image):
         value.load()

@@ -110,7 +110,12 @@ def pseudo_labels(image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> tor
     """CLIP's own guess for each image: the class of largest cosine, int64 `(n,)`; of equal ones the first.
 
     `image_embeds` is `(n, d)` and `class_embeds` `(num_classes, d)`, of any length. Nothing of `n x num_classes` is held.
+
+    Raises:
+        ValueError: no classes.
     """
+    if not len(class_embeds):
+        raise ValueError("There are no classes to label images with: class_embeds is empty.")
     classes = normalize(class_embeds.float(), dim=-1).to(image_embeds.device)
     found = [(block.float() @ classes.T).argmax(-1) for block in image_embeds.split(BLOCK_ROWS)]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=image_embeds.device)

@@ -56,11 +56,15 @@ def _as_transformers_takes_it(image: Any) -> Any:
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return Image.open(io.BytesIO(image))
+        image = Image.open(io.BytesIO(image))
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
     if isinstance(image, str) and "://" in image and not image.startswith(("http://", "https://")):
         return open_image(image)  # `datasets` knows other file systems and files inside archives
+    if isinstance(image, str) and os.path.isfile(image):
+        image = Image.open(image)
+    if isinstance(image, Image.Image) and (image.mode.startswith("I") or image.mode == "F"):
+        return open_image(image)  # transformers' conversion clips 16 bits to white
     return image
 
 

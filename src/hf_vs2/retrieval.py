@@ -95,7 +95,7 @@ def _vision_model(
     if isinstance(model, (str, os.PathLike)):
         from transformers import AutoModel
 
-        loaded = AutoModel.from_pretrained(os.fspath(model), revision=revision or "main")
+        loaded = AutoModel.from_pretrained(os.fspath(model), revision=revision or "main", trust_remote_code=False)
         return getattr(loaded, "clip", loaded).to(device or best_device()).eval()
     for name, value in (("revision", revision), ("device", device)):
         if value is not None:
@@ -116,7 +116,7 @@ def _image_processor_of(model: Any, revision: str | None) -> Any:
     settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **place)
     kind = settings.get("image_processor_type", "").removesuffix("Pil").removesuffix("Fast")
     cls = getattr(transformers, f"{kind}Pil", transformers.AutoImageProcessor)
-    return cls.from_pretrained(name, **place)
+    return cls.from_pretrained(name, trust_remote_code=False, **place)
 
 
 def _spans_of(dataset: Any, image_column: str, batch_size: int) -> tuple[Any, Iterable[Span], int | None]:
@@ -221,12 +221,15 @@ def linear_probe(
         weight `(num_classes, d)` and bias `(num_classes,)` in the dtype of `embeds`.
 
     Raises:
-        ValueError: shapes or labels that do not fit.
+        ValueError: shapes or labels that do not fit, or embeddings with NaN or infinity.
     """
     if embeds.ndim != 2 or labels.shape != embeds.shape[:1] or not len(labels):
         raise ValueError(f"embeds (n, d) and labels (n,) do not fit: {tuple(embeds.shape)} and {tuple(labels.shape)}.")
     if not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise ValueError(f"labels must lie in [0, {num_classes}); they reach from {labels.min()} to {labels.max()}.")
+    finite = embeds.isfinite().all(-1)
+    if not finite.all():
+        raise ValueError(f"Row {int((~finite).nonzero()[0])} of embeds holds NaN or infinity: leave it out.")
     weight = torch.zeros(num_classes, embeds.shape[1], dtype=torch.float64, device=embeds.device, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=torch.float64, device=embeds.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(

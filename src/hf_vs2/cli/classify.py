@@ -60,6 +60,8 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from transformers.utils import logging
+
     from ..atomic import replace_text
     from ..prompts import clean_class_names, resolve_templates
 
@@ -83,6 +85,9 @@ def run(args: Namespace) -> None:
     results = [{"image": name} | answer for answer, name in zip(list(answers), images.readable, strict=True)]
     if not results:
         raise ValueError("none of the images can be read")
+    if len(results) < len(names):
+        lost = len(names) - len(results)
+        logging.get_logger(__name__).warning(f"{lost} of {len(names)} images could not be read and were skipped.")
     text = json.dumps(results, indent=1, ensure_ascii=False)
     say(text if args.json else _table(results))
     if args.output is not None:
