@@ -76,6 +76,7 @@ class Push:
 
     def run(self, message: str, description: str | None) -> CommitInfo:
         """Make the repository, the branch, the commit and the tag, each only if it is not there."""
+        _check_token(self.token)
         self._warn_about_paths()
         try:
             self._open_repository()
@@ -244,6 +245,15 @@ class Push:
         return f"tag={self.tag!r} already marks commit {tagged} of {self.repo_id}. Choose another, or delete that one first."
 
 
+def _check_token(token: str | bool | None) -> None:
+    """The HTTP library puts a header that can't be sent, token and all, into its message; this message does not show it."""
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(
+            "token= holds a space, a line break or another character that no token has: take the token alone (of a line read from "
+            "a file: .strip())."
+        )
+
+
 def _status(error: HfHubHTTPError) -> int | None:
     return None if error.response is None else error.response.status_code
 
@@ -262,7 +272,7 @@ def _files_of(state: ModelInfo) -> dict[str, set[str]]:
 
 def _is_there(on_hub: dict[str, set[str]], name: str, content: Path | bytes) -> bool:
     data = content if isinstance(content, bytes) else content.read_bytes()
-    git_digest = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    git_digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return bool(on_hub.get(name, set()) & {git_digest, hashlib.sha256(data).hexdigest()})
 
 

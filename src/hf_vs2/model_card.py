@@ -121,7 +121,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # Markdown: names are made safe by `cell` and `tojson`
+        autoescape=False,  # noqa: S701  Markdown: names are made safe by `cell` and `tojson`
     )
     environment.filters["cell"] = _cell
     # Not Jinja's own, which writes `<` and `'` for HTML pages.

@@ -59,7 +59,8 @@ class VisionTower:
         if isinstance(model, (str, os.PathLike)):
             from transformers import AutoModel  # `CLIPModel` would load any other model type with random weights
 
-            model = AutoModel.from_pretrained(os.fspath(model), revision=revision or "main")
+            # Said outright, since by default transformers asks on the terminal, and `yes |` would answer.
+            model = AutoModel.from_pretrained(os.fspath(model), revision=revision or "main", trust_remote_code=False)
             device = device or best_device()
         elif revision is not None:
             raise ValueError(f"revision={revision!r} is for a model given by its Hub id, this one is already loaded")

@@ -168,7 +168,7 @@ def _without_none(kind: Any) -> Any:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         # Every scalar stays text, as on the command line: YAML would read `no` as False, and `5e-4` as text anyway.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506  makes text, lists and dicts alone
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(content, dict):

@@ -147,7 +147,7 @@ def _activations(args: Namespace) -> list[ActivationStore]:
         )
     model = local_or_id(args.model)
     # Settings that cannot work are refused before hours of extraction.
-    found = AutoConfig.from_pretrained(model, revision=args.revision or "main")
+    found = AutoConfig.from_pretrained(model, revision=args.revision or "main", trust_remote_code=False)
     if not isinstance(found, CLIPConfig):
         raise ValueError(f"{args.model} holds a model of type {found.model_type!r}: expected a CLIP ('clip')")
     vision = found.vision_config

@@ -115,7 +115,7 @@ class Bench:
 
     def _encoder(self, name: str) -> Encoder:
         entry = self.config.encoder(name)
-        clip = AutoModel.from_pretrained(entry.source, revision=entry.revision or "main")
+        clip = AutoModel.from_pretrained(entry.source, revision=entry.revision or "main", trust_remote_code=False)
         if not isinstance(clip, CLIPModel):
             raise ValueError(f"The encoder {entry.source} is a {type(clip).__name__}: expected a CLIP.")
         tokenizer, image_processor = load_processing(entry.source, entry.revision)

@@ -267,7 +267,7 @@ def _process_peak(clip: CLIPModel, sae: SAEModel | None, batch_size: int, num_cl
     }
     # As multiprocessing does it: what could be imported here can be there. Its own start would run the caller's script again.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ran = subprocess.run(
+    ran = subprocess.run(  # noqa: S603  this module, in this Python
         [sys.executable, "-m", __name__],
         input=json.dumps(task),
         env=environment,
