@@ -107,7 +107,7 @@ def test_wheel_in_a_fresh_environment_runs_the_demo(tmp_path):
     """What users install is the wheel, not this checkout."""
     wheel = build(tmp_path / "checkout", tmp_path)
     venv.create(tmp_path / "venv", with_pip=True)
-    (site,) = (tmp_path / "venv").glob("lib*/python*/site-packages")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")  # lib64 is a link to it
     python = tmp_path / "venv" / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
     subprocess.run(install, check=True, cwd=tmp_path)
