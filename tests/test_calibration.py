@@ -6,7 +6,15 @@ import pytest
 import torch
 from toy import clip_like_rows, make_rows, make_sae
 
-from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, calibrate, functional
+from hf_vs2 import (
+    SAEConfig,
+    SAETrainer,
+    SAETrainingArguments,
+    VS2CLIPForZeroShot,
+    calibrate,
+    calibration,
+    functional,
+)
 from hf_vs2.calibration import activation_statistics, as_rows, batches, conformal_quantiles, split_rows
 
 
@@ -169,3 +177,25 @@ def test_rows_that_cannot_calibrate_are_refused():
         calibrate(make_sae(), make_rows(5, 17))
     with pytest.raises(ValueError, match=r"tensor with at least one row, not \(16,\)"):
         calibrate(make_sae(), torch.zeros(16))
+
+
+def test_a_held_out_row_on_the_mean_leaves_a_checkpoint_that_loads(tmp_path):
+    """Its FVU is infinite: as a threshold it would be a gate that is none, in a config.json that is refused."""
+    sae, rows = make_sae(), make_rows(300)
+    rows[7] = sae.mean
+    calibrate(sae, rows)
+    assert sae.config.fvu_quantiles and all(map(math.isfinite, sae.config.fvu_quantiles.values()))
+    assert "0.995" not in sae.config.fvu_quantiles and "0.99" in sae.config.fvu_quantiles
+    sae.save_pretrained(tmp_path)
+    assert type(sae).from_pretrained(tmp_path).fvu_threshold(0.99) == sae.fvu_threshold(0.99)
+
+
+def test_a_very_wide_sae_is_calibrated_a_few_rows_at_a_time(monkeypatch):
+    """All latents of a block are in memory before the top-k: with millions of them, a thousand rows would be too many."""
+    sae, rows, sizes = make_sae(), make_rows(300), []
+    expected = calibrate(sae, rows)
+    encode = sae.encode
+    monkeypatch.setattr(calibration, "_PRE_ACTIVATIONS", 7 * sae.config.num_latents)
+    monkeypatch.setattr(sae, "encode", lambda block: sizes.append(len(block)) or encode(block))
+    assert calibrate(sae, rows) == pytest.approx(expected)
+    assert max(sizes) == 7 and sum(sizes) == 300

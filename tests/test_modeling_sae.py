@@ -238,8 +238,10 @@ def test_aux_k_revives_dead_latents():
     assert share[1 / 32] < 0.2 * at_first
 
 
-def test_decoder_norm_and_parallel_gradient():
+@pytest.mark.parametrize("rows_at_once", [256, 7], ids=["one block", "several blocks"])
+def test_decoder_norm_and_parallel_gradient(monkeypatch, rows_at_once):
     """For a training loop of one's own: unit directions, and no Adam momentum spent on lengths that are undone."""
+    monkeypatch.setattr(modeling_sae, "_CACHED_ROWS", rows_at_once)
     sae, x = make_sae(), make_rows(30)
     with pytest.raises(RuntimeError, match="after backward"):
         sae.remove_parallel_decoder_gradient()
