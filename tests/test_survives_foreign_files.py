@@ -591,6 +591,15 @@ def test_yaml_brings_no_code(tmp_path, read):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("read", [dataset_info, StudyConfig.from_yaml])
+def test_endlessly_nested_yaml_is_refused_by_name(tmp_path, read):
+    """A few kilobytes of brackets exhaust the parser's stack: a RecursionError would be a crash without the file's name."""
+    path = tmp_path / "nested.yaml"
+    path.write_text("[" * 5000)
+    with pytest.raises(ValueError, match="nested.yaml is not a YAML file"):
+        read(str(path))
+
+
 # Any JSON in any field
 
 JSON = st.recursive(

@@ -244,7 +244,7 @@ def _read(file: Any) -> Mapping[str, Any]:
     """A YAML file on disk or in the package."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not a YAML file: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} must hold `key: value` lines: name, path and so on.")

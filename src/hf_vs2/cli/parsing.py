@@ -169,7 +169,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         # Every scalar stays text, as on the command line: YAML would read `no` as False, and `5e-4` as text anyway.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506  makes text, lists and dicts alone
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold one `flag: value` a line, without the dashes (top_k: 64)")

@@ -172,7 +172,7 @@ class StudyConfig:
             raise FileNotFoundError(f"There is no study file {path}: give the path of a YAML file, see docs/study.md.")
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a YAML file: {error}") from error
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} must hold `key: value` lines: output_dir, encoders, datasets and so on.")
