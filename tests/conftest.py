@@ -20,6 +20,31 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_MODULES_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(name, None)
 os.environ.update(HUB.environment(CACHE))
+# Triton reads this when it is imported: its kernels are tested on the CPU where there is nothing else.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# Convolutions that round to 10 bits would hide what is compared here.
+torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sae_back_on_the_cpu() -> Iterator[None]:
+    """Where there is a GPU, an SAE is on it after training; what the tests hold against it is not."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from hf_vs2 import SAETrainer
+
+    train = SAETrainer.train
+
+    def train_and_return(trainer: SAETrainer) -> dict[str, float]:
+        metrics = train(trainer)
+        trainer.model.cpu()
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SAETrainer, "train", train_and_return)
+        yield
 
 
 @pytest.fixture()

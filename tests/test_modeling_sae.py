@@ -20,7 +20,7 @@ PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_pre")
 @pytest.fixture(params=[1.0, 0.0], ids=["sparse", "dense"])
 def backward(request, monkeypatch):
     """Both sides of the switch between sparse and dense backward."""
-    monkeypatch.setattr(sparse_ops, "SPARSE_LIMIT", request.param)
+    monkeypatch.setattr(sparse_ops, "sparse_limit", lambda weight: request.param)
 
 
 def gradients(sae, loss):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, SiglipConfig, SiglipModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
+from transformers.utils import is_torchvision_available
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, VS2ZeroShotImageClassificationPipeline
@@ -79,7 +80,11 @@ def scores(result):
     )
 
 
-def assert_same(found, expected, atol=1e-5):
+# Where torchvision is installed, transformers' Auto classes resize with it; the helper and extraction resize with Pillow.
+TOLERANCE = 2e-3 if is_torchvision_available() else 1e-5
+
+
+def assert_same(found, expected, atol=TOLERANCE):
     torch.testing.assert_close(scores(found), scores(expected), rtol=0, atol=atol)
 
 
@@ -99,7 +104,7 @@ def test_stock_pipeline_runs_a_vs2_checkpoint(model, images, tmp_path):
     with torch.no_grad():
         expected = model(**inputs).logits_per_image.softmax(-1)
     order = sorted(range(len(LABELS)), key=LABELS.__getitem__)
-    torch.testing.assert_close(scores(found), expected[:, order].double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(found), expected[:, order].double(), rtol=0, atol=TOLERANCE)
 
     by_instance = pipeline(STOCK_TASK, model=model, tokenizer=tokenizer, image_processor=processor, device="cpu")
     assert_same(by_instance(images, candidate_labels=LABELS), found)
@@ -407,9 +412,8 @@ def test_vs2pp_takes_the_labels_of_the_call(model, images, tmp_path):
     assert found != classifier(images, LABELS)
     assert found != classifier(images, LABELS, **{**options, "positives": "majority"})
     classifier.model.set_steering(**options)
-    stock = pipeline(
-        STOCK_TASK, model=classifier.model, tokenizer=classifier.tokenizer, image_processor=image_processor
-    )
+    parts = {"tokenizer": classifier.tokenizer, "image_processor": image_processor}
+    stock = pipeline(STOCK_TASK, model=classifier.model, device="cpu", **parts)
     assert_same(stock(images, candidate_labels=LABELS), found)
     details = classifier(images, LABELS, return_details=True)
     assert_same([one["predictions"] for one in details], found)

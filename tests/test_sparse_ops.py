@@ -12,7 +12,7 @@ BATCH, HIDDEN, LATENTS, TOP_K = 7, 12, 40, 5
 @pytest.fixture(params=[1.0, 0.0], ids=["sparse", "dense"])
 def backward(request, monkeypatch):
     """Both sides of the switch."""
-    monkeypatch.setattr(sparse_ops, "SPARSE_LIMIT", request.param)
+    monkeypatch.setattr(sparse_ops, "sparse_limit", lambda weight: request.param)
 
 
 def code(batch=BATCH):
@@ -67,3 +67,17 @@ def test_decode_sums_half_precision_in_float32():
     found = sparse_ops.sparse_decode(values, torch.arange(LATENTS)[None], weight)
     assert found[0, 0].item() == torch.tensor(256 + (LATENTS - 1) / 256, dtype=torch.bfloat16).item()
     assert found.dtype == torch.bfloat16
+
+
+def test_the_limit_follows_the_arithmetic():
+    """Where dense products are fast (TF32, half precision on a GPU) the sparse gradient would be the slower one."""
+    away, before = {"device": "meta"}, torch.get_float32_matmul_precision()
+    try:
+        precise = sparse_ops.sparse_limit(torch.empty(1, **away))
+        torch.set_float32_matmul_precision("high")
+        fast = sparse_ops.sparse_limit(torch.empty(1, **away))
+        assert sparse_ops.sparse_limit(torch.empty(1)) == sparse_ops.SPARSE_LIMIT["cpu"], "TF32 is of GPUs"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    half = sparse_ops.sparse_limit(torch.empty(1, dtype=torch.bfloat16, **away))
+    assert half == 0 < fast < precise

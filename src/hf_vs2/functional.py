@@ -78,7 +78,9 @@ def prototype_alignment(values: torch.Tensor, indices: torch.Tensor, labels: tor
     classes, class_of, sizes = labels[known].unique(return_inverse=True, return_counts=True)
     num_latents = int(indices.max()) + 1
     cells = class_of[:, None] * num_latents + indices
-    sums = values.new_zeros(len(classes) * num_latents).index_add(0, cells.flatten(), values.flatten())
+    sums = values.new_zeros(len(classes) * num_latents)
+    # Not index_add: on a GPU it adds in an order that changes from run to run.
+    sums = sums.index_put((cells.flatten(),), values.flatten(), accumulate=True)
     between = sums.view(len(classes), num_latents).square().sum(-1) / sizes
     return (values.square().sum() - between.sum()) / len(values)
 

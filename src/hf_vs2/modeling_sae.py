@@ -18,8 +18,8 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_sae import SAEConfig
 from .functional import fvu_per_sample, top_k
 from .hub import HubMixin
-from .sparse_ops import linear_at, sparse_decode
-from .weight_files import HUB_ARGUMENTS, WeightFiles, at_one_commit
+from .sparse_ops import LatentOrder, linear_at, sparse_decode
+from .weight_files import HUB_ARGUMENTS, WeightFiles, at_one_commit, refuse_another_save, refuse_variant, save_mark
 
 
 _CACHED_ROWS = 256
@@ -103,17 +103,21 @@ class SAEModel(HubMixin, PreTrainedModel):
             `OSError`: if there are no such files; a pickle is not opened. `ValueError`: if they are damaged, do not belong
                 together, or are another model's. transformers would warn, and fill in random numbers.
         """
+        refuse_variant(kwargs)
         source = pretrained_model_name_or_path
         if source is None:  # the weights are given as state_dict=
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         place = at_one_commit(source, {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs})
+        mark = save_mark(source, place)
         if not isinstance(config, SAEConfig):
             names = {field.name for field in fields(SAEConfig)} - {"dtype"}
             changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
             config = SAEConfig.from_pretrained(source if config is None else config, **place, **changed)
         files = WeightFiles.find(source, place)
         files.check(config.tensor_shapes)
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=files.read(), **kwargs)
+        state = files.read()
+        refuse_another_save(source, place, mark)
+        model = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
         name = str(source)
         found, *_ = model if isinstance(model, tuple) else (model,)  # with output_loading_info=True
         found.config.name_or_path = found.name_or_path = name
@@ -147,25 +151,27 @@ class SAEModel(HubMixin, PreTrainedModel):
         Raises:
             `ValueError`: if `x` has another shape.
         """
-        values, indices, _ = self._encode(x)
-        return values, indices
+        values, order, _ = self._encode(x)
+        return values, order.indices
 
-    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What [`SAEModel.encode`] returns, and the `(batch, num_latents)` pre-activations, without a graph in training."""
+    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, LatentOrder, torch.Tensor]:
+        """The code, and the `(batch, num_latents)` pre-activations, without a graph in training."""
         self._check_width(x)
         config = self.config
         x = x.to(self.b_pre.dtype)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             pre_activations = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
-            return *top_k(pre_activations, config.top_k, config.activation), pre_activations
+            values, indices = top_k(pre_activations, config.top_k, config.activation)
+            return values, LatentOrder(indices, config.weight_shape[0]), pre_activations
         with torch.no_grad():
             pre_activations = F.linear(x - self.b_pre, self.W_enc, self.b_enc)
             values, indices = top_k(pre_activations, config.top_k, config.activation)
-        values = linear_at(x, self.b_pre, self.W_enc, self.b_enc, indices, values)
+        order = LatentOrder(indices, config.weight_shape[0])
+        values = linear_at(x, self.b_pre, self.W_enc, self.b_enc, order, values)
         if config.activation == "relu":
             # Changes no value; stops the gradient where ReLU did.
             values = torch.relu(values)
-        return values, indices, pre_activations
+        return values, order, pre_activations
 
     def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """`x~ = sum_j values_j d_j + b_pre`, `(batch, hidden_size)`; nothing of width `num_latents` is formed."""
@@ -182,10 +188,13 @@ class SAEModel(HubMixin, PreTrainedModel):
 
         The squared error is divided by the total variance of the training activations (`config.total_variance`), a
         constant, so that the loss of a batch is the mean of the losses of its parts; without it, by the batch's own.
+        The loss of a batch of 0 rows is 0.
         """
-        values, indices, pre_activations = self._encode(x)
-        reconstruction = self.decode(values, indices)
+        values, order, pre_activations = self._encode(x)
+        reconstruction = sparse_decode(values, order, self.W_dec) + self.b_pre
         target = x.float()
+        if not len(x):
+            return SAEOutput(reconstruction.float().sum(), reconstruction, values, order.indices, target.new_zeros(0))
         error = target - reconstruction.float()
         scale = self.config.total_variance or (target - target.mean(0)).square().sum(-1).mean()
         loss = error.square().sum(-1).mean() / scale
@@ -194,7 +203,7 @@ class SAEModel(HubMixin, PreTrainedModel):
             loss = loss + self.config.aux_k_coefficient * aux_k_loss / scale
         with torch.no_grad():
             fvu = fvu_per_sample(target, reconstruction, self.mean)
-        return SAEOutput(loss, reconstruction, values, indices, fvu)
+        return SAEOutput(loss, reconstruction, values, order.indices, fvu)
 
     def _aux_k_loss(
         self, x: torch.Tensor, pre_activations: torch.Tensor, residual: torch.Tensor, dead_latents: torch.Tensor
@@ -207,37 +216,38 @@ class SAEModel(HubMixin, PreTrainedModel):
         aux_k = self.config.aux_k or 0
         x = x.to(self.b_pre.dtype)
         if torch.compiler.is_compiling() or _counting_is_free(x.device):
-            values, indices, share = self._few_dead_latents(x, dead_latents, aux_k)
+            values, order, share = self._few_dead_latents(x, dead_latents, aux_k)
         else:
-            values, indices, share = self._any_dead_latents(x, pre_activations.detach(), dead_latents, aux_k)
-        if not indices.numel():
+            values, order, share = self._any_dead_latents(x, pre_activations.detach(), dead_latents, aux_k)
+        if not values.numel():
             return residual.new_zeros(())
-        prediction = sparse_decode(values, indices, self.W_dec).float()
+        prediction = sparse_decode(values, order, self.W_dec).float()
         return share * (residual - prediction).square().sum(-1).mean()
 
     def _few_dead_latents(
         self, x: torch.Tensor, dead: torch.Tensor, aux_k: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    ) -> tuple[torch.Tensor, LatentOrder, torch.Tensor | float]:
         """The code of each row among the dead, and their share of `aux_k`. They are counted, and only theirs are computed."""
         rows = dead.nonzero().squeeze(-1)
         k = min(aux_k, len(rows))
         pre_activations = F.linear(x - self.b_pre.detach(), self.W_enc[rows], self.b_enc[rows])
         values, chosen = top_k(pre_activations, k, self.config.activation)
-        return values, rows[chosen], k / aux_k if k else 0.0
+        return values, LatentOrder(rows[chosen], len(dead)), k / aux_k if k else 0.0
 
     def _any_dead_latents(
         self, x: torch.Tensor, pre_activations: torch.Tensor, dead: torch.Tensor, aux_k: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    ) -> tuple[torch.Tensor, LatentOrder, torch.Tensor | float]:
         """The same without the host knowing how many are dead: a GPU would have to finish all its work to tell."""
         strength = pre_activations.abs() if self.config.activation == "absolute" else pre_activations
         k = min(aux_k, len(dead))
         indices = strength.masked_fill(~dead, -torch.inf).topk(k, dim=-1, sorted=False).indices
         values = pre_activations.gather(-1, indices)
-        values = linear_at(x, self.b_pre.detach(), self.W_enc, self.b_enc, indices, values)
+        order = LatentOrder(indices, len(dead))
+        values = linear_at(x, self.b_pre.detach(), self.W_enc, self.b_enc, order, values)
         if self.config.activation == "relu":
             values = torch.relu(values)
         # Where fewer than aux_k are dead the rest are living ones: they must neither count nor learn.
-        return values * dead[indices], indices, dead.sum().clamp(max=k) / max(aux_k, 1)
+        return values * dead[indices], order, dead.sum().clamp(max=k) / max(aux_k, 1)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

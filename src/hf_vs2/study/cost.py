@@ -12,6 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import initialization as init
 from ..configuration_sae import SAEConfig
 from ..modeling_sae import SAEModel
 from ..modeling_vs2_clip import VS2CLIPForZeroShot
+from ..sparse_ops import torch_operations_only
 
 
 WARM_UP = 3
@@ -91,7 +94,7 @@ def count_flops(clip: CLIPModel, sae: SAEModel, num_classes: int = 100) -> dict[
     counts = {}
     for name, enabled in (("plain", False), ("steered", True)):
         # Fused attention on a CPU is unknown to the counter; the plain form does the same products.
-        with model.steering(enabled=enabled), sdpa_kernel(SDPBackend.MATH), _counter() as counter:
+        with model.steering(enabled=enabled), sdpa_kernel(SDPBackend.MATH), _counting() as counter:
             _scores(model, pixels, classes)
         counts[name] = counter
     plain, steered = (counts[name].get_total_flops() for name in ("plain", "steered"))
@@ -125,7 +128,7 @@ def count_training_flops(config: SAEConfig) -> dict[str, Any]:
         and `dense_encoder`: three times the encoder's product, what a dense backward of it alone would take.
     """
     num_latents, hidden_size = config.weight_shape
-    with torch.inference_mode(False), torch.enable_grad(), _counter() as counter:
+    with torch.inference_mode(False), torch.enable_grad(), _counting() as counter:
         SAEModel(config)(torch.randn(TRAINING_ROWS, hidden_size)).loss.backward()
     return {
         "per_sample": counter.get_total_flops() / TRAINING_ROWS,
@@ -152,8 +155,10 @@ _FORMULAS = {
 }
 
 
-def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS))
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    with torch_operations_only(), FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS)) as counter:
+        yield counter
 
 
 def _by_formula(counter: FlopCounterMode) -> int:
