@@ -569,6 +569,26 @@ def test_a_pickle_is_never_loaded(whole, tmp_path, kind, name):
     assert marker.exists(), "the pickle does nothing: the test proves nothing"
 
 
+@pytest.mark.parametrize("kind", ["sae", "light", "full"])
+def test_variants_and_offloaded_weights_are_refused(whole, tmp_path, kind, monkeypatch):
+    """`variant="fp16"` was passed over without a word and other weights than asked for came; a CLIP on the disk loaded, and failed
+    at the first image with "Cannot copy out of meta tensor"."""
+    monkeypatch.chdir(whole(kind))
+    load, name = (SAEModel, ".") if kind == "sae" else (VS2CLIPForZeroShot, "vs2")
+    with pytest.raises(ValueError, match="variant='fp16': checkpoints of hf_vs2 have one file of weights"):
+        load.from_pretrained(name, variant="fp16")
+    model = load.from_pretrained(name)
+    with pytest.raises(ValueError, match="variant='fp16'"):
+        model.save_pretrained(tmp_path / "saved", variant="fp16")
+    on_disk = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off"}
+    if kind == "sae":  # whose own forward is all that runs
+        rows = make_rows(4, 32)
+        assert torch.equal(load.from_pretrained(name, **on_disk)(rows).reconstruction, model(rows).reconstruction)
+    else:
+        with pytest.raises(ValueError, match="weights left on the disk"):
+            load.from_pretrained(name, **on_disk)
+
+
 def test_code_that_a_config_names_is_not_run(whole, tmp_path):
     """`auto_map` in config.json is how checkpoints bring code; ours bring none, whatever they say."""
     folder, marker = tmp_path / "sae", tmp_path / "was here"

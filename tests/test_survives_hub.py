@@ -102,13 +102,13 @@ def test_fifty_loads_in_five_processes(hub, clip, tmp_path):
 
 @contextmanager
 def moving(hub: LoopbackHub, name: str, to: str, after: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """`main` stands at another commit from the HEAD request number `after` on. Yields those that came."""
+    """`main` stands at another commit from request number `after` for a file on. Yields those that came."""
     seen: list[str] = []
     take_fault = hub.take_fault
 
     def move(request: str, wants: str):
-        # Between a HEAD and its GET the client itself does not notice: it would file the new content under the old commit.
-        if wants == "status" and request.startswith("HEAD") and name in request:
+        # Also between a HEAD and its GET, where the client itself does not notice: it files the new content under the old commit.
+        if wants == "status" and name in request:
             if len(seen) == after:
                 hub[name].branches["main"] = to
             seen.append(request)
@@ -151,6 +151,29 @@ def test_a_load_is_of_one_commit(hub, clip, tmp_path, monkeypatch, kind):
         if len(seen) <= after:
             break
     assert after > 1
+
+
+def test_a_warm_load_asks_once_and_needs_no_answer(hub, clip, tmp_path):
+    """A commit found by one short request: not one for each file, and where it fails (a train, a failing Hub), the commit last seen."""
+    first, second = make_sae(clip, seed=0), make_sae(clip, seed=1)
+    first.push_to_hub("ada/warm")
+
+    def load(**options) -> torch.Tensor:
+        return SAEModel.from_pretrained("ada/warm", cache_dir=tmp_path, **options).W_enc
+
+    assert torch.equal(load(), first.W_enc)
+    with hub.recording() as requests:
+        assert torch.equal(load(), first.W_enc)
+    assert [method for method, *_ in requests] == ["HEAD"]
+    second.push_to_hub("ada/warm")
+    assert torch.equal(load(local_files_only=True), first.W_enc)
+    hub.fail("HEAD /ada/warm", status=503)
+    assert torch.equal(load(), first.W_enc)
+    assert torch.equal(load(), second.W_enc)
+    with hub.recording() as requests:
+        assert torch.equal(load(local_files_only=True), second.W_enc)
+        assert torch.equal(load(revision=hub["ada/warm"].head.sha), second.W_enc)
+    assert not requests
 
 
 def processor_with_mean(hub: LoopbackHub, name: str, mean: float) -> str:

@@ -24,7 +24,7 @@ from .base_model import describe_base_model, same_fingerprint, vision_fingerprin
 from .checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from .modeling_sae import SAEModel
 from .neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
-from .weight_files import LARGEST, opened
+from .weight_files import LARGEST, check_token, opened
 from .weight_state import weights_state
 
 
@@ -191,6 +191,7 @@ class RetrievalCorpus:
         Raises:
             `OSError`: if files are missing or can't be reached. `ValueError`: if they are something else, or damaged.
         """
+        check_token(kwargs.get("token"))
         source = os.fspath(pretrained_model_name_or_path)
         place = {"subfolder": subfolder, **kwargs}
         description_path = cached_file(source, CORPUS_CONFIG_NAME, **place)

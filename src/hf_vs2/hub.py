@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
+
+from .atomic import failing_as, replace_files
 from .checkpoint_folder import SAE_TYPE, VS2_TYPE, CheckpointFolder
 from .packaged_code import PackagedCode
+from .weight_files import refuse_variant
 
 
 if TYPE_CHECKING:
@@ -113,9 +118,19 @@ class HubMixin(PackagedCode):
         """`PreTrainedModel.save_pretrained`, and a model card. `push_to_hub=True` then pushes the folder; its options are those
         of [`push_to_hub`]."""
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        refuse_variant(kwargs)
+        save = super().save_pretrained  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
+            save(save_directory, **kwargs)
             return
+        if self.config.model_type == SAE_TYPE:  # type: ignore[attr-defined]
+            # Who reads the folder meanwhile, or after this process is killed, finds no config of one SAE with the weights of another.
+            with failing_as(Path(save_directory), SafetensorError):
+                replace_files(
+                    Path(save_directory), lambda scratch: save(scratch, **kwargs), CONFIG_NAME, "model*.safetensors*"
+                )
+        else:
+            save(save_directory, **kwargs)
         if self.config.model_type in (SAE_TYPE, VS2_TYPE):  # type: ignore[attr-defined]
             from .model_card import write_model_card
 

@@ -28,6 +28,7 @@ from .checkpoint_folder import (
     local_paths,
 )
 from .model_card import create_model_card, read_card
+from .weight_files import check_token
 
 
 logger = logging.get_logger(__name__)
@@ -76,7 +77,7 @@ class Push:
 
     def run(self, message: str, description: str | None) -> CommitInfo:
         """Make the repository, the branch, the commit and the tag, each only if it is not there."""
-        _check_token(self.token)
+        check_token(self.token)
         self._warn_about_paths()
         try:
             self._open_repository()
@@ -243,15 +244,6 @@ class Push:
 
     def _tag_message(self, tagged: str) -> str:
         return f"tag={self.tag!r} already marks commit {tagged} of {self.repo_id}. Choose another, or delete that one first."
-
-
-def _check_token(token: str | bool | None) -> None:
-    """The HTTP library puts a header that can't be sent, token and all, into its message; this message does not show it."""
-    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ValueError(
-            "token= holds a space, a line break or another character that no token has: take the token alone (of a line read from "
-            "a file: .strip())."
-        )
 
 
 def _status(error: HfHubHTTPError) -> int | None:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel, PreTrainedConfig
+from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
 from .base_model import loaded_revision
 from .checkpoint_config import refuse_kernels
@@ -15,7 +15,7 @@ from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import VS2CLIPConfig
 from .corpus import RetrievalCorpus
 from .modeling_sae import SAEModel
-from .weight_files import HUB_ARGUMENTS, WeightFiles, check_numbers, in_one_message
+from .weight_files import HUB_ARGUMENTS, WeightFiles, check_numbers, in_one_message, refuse_variant
 
 
 def without_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def load_clip(
     kwargs: dict[str, Any],
 ) -> CLIPModel:
     """The CLIP given, or the one that the checkpoint's config names, at the revision it records."""
+    refuse_variant(kwargs)
     if isinstance(clip, CLIPModel):
         return clip
     access = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "_commit_hash")}
@@ -50,6 +51,7 @@ def load_clip(
         raise ValueError(
             f"{name} is damaged: it has no {min(loading['missing_keys'])}. Save or download that CLIP again."
         )
+    _refuse_offloaded(model, name)
     check_numbers(model.named_parameters(), name)
     # Newer transformers forgets it, and what is saved again should name it again.
     model.config._commit_hash = revision or loaded_revision(model, access.get("cache_dir"))
@@ -88,6 +90,7 @@ def load_full(
     Args:
         model_class: `PreTrainedModel.from_pretrained`, bound to the class.
     """
+    refuse_variant(kwargs)
     files = WeightFiles.find(name_or_path, place)
     sizes = in_one_message(lambda: _sizes_of_clip(config, files), files.source)
     files.check(sae_tensors(config, files.source) | sizes)
@@ -97,8 +100,19 @@ def load_full(
     )
     if loading["missing_keys"] or loading["unexpected_keys"]:
         raise ValueError(f"{files.source} is not what this version writes: {loading}. Save the checkpoint again.")
+    _refuse_offloaded(model, name_or_path)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model
+
+
+def _refuse_offloaded(model: PreTrainedModel, name: str | os.PathLike) -> None:
+    """Steering goes through parts of the CLIP that the hooks which bring offloaded weights back do not know of."""
+    away = [parameter for parameter, tensor in model.named_parameters() if tensor.is_meta]
+    if away:
+        raise ValueError(
+            f"{name} was loaded with weights left on the disk or in the host's memory ({away[0]} is one), which steering can't run "
+            "from. Give a device_map that places all of them, such as device_map='cpu'."
+        )
 
 
 def _sizes_of_clip(config: VS2CLIPConfig, files: WeightFiles) -> dict[str, tuple[int, ...]]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
+
+from .atomic import replace_text
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
@@ -123,7 +129,7 @@ def check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str | os.P
             )
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Any]:
     """An open safetensors file.
 
@@ -138,10 +144,83 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
 
 
 def at_one_commit(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> dict[str, Any]:
-    """`place` with the commit in it that the branch or tag stands for now, so that all files are of one commit."""
-    config = cached_file(name_or_path, CONFIG_NAME, **place, _raise_exceptions_for_missing_entries=False)
-    commit = extract_commit_hash(config, None)
-    return dict(place) if commit is None or os.path.isdir(name_or_path) else {**place, "revision": commit}
+    """
+    `place` with the commit in it that the branch or tag stands for now, so that all files are of one commit.
+
+    The commit is found before the first file is asked for: huggingface_hub takes the name of a commit and the content of a file
+    from two requests, between which a branch can move.
+
+    Raises:
+        `ValueError`: on a token that is none, without showing it. `OSError`: if the repository can't be read.
+    """
+    check_token(place.get("token"))
+    if os.path.isdir(name_or_path):
+        return dict(place)
+    name, branch = str(name_or_path), place.get("revision") or "main"
+    commit = place.get("_commit_hash") or (branch if REGEX_COMMIT_HASH.fullmatch(branch) else None)
+    if commit is not None:
+        return {**place, "revision": commit}
+    asked = {option: value for option, value in place.items() if option != "_commit_hash"}
+    try:
+        commit = hf_hub_download(name, CONFIG_NAME, **asked, dry_run=True).commit_hash
+    except LocalEntryNotFoundError:
+        # Not cached, and no answer. The next request must not have better luck than this one.
+        return {**place, "local_files_only": True, "force_download": False}
+    except EntryNotFoundError:
+        return dict(place)
+    except (HfHubHTTPError, ValueError):
+        # Refused. transformers may still find it in the cache, or else says what to do.
+        commit = extract_commit_hash(cached_file(name, CONFIG_NAME, **place), None)
+        return {**place, "revision": commit}
+    pinned = {**place, "revision": commit}
+    if cached_file(name, CONFIG_NAME, **pinned, _raise_exceptions_for_missing_entries=False):
+        _note_commit(name, branch, commit, place.get("cache_dir"))
+    return pinned
+
+
+def _note_commit(name: str, branch: str, commit: str, cache_dir: str | os.PathLike | None) -> None:
+    """Which commit `branch` was last seen at, where huggingface_hub looks it up when there is no network. It notes it down itself
+    only where a file is asked for by branch."""
+    note = Path(cache_dir or HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / branch
+    if not note.is_file() or note.read_text(encoding="utf-8") != commit:
+        with contextlib.suppress(OSError):  # of a read-only cache: whoever fills it has noted a commit
+            replace_text(note, commit)
+
+
+def refuse_variant(options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` on `variant=`, which transformers takes for another file name: a checkpoint here has one."""
+    if options.get("variant") is not None:
+        raise ValueError(
+            f"variant={options['variant']!r}: checkpoints of hf_vs2 have one file of weights, {SAFE_WEIGHTS_NAME}. Choose the "
+            "precision with dtype=; give a variant of a CLIP as a loaded model, clip=."
+        )
+
+
+def save_mark(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Which save of a local folder its config.json is of. Whoever saves anew takes that file away first and puts it back last."""
+    try:
+        found = os.stat(os.path.join(name_or_path, place.get("subfolder") or "", CONFIG_NAME))
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def refuse_another_save(
+    name_or_path: str | os.PathLike, place: Mapping[str, Any], before: tuple[int, ...] | None
+) -> None:
+    """Raises `OSError` if the folder has been saved into since `before`: what was read may be the config of one checkpoint and the
+    weights of another."""
+    if save_mark(name_or_path, place) != before:
+        raise OSError(f"{name_or_path} was saved anew while it was read. Load it again.")
+
+
+def check_token(token: str | bool | None) -> None:
+    """The HTTP library puts a header that can't be sent, token and all, into its message; this message does not show it."""
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(
+            "token= holds a space, a line break or another character that no token has: take the token alone (of a line read from "
+            "a file: .strip())."
+        )
 
 
 def in_one_message(load: Callable[[], Any], where: str | os.PathLike) -> Any:
@@ -181,4 +260,16 @@ def _find(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[st
     return index, [path for _, path in files if path is not None]
 
 
-__all__ = ["HUB_ARGUMENTS", "LARGEST", "WeightFiles", "at_one_commit", "check_numbers", "in_one_message", "opened"]
+__all__ = [
+    "HUB_ARGUMENTS",
+    "LARGEST",
+    "WeightFiles",
+    "at_one_commit",
+    "check_numbers",
+    "check_token",
+    "in_one_message",
+    "opened",
+    "refuse_another_save",
+    "refuse_variant",
+    "save_mark",
+]
