@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from common import finish, make_parser, parse, ratio, seconds_in_turn
 
 from hf_vs2 import SAEConfig, SAEModel
+from hf_vs2.graphed_step import GraphedStep
 
 
 SETTINGS = [
@@ -33,18 +34,19 @@ SETTINGS = [
     (768, 49152, 32, 1024),
 ]
 LEARNING_RATE = 1e-4
-MEMORY_STEPS = 4
+MEMORY_STEPS = 6  # more than GraphedStep takes before it records one
 
 Step = Callable[[torch.Tensor], object]
 
 
 def ours(hidden_size: int, num_latents: int, top_k: int, device: str) -> Step:
-    """The step of `SAETrainer`: clipping and the counters of dead latents included."""
+    """The step of `SAETrainer`: clipping and the counters of dead latents included; on a GPU replayed as one graph."""
     config = SAEConfig(
         hidden_size=hidden_size, num_latents=num_latents, top_k=top_k, total_variance=float(hidden_size)
     )
     sae = SAEModel(config).to(device).train()
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True)
+    graphed = device.startswith("cuda")
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True, capturable=graphed)
     idle = torch.zeros(num_latents, dtype=torch.int64, device=device)
 
     def step(x: torch.Tensor) -> None:
@@ -61,7 +63,13 @@ def ours(hidden_size: int, num_latents: int, top_k: int, device: str) -> Step:
         )
         idle.add_(1).masked_fill_(active.bool(), 0)
 
-    return step
+    return GraphedStep(step, torch.device(device)) if graphed else step
+
+
+def ours_eager(hidden_size: int, num_latents: int, top_k: int, device: str) -> Step:
+    """The same without the graph: what training on several GPUs does."""
+    graphed = ours(hidden_size, num_latents, top_k, device)
+    return graphed._step if isinstance(graphed, GraphedStep) else graphed
 
 
 def sparsify(hidden_size: int, num_latents: int, top_k: int, device: str) -> Step:
@@ -145,7 +153,14 @@ def floor(hidden_size: int, num_latents: int, top_k: int, device: str) -> Step:
     return step
 
 
-SIDES = {"ours": ours, "sparsify": sparsify, "saelens": saelens, "saelens_sparse": saelens_sparse, "floor": floor}
+SIDES = {
+    "ours": ours,
+    "ours_eager": ours_eager,
+    "sparsify": sparsify,
+    "saelens": saelens,
+    "saelens_sparse": saelens_sparse,
+    "floor": floor,
+}
 PEERS = ("sparsify", "saelens", "saelens_sparse")
 
 
@@ -197,13 +212,15 @@ def _status_kb(name: str) -> int:
 
 
 def compare(setting: list[int], args: argparse.Namespace) -> dict[str, object]:
-    steps = made(tuple(SIDES), setting, args.device)
+    torch.set_float32_matmul_precision(args.precision)
+    sides = [name for name in SIDES if name != "ours_eager" or args.device.startswith("cuda")]
+    steps = made(tuple(sides), setting, args.device)
     x = rows_like_clip(setting[3], setting[0], args.device)
     timed = seconds_in_turn(
-        {name: lambda step=step: step(x) for name, step in steps.items()}, args.rounds, args.device, 2
+        {name: lambda step=step: step(x) for name, step in steps.items()}, args.rounds, args.device, 5
     )
     peers = [name for name in PEERS if name in timed]
-    milliseconds = {name: round(1e3 * statistics.median(seconds), 1) for name, seconds in timed.items()}
+    milliseconds = {name: round(1e3 * statistics.median(seconds), 3) for name, seconds in timed.items()}
     row: dict[str, object] = dict(
         zip(("hidden_size", "num_latents", "top_k", "batch_size"), setting, strict=True), milliseconds=milliseconds
     )
@@ -227,6 +244,7 @@ def main() -> None:
         metavar=("HIDDEN", "LATENTS", "K", "BATCH"),
         help="Measure this one instead; may be given several times.",
     )
+    parser.add_argument("--precision", default="highest", choices=("highest", "high"), help="high: TF32 on a GPU.")
     parser.add_argument("--no_memory", action="store_true", help="Leave the memory out.")
     parser.add_argument("--measure_memory_of", choices=SIDES, help=argparse.SUPPRESS)
     args = parse(parser)
@@ -241,7 +259,7 @@ def main() -> None:
         print(f"\n{hidden_size} -> {num_latents} latents, k {top_k} ({top_k / num_latents:.2%}), batch {batch_size}")
         for name, value in row["milliseconds"].items():
             memory = f"{row['peak_mb'][name]:6} MB" if name in row.get("peak_mb", {}) else ""
-            print(f"  {name:15} {value:9.1f} ms {memory}")
+            print(f"  {name:15} {value:9.2f} ms {memory}")
         for name in ("fastest_peer_over_ours", "ours_over_floor"):
             if name in row:
                 found = row[name]

@@ -1,7 +1,7 @@
 """Real processes are killed, starved of disk space and started twice; nothing half-written is ever taken for whole, nothing is lost.
 
 The processes are forked from one that has imported torch, so that a kill costs no start of seconds; they import nothing of the
-suite but this module, and work on a CLIP and images on the disk."""
+suite but this module and toy, and work on a CLIP and images on the disk."""
 
 import json
 import multiprocessing
@@ -16,9 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import make_sae
+
+from hf_vs2 import SAEModel
+from hf_vs2.atomic import replace_file, replace_files, replace_folder
+from hf_vs2.weight_files import WeightFiles
 
 
 TRIES = 20
+READS = 40
 STEPS = 12
 FOLDER_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -60,7 +66,7 @@ def train(folder: Path, rows, pause: float = 0.0, **changed) -> None:
     config = SAEConfig(hidden_size=32, num_latents=64, top_k=4)
     trainer = SAETrainer(config, SAETrainingArguments(output_dir=str(folder / "sae"), **settings), rows)
     batch = trainer._batch
-    trainer._batch = lambda indices: (time.sleep(pause), batch(indices))[1]
+    trainer._batch = lambda read: (time.sleep(pause), batch(read))[1]
     trainer.train()
 
 
@@ -391,6 +397,90 @@ def test_two_extractions_and_a_reader_at_once(material, undisturbed, tmp_path):
     reader.join(200)
     assert [one.exitcode for one in (*makers, reader)] == [0, 0, 0]
     assert visible(folder / "activations") == visible(reference / "activations")
+
+
+def save_in_turn(folder, stop):
+    """Two SAEs of one shape, which differ in all the rest, saved over each other until told to stop."""
+    from toy import make_sae
+
+    saes = [make_sae(seed=seed, gamma=1.0 + seed) for seed in (0, 1)]
+    while not stop.is_set():
+        for sae in saes:
+            sae.save_pretrained(folder)
+
+
+def test_a_reader_during_saves_gets_one_sae_or_an_error(tmp_path):
+    """A gate served with the weights of one training and the thresholds of another would pass wrong images in silence."""
+    folder, stop = tmp_path / "sae", CONTEXT.Event()
+    weights = {1.0 + seed: make_sae(seed=seed).W_enc for seed in (0, 1)}
+    make_sae(seed=0, gamma=1.0).save_pretrained(folder)
+    writer = start(tmp_path / "error", save_in_turn, folder, stop)
+    seen, refused = [], 0
+    deadline = time.monotonic() + 60
+    while len(seen) < READS and time.monotonic() < deadline:
+        try:
+            sae = SAEModel.from_pretrained(folder)
+        except OSError:
+            refused += 1
+            continue
+        assert torch.equal(sae.W_enc, weights[sae.config.gamma])
+        seen.append(sae.config.gamma)
+    stop.set()
+    writer.join(60)
+    assert writer.exitcode == 0
+    assert len(set(seen)) == 2, "the reader met both"
+
+
+def test_a_save_between_the_config_and_the_weights_is_noticed(tmp_path, monkeypatch):
+    """The moment that a race seldom meets: thresholds already read, weights not yet. Another number of files must not hide it."""
+    find = WeightFiles.find
+    for number, options in enumerate(({}, {"max_shard_size": "3KB"}, {})):
+        make_sae(seed=0, gamma=1.0).save_pretrained(tmp_path)
+
+        def save_first(*arguments, options=options, seed=number + 1):
+            make_sae(seed=seed, gamma=2.0).save_pretrained(tmp_path, **options)
+            return find(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="was saved anew while it was read"):
+            patch.setattr(WeightFiles, "find", save_first)
+            SAEModel.from_pretrained(tmp_path)
+        assert torch.equal(SAEModel.from_pretrained(tmp_path).W_enc, make_sae(seed=number + 1).W_enc)
+
+
+@pytest.mark.parametrize("how", ["file", "files", "folder"])
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch, how):
+    """A power cut after the name and before the content leaves an empty file that says it is whole. What can be tested without
+    one: that the system is told to write the content down first, and the name after it."""
+    done, sync, replace = [], os.fsync, os.replace
+
+    def name_of(descriptor):
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(("sync", name_of(descriptor))), sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(("move", str(old), str(new))), replace(old, new)))
+    target = tmp_path / "out"
+
+    def write(folder):
+        for name in ("a", "z"):
+            (folder / name).write_text(name)
+
+    if how == "file":
+        replace_file(target / "a", lambda path: path.write_text("a"))
+    elif how == "files":
+        replace_files(target, write, last="a")
+    else:
+        (tmp_path / "partial").mkdir()
+        write(tmp_path / "partial")
+        replace_folder(tmp_path / "partial", target)
+    moves = [step for step in done if step[0] == "move"]
+    assert [Path(new).name for *_, new in moves] == {"file": ["a"], "files": ["z", "a"], "folder": ["out"]}[how]
+    for _, old, new in moves:
+        place = done.index(("move", old, new))
+        content = [old] if how != "folder" else [f"{old}/a", f"{old}/z", old]
+        assert all(("sync", path) in done[:place] for path in content)
+        assert ("sync", str(Path(new).parent)) in done[place:]
+    if how == "files":
+        assert ("sync", str(target)) in done[done.index(moves[0]) : done.index(moves[1])], "others before the last"
 
 
 def test_two_trainings_into_one_folder(material, tmp_path):

@@ -1,10 +1,14 @@
 """Training learns, is reproducible to the last bit, survives a kill, and leaves a checkpoint that needs nothing else."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ from hf_vs2.functional import prototype_alignment
 from hf_vs2.label_losses import PrototypeAlignment
 from hf_vs2.store import read_shard_header, write_index, write_shard
 from hf_vs2.trainer import BatchPlan
-from hf_vs2.training_rows import UnionRows, training_rows
+from hf_vs2.training_rows import UnionRows, read_ahead, training_rows
 
 
 HIDDEN = 24
@@ -230,7 +234,7 @@ trainer = make_trainer({folder!r}, sparse_rows(2000), save_steps=5)
 if {where!r} == "training":
     batch = trainer._batch
     steps = iter(range(1000))
-    trainer._batch = lambda indices: kill() if next(steps) == 13 else batch(indices)
+    trainer._batch = lambda read: kill() if next(steps) == 13 else batch(read)
 else:  # in the middle of writing the second checkpoint
     save_state = trainer.accelerator.save_state
     trainer.accelerator.save_state = lambda path: (save_state(path), "10" in path and kill())
@@ -471,14 +475,14 @@ def test_a_label_loss_has_the_units_of_the_fvu(labelled, tmp_path):
     rows, labels = labelled
 
     def twice(out, labels):
-        return (out.reconstruction - x[-1]).square().sum(-1).mean()
+        return (out.reconstruction - batches[-1][0]).square().sum(-1).mean()
 
-    x = []
+    batches = []
     trainer = make_trainer(
         tmp_path / "twice", rows, labels=labels, label_loss=twice, config={"aux_k_coefficient": 0.0}
     )
     batch = trainer._batch
-    trainer._batch = lambda indices: x.append(batch(indices)) or x[-1]
+    trainer._batch = lambda read: batches.append(batch(read)) or batches[-1]
     trainer.train()
     for entry in json.loads((tmp_path / "twice" / "training_log.json").read_text())["log"]:
         assert entry["loss"] == pytest.approx(2 * entry["fvu"], rel=1e-5)
@@ -507,10 +511,10 @@ def test_labels_reach_the_rows_they_belong_to(labelled, tmp_path):
     )
     batches = []
     batch = trainer._batch
-    trainer._batch = lambda indices: batches.append(batch(indices)) or batches[-1]
+    trainer._batch = lambda read: batches.append(batch(read)) or batches[-1]
     trainer.train()
     assert len(seen) == 40
-    for x, (_, found) in zip(batches, seen, strict=True):
+    for (x, _), (_, found) in zip(batches, seen, strict=True):
         assert torch.equal(x[:, 0].long(), found)
 
 
@@ -821,6 +825,81 @@ def test_the_host_waits_for_the_device_at_log_entries_only(rows, tmp_path, monke
     at_one_entry = questions(10, 10)
     assert questions(30, 30) == at_one_entry > 0
     assert questions(30, 10) == 3 * at_one_entry
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what a GPU waits for is asked of CUDA itself")
+def test_cuda_is_waited_for_at_log_entries_only(rows, tmp_path):
+    """The same, of the kernels that a GPU runs: reading ahead into pinned memory and the sparse products included."""
+
+    def waits(steps, logging_steps):
+        options = {"max_steps": steps, "logging_steps": logging_steps, "dead_latent_threshold": 1}
+        trainer = make_trainer(tmp_path / f"{steps}-{logging_steps}", rows, config={"aux_k": 20}, **options)
+        trainer._set_statistics()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                trainer._optimize()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(each.message) for each in seen)
+
+    waits(10, 10)  # kernels are chosen and compiled
+    at_one_entry = waits(10, 10)
+    assert waits(30, 30) == at_one_entry > 0
+    assert waits(30, 10) > at_one_entry
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("hf_vs2-rows")]
+
+
+def test_the_next_batch_is_read_during_the_step():
+    """Reading a batch from a store of a million rows took 6 % of a step. One batch ahead, no more: memory stays what it was."""
+    begun, at_work = [], [threading.Event() for _ in range(5)]
+    processors = torch.get_num_threads()
+
+    def read(number):
+        begun.append(number)
+        at_work[number].set()
+        return number**2
+
+    with contextlib.closing(read_ahead(read, range(5))) as batches:
+        for number in range(5):
+            assert next(batches) == number**2
+            if number < 4:
+                assert at_work[number + 1].wait(10), "the next is not read before this one is done with"
+            time.sleep(0.01)
+            assert begun == list(range(min(number + 2, 5)))
+        assert list(batches) == [] == readers()
+    assert list(read_ahead(read, range(0))) == []
+    assert torch.get_num_threads() == processors
+
+
+class Lost(Exception):
+    """Of a disk, or of the user's own code."""
+
+
+@pytest.mark.parametrize("where", ["reading", "step"])
+def test_an_error_in_training_is_raised_as_it_is_and_leaves_no_thread(rows, tmp_path, where):
+    """A thread left behind would keep a notebook's memory and a process from ending; a wrapped error is not what `except` is for."""
+    error = Lost("row 17")
+
+    def lose(*_):
+        raise error
+
+    trainer = make_trainer(tmp_path, rows)
+    steps = iter(range(100))
+    if where == "reading":
+        take = trainer.rows.take
+        trainer._set_statistics()
+        trainer.rows.take = lambda indices: lose() if next(steps) == 7 else take(indices)
+        run = trainer._optimize
+    else:
+        trainer._batch, run = lose, trainer.train
+    with pytest.raises(Lost) as caught:
+        run()
+    assert caught.value is error and not readers()
 
 
 def test_the_progress_bar_shows_what_matters(rows, tmp_path, capfd):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 
 from . import __version__
-from .atomic import failing_as, remove_folder, remove_leftovers, replace_files, replace_text
+from .atomic import failing_as, remove_folder, remove_leftovers, replace_folder, replace_text
 from .calibration import activation_statistics, batches, calibrate, split_rows
-from .checkpoint_folder import CARD_NAME
 from .configuration_sae import SAEConfig
 from .extraction import naming_lost_partners
 from .label_losses import LabelLoss, describe_label_loss
@@ -35,7 +33,9 @@ from .model_card import write_model_card
 from .modeling_sae import SAEModel, SAEOutput
 from .sharding import apply_fsdp, refuse_unfit_fsdp, whole_model
 from .training_args import SAETrainingArguments
-from .training_rows import LayerRows, TrainRows, UnionRows, chosen_rows, training_labels, training_rows
+from .training_progress import TrainingProgress
+from .training_rows import LayerRows, TrainRows, UnionRows, chosen_rows, read_ahead, training_labels, training_rows
+from .training_step import Batch, GraphedTrainingStep, Meter, TrainingStep
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +43,6 @@ logger = logging.get_logger(__name__)
 LOG_NAME = "training_log.json"
 _CHECKPOINT_PREFIX = "checkpoint-"
 _LOCK_NAME = ".training.lock"
-_STATE_NAME = "trainer_state.json"
-_COUNTERS_NAME = "steps_since_active.safetensors"
 # What must not change between a training checkpoint and the run that continues it.
 _PLANNED_CONFIG = ("num_latents", "top_k", "activation", "aux_k", "aux_k_coefficient")
 _PLANNED_ARGUMENTS = (
@@ -82,38 +80,6 @@ class BatchPlan:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._cached = (epoch, self.rows[torch.randperm(len(self.rows), generator=generator)])
         return self._cached[1]
-
-
-@dataclass
-class _Progress:
-    """What a training checkpoint holds beside the weights and accelerate's files: JSON and safetensors, nothing pickled."""
-
-    plan: dict[str, Any]
-    """All that decides what a run computes; a checkpoint of another plan is not continued."""
-    steps_since_active: torch.Tensor
-    step: int = 0
-    log: list[dict[str, float]] = field(default_factory=list)
-
-    def save(self, folder: Path, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
-        save_file({"steps_since_active": self.steps_since_active}, folder / _COUNTERS_NAME)
-        state = {"plan": self.plan, "step": self.step, "log": self.log, "schedule": schedule.state_dict()}
-        (folder / _STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
-
-    def load(self, folder: Path, accelerator: Accelerator, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
-        if not (folder / _STATE_NAME).is_file():
-            raise ValueError(f"resume_from_checkpoint={folder} is no training checkpoint: it has no {_STATE_NAME}.")
-        state = json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
-        for name, value in self.plan.items():
-            before = state["plan"].get(name)
-            if before != value and not (isinstance(value, float) and math.isclose(before or 0.0, value, rel_tol=1e-6)):
-                raise ValueError(
-                    f"{folder} was trained with {name}={before}, now it is {value}: the run can't be continued exactly. "
-                    "Use the same rows and settings, or train anew in another output_dir."
-                )
-        accelerator.load_state(str(folder))
-        schedule.load_state_dict(state["schedule"])
-        self.steps_since_active = load_file(folder / _COUNTERS_NAME)["steps_since_active"].to(accelerator.device)
-        self.step, self.log = state["step"], state["log"]
 
 
 class SAETrainer:
@@ -285,15 +251,7 @@ class SAETrainer:
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or none."""
         if self.accelerator.is_main_process:
-            target = Path(output_dir or self.args.output_dir)
-
-            def write(scratch: Path) -> None:
-                self.model.save_pretrained(scratch)
-                (scratch / CARD_NAME).unlink(missing_ok=True)  # one that a user has edited must stay
-
-            with failing_as(target, SafetensorError):
-                replace_files(target, write, last=CONFIG_NAME)  # a folder without it is not taken for a checkpoint
-            write_model_card(target)
+            self.model.save_pretrained(output_dir or self.args.output_dir)
 
     def _set_statistics(self) -> None:
         """Mean and total variance of the training rows into the model; a new one's `b_pre` starts at the mean."""
@@ -329,57 +287,43 @@ class SAETrainer:
             data["label_loss"] = earlier["label_loss"]  # the labels of that training are in the weights that go on
         config.training_data = data
 
-    def _optimize(self) -> _Progress:
+    def _optimize(self) -> TrainingProgress:
         args, accelerator = self.args, self.accelerator
         accelerator.free_memory()  # of an earlier, perhaps interrupted, train()
         # accelerate keeps one value a process: another trainer may have been made since.
         accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        accelerator.step = 0  # micro batches: an earlier train() may have ended in the middle of a step
         steps = self.num_steps
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
+        graphed = GraphedTrainingStep.suits(accelerator, args, with_labels=self.label_loss is not None)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True, capturable=graphed)
         schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * steps), steps)
         model, optimizer = accelerator.prepare(self.model, optimizer)
         never = torch.zeros(self.model.config.weight_shape[0], dtype=torch.int64, device=accelerator.device)
-        progress = _Progress(self._plan(), steps_since_active=never)
+        progress = TrainingProgress(self._plan(), steps_since_active=never)
         if args.resume_from_checkpoint:
-            progress.load(self._checkpoint_to_resume(), accelerator, schedule)
+            progress.load(self._checkpoint_to_resume(), accelerator, self.model, optimizer, schedule)
+            accelerator.step = 0
         if args.report_to != "none":
             accelerator.init_trackers("hf_vs2", config=asdict(args))
 
-        batch_plan = BatchPlan(self.train_indices, self.batch_size, args.seed)
-        meter = _Meter(self.model.config.total_variance or 1.0, accelerator)
+        meter = Meter(self.model.config.total_variance or 1.0, accelerator)
+        step_taker = TrainingStep(model, self.model, optimizer, accelerator, args, self._label_term, progress, meter)
+        take_step = GraphedTrainingStep(step_taker) if graphed else step_taker
         model.train()
-        with self._bar(progress.step, steps) as bar:
+        batches = self._batches(progress.step, steps)
+        # Between two log entries nothing here waits for a GPU.
+        with self._bar(progress.step, steps) as bar, contextlib.closing(batches):
             for step in range(progress.step, steps):
-                active = torch.zeros_like(progress.steps_since_active)
-                dead = _dead(progress, args.dead_latent_threshold) if step >= args.dead_latent_threshold else None
-                for micro in range(args.gradient_accumulation_steps):
-                    indices = batch_plan[step * args.gradient_accumulation_steps + micro]
-                    x = self._batch(indices)
-                    with accelerator.accumulate(model):
-                        out = model(x, dead_latents=dead)
-                        loss = out.loss if self.label_loss is None else out.loss + self._label_term(out, indices)
-                        accelerator.backward(loss)
-                        if accelerator.sync_gradients:
-                            self.model.remove_parallel_decoder_gradient()
-                            if args.max_grad_norm:
-                                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    meter.add(x, out.reconstruction, loss)
-                    active.scatter_reduce_(
-                        0, out.latent_indices.flatten(), (out.latent_values != 0).flatten().long(), reduce="amax"
-                    )
+                can_be_dead = step >= args.dead_latent_threshold
+                parts = map(self._batch, itertools.islice(batches, args.gradient_accumulation_steps))
+                take_step(parts, revive=can_be_dead)
                 schedule.step()
-                self.model.normalize_decoder()
-                # Reduced by hand: each process has seen only its part of the batch.
-                active = accelerator.reduce(active, "sum")
-                progress.steps_since_active = torch.where(active > 0, 0, progress.steps_since_active + 1)
                 progress.step = step + 1
                 bar.update()
                 if progress.step % args.logging_steps == 0 or progress.step == steps:
                     self._log(progress, meter, schedule.get_last_lr()[0], bar)
                 if args.save_steps and progress.step % args.save_steps == 0 and progress.step < steps:
-                    self._save_checkpoint(progress, schedule)
+                    self._save_checkpoint(progress)
         # accelerate put mixed precision around the model's forward; what is calibrated and handed back is the model itself.
         for name in ("forward", "_original_forward"):
             self.model.__dict__.pop(name, None)
@@ -403,18 +347,32 @@ class SAETrainer:
         plan["total_variance"] = config.total_variance
         return plan
 
-    def _batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """This process's part of a global batch, on its device."""
-        return self.rows.take(self._mine(indices)).to(self.accelerator.device, non_blocking=True)
+    def _batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """This process's part of each batch of the steps from `start` to `stop`, read while the one before is trained on."""
+        size, device = self.args.per_device_train_batch_size, self.accelerator.device
+        plan = BatchPlan(self.train_indices, self.batch_size, self.args.seed)
 
-    def _mine(self, indices: torch.Tensor) -> torch.Tensor:
-        size = self.args.per_device_train_batch_size
-        return indices[self.accelerator.process_index * size :][:size]
+        def read(number: int) -> Batch:
+            mine = plan[number][self.accelerator.process_index * size :][:size]
+            batch = self.rows.take(mine), None if self.labels is None else self.labels[mine]
+            if device.type != "cuda":
+                return batch
+            with torch.cuda.device(device):  # a thread starts on the first GPU
+                # From pinned memory a copy does not wait for the GPU.
+                return batch[0].pin_memory(), None if batch[1] is None else batch[1].pin_memory()
 
-    def _label_term(self, out: SAEOutput, indices: torch.Tensor) -> torch.Tensor:
+        micro_batches = self.args.gradient_accumulation_steps
+        return read_ahead(read, range(start * micro_batches, stop * micro_batches))
+
+    def _batch(self, batch: Batch) -> Batch:
+        """A batch on this process's device."""
+        rows, labels = batch
+        device = self.accelerator.device
+        return rows.to(device, non_blocking=True), None if labels is None else labels.to(device, non_blocking=True)
+
+    def _label_term(self, out: SAEOutput, labels: torch.Tensor) -> torch.Tensor:
         """What the labels of this process's part add to its loss, in units of the FVU."""
-        assert self.label_loss is not None and self.labels is not None and self.model.config.total_variance
-        labels = self.labels[self._mine(indices)].to(self.accelerator.device, non_blocking=True)
+        assert self.label_loss is not None and self.model.config.total_variance
         return self.label_loss(out, labels) / self.model.config.total_variance
 
     def _calibrate(self) -> dict[str, float]:
@@ -426,7 +384,7 @@ class SAETrainer:
         )
         return {}
 
-    def _log(self, progress: _Progress, meter: _Meter, learning_rate: float, bar: tqdm) -> None:
+    def _log(self, progress: TrainingProgress, meter: Meter, learning_rate: float, bar: tqdm) -> None:
         dead_share = _dead(progress, self.args.dead_latent_threshold).float().mean().item()
         entry = {**meter.read(), "dead_share": dead_share, "learning_rate": learning_rate}
         if not entry["loss"] < float("inf"):
@@ -442,7 +400,7 @@ class SAETrainer:
         hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
         return tqdm(desc="Training SAE", initial=initial, total=total, unit="step", disable=hidden)
 
-    def _save_checkpoint(self, progress: _Progress, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    def _save_checkpoint(self, progress: TrainingProgress) -> None:
         """Everything needed to continue exactly, under a temporary name until it is whole; older ones are removed."""
         final = self.args.output_path / f"{_CHECKPOINT_PREFIX}{progress.step}"
         partial = final.with_name(f".{final.name}.partial")
@@ -454,9 +412,8 @@ class SAETrainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with failing_as(final, RuntimeError, SafetensorError):
-                progress.save(partial, schedule)
-            remove_folder(final)
-            os.replace(partial, final)
+                progress.save(partial)
+                replace_folder(partial, final)
             # An earlier run in this folder may have left checkpoints of later steps: the new one stays all the same.
             others = [path for path in self._checkpoints() if path != final]
             for old in others[: max(0, len(others) + 1 - self.args.save_total_limit)]:
@@ -486,29 +443,7 @@ class SAETrainer:
         return found[-1]
 
 
-class _Meter:
-    """Loss and FVU since the last log entry; sums stay on the device, one reduction a log entry."""
-
-    def __init__(self, total_variance: float, accelerator: Accelerator):
-        self.total_variance, self.accelerator = total_variance, accelerator
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32)
-        self.sums = self.sums.to(self.accelerator.device)
-
-    @torch.no_grad()
-    def add(self, x: torch.Tensor, reconstruction: torch.Tensor, loss: torch.Tensor) -> None:
-        error = (x - reconstruction.float()).square().sum()
-        self.sums += torch.stack([loss.detach() * len(x), error, torch.full_like(error, len(x))]).to(self.sums.dtype)
-
-    def read(self) -> dict[str, float]:
-        loss, error, count = self.accelerator.reduce(self.sums, "sum").tolist()
-        self._reset()
-        return {"loss": loss / count, "fvu": error / (count * self.total_variance)}
-
-
-def _dead(progress: _Progress, threshold: int) -> torch.Tensor:
+def _dead(progress: TrainingProgress, threshold: int) -> torch.Tensor:
     return progress.steps_since_active >= threshold
 
 

@@ -57,6 +57,12 @@ class SAETrainingArguments:
         default="none",
         metadata={"help": "Tracker for the log, by accelerate's name: tensorboard, wandb, trackio, all, none."},
     )
+    disable_cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Take every step as it comes. On one GPU steps are replayed as a CUDA graph, 2 to 4 times as fast."
+        },
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:

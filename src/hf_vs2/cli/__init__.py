@@ -123,7 +123,8 @@ def _is_expected(error: Exception) -> bool:
 def _message(error: Exception) -> str:
     from safetensors import SafetensorError
 
-    text = str(error) or type(error).__name__
+    # As the option is spelled here.
+    text = (str(error) or type(error).__name__).replace("on_error='skip'", "--on_error skip")
     if isinstance(error, SafetensorError):  # does not say which file
         return f"a .safetensors file of the model or checkpoint is damaged ({text}): download or write it again"
     return text

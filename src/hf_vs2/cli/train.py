@@ -51,6 +51,7 @@ CHECKPOINTS_AND_LOG = (
     "resume_from_checkpoint",
     "logging_steps",
     "report_to",
+    "disable_cuda_graphs",
     "disable_tqdm",
 )
 

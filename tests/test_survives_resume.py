@@ -1,0 +1,293 @@
+"""A training checkpoint from a bad disk or from a stranger: continued to the same bits, or refused in one message, and never run."""
+
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_trainer import make_trainer
+from toy import sparse_rows
+
+from hf_vs2.training_progress import COUNTERS_NAME, STATE_NAME, _file_digest, _state_digest
+
+
+TRIES, MANY_TRIES = 25, 300
+"""Damages of one checkpoint, in the fast test and in the slow one; each is tried as it is, and with the digests made to fit."""
+SETTING = {"max_steps": 8, "save_steps": 4, "logging_steps": 2}
+STEP = 4
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return sparse_rows(600)
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    """`(checkpoint folder, weights at the end of the run that was not interrupted)`."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = make_trainer(folder, rows, **SETTING)
+    trainer.train()
+    return folder / f"checkpoint-{STEP}", trainer.model.state_dict()
+
+
+@pytest.fixture()
+def checkpoint(whole, tmp_path):
+    return Path(shutil.copytree(whole[0], tmp_path / "copy" / whole[0].name))
+
+
+def resumed(checkpoint, rows):
+    """The weights at the end of the run that goes on from there."""
+    trainer = make_trainer(checkpoint.parent, rows, **SETTING, resume_from_checkpoint=str(checkpoint))
+    trainer.train()
+    return trainer.model.state_dict()
+
+
+def outcome(checkpoint, rows, expected):
+    """`"same"`, `"other"` finite numbers, or `"refused"` with the checkpoint named; anything else fails the test."""
+    try:
+        found = resumed(checkpoint, rows)
+    except (ValueError, OSError) as error:
+        assert str(checkpoint) in str(error) and "\n" not in str(error), error
+        return "refused"
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    return "same" if all(torch.equal(found[name], tensor) for name, tensor in expected.items()) else "other"
+
+
+def seal(checkpoint):
+    """Digests that fit, as whoever writes the files on purpose would make them."""
+    path = checkpoint / STATE_NAME
+    try:
+        state = json.loads(path.read_text())
+        state["files"] = {
+            name: _file_digest(checkpoint / name) if (checkpoint / name).is_file() else digest
+            for name, digest in state["files"].items()
+        }
+        state.pop("digest", None)
+        state["digest"] = _state_digest(state)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return  # too broken to be sealed
+    path.write_text(json.dumps(state))
+
+
+class Code:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __reduce__(self):
+        return open, (str(self.ran), "w")
+
+
+def damage(checkpoint, generator, ran):
+    """One harm to one file, drawn by `generator`; a description of it."""
+    path = checkpoint / generator.choice(sorted(file.name for file in checkpoint.iterdir()))
+    data = bytearray(path.read_bytes())
+    place = generator.randrange(len(data))
+    kind = generator.choice(
+        ["flip", "flip", "flip", "cut", "delete", "zero", "grow", "swap", "pickle", "torch pickle"]
+    )
+    if kind == "flip":
+        data[place] ^= 1 << generator.randrange(8)
+    elif kind == "cut":
+        del data[place:]
+    elif kind == "zero":
+        data[place : place + 64] = bytes(len(data[place : place + 64]))
+    elif kind == "grow":
+        data[place:place] = generator.randbytes(generator.randrange(1, 200))
+    elif kind == "swap":
+        data = bytearray(generator.choice(sorted(checkpoint.iterdir())).read_bytes())
+    path.write_bytes(data)
+    if kind == "delete":
+        path.unlink()
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Code(ran)))
+    elif kind == "torch pickle":
+        torch.save(Code(ran), path)
+    return f"{kind} at {place} of {path.name}"
+
+
+def damage_and_resume(whole, rows, folder, tries, seed):
+    generator, ran = random.Random(seed), folder / "ran"
+    seen = {"as it is": [], "sealed": []}
+    for number in range(tries):
+        for how, outcomes in seen.items():
+            checkpoint = Path(shutil.copytree(whole[0], folder / f"{number}-{how}" / whole[0].name))
+            state = generator.getstate()
+            what = damage(checkpoint, generator, ran)
+            if how == "as it is":
+                generator.setstate(state)
+            else:
+                seal(checkpoint)
+            outcomes.append(outcome(checkpoint, rows, whole[1]))
+            assert not ran.exists(), f"{what} ran as code"
+            assert how == "sealed" or outcomes[-1] != "other", f"{what} was not seen"
+            shutil.rmtree(checkpoint.parent)
+    return seen
+
+
+def test_random_damage_is_refused_or_continued_to_the_same_bits(whole, rows, tmp_path):
+    """A disk that lost a block, or a copy that stopped: other numbers than the undisturbed run's must not come out in silence."""
+    seen = damage_and_resume(whole, rows, tmp_path, TRIES, seed=0)
+    assert seen["as it is"].count("refused") > TRIES / 2
+
+
+@pytest.mark.slow
+def test_much_random_damage_is_refused_or_continued_to_the_same_bits(whole, rows, tmp_path):
+    """The same many times. With digests that fit, numbers that somebody chose are trained on, and code is not."""
+    seen = damage_and_resume(whole, rows, tmp_path, MANY_TRIES, seed=1)
+    assert seen["as it is"].count("refused") > MANY_TRIES / 2
+    assert {"refused", "same", "other"} <= set(seen["sealed"])
+
+
+def test_an_undamaged_copy_continues_to_the_same_bits(whole, rows, checkpoint):
+    """Else all the refusals here would mean nothing."""
+    assert outcome(checkpoint, rows, whole[1]) == "same"
+    seal(checkpoint)
+    assert outcome(checkpoint, rows, whole[1]) == "same"
+
+
+def edit_state(change):
+    def harm(checkpoint):
+        path = checkpoint / STATE_NAME
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps(change(state) or state))
+
+    return harm
+
+
+def edit_tensors(name, change):
+    def harm(checkpoint):
+        tensors = load_file(checkpoint / name)
+        change(tensors)
+        save_file(tensors, checkpoint / name)
+
+    return harm
+
+
+def edit_optimizer(change):
+    def harm(checkpoint):
+        path = checkpoint / "optimizer.bin"
+        state = torch.load(path, weights_only=True)
+        torch.save(change(state) or state, path)
+
+    return harm
+
+
+def set_counters(value):
+    return edit_tensors(COUNTERS_NAME, lambda tensors: tensors.update(steps_since_active=value))
+
+
+def set_moment(name, value):
+    return edit_optimizer(lambda state: state["state"][0].update({name: value}))
+
+
+def replace_weights_by_pickle(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")
+    forget_weights(checkpoint)
+
+
+forget_weights = edit_state(lambda state: state["files"].pop("model.safetensors") and None)
+
+
+# Each on top of digests that fit: only the content is wrong.
+HARMS = {
+    "state is no JSON": (lambda checkpoint: (checkpoint / STATE_NAME).write_text("{"), STATE_NAME),
+    "state is nested without end": (lambda checkpoint: (checkpoint / STATE_NAME).write_text("[" * 10**5), STATE_NAME),
+    "state is a list": (edit_state(lambda state: [state]), STATE_NAME),
+    "no plan": (edit_state(lambda state: state.pop("plan") and None), "plan is missing or damaged"),
+    "plan is a list": (edit_state(lambda state: state.update(plan=[])), "plan is missing or damaged"),
+    "plan without a seed": (edit_state(lambda state: state["plan"].pop("seed") and None), "seed=None, now it is 42"),
+    "plan of another type": (edit_state(lambda state: state["plan"].update(learning_rate="x")), "learning_rate=x"),
+    "no step": (edit_state(lambda state: state.pop("step") and None), "step is missing or damaged"),
+    "step below 0": (edit_state(lambda state: state.update(step=-1)), "step -1 of 8"),
+    "step past the end": (edit_state(lambda state: state.update(step=8)), "step 8 of 8"),
+    "step is text": (edit_state(lambda state: state.update(step="4")), "step is missing or damaged"),
+    "step of another moment": (edit_state(lambda state: state.update(step=2)), "after 2"),
+    "log is no list": (edit_state(lambda state: state.update(log={"step": 2})), "log is missing or damaged"),
+    "log of text": (edit_state(lambda state: state.update(log=["step"])), "log is missing or damaged"),
+    "NaN in the log": (
+        edit_state(lambda state: state["log"][0].update(loss=float("nan"))),
+        "log is missing or damaged",
+    ),
+    "no list of files": (edit_state(lambda state: state.pop("files") and None), "files is missing or damaged"),
+    "a file elsewhere": (edit_state(lambda state: state["files"].update({"../x": ""})), "files is missing or damaged"),
+    "counters too few": (set_counters(torch.zeros(95, dtype=torch.int64)), COUNTERS_NAME),
+    "counters are floats": (set_counters(torch.zeros(96)), COUNTERS_NAME),
+    "counters below 0": (set_counters(torch.full((96,), -1)), "from -1 to -1 after 4 steps"),
+    "counters too high": (set_counters(torch.full((96,), 5)), "from 5 to 5 after 4 steps"),
+    "counters gone": (lambda checkpoint: (checkpoint / COUNTERS_NAME).unlink(), f"{COUNTERS_NAME} .*it is missing"),
+    "counters of another name": (
+        edit_tensors(COUNTERS_NAME, lambda t: t.update(x=t.pop("steps_since_active"))),
+        COUNTERS_NAME,
+    ),
+    "weights of another shape": (
+        edit_tensors("model.safetensors", lambda tensors: tensors.update(b_enc=torch.zeros(95))),
+        r"model.safetensors: b_enc is \(95,\)",
+    ),
+    "a weight is missing": (edit_tensors("model.safetensors", lambda tensors: tensors.pop("b_pre")), "lacks b_pre"),
+    "NaN in the weights": (
+        edit_tensors("model.safetensors", lambda tensors: tensors["W_enc"][3].fill_(torch.nan)),
+        "model.safetensors is damaged: W_enc holds NaN",
+    ),
+    "weights in a pickle": (replace_weights_by_pickle, "has no model.safetensors"),
+    "moments of another shape": (set_moment("exp_avg", torch.zeros(2, 24)), r"exp_avg of W_enc .*\(2, 24\)"),
+    "moments are text": (set_moment("exp_avg", "zero"), "exp_avg of W_enc is <class 'str'>"),
+    "NaN in the moments": (
+        set_moment("exp_avg", torch.full((96, 24), torch.nan)),
+        "exp_avg of W_enc holds impossible",
+    ),
+    "squares below 0": (set_moment("exp_avg_sq", -torch.ones(96, 24)), "exp_avg_sq of W_enc holds impossible"),
+    "Adam at another step": (set_moment("step", torch.tensor(1e6)), "Adam counts 1000000.0 steps after 4"),
+    "no moments": (edit_optimizer(lambda state: state["state"].clear()), "Adam's state of W_enc holds"),
+    "no groups": (edit_optimizer(lambda state: state.pop("param_groups") and None), "can't be continued from"),
+    "optimizer is a list": (edit_optimizer(lambda state: [state]), "can't be continued from"),
+    "optimizer gone": (lambda checkpoint: (checkpoint / "optimizer.bin").unlink(), "optimizer.bin .*it is missing"),
+    "state of a stranger's object": (lambda checkpoint: (checkpoint / "custom_checkpoint_0.pkl").touch(), "custom"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_checkpoint_that_cannot_be_trusted_is_refused(rows, checkpoint, harm):
+    """Each would give another run than the one that was interrupted, a crash hours later, or (Adam's moments of another shape)
+    memory read that is not its own."""
+    do, message = HARMS[harm]
+    do(checkpoint)
+    seal(checkpoint)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        resumed(checkpoint, rows)
+    assert str(checkpoint) in str(caught.value)
+
+
+def test_settings_come_from_the_plan(whole, rows, checkpoint):
+    """A learning rate or betas in a checkpoint's optimizer file would train with settings that nobody is told of."""
+    edit_optimizer(lambda state: state["param_groups"][0].update(betas=(0.0, 0.0), lr=9.0, initial_lr=9.0))(checkpoint)
+    seal(checkpoint)
+    assert outcome(checkpoint, rows, whole[1]) == "same"
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.bin", "random_states_0.pkl", "pytorch_model.bin", "scaler.pt", "custom_checkpoint_0.pkl"]
+)
+def test_code_in_a_training_checkpoint_is_not_run(rows, checkpoint, tmp_path, name):
+    """Whoever continues somebody else's training reads pickles of theirs. As a plain pickle and in torch's wrapping."""
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+        forget_weights(checkpoint)
+    for write in (lambda code, path: path.write_bytes(pickle.dumps(code)), torch.save):
+        write(Code(tmp_path / "ran"), checkpoint / name)
+        seal(checkpoint)
+        try:
+            resumed(checkpoint, rows)
+        except (ValueError, OSError) as error:
+            assert str(checkpoint) in str(error)
+        assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Code(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists(), "it would have left a trace"
