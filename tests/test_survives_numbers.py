@@ -344,6 +344,25 @@ def test_a_batch_of_no_rows_gives_none(method):
     assert found.latent_indices.shape == (0, 5)
 
 
+@pytest.mark.parametrize("total_variance", [None, 4.0])
+def test_the_loss_of_no_rows_is_zero(total_variance):
+    """A process whose part of the last batch is empty: a mean over nothing would turn its gradients, and everybody's, into NaN."""
+    sae = make_sae(HIDDEN, total_variance=total_variance)
+    out = sae(torch.empty(0, HIDDEN), dead_latents=torch.ones(4 * HIDDEN, dtype=torch.bool))
+    assert out.loss.item() == 0.0 and out.fvu.shape == (0,) and out.reconstruction.shape == (0, HIDDEN)
+    out.loss.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in sae.parameters())
+
+
+def test_rows_on_the_mean_calibrate_nothing():
+    """An FVU of 0 would say that the SAE is perfect; what was measured is nothing."""
+    sae = make_sae(HIDDEN)
+    quantiles = sae.config.fvu_quantiles
+    with pytest.raises(ValueError, match="lie on the mean of the training rows: they have no variance"):
+        calibrate(sae, sae.mean.repeat(300, 1))
+    assert sae.config.fvu_quantiles == quantiles
+
+
 def test_nothing_to_label_with_and_broken_embeddings_are_refused():
     """An IndexError from deep inside, or a probe made of NaN, tells nobody what to do."""
     with pytest.raises(ValueError, match="no classes to label images with: class_embeds is empty"):

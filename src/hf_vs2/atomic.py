@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, never a part."""
+"""Writing files so that a reader sees the old one or the new one, never a part; after a power cut, too."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = _temporary(path)
     try:
         write(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def replace_files(folder: Path, write: Callable[[Path], Any], last: str) -> None:
+def replace_files(folder: Path, write: Callable[[Path], Any], last: str, stale: str = "") -> None:
     """
     The files that `write(temporary folder)` makes, moved into `folder`; the one named `last`, which declares the others, goes last.
+
+    Earlier files that match the pattern `stale` go, unless there are new ones of their names.
 
     The earlier file of that name goes first: who is killed between two moves leaves a folder that is refused, not a mixture.
     When `write` fails, what was in `folder` is untouched.
@@ -38,12 +42,32 @@ def replace_files(folder: Path, write: Callable[[Path], Any], last: str) -> None
         temporary.mkdir()
         write(temporary)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == last)
+        for file in files:
+            _sync(file)
         if len(files) > 1:
             (folder / last).unlink(missing_ok=True)
+            _sync(folder)
+        new = {file.name for file in files}
+        for old in folder.glob(stale) if stale else ():
+            if old.name not in new:
+                old.unlink()
         for file in files:
+            if file.name == last:
+                _sync(folder)  # the others are there before it says that they are
             os.replace(file, folder / file.name)
+        _sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """A folder of whole files takes the place of `folder`, or its name if there is none."""
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    remove_folder(folder)
+    os.replace(temporary, folder)
+    _sync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -71,6 +95,21 @@ def failing_as(path: Path, *errors: type[Exception]) -> Iterator[None]:
         if getattr(error, "filename", None) is not None:
             raise
         raise OSError(f"{path} could not be written: {error}. Earlier files are untouched.") from error
+
+
+def _sync(path: Path) -> None:
+    """To the disk, before anything that relies on it: a file system may write a new name down before the content, and a power cut
+    between the two leaves an empty file under a name that promises a whole one."""
+    if path.is_dir():
+        if os.name == "nt":
+            return  # Windows opens no folders, and keeps names in a journal
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _temporary(path: Path) -> Path:

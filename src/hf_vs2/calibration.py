@@ -131,7 +131,7 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
         `l0` (mean number of active latents), measured on these rows.
 
     Raises:
-        `ValueError`: on no rows, rows of another width or rows that are not finite.
+        `ValueError`: on no rows, rows of another width, rows that are not finite, or none off the training mean.
     """
     rows = as_rows(rows)
     indices = torch.arange(len(rows)) if indices is None else indices
@@ -149,6 +149,11 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
         spread += (block - sae.mean).double().square().sum().item()
         active += (values != 0).sum().item()
         fvus.append(fvu_per_sample(block, reconstruction, sae.mean).cpu())
+    if not spread:
+        raise ValueError(
+            "All rows to calibrate on lie on the mean of the training rows: they have no variance, so no FVU. Check how they were "
+            "extracted."
+        )
     config = sae.config
     config.fvu_quantiles = conformal_quantiles(torch.cat(fvus))
     config.num_calibration_rows = len(indices)
@@ -159,7 +164,7 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
             "Calibrate on more rows for a higher one (in training: calibration_share)."
         )
         config.gate = highest
-    return {"fvu": error / spread if spread else 0.0, "l0": active / len(indices)}
+    return {"fvu": error / spread, "l0": active / len(indices)}
 
 
 __all__ = ["calibrate", "conformal_quantiles"]
