@@ -81,3 +81,14 @@ def test_the_limit_follows_the_arithmetic():
         torch.set_float32_matmul_precision(before)
     half = sparse_ops.sparse_limit(torch.empty(1, dtype=torch.bfloat16, **away))
     assert half == 0 < fast < precise
+
+
+@pytest.mark.parametrize("num_latents", [3, 300, 2**15 - 1, 2**15, 2**15 + 9, 70_000])
+def test_entries_are_ordered_by_latent_however_many_there_are(num_latents):
+    """They are sorted as 16-bit numbers where that holds them: one that wraps round would give a latent another's gradient."""
+    indices = torch.randint(num_latents, (50, 8), generator=torch.Generator().manual_seed(0))
+    indices[0, 0], indices[-1, -1] = num_latents - 1, 0
+    entries, starts = sparse_ops.LatentOrder(indices, num_latents).entries
+    latents = indices.flatten()[entries]
+    assert torch.equal(latents, indices.flatten().sort().values)
+    assert torch.equal(starts, torch.searchsorted(latents, torch.arange(num_latents)))
