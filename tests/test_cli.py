@@ -346,6 +346,37 @@ def test_classify_honours_the_gate(checkpoint, images_path, capsys):
     assert all(item["steered"] for item in json.loads(run(capsys, *arguments, "--gate", "none")))
 
 
+def test_explain_draws_and_says_what_moved_the_scores(checkpoint, images_path, tmp_path, capsys):
+    """The picture must be there and show something, the table and the JSON must agree with the model, and edits must count."""
+    pytest.importorskip("matplotlib")
+    file = images_path / "test" / "red" / "00.png"
+    (tmp_path / "words.txt").write_text("red\ngreen\nblue\n", encoding="utf-8")
+    picture = tmp_path / "pictures" / "why.png"
+    arguments = ["explain", file, "--checkpoint", checkpoint, "--labels", *COLOURS, "--gate", "none"]
+    arguments += ["--output", picture, "--top_latents", 2]
+    found = json.loads(run(capsys, *arguments, "--vocabulary", tmp_path / "words.txt", "--json"))
+    model = VS2CLIPForZeroShot.from_pretrained(checkpoint, gate=None)
+    (expected,) = model.explain(str(file), list(COLOURS), templates="single").to_dict(2)
+    assert found["steered"] and found["fvu"] == pytest.approx(expected["fvu"])
+    for one, other in zip(found["labels"], expected["labels"], strict=True):
+        assert one["steered"] == pytest.approx(other["steered"], abs=1e-4)
+        assert [latent["latent"] for latent in one["latents"]] == [latent["latent"] for latent in other["latents"]]
+        assert all(latent["name"] in COLOURS for latent in one["latents"])
+    steered = np.asarray(Image.open(picture).convert("RGB"))
+    assert min(steered.shape[:2]) > 400 and len(np.unique(steered.reshape(-1, 3), axis=0)) > 100
+
+    latent = found["labels"][0]["latents"][0]["latent"]
+    out = run(capsys, *arguments, "--suppress", latent)
+    assert str(picture) in out
+    line = next(line for line in out.splitlines() if f"latent {latent} " in line)
+    assert "-> 0.00" in line
+    gated = run(capsys, *arguments[:-2], "--fvu_threshold", 0, "--gate", "none")
+    assert "not steered" in gated and "normalisation" not in gated
+    assert Image.open(picture).size[1] < len(steered), "the scores of an image left alone were taken apart"
+    message = complaint(capsys, *arguments, "--output", tmp_path / "why.jpeg")
+    assert "must end in one of .png" in message and not (tmp_path / "why.jpeg").exists()
+
+
 def test_classify_reads_images_from_the_web(checkpoint, images_path, capsys):
     """A URL is as good as a file; one that cannot be reached is named."""
     with served(images_path / "test" / "red") as address:
@@ -512,6 +543,16 @@ def test_mistakes_in_a_config_file_are_named(text, expected, tmp_path, capsys):
         (["classify", "a.jpg", "--labels", "a", "--checkpoint", "c", "--templates", "a photo"], "neither one of"),
         (["classify", "a.jpg", "--labels", "a", "--checkpoint", "c", "--top_k", "0"], "at least 1"),
         (["classify", "a.jpg", "--labels", "a", "--checkpoint", "c", "--gate", "high"], "--gate"),
+        (["explain", "a.jpg", "--labels", "a", "--checkpoint", "c", "--top_latents", "0"], "at least 1"),
+        (["explain", "a.jpg", "--labels", "a", "--checkpoint", "c", "--set", "3"], "must be LATENT=NUMBER"),
+        (
+            ["explain", "a.jpg", "--labels", "a", "--checkpoint", "c", "--suppress", "3", "--amplify", "3=2"],
+            "two edits",
+        ),
+        (
+            ["explain", "a.jpg", "--labels", "a", "--checkpoint", "c", "--names", "n", "--vocabulary", "v"],
+            "exclude each other",
+        ),
         (["evaluate", "--checkpoint", "c", "--dataset", "d", "--method", "vs3"], "vs3 is not known"),
         (["calibrate", "--checkpoint", "user/sae", "--dataset", "d"], "--output_dir"),
     ],

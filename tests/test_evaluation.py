@@ -206,6 +206,15 @@ def test_one_gamma_a_latent_has_no_centroid_control(rows, labels, tokenizer):
     assert result.row("vs2")["gamma"] is None and len(result.meta["gamma_per_latent"]) == 64
 
 
+def test_latents_changed_by_hand_are_recorded(rows, labels, tokenizer):
+    """A table of an edited model must not pass for one of VS2."""
+    model = make_model(rows)
+    plain = evaluate(model, rows, labels, NAMES, tokenizer, templates="single")
+    model.set_steering(edits={"set": {3: 50.0}})
+    edited = evaluate(model, rows, labels, NAMES, tokenizer, templates="single")
+    assert plain.meta["edits"] is None and edited.meta["edits"] == {"set": {"3": 50.0}}
+
+
 def test_prompt_sets(rows, labels, tokenizer, tmp_path):
     """Prompt sets as users write them: a file, a list of templates, several of them."""
     file = tmp_path / "mine.txt"

@@ -480,6 +480,54 @@ def test_details_of_several_saes(images):
     assert_same([one["predictions"] for one in found], classifier(images, LABELS))
 
 
+def test_explanations_come_with_the_same_scores_and_one_pass(classifier, model, images):
+    """`explain=True` adds why to each answer: the answers, the gate and the cost of the tower must be those without it."""
+    pictures = count_calls(model.clip.vision_model)
+    plain = classifier(images, LABELS, return_details=True, gate=0.5)
+    encoded = len(pictures)
+    explained = classifier(images, LABELS, return_details=True, gate=0.5, explain=True, top_latents=3)
+    assert len(pictures) == 2 * encoded, "the images were encoded again"
+    reference = model.explain(images, LABELS, processor=(classifier.tokenizer, classifier.image_processor))
+    for number, (found, expected) in enumerate(zip(explained, plain, strict=True)):
+        explanations = {one["label"]: one.pop("explanation") for one in found["predictions"]}
+        assert found == expected
+        for label, parts in explanations.items():
+            assert len(parts["latents"]) == (3 if found["steered"] else 0) and json.dumps(parts)
+            listed = sum(one["contribution"] for one in parts["latents"])
+            assert parts["plain"] + parts["normalisation"] + parts["others"] + listed == pytest.approx(
+                parts["steered"]
+            )
+            if found["steered"]:
+                expected_top = reference.top(label, 3, number)
+                assert [one["latent"] for one in parts["latents"]] == [one["latent"] for one in expected_top]
+    assert 0 < sum(found["steered"] for found in explained) < len(images)
+
+    single = classifier(images[0], LABELS, explain=True, latent_names={n: f"latent {n}" for n in range(400)}, top_k=1)
+    assert len(single) == 1 and all(
+        one["name"] == f"latent {one['latent']}" for one in single[0]["explanation"]["latents"]
+    )
+    stream = list(classifier(iter(images), LABELS, explain=True, batch_size=3))
+    one_by_one = [classifier(image, LABELS, explain=True) for image in images]
+    for many, one in zip(stream, one_by_one, strict=True):
+        assert_same(many, one)
+        assert [len(each["explanation"]["latents"]) for each in many] == [5] * len(LABELS)
+
+
+def test_edits_hold_for_one_call(classifier, model, images):
+    """A latent tried out by hand must show in this call's scores, and in no other's."""
+    before = classifier(images[0], LABELS)
+    latent = int(model.explain(images[0], LABELS).latent_indices[0, 0])
+    edited = classifier(images[0], LABELS, edits={"set": {latent: 40.0}}, explain=True)
+    assert (scores(edited) - scores(before)).abs().max() > 1e-3
+    (change,) = {
+        one["value"] + one["change"] for one in edited[0]["explanation"]["latents"] if one["latent"] == latent
+    }
+    assert change == pytest.approx(40)
+    assert classifier(images[0], LABELS) == before
+    with model.editing(set={latent: 40.0}):
+        assert_same(classifier(images[0], LABELS), edited)
+
+
 # Checkpoints
 
 

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activations import ActivationStore, extract_activations
+    from .atlas import build_atlas
     from .calibration import calibrate
     from .configuration_sae import SAEConfig
     from .configuration_vs2_clip import Steering, VS2CLIPConfig
     from .corpus import RetrievalCorpus
     from .data import load_images
     from .evaluation import EvaluationResult, evaluate
+    from .explanation import VS2Explanation
     from .grid import steering_grid
     from .hub import push_to_hub
     from .label_losses import PrototypeAlignment
+    from .latent_edits import LatentEdits
     from .model_card import create_model_card, write_model_card
     from .modeling_sae import SAEModel, SAEOutput
     from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationStore": "activations",
     "extract_activations": "activations",
+    "build_atlas": "atlas",
     "calibrate": "calibration",
     "SAEConfig": "configuration_sae",
     "Steering": "configuration_vs2_clip",
@@ -43,9 +47,11 @@ _HOMES = {
     "load_images": "data",
     "EvaluationResult": "evaluation",
     "evaluate": "evaluation",
+    "VS2Explanation": "explanation",
     "steering_grid": "grid",
     "push_to_hub": "hub",
     "PrototypeAlignment": "label_losses",
+    "LatentEdits": "latent_edits",
     "create_model_card": "model_card",
     "write_model_card": "model_card",
     "SAEModel": "modeling_sae",
@@ -65,6 +71,7 @@ __all__ = [
     "ActivationStore",
     "DatasetInfo",
     "EvaluationResult",
+    "LatentEdits",
     "PrototypeAlignment",
     "RetrievalCorpus",
     "SAEConfig",
@@ -76,7 +83,9 @@ __all__ = [
     "VS2CLIPConfig",
     "VS2CLIPForZeroShot",
     "VS2CLIPOutput",
+    "VS2Explanation",
     "VS2ZeroShotImageClassificationPipeline",
+    "build_atlas",
     "calibrate",
     "class_embeddings",
     "create_model_card",

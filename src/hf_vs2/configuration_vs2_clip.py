@@ -10,6 +10,7 @@ from transformers import CLIPConfig, PreTrainedConfig
 
 from .checkpoint_config import CheckpointConfig
 from .configuration_sae import SAEConfig, is_finite
+from .latent_edits import LatentEdits
 from .neighbors import POSITIVES
 
 
@@ -33,6 +34,8 @@ class Steering:
         num_neighbors (`int`): of `"vs2++"`, the paper's N.
         positives (`str`): of `"vs2++"`, whose latents are amplified: those of the neighbours with the `"majority"` pseudo-label,
             or with the `"query"`'s own (eq. 4).
+        edits ([`LatentEdits`] or `dict` of its fields, *optional*): latents changed by hand, on top of any method; for edits alone
+            use `gamma=1`. The gate holds for them too.
     """
 
     method: str = "vs2"
@@ -43,8 +46,10 @@ class Steering:
     enabled: bool = True
     num_neighbors: int = 50
     positives: str = "majority"
+    edits: LatentEdits | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", LatentEdits.of(self.edits))
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not known. Use one of {list(METHODS)}.")
         if self.positives not in POSITIVES:
@@ -84,7 +89,8 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     Args:
         clip_config (`CLIPConfig` or `dict`, *optional*): the CLIP.
         sae_configs (`list[SAEConfig]` or list of `dict`, *optional*): one SAE a steered layer, ascending.
-        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives: see [`Steering`].
+        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives, edits: see [`Steering`]. `edits` is a `dict` here, and
+            not written where there are none.
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): where the CLIP comes from.
         holds_clip (`bool`, *optional*, defaults to `False`): whether the checkpoint holds the CLIP's weights too (full) or only
             names it (light).
@@ -117,6 +123,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     num_neighbors: int = 50
     positives: str = "majority"
     holds_corpus: bool = False
+    edits: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.clip_config is None:
@@ -157,11 +164,14 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
             self.fvu_threshold,
             num_neighbors=self.num_neighbors,
             positives=self.positives,
+            edits=LatentEdits.of(self.edits),
         )
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["sae_configs"] = [sae if isinstance(sae, dict) else sae.to_dict() for sae in self.sae_configs]
+        if output.get("edits") is None:
+            output.pop("edits", None)
         return output
 
 

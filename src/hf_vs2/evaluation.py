@@ -421,7 +421,7 @@ def _meta(
     prompt_sets: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Any]:
     sae = model.sae.config
-    gamma = model.steering_settings.gamma
+    gamma, edits = model.steering_settings.gamma, model.steering_settings.edits
     meta: dict[str, Any] = {
         "hf_vs2_version": __version__,
         "versions": {
@@ -437,6 +437,7 @@ def _meta(
         "sae": {"num_latents": sae.num_latents, "top_k": sae.top_k, "activation": sae.activation},
         "sae_training_data": sae.training_data,
         "gamma_per_latent": list(gamma) if isinstance(gamma, tuple) else None,
+        "edits": None if edits is None else edits.to_dict(),
         "templates": {name: list(chosen) for name, chosen in prompt_sets.items()},
         "num_classes": len(class_names),
         "n": len(rows),

@@ -7,7 +7,10 @@ one factor a latent, `(num_latents,)`. Everything differentiable stays different
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 
 from .sparse_ops import sparse_decode
 
@@ -53,6 +56,16 @@ def contrastive_direction(
 ) -> torch.Tensor:
     """Eq. 5 (VS2++): `(gamma - 1) W_dec (mean c over positives - mean c over negatives)`, `(batch, hidden_size)`.
 
+    The arguments are those of [`contrastive_change`].
+    """
+    return sparse_decode(*contrastive_change(values, indices, positive, gamma), decoder)
+
+
+def contrastive_change(
+    values: torch.Tensor, indices: torch.Tensor, positive: torch.Tensor, gamma: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What eq. 5 adds to the code: `(change, indices)`, each `(batch, neighbours * top_k)`. A latent may occur several times.
+
     `values` and `indices` are the codes of each row's neighbours, `(batch, neighbours, top_k)`; `positive` is bool
     `(batch, neighbours)`, the others are the negatives; an empty set has mean 0. It is one sum over active latents, each
     weighted `1 / |positives|` or `-1 / |negatives|`: nothing of width `num_latents` is formed.
@@ -61,7 +74,100 @@ def contrastive_direction(
     size = torch.where(positive, size, size - positive.shape[-1])  # the negatives' count, negative as their weight
     weighted = values / size.unsqueeze(-1)
     change = amplify(weighted, indices, gamma) - weighted
-    return sparse_decode(change.flatten(1), indices.flatten(1), decoder)
+    return change.flatten(1), indices.flatten(1)
+
+
+def edited_change(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    change: torch.Tensor,
+    changed: torch.Tensor,
+    edits: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A change of the code with some latents changed by hand, as `(change, indices)`, each `(batch, m + num_edits)`.
+
+    Args:
+        values, indices: the code, `(batch, top_k)`.
+        change, changed: what a method adds to the code and to which latents, `(batch, m)`. At edited latents it is replaced by 0.
+        edits: the edited latents, factors and targets, each `(num_edits,)`: the value `c` of such a latent, 0 where it is not active,
+            becomes `factor * c + target`.
+    """
+    latents, factors, targets = edits
+    here = indices.unsqueeze(-1) == latents
+    value = torch.where(here, values.unsqueeze(-1), 0).sum(1)
+    by_hand = factors.to(value.dtype) * value + targets.to(value.dtype) - value
+    kept = torch.where((changed.unsqueeze(-1) == latents).any(-1), 0, change)
+    return torch.cat([kept, by_hand], dim=1), torch.cat([changed, latents.expand(len(changed), -1)], dim=1)
+
+
+class ScoreParts(NamedTuple):
+    """Class scores before and after steering, and the parts of the difference; see [`score_parts`]. All but the last are
+    `(batch, num_classes)`."""
+
+    plain: torch.Tensor
+    steered: torch.Tensor
+    normalisation: torch.Tensor
+    replacement: torch.Tensor
+    contributions: torch.Tensor
+    """`(batch, num_classes, m)`: of each changed latent."""
+
+
+def score_parts(
+    x: torch.Tensor,
+    start: torch.Tensor,
+    change: torch.Tensor,
+    directions: torch.Tensor,
+    scale: torch.Tensor,
+    tail: tuple[torch.Tensor, torch.Tensor, float],
+    length: tuple[torch.Tensor, torch.Tensor],
+) -> ScoreParts:
+    """
+    Cosine scores of steered rows as sums over latents: `plain + normalisation + replacement + sum_j contributions_j = steered`.
+
+    Steering makes `y = s (start + sum_j w_j d_j)` of a row `x`. With a bar for a row less its own mean, `A = C W diag(g)` and
+    `a = C W b` (LayerNorm's weight `g` and bias `b`, projection `W`, unit class embeddings `C`), the cosines with the classes are
+
+        (A y_bar / sigma(y) + a) / n(y),  sigma(y) = sqrt(var(y) + eps),  n(y) = ||W LN(y)||
+
+    Given the two normalisers of the steered row, `sigma(y)` and `n(y)`, and `s`, this is affine in the row, and so, exactly,
+
+        contributions_j = s w_j A d_j_bar / (sigma(y) n(y))
+        replacement     = s A (start - x)_bar / (sigma(y) n(y))    (0 where the method moves `x` itself)
+        normalisation   = what `x` scores with the steered row's normalisers, s A x_bar / (sigma(y) n(y)) + a / n(y), less its plain score
+
+    Args:
+        x, start: `(batch, hidden_size)`.
+        change: the `w`, `(batch, m)`.
+        directions: the `d`, `(batch, m, hidden_size)`.
+        scale: the `s`, `(batch,)`.
+        tail: `(A, a, eps)`, of shapes `(num_classes, hidden_size)` and `(num_classes,)`.
+        length: `(W diag(g), W b)`, of shapes `(projection_dim, hidden_size)` and `(projection_dim,)`, for `n`.
+    """
+    weight, bias, eps = tail
+    weight = weight - weight.mean(-1, keepdim=True)  # A of a row less its mean is A less its own mean of the row
+    moved = scale.unsqueeze(-1) * (start + torch.einsum("bm,bmh->bh", change, directions))
+
+    def normalisers(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        centred = row - row.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        embeds = F.linear(centred / deviation, *length)
+        norm = embeds.norm(dim=-1, keepdim=True)
+        # An embedding of length 0 scores 0, as in the model.
+        return 1 / deviation, torch.where(norm > 0, 1 / norm, 0)
+
+    before, after = normalisers(x), normalisers(moved)
+    plain = (F.linear(x, weight) * before[0] + bias) * before[1]
+    slope = scale.unsqueeze(-1) * after[0] * after[1]
+    towards = torch.einsum("bmh,ch->bcm", directions, weight)
+    return ScoreParts(
+        plain=plain,
+        steered=(F.linear(moved, weight) * after[0] + bias) * after[1],
+        # As differences, so that it is exactly 0 for a row that did not move.
+        normalisation=F.linear(x, weight) * (slope - before[0] * before[1]) + bias * (after[1] - before[1]),
+        replacement=F.linear(start - x, weight) * slope,
+        contributions=towards * (slope * change).unsqueeze(1),
+    )
 
 
 def prototype_alignment(values: torch.Tensor, indices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

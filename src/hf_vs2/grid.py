@@ -22,12 +22,12 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.functional import normalize
 
 from .evaluation import Rows, check_replayable, check_rows, class_labels, replay_batches
 from .modeling_vs2_clip import VS2CLIPForZeroShot
 from .sparse_ops import sparse_decode
+from .tail import Tail, fold_tail
 
 
 SCORES_AT_ONCE = 2**20
@@ -41,16 +41,6 @@ class SteeringGrid(NamedTuple):
     """`(len(gammas), len(lambdas))` float64, on the CPU."""
     plain: float
     """Plain CLIP's, which every cell with gamma 1 or lambda 0 has too."""
-
-
-class Tail(NamedTuple):
-    """`post_layernorm`, projection and class embeddings as one affine map of a centred, scaled row, in float64."""
-
-    weight: torch.Tensor
-    """`C W diag(g)`, `(num_classes, hidden_size)`."""
-    bias: torch.Tensor
-    """`C W b`, `(num_classes,)`."""
-    eps: float
 
 
 @torch.no_grad()
@@ -108,32 +98,6 @@ def steering_grid(
     )
 
 
-def fold_tail(model: VS2CLIPForZeroShot, class_embeds: torch.Tensor) -> Tail:
-    """The [`Tail`] of a model and class embeddings `(num_classes, projection_dim)`.
-
-    Raises:
-        ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or the
-            embeddings have another width.
-    """
-    norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection
-    if (
-        type(norm) is not nn.LayerNorm
-        or norm.bias is None
-        or type(projection) is not nn.Linear
-        or projection.bias is not None
-    ):
-        raise ValueError(
-            f"The grid is worked out from post_layernorm and visual_projection as CLIPModel has them; these are {norm} and "
-            f"{projection}. Evaluate its cells one at a time."
-        )
-    if class_embeds.ndim != 2 or class_embeds.shape[1] != projection.out_features:
-        raise ValueError(
-            f"class_embeds must be (num_classes, {projection.out_features}); they are {tuple(class_embeds.shape)}."
-        )
-    matrix = class_embeds.to(projection.weight.device).double() @ projection.weight.double()
-    return Tail(matrix * norm.weight.double(), matrix @ norm.bias.double(), norm.eps)
-
-
 def scores_along(x: torch.Tensor, direction: torch.Tensor, tail: Tail, alphas: torch.Tensor) -> Iterator[torch.Tensor]:
     """Class scores of `x + alpha direction`, norm kept, for a few alphas at a time: `(some, batch, num_classes)`, float32.
 
@@ -184,6 +148,8 @@ def _alpha(gamma: float, lambda_: float) -> float:
 
 def _check_steering(model: VS2CLIPForZeroShot) -> None:
     now = model.steering_settings
+    if now.edits is not None:
+        raise ValueError("The grid is of VS2 alone; drop the latents' edits with model.set_steering(edits=None).")
     if now.method != "vs2" or not now.enabled or any(tau is not None for tau in model.fvu_thresholds.values()):
         raise ValueError(
             "The grid is of method='vs2' without a gate; set it with model.set_steering(method='vs2', enabled=True, gate=None, "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast
@@ -24,8 +24,12 @@ from .checkpoint_folder import CORPUS_FOLDER
 from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import Steering, VS2CLIPConfig
 from .corpus import CorpusSearch, NeighborCodes, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
+from .explanation import VS2Explanation, explain_rows
+from .explanation_inputs import explain_images, resolve_names
 from .functional import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
 from .hub import HubMixin
+from .latent_edits import EditTable, LatentEdits
+from .latent_step import LatentStep, latent_step
 from .modeling_sae import SAEModel
 from .processing import save_processing
 from .vs2_parts import load_clip, load_corpus, load_full, load_saes, without_attention
@@ -198,6 +202,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         self.config.gamma = list(chosen.gamma) if isinstance(chosen.gamma, tuple) else chosen.gamma
         self.config.gate, self.config.fvu_threshold = chosen.gate, chosen.fvu_threshold
         self.config.num_neighbors, self.config.positives = chosen.num_neighbors, chosen.positives
+        self.config.edits = None if chosen.edits is None else chosen.edits.to_dict()
 
     @contextmanager
     def steering(self, **settings: Any) -> Iterator[VS2CLIPForZeroShot]:
@@ -208,6 +213,27 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             yield self
         finally:
             self._use(before)
+
+    def editing(
+        self,
+        amplify: Mapping[int, float] | None = None,
+        suppress: Iterable[int] = (),
+        set: Mapping[int, float] | None = None,
+    ) -> AbstractContextManager[VS2CLIPForZeroShot]:
+        """Latents changed by hand for the length of a `with` block, in place of any other edits.
+
+        ```python
+        >>> with model.editing(amplify={17: 3.0}, suppress=[4, 9], set={23: 1.5}):
+        ...     model(**inputs)
+        ```
+
+        They come on top of the steering in force (`model.set_steering(gamma=1)` leaves the edits alone at work), the norm is kept,
+        and an image that the gate holds back has plain CLIP's result. `set_steering(edits=...)` keeps edits, in checkpoints too.
+
+        Args:
+            amplify, suppress, set: see [`LatentEdits`].
+        """
+        return self.steering(edits=LatentEdits(amplify or {}, tuple(suppress), set or {}))
 
     @property
     def steering_settings(self) -> Steering:
@@ -248,6 +274,12 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 f"method='vs2++' steers the last layer alone ({self.num_layers - 1}); this model holds SAEs for layers "
                 f"{list(self.sae_by_layer)}."
             )
+        edited = [] if steering.edits is None else steering.edits.latents
+        if edited and len(self.saes) > 1:
+            raise ValueError(
+                f"edits name latents of one SAE; this model holds SAEs for layers {list(self.sae_by_layer)}. Set edits=None, or give "
+                "a gamma for each latent."
+            )
         thresholds: dict[int, float | None] = {}
         for layer, sae in self.sae_by_layer.items():
             if isinstance(steering.gamma, tuple) and len(steering.gamma) != sae.config.num_latents:
@@ -255,11 +287,15 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                     f"gamma holds {len(steering.gamma)} factors, but the SAE of layer {layer} has {sae.config.num_latents} "
                     "latents. Give one number, or one factor a latent."
                 )
+            beyond = [one for one in edited if one >= len(sae.W_dec)]
+            if beyond:
+                raise ValueError(f"edits names the latent {beyond[0]}; the SAE has {len(sae.W_dec)}, counted from 0.")
             quantile = steering.gate
             thresholds[layer] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
         self._steering = steering
         self._thresholds = thresholds
         self._gamma: torch.Tensor | None = None
+        self._edits: EditTable | None = None
 
     # Steering
 
@@ -294,17 +330,12 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         method, lambda_ = self._steering.method, self._steering.lambda_
         values, indices = code.latent_values, code.latent_indices
         gamma = self._gamma_on(x.device)
+        if self._steering.edits is not None:
+            return self._latent_step(sae, x, code, rows, retrieval).move(x, sae.W_dec)
         if method == "vs2":
             return steer(x, steering_vector(values, indices, sae.W_dec, gamma).to(x.dtype), lambda_)
         if method == "vs2++":
-            if self._search is None:
-                raise ValueError(
-                    "method='vs2++' needs a corpus to find neighbours in: model.set_corpus(RetrievalCorpus...)."
-                )
-            settings = self._steering
-            found: NeighborCodes = self._search.neighbors(
-                self.clip, sae, rows, settings.num_neighbors, settings.positives, **retrieval
-            )
+            found = self._neighbors(sae, rows, retrieval)
             return steer(x, contrastive_direction(*found, sae.W_dec, gamma).to(x.dtype), lambda_)
         if method == "centroid":
             (factor,) = self._steering.gamma_factors
@@ -312,6 +343,24 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         if method == "reconstruct":
             return code.reconstruction
         return sae.decode(amplify(values, indices, gamma), indices)  # "amplify"
+
+    def _neighbors(self, sae: SAEModel, rows: torch.Tensor, retrieval: RetrievalInputs) -> NeighborCodes:
+        if self._search is None:
+            raise ValueError(
+                "method='vs2++' needs a corpus to find neighbours in: model.set_corpus(RetrievalCorpus...)."
+            )
+        settings = self._steering
+        return self._search.neighbors(self.clip, sae, rows, settings.num_neighbors, settings.positives, **retrieval)
+
+    def _latent_step(
+        self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
+    ) -> LatentStep:
+        """The movement of each row, latent by latent: for edits and explanations."""
+        found = self._neighbors(sae, rows, retrieval) if self._steering.method == "vs2++" else None
+        edits = self._steering.edits
+        if edits is not None and (self._edits is None or self._edits.latents.device != x.device):
+            self._edits = edits.table(x.device)
+        return latent_step(self._steering, x, code, sae.mean, self._gamma_on(x.device), found, self._edits)
 
     def _gamma_on(self, device: torch.device) -> float | torch.Tensor:
         """gamma as the equations take it; one factor a latent is put on the device once, when first needed."""
@@ -537,6 +586,60 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         if steered is None:
             return VS2ImageFeatures(features, steered=torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
         return VS2ImageFeatures(features, *steered[1:])
+
+    # Explanations
+
+    def explain(
+        self,
+        images: Any,
+        labels: Sequence[str] | torch.Tensor,
+        *,
+        processor: Any = None,
+        templates: str | Path | Sequence[str] | None = None,
+        names: Any = None,
+        vocabulary: Sequence[str] | None = None,
+        retrieval_embeds: torch.Tensor | None = None,
+        exclude: torch.Tensor | None = None,
+    ) -> VS2Explanation:
+        """
+        Which latents moved which label's score by how much, for each image, under the settings in force.
+
+        For many images or calls use the pipeline with `explain=True`, which keeps the labels' embeddings.
+
+        Args:
+            images: one image or a list, as the pipeline takes them; or `pixel_values` `(batch, channels, height, width)`.
+            labels (`list[str]`): the labels to choose from; or their embeddings `(num_labels, projection_dim)`.
+            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are read from where
+                the checkpoint, or else its CLIP, was loaded from; not at all where images and labels are tensors.
+            templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
+            names (*optional*): of latents: a mapping, a sequence, [`LatentNames`], or the path of a `latents.json` of an atlas.
+            vocabulary (`list[str]`, *optional*): words to name the latents by, see [`name_latents`].
+            retrieval_embeds, exclude (`torch.Tensor`, *optional*): for `method="vs2++"`, see [`RetrievalInputs`].
+
+        Raises:
+            `ValueError`: if steering does not go through latents of the last layer alone, or something that is needed is missing.
+        """
+        retrieval = RetrievalInputs(retrieval_embeds=retrieval_embeds, exclude=exclude)
+        return explain_images(self, images, labels, processor, templates, names, vocabulary, retrieval)
+
+    def explain_from_cls(
+        self,
+        rows: torch.Tensor,
+        class_embeds: torch.Tensor,
+        labels: Sequence[str] | None = None,
+        *,
+        names: Any = None,
+        retrieval_embeds: torch.Tensor | None = None,
+        exclude: torch.Tensor | None = None,
+    ) -> VS2Explanation:
+        """[`VS2CLIPForZeroShot.explain`] of cached CLS rows `(batch, hidden_size)` of the last layer and label embeddings
+        `(num_labels, projection_dim)`."""
+        retrieval = RetrievalInputs(class_embeds=class_embeds, retrieval_embeds=retrieval_embeds, exclude=exclude)
+        return explain_rows(self, rows, class_embeds, labels, resolve_names(names), retrieval)
+
+    def cls_rows(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Plain CLIP's CLS rows of the last layer, `(batch, hidden_size)`: what [`image_features_from_cls`] takes."""
+        return self.clip.vision_model(pixel_values=pixel_values, **kwargs).last_hidden_state[:, 0]
 
     @can_return_tuple
     def forward(

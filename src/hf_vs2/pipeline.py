@@ -16,28 +16,29 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineIterator
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
-from .base_model import loaded_revision
 from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import VS2CLIPConfig
+from .explanation import VS2Explanation, check_explainable
+from .explanation_inputs import resolve_names
 from .image_batches import Normalizer, read_together, uint8_pixels
 from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2ImageFeatures
-from .pipeline_inputs import SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
-from .processing import knows_words, load_processing
+from .pipeline_inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
+from .processing import knows_words
 from .prompt_cache import PromptCache
 from .prompts import resolve_templates
+from .vs2_parts import find_processing
 from .weight_files import at_one_commit
 
 
 TASK = "vs2-zero-shot-image-classification"
 
-# transformers' own default, so that a checkpoint scores the same in both pipelines.
-DEFAULT_TEMPLATES = ("This is a photo of {}.",)
-
-_STEERING_OPTIONS = ("gamma", "lambda_", "gate", "fvu_threshold", "method", "num_neighbors", "positives")
+_STEERING_OPTIONS = ("gamma", "lambda_", "gate", "fvu_threshold", "method", "num_neighbors", "positives", "edits")
 _OPTIONS = (
     *("candidate_labels", "hypothesis_template", "templates", "top_k", "return_details", "timeout", "steer"),
+    *("explain", "top_latents", "latent_names"),
     *_STEERING_OPTIONS,
 )
+_EXPLAINED = "explanation."  # a batch goes through transformers' pipeline as named tensors
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _MODEL_OPTIONS = ("dtype", "device_map", "attn_implementation", "clip")
 
@@ -127,9 +128,13 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 a text file with one template a line, or a list of templates.
             top_k (`int`, *optional*): how many of the best labels to return; all by default.
             steer (`bool`, *optional*): `False` gives plain CLIP, `True` steers a model whose steering is off.
-            gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives (*optional*): see [`Steering`]; by default the
+            gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives, edits (*optional*): see [`Steering`]; by default the
                 model's own settings. `gate=None` steers every image. `method="vs2++"` needs a checkpoint with a corpus.
             return_details (`bool`, *optional*, defaults to `False`): return for each image a dict instead of the list.
+            explain (`bool`, *optional*, defaults to `False`): add to each label's result an `"explanation"`: which latents moved its
+                score by how much, as [`VS2Explanation.parts`] gives it. Images are encoded once all the same.
+            top_latents (`int`, *optional*, defaults to 5): how many latents an explanation lists.
+            latent_names (*optional*): names for them, as [`VS2CLIPForZeroShot.explain`] takes them.
             timeout (`float`, *optional*): seconds to wait for an image from the web.
             batch_size (`int`, *optional*): images per forward pass, here or at construction; scores do not depend on it beyond
                 float rounding. By default 16 for images that can be counted (a list, tuple, column or data set), and 1 for
@@ -174,8 +179,13 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         preprocess: dict[str, Any] = {name: options[name] for name in options if name == "timeout"}
         forward: dict[str, Any] = {name: options[name] for name in options if name == "return_details"}
         postprocess = dict(forward)
-        if "top_k" in options:
-            postprocess["top_k"] = _check_top_k(options["top_k"])
+        if "explain" in options:
+            forward["explain"] = self._check_explain(options["explain"])
+        for name in ("top_k", "top_latents"):
+            if name in options:
+                postprocess[name] = _check_count(name, options[name])
+        if "latent_names" in options:
+            postprocess["latent_names"] = resolve_names(options["latent_names"])
         if "candidate_labels" in options:
             forward["candidate_labels"] = postprocess["candidate_labels"] = _check_labels(options["candidate_labels"])
         if options.get("templates") is not None or options.get("hypothesis_template") is not None:
@@ -184,6 +194,11 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         if steering:
             forward["steering"] = steering
         return preprocess, forward, postprocess
+
+    def _check_explain(self, explain: Any) -> bool:
+        if explain and not isinstance(self.model, VS2CLIPForZeroShot):
+            raise ValueError("explain=True needs latents, and this is a plain CLIP. Load a VS2 or an SAE checkpoint.")
+        return bool(explain)
 
     def _check_steering(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The call's settings on top of the pipeline's own, tried out so that a bad one fails before the first image."""
@@ -250,11 +265,12 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         templates: tuple[str, ...] = DEFAULT_TEMPLATES,
         steering: Mapping[str, Any] | None = None,
         return_details: bool = False,
+        explain: bool = False,
     ) -> dict[str, torch.Tensor | None]:
         classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates)
         pixels = model_inputs["pixel_values"]
         pixels = Normalizer(self.image_processor, pixels.device)(pixels).to(self.clip.dtype)
-        images = self._image_features(pixels, classes, steering or {}, return_details)
+        images, explanation = self._image_features(pixels, classes, steering or {}, return_details, explain)
         outputs: dict[str, torch.Tensor | None] = {"logits": self._logits(images.features, classes)}
         if return_details:
             outputs |= {
@@ -262,19 +278,34 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 "fvu": images.fvu,
                 "steered": images.steered,
             }
+        if explanation is not None:
+            outputs |= {_EXPLAINED + name: getattr(explanation, name) for name in VS2Explanation.tensor_fields}
         return outputs
 
     def _image_features(
-        self, pixel_values: torch.Tensor, classes: torch.Tensor, steering: Mapping[str, Any], with_plain: bool
-    ) -> VS2ImageFeatures:
+        self,
+        pixel_values: torch.Tensor,
+        classes: torch.Tensor,
+        steering: Mapping[str, Any],
+        with_plain: bool,
+        explain: bool,
+    ) -> tuple[VS2ImageFeatures, VS2Explanation | None]:
         if not isinstance(self.model, VS2CLIPForZeroShot):
             features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-            return VS2ImageFeatures(features, steered=nothing, plain_features=features)
+            return VS2ImageFeatures(features, steered=nothing, plain_features=features), None
         # A shallow copy: the same weights, but settings of its own. The model itself is never set to this call's options, so
         # other threads, an exception or a generator left half-way can't leave them behind.
         with copy.copy(self.model).steering(**steering) as model:
-            return model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes)
+            if not explain:
+                return model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes), None
+            check_explainable(model)
+            rows = model.cls_rows(pixel_values)
+            images = model.image_features_from_cls(rows, class_embeds=classes)
+            if with_plain:
+                with copy.copy(model).steering(enabled=False) as plain:
+                    images.plain_features = plain.image_features_from_cls(rows).features
+            return images, model.explain_from_cls(rows, classes)
 
     def _logits(self, features: Any, classes: torch.Tensor) -> torch.Tensor:
         """Float32 logits `(batch, num_classes)`, also of a model in half precision."""
@@ -287,8 +318,17 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         candidate_labels: tuple[str, ...],
         top_k: int | None = None,
         return_details: bool = False,
+        top_latents: int | None = 5,
+        latent_names: Mapping[int, str] | None = None,
     ) -> Any:
         predictions = _ranked(model_outputs["logits"][0], candidate_labels, top_k)
+        if _EXPLAINED + "contributions" in model_outputs:
+            tensors = {name: model_outputs[_EXPLAINED + name] for name in VS2Explanation.tensor_fields}
+            explanation = VS2Explanation(**tensors, labels=candidate_labels, names=dict(latent_names or {}))
+            for prediction in predictions:
+                parts = explanation.parts(prediction["label"], top=top_latents)
+                del parts["label"]
+                prediction["explanation"] = parts
         if not return_details:
             return predictions
         fvu = model_outputs["fvu"]
@@ -327,10 +367,10 @@ def _check_labels(labels: Any) -> tuple[str, ...]:
     return tuple(first_index)
 
 
-def _check_top_k(top_k: Any) -> int | None:
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k={top_k!r} must be a positive whole number.")
-    return top_k
+def _check_count(name: str, count: Any) -> int | None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f"{name}={count!r} must be a positive whole number.")
+    return count
 
 
 def _check_templates(templates: Any, hypothesis_template: Any) -> tuple[str, ...]:
@@ -380,7 +420,7 @@ def zero_shot_classifier(
         if place:
             raise ValueError(f"{next(iter(place))}= is for a model given by its id; this one is already loaded.")
     if tokenizer is None or image_processor is None:
-        found = _find_processing(model, source, place)
+        found = find_processing(model, source, place)
         tokenizer = found[0] if tokenizer is None else tokenizer
         image_processor = found[1] if image_processor is None else image_processor
     return VS2ZeroShotImageClassificationPipeline(
@@ -401,24 +441,6 @@ def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> 
     if "clip" in loading:
         raise ValueError(f"clip= is for a VS2 or SAE checkpoint; {source} is a CLIP itself.")
     return CLIPModel.from_pretrained(source, **place, **loading)
-
-
-def _find_processing(model: PreTrainedModel, source: str | None, place: dict[str, Any]) -> tuple[Any, Any]:
-    """Of the checkpoint itself where it has them, else of the CLIP that it names."""
-    missing: Exception = ValueError(
-        "This model does not say where its CLIP came from: give tokenizer= and image_processor= too."
-    )
-    if source is not None:
-        try:
-            return load_processing(source, **place)
-        except (OSError, ValueError) as error:
-            missing = error
-    clip = model.clip if isinstance(model, VS2CLIPForZeroShot) else model
-    name = clip.config._name_or_path
-    if not name or name == source:
-        raise missing
-    access = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
-    return load_processing(name, loaded_revision(clip, access.get("cache_dir")), **access)
 
 
 PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)  # a reload of this module is no reason for a warning

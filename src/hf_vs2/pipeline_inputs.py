@@ -17,6 +17,9 @@ from transformers.image_utils import load_image
 from .images import UnreadableImageError, open_image
 
 
+# transformers' own, so that a checkpoint scores the same in both pipelines.
+DEFAULT_TEMPLATES = ("This is a photo of {}.",)
+
 SINGLE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, dict, Image.Image, np.ndarray, torch.Tensor)
 """The types of one image; everything else holds several."""
 
@@ -102,4 +105,4 @@ class NamedStream(IterableDataset):
         return (NamedImage(image, f"image {index}") for index, image in enumerate(self.images))
 
 
-__all__ = ["SINGLE_IMAGE", "NamedImage", "NamedImages", "NamedStream", "describe_type"]
+__all__ = ["DEFAULT_TEMPLATES", "SINGLE_IMAGE", "NamedImage", "NamedImages", "NamedStream", "describe_type"]

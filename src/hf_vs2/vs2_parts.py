@@ -15,6 +15,7 @@ from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import VS2CLIPConfig
 from .corpus import RetrievalCorpus
 from .modeling_sae import SAEModel
+from .processing import load_processing
 from .weight_files import HUB_ARGUMENTS, WeightFiles, check_numbers, in_one_message, refuse_variant
 
 
@@ -144,4 +145,31 @@ def load_corpus(name_or_path: str | os.PathLike, place: dict[str, Any]) -> Retri
     return RetrievalCorpus.from_pretrained(name_or_path, **{**place, "subfolder": subfolder})
 
 
-__all__ = ["HUB_ARGUMENTS", "load_clip", "load_corpus", "load_full", "load_saes", "without_attention"]
+def find_processing(model: PreTrainedModel, source: str | None, place: dict[str, Any]) -> tuple[Any, Any]:
+    """Tokenizer and image processor of a model: of the checkpoint that it was loaded from (`source`, at `place`) where that has them,
+    else of the CLIP that it names."""
+    missing: Exception = ValueError(
+        "This model does not say where its CLIP came from: give tokenizer= and image_processor= too."
+    )
+    if source is not None:
+        try:
+            return load_processing(source, **place)
+        except (OSError, ValueError) as error:
+            missing = error
+    clip: Any = getattr(model, "clip", model)
+    name = clip.config._name_or_path
+    if not name or name == source:
+        raise missing
+    access = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
+    return load_processing(name, loaded_revision(clip, access.get("cache_dir")), **access)
+
+
+__all__ = [
+    "HUB_ARGUMENTS",
+    "find_processing",
+    "load_clip",
+    "load_corpus",
+    "load_full",
+    "load_saes",
+    "without_attention",
+]

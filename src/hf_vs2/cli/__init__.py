@@ -24,8 +24,11 @@ COMMANDS = {
     "train": "a sparse autoencoder from unlabelled images: extract, train, calibrate",
     "calibrate": "measure the gate's thresholds again, on fresh unlabelled images",
     "evaluate": "compare plain CLIP, the controls and VS2 on labelled images",
+    "atlas": "a folder of web pages to browse the latents in, offline",
     "study": "the paper's study, or one of yours, from one file",
     "classify": "label images with a steered CLIP, beside plain CLIP's answer",
+    "convert": "an SAE of sparsify, SAELens or ViT-Prisma to one of ours, or ours to theirs",
+    "explain": "which latents moved which score of an image, as a table and a picture",
     "push": "a checkpoint to the Hub, with a model card",
 }
 

@@ -82,7 +82,9 @@ def run(args: Namespace) -> None:
 
 
 def _save(sae: SAEModel, checkpoint: Path, target: Path) -> None:
-    if target.resolve() != checkpoint.resolve():
+    from ..calibration import is_converted
+
+    if target.resolve() != checkpoint.resolve() or is_converted(sae.config):  # whose mean has changed, too
         sae.save_pretrained(target)
         return
     from transformers.utils import CONFIG_NAME

@@ -1,0 +1,52 @@
+"""What stands between a CLS row and its class scores in a CLIP, folded into one affine map."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from .modeling_vs2_clip import VS2CLIPForZeroShot
+
+
+class Tail(NamedTuple):
+    """`post_layernorm`, projection and class embeddings as one affine map of a centred, scaled row, in float64."""
+
+    weight: torch.Tensor
+    """`C W diag(g)`, `(num_classes, hidden_size)`."""
+    bias: torch.Tensor
+    """`C W b`, `(num_classes,)`."""
+    eps: float
+
+
+def fold_tail(model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, device: torch.device | str | None = None) -> Tail:
+    """The [`Tail`] of a model and class embeddings `(num_classes, projection_dim)`, by default on the model's device.
+
+    Raises:
+        ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or the
+            embeddings have another width.
+    """
+    norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection
+    if (
+        type(norm) is not nn.LayerNorm
+        or norm.bias is None
+        or type(projection) is not nn.Linear
+        or projection.bias is not None
+    ):
+        raise ValueError(
+            f"Scores are worked out from post_layernorm and visual_projection as CLIPModel has them; these are {norm} and "
+            f"{projection}. Put the CLIP's own back."
+        )
+    if class_embeds.ndim != 2 or class_embeds.shape[1] != projection.out_features:
+        raise ValueError(
+            f"class_embeds must be (num_classes, {projection.out_features}); they are {tuple(class_embeds.shape)}."
+        )
+    device = projection.weight.device if device is None else device
+    matrix = class_embeds.to(device).double() @ projection.weight.to(device).double()
+    return Tail(matrix * norm.weight.to(device).double(), matrix @ norm.bias.to(device).double(), norm.eps)
+
+
+__all__ = ["Tail", "fold_tail"]

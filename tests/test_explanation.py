@@ -1,0 +1,274 @@
+"""Explanations: the parts add up to the scores that the model gives, and each latent's part is what its removal takes away."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_clip
+from test_modeling_vs2_clip import HIDDEN, LAST, LATENTS, cls_rows, fitted_sae, make_inputs
+from torch.nn.functional import normalize
+from transformers import CLIPModel
+
+import hf_vs2
+from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot
+from hf_vs2.base_model import describe_base_model
+from hf_vs2.corpus import RetrievalCorpus
+from hf_vs2.explanation_inputs import resolve_names
+from hf_vs2.processing import load_processing
+
+
+CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
+MIXED_GAMMA = tuple(-2 + 0.05 * latent for latent in range(LATENTS))
+SETTINGS = {
+    "one gamma": {},
+    "a gamma a latent, some negative": {"gamma": MIXED_GAMMA},
+    "negated": {"gamma": -1.0, "lambda_": 0.7},
+    "an enormous step": {"lambda_": 1e6},
+    "no step": {"lambda_": 0.0},
+    "amplified reconstruction": {"method": "amplify", "gamma": 1.7},
+    "edits on top": {"edits": {"amplify": {3: 4.0}, "suppress": [5, 9], "set": {7: 2.5, 11: -1.0}}},
+    "edits alone": {"gamma": 1.0, "edits": {"set": {7: 2.5}}},
+    "edits of a control": {"method": "centroid", "edits": {"set": {7: 2.5}}},
+}
+
+
+def double_model():
+    """The tiny CLIP and its SAE in float64, where the parts must add up to many digits. Its LayerNorm has weights, biases and an eps
+    that count, as trained ones may."""
+    clip = make_tiny_clip()
+    norm, generator = clip.vision_model.post_layernorm, torch.Generator().manual_seed(4)
+    norm.eps = 50.0
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * torch.randn(HIDDEN, generator=generator))
+        norm.bias.copy_(0.3 * torch.randn(HIDDEN, generator=generator))
+    return VS2CLIPForZeroShot(clip, fitted_sae(clip)).double().eval()
+
+
+def make_classes(number=4):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(number, 24, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def logits(model, rows, classes):
+    """What the model itself scores, by its own modules."""
+    features = model.image_features_from_cls(rows).features
+    return normalize(features, dim=-1) @ normalize(classes, dim=-1).T.to(features) * model.clip.logit_scale.exp()
+
+
+def total(explanation):
+    parts = explanation.normalisation + explanation.replacement + explanation.contributions.sum(-1)
+    return explanation.plain_scores + parts
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_parts_add_up_to_the_models_own_scores(name):
+    """Whoever reads "these latents moved the score by so much" must be able to add it up, to the score that the model gives."""
+    model, classes = double_model(), make_classes()
+    rows = cls_rows(model.clip, make_inputs(6)["pixel_values"].double())
+    model.set_steering(**SETTINGS[name])
+    found = model.explain_from_cls(rows, classes, ["a", "b", "c", "d"])
+    with model.steering(enabled=False):
+        torch.testing.assert_close(found.plain_scores, logits(model, rows, classes), rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.steered_scores, logits(model, rows, classes), rtol=0, atol=1e-6)  # FVU is float32
+    torch.testing.assert_close(total(found), found.steered_scores, rtol=0, atol=1e-9)
+    for label in ("b", 2):  # and the plain numbers made of them, however many latents are listed
+        for options in ({}, {"raw": True}, {"against": "d"}):
+            parts = found.parts(label, 1, 3, **options)
+            listed = sum(one["contribution"] for one in parts["latents"])
+            sums = parts["plain"] + parts["normalisation"] + parts["replacement"] + parts["others"] + listed
+            assert sums == pytest.approx(parts["steered"], abs=1e-9)
+    assert found.steered.all() and (name == "no step") == (not found.contributions.any())
+
+
+@pytest.mark.parametrize(
+    "name", ["one gamma", "a gamma a latent, some negative", "amplified reconstruction", "edits on top"]
+)
+def test_each_contribution_is_what_removal_takes_away(name):
+    """Held against the model's own LayerNorm and projection, applied with the steered row's normalisers frozen: linear there, so that
+    taking one latent's change out of the row takes exactly its contribution out of the score."""
+    model, classes = double_model(), make_classes()
+    rows = cls_rows(model.clip, make_inputs(2)["pixel_values"].double())
+    model.set_steering(**SETTINGS[name])
+    found = model.explain_from_cls(rows, classes)
+    norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection
+    steered = model.steer_cls(rows).rows
+    decoder = model.sae.W_dec.detach()
+    for image, row in enumerate(steered):
+        changes = found.latent_changes[image].unsqueeze(-1) * decoder[found.latent_indices[image]]
+        base = model.sae(rows[image : image + 1]).reconstruction[0] if name.startswith("amplified") else rows[image]
+        scale = row.norm() / (base + changes.sum(0)).norm()
+        deviation = (row.var(unbiased=False) + norm.eps).sqrt()
+        length = projection(norm(row)).norm()
+
+        def frozen(moved, scale=scale, deviation=deviation, length=length):
+            y = scale * moved
+            embeds = projection((y - y.mean()) / deviation * norm.weight + norm.bias) / length
+            return model.clip.logit_scale.exp() * (normalize(classes, dim=-1) @ embeds)
+
+        whole = frozen(base + changes.sum(0))
+        for place in range(len(changes)):
+            removed = whole - frozen(base + changes.sum(0) - changes[place])
+            torch.testing.assert_close(found.contributions[image, :, place], removed, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            found.normalisation[image], frozen(rows[image]) - found.plain_scores[image], rtol=0, atol=1e-6
+        )
+
+
+def test_neighbours_latents_explain_vs2pp():
+    """VS2++ moves images by latents that they may not have themselves; those must be named, each once, and add up."""
+    clip = make_tiny_clip()
+    model = VS2CLIPForZeroShot(clip, fitted_sae(clip), lambda_=0.7, method="vs2++", num_neighbors=6).eval()
+    model.set_corpus(RetrievalCorpus.from_store(cls_rows(clip, make_inputs(40, seed=2)["pixel_values"]), clip=clip))
+    rows, classes = cls_rows(clip, make_inputs(3)["pixel_values"]), normalize(make_classes().float(), dim=-1)
+    found = model.explain_from_cls(rows, classes)
+    with torch.no_grad():
+        features = model.image_features_from_cls(rows, class_embeds=classes).features
+    expected = normalize(features, dim=-1) @ classes.T * clip.logit_scale.exp()
+    torch.testing.assert_close(found.steered_scores, expected.double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(total(found), found.steered_scores, rtol=0, atol=1e-9)
+    moved_only = (found.latent_values == 0) & (found.latent_changes != 0)
+    assert moved_only.any(), "no latent of a neighbour alone"
+    assert all(len(set(row.tolist())) == len(row) for row in found.latent_indices)
+
+
+def test_images_left_alone_are_moved_by_nothing():
+    """An explanation must not blame latents for an image that the gate held back, or where steering is off."""
+    clip = make_tiny_clip()
+    model = VS2CLIPForZeroShot(clip, fitted_sae(clip)).eval()
+    rows, classes = cls_rows(clip, make_inputs(8)["pixel_values"]), make_classes()
+    model.set_steering(fvu_threshold=model.steer_cls(rows).fvu.median().item(), edits={"set": {7: 2.5}})
+    found = model.explain_from_cls(rows, classes)
+    assert 0 < found.steered.sum() < 8
+    left = ~found.steered
+    for name in ("contributions", "normalisation", "replacement", "latent_changes"):
+        assert not getattr(found, name)[left].any() and getattr(found, name)[~left].any() == (name != "replacement")
+    assert torch.equal(found.plain_scores[left], found.steered_scores[left])
+    image = int(left.nonzero()[0])
+    assert found.top(0, image=image) == [] and found.to_dict()[image]["steered"] is False
+    with model.steering(enabled=False):
+        off = model.explain_from_cls(rows, classes)
+    assert not off.steered.any() and torch.equal(off.plain_scores, off.steered_scores)
+    torch.testing.assert_close(off.plain_scores, found.plain_scores, rtol=0, atol=0)
+    empty = model.explain_from_cls(rows[:0], classes)
+    assert empty.to_dict() == [] and empty.contributions.shape == (0, 4, 0)
+
+
+def test_what_has_no_sum_is_refused():
+    """A wrong explanation looks like a right one: where scores are no sums over latents, there must be none."""
+    clip = make_tiny_clip()
+    rows, classes = cls_rows(clip, make_inputs(2)["pixel_values"]), make_classes()
+    inner = VS2CLIPForZeroShot(clip, {0: fitted_sae(clip, 0), LAST: fitted_sae(clip, LAST)})
+    with pytest.raises(ValueError, match=r"last layer \(2\) alone.*layers \[0, 2\]"):
+        inner.explain_from_cls(rows, classes)
+    model = VS2CLIPForZeroShot(clip, fitted_sae(clip), method="centroid")
+    with pytest.raises(ValueError, match="'centroid' changes no latent"):
+        model.explain_from_cls(rows, classes)
+    model.set_steering(method="vs2")
+    with pytest.raises(ValueError, match="3 labels for 4 class embeddings"):
+        model.explain_from_cls(rows, classes, ["a", "b", "c"])
+    found = model.explain_from_cls(rows, classes)
+    with pytest.raises(ValueError, match="'cat' is not among the labels"):
+        found.top("cat")
+    with pytest.raises(ValueError, match="exclude each other"):
+        found.parts(0, raw=True, against=1)
+    with pytest.raises(TypeError, match="processor must be a CLIPProcessor or a pair"):
+        model.explain(make_inputs(1)["pixel_values"], ["a"], processor=3)
+    model.clip.visual_projection = torch.nn.Linear(HIDDEN, 24)
+    with pytest.raises(ValueError, match="as CLIPModel has them"):
+        model.explain_from_cls(rows, classes)
+
+
+# Images and words
+
+
+@pytest.fixture(scope="module")
+def real_model():
+    clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32)
+    torch.manual_seed(0)
+    sae = SAEModel(SAEConfig(hidden_size=96, top_k=8, gate=None, **describe_base_model(clip)))
+    return VS2CLIPForZeroShot(clip, sae).eval()
+
+
+def test_images_and_words_are_read_as_the_pipeline_reads_them(real_model, tmp_path):
+    """`model.explain("cat.png", labels)` from a model alone must be about the same numbers as the classifier's answer."""
+    from PIL import Image
+
+    labels = ["three", "a_zero", "nine of them"]
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        Image.fromarray(torch.randint(0, 255, (5, 6, 3), generator=generator, dtype=torch.uint8).numpy()).resize(
+            (40, 48)
+        )
+        for _ in range(3)
+    ]
+    images[0].save(tmp_path / "image.png")
+    found = real_model.explain([str(tmp_path / "image.png"), *images[1:]], labels)
+    answers = hf_vs2.zero_shot_classifier(real_model, device="cpu")(images, labels, return_details=True)
+    for image, answer in enumerate(answers):
+        for kind, scores in (("predictions", found.steered_scores), ("plain", found.plain_scores)):
+            expected = {one["label"]: one["score"] for one in answer[kind]}
+            probabilities = scores[image].softmax(-1).tolist()
+            assert probabilities == pytest.approx([expected[label] for label in labels], abs=1e-5)
+    torch.testing.assert_close(total(found), found.steered_scores, rtol=0, atol=1e-9)
+
+    processing = load_processing(CLIP_PATH)
+    one = real_model.explain(images[1], labels, processor=processing, vocabulary=["three", "nine", "A"])
+    torch.testing.assert_close(one.contributions[0], found.contributions[1], rtol=0, atol=1e-4)
+    assert {latent["name"] for latent in one.top("three", 8)} <= {"three", "nine", "A"}
+    pixels = processing[1](images, return_tensors="pt")["pixel_values"]
+    classes = hf_vs2.class_embeddings(real_model.clip, processing[0], labels, ["This is a photo of {}."], clean=False)
+    tensors = real_model.explain(pixels, classes)  # needs neither tokenizer nor image processor
+    torch.testing.assert_close(tensors.steered_scores, found.steered_scores, rtol=0, atol=1e-4)
+    json.dumps(found.to_dict())
+    for wrong, error, message in (
+        ("three", TypeError, "labels must be a list"),
+        (["a", "a"], ValueError, "'a' twice"),
+    ):
+        with pytest.raises(error, match=message):
+            real_model.explain(images[0], wrong, processor=processing)
+
+
+def test_half_precision_explains_its_own_rows(real_model):
+    """A bfloat16 model is explained in float64 from the rows it has: the sum stays exact, the scores are near the model's."""
+    from PIL import Image
+
+    model = copy.deepcopy(real_model).to(torch.bfloat16)
+    image = Image.linear_gradient("L").convert("RGB")
+    found = model.explain(image, ["three", "nine"], processor=load_processing(CLIP_PATH))
+    exact = real_model.explain(image, ["three", "nine"], processor=load_processing(CLIP_PATH))
+    torch.testing.assert_close(total(found), found.steered_scores, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.steered_scores, exact.steered_scores, rtol=0, atol=1.0)
+
+
+# Names
+
+
+def test_names_come_in_every_form_people_have_them(tmp_path):
+    """An atlas' file, a hand-written dict and a list must all put the same name to a latent."""
+    expected = {1: "stripes", 4: "snow"}
+    atlas = {
+        "latents": [
+            {"index": 0, "names": []},
+            {"index": 1, "names": [{"name": "stripes", "score": 0.4}, {"name": "zebra", "score": 0.3}]},
+            {"index": 4, "names": [{"name": "snow", "score": 0.2}]},
+        ]
+    }
+    (tmp_path / "latents.json").write_text(json.dumps(atlas))
+    (tmp_path / "mine.json").write_text(json.dumps({"1": "stripes", "4": "snow"}))
+    forms = [expected, {"1": "stripes", "4": "snow"}, [None, "stripes", None, None, "snow"], atlas]
+    for form in [*forms, tmp_path / "latents.json", str(tmp_path / "mine.json")]:
+        assert resolve_names(form) == expected
+    assert resolve_names(None) == {}
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is not a JSON file"):
+        resolve_names(tmp_path / "broken.json")
+    (tmp_path / "other.json").write_text(json.dumps({"latents": [{"names": [{"name": "x"}]}]}))
+    with pytest.raises(ValueError, match=r"other\.json: latents\[0\] is not as an atlas writes it"):
+        resolve_names(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="expected the number of a latent and its name"):
+        resolve_names({"stripes": 1})
+    with pytest.raises(OSError, match=r"nowhere\.json"):
+        resolve_names("nowhere.json")
