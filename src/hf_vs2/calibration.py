@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from transformers.utils import logging
 
+from .configuration_sae import SAEConfig
 from .functional import fvu_per_sample
 from .modeling_sae import SAEModel
 
@@ -111,6 +112,11 @@ def conformal_quantiles(fvu: torch.Tensor, levels: tuple[float, ...] = LEVELS) -
     return {str(level): threshold for level, threshold in known.items() if math.isfinite(threshold)}
 
 
+def is_converted(config: SAEConfig) -> bool:
+    """Whether another library trained the SAE, so that the mean of its training rows is not known."""
+    return "converted_from" in (config.training_data or {})
+
+
 @torch.no_grad()
 def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | None = None) -> dict[str, float]:
     """
@@ -119,6 +125,8 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
     In-sample rows are reconstructed better than fresh ones; with about 1,000 training rows their 0.99 quantile steers only
     87-90 % of fresh in-domain images. A model that wraps the SAE with a gate in force goes on with the old threshold until its
     `set_steering(gate=...)` is called again.
+
+    The mean of an SAE that another library trained is not in its files. It is measured on these rows, with the total variance.
 
     Args:
         sae (`SAEModel`): the SAE; its `mean` must be set. Its config's `fvu_quantiles`, `num_calibration_rows` and, if the rows
@@ -139,6 +147,10 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
         raise ValueError(
             "There are no rows to calibrate on. Give unlabelled activations that the SAE was not trained on."
         )
+    if is_converted(sae.config):
+        mean, sae.config.total_variance = activation_statistics(rows, indices)
+        sae.mean.copy_(mean)
+        sae.config.training_data = {**(sae.config.training_data or {}), "statistics_rows": len(indices)}
     error = spread = active = 0.0
     fvus = []
     for block in batches(rows, indices, max(1, min(_BATCH, _PRE_ACTIVATIONS // sae.config.weight_shape[0]))):

@@ -18,6 +18,7 @@ from .card_edits import Card, CardError, license_of, refresh_card
 from .card_results import ResultFacts, read_results
 from .checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, looks_like_hub_id
 from .configuration_sae import SAEConfig
+from .latent_edits import LatentEdits
 
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def create_model_card(
             labels=list(found.class_names[:3] if found else _EXAMPLE_LABELS),
             saes=[{"name": place, "facts": _sae_facts(folder, place, config)} for place, config in saes.items()],
             steering=_steering_facts(folder.configs[""]) if is_vs2 else [],
-            used_labels=any("label_loss" in (config.training_data or {}) for config in saes.values()),
+            used_labels=_used_labels(saes),
             holds_clip=is_vs2 and folder.configs[""].get("holds_clip", False),
             results=found,
             licence=f"This checkpoint is under `{license}`."
@@ -231,10 +232,31 @@ def _default_steering(config: SAEConfig) -> str:
     return f"{steering}, gate at FVU {tau:.4g} (quantile {config.gate:g}{held_out})"
 
 
+def _used_labels(saes: dict[str, SAEConfig]) -> bool | None:
+    """Whether labels of the training images were used; `None` of SAEs that another library trained."""
+    records = [config.training_data or {} for config in saes.values()]
+    if any("label_loss" in record for record in records):
+        return True
+    return None if any("converted_from" in record for record in records) else False
+
+
+def _describe_origin(origin: dict[str, Any]) -> str:
+    name = str(origin.get("name"))
+    place = f"[{name}](https://huggingface.co/{name})" if origin.get("revision") else f"`{name}`"
+    parts = [f"{place}, a checkpoint of {origin.get('format')}"]
+    parts += [f"folder `{origin['subfolder']}`"] if origin.get("subfolder") else []
+    parts += [f"revision `{origin['revision']}`"] if origin.get("revision") else []
+    return ", ".join(parts)
+
+
 def _training_facts(config: SAEConfig, arguments: dict[str, Any]) -> list[tuple[str, str]]:
     data, metrics = config.training_data or {}, config.training_metrics or {}
     facts = []
-    if data:
+    if data.get("converted_from"):
+        facts.append(("Converted from", _describe_origin(data["converted_from"])))
+        if data.get("statistics_rows"):
+            facts.append(("Mean activation", f"of {data['statistics_rows']:,} images for calibration"))
+    elif data:
         images = "; ".join(_describe_data(part) for part in _parts(data))
         selected = data.get("selected_from")
         facts.append(("Training images", f"{images} (selected from {selected:,})" if selected else images))
@@ -314,11 +336,22 @@ def _steering_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("gamma", _gamma(config.get("gamma", 1.5))),
         ("lambda", f"{config.get('lambda_', 2.1):g}"),
     ]
+    if edits := LatentEdits.of(config.get("edits")):
+        facts.append(("features changed by hand", _edits(edits)))
     if config.get("fvu_threshold") is not None:
         return [*facts, ("gate", f"FVU up to {config['fvu_threshold']:.4g}")]
     if config.get("gate") is None:
         return [*facts, ("gate", "none: every image is steered")]
     return [*facts, ("gate", f"FVU up to its {config['gate']:g} quantile on held-out training images")]
+
+
+def _edits(edits: LatentEdits) -> str:
+    changes = [
+        *(f"{latent} times {factor:g}" for latent, factor in edits.amplify),
+        *(f"{latent} to 0" for latent in edits.suppress),
+        *(f"{latent} to {value:g}" for latent, value in edits.set),
+    ]
+    return ", ".join(changes)
 
 
 def _gamma(gamma: float | Sequence[float]) -> str:

@@ -123,6 +123,64 @@ class SAEModel(HubMixin, PreTrainedModel):
         found.config.name_or_path = found.name_or_path = name
         return model
 
+    @classmethod
+    def from_sparsify(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
+        """
+        An SAE that EleutherAI's `sparsify` trained: the same encode and decode. What its checkpoint does not tell (the mean of the
+        training rows, so the gate) [`calibrate`] measures.
+
+        Args:
+            name_or_path (`str` or path): folder with `cfg.json` and `sae.safetensors`, or Hub id (with `subfolder=`).
+            options: `layer`, `base_model_name_or_path`, `base_model_revision` (which CLIP it reads and where), `dtype`; of the Hub
+                `revision`, `subfolder`, `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+        Raises:
+            `OSError`: if files are missing. `ValueError`: on a setting that this model can't express exactly, and on damaged files.
+        """
+        from .foreign import sparsify
+
+        return sparsify.load(name_or_path, **options)
+
+    @classmethod
+    def from_sae_lens(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
+        """
+        As [`SAEModel.from_sparsify`], for SAELens: `cfg.json` and `sae_weights.safetensors`; architectures `topk`, `abstopk` and
+        `standard` (a plain ReLU: `top_k` is then the number of latents). `scaling_factor` is the constant that activations were
+        multiplied by, where `normalize_activations` is `expected_average_only_in`.
+        """
+        from .foreign import sae_lens
+
+        return sae_lens.load(name_or_path, **options)
+
+    @classmethod
+    def from_prisma(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
+        """
+        As [`SAEModel.from_sae_lens`], for ViT-Prisma: `config.json` and `weights_name` (by default the one `.safetensors` or `.pt`
+        file; on the Hub `weights.pt`). A `.pt` file that holds anything else than tensors is refused: it may be code.
+        """
+        from .foreign import prisma
+
+        return prisma.load(name_or_path, **options)
+
+    def save_sparsify(self, folder: str | os.PathLike) -> None:
+        """
+        Write `cfg.json` and `sae.safetensors`, which sparsify's `SparseCoder.load_from_disk` loads: the same encode and decode. The
+        gate and its statistics, and which CLIP and layer it is for, have no place there.
+
+        Raises:
+            `ValueError`: if `activation` is `"absolute"`. `OSError`: if the folder can't be written.
+        """
+        from .foreign import sparsify
+
+        sparsify.save(self, folder)
+
+    def save_sae_lens(self, folder: str | os.PathLike) -> None:
+        """As [`SAEModel.save_sparsify`], for SAELens' `SAE.load_from_disk`, which has a place for CLIP and layer (in `metadata`). It
+        knows `"absolute"` as `abstopk`."""
+        from .foreign import sae_lens
+
+        sae_lens.save(self, folder)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Random unit-norm decoder directions, encoder tied to them at the start (Gao et al., arXiv 2406.04093)."""

@@ -28,6 +28,8 @@ On a GPU it hangs on the arithmetic: in TF32 (`torch.set_float32_matmul_precisio
 costs a small part of what it does in float32, a sparse one as much as before.
 """
 
+# The same for decoding: a ReLU SAE from elsewhere has every latent in its code, VS2++ sums the codes of many neighbours.
+_DECODE_LIMIT = {"cpu": 0.09, "gpu": 0.2}
 _SUM_MODE = 0  # embedding_bag's number for mode="sum"
 
 
@@ -79,12 +81,19 @@ def linear_at(
 
 def _weighted_sum(values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`S weight` for the sparse `(batch, num_latents)` matrix S of the code: `(batch, hidden_size)`."""
+    if indices.shape[-1] > _DECODE_LIMIT["cpu" if weight.device.type == "cpu" else "gpu"] * len(weight):
+        return _dense_code(values, indices, len(weight)) @ weight
     if kernels := _kernels_for(weight):
         return kernels.decode(values, indices, weight)
     if weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu":
         # The CPU kernel accumulates half precision in half precision; a sum over top_k latents deserves better.
         return F.embedding_bag(indices, weight.float(), per_sample_weights=values.float(), mode="sum").to(weight.dtype)
     return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+
+
+def _dense_code(values: torch.Tensor, indices: torch.Tensor, num_latents: int) -> torch.Tensor:
+    # Added, not set: a row of several codes (VS2++) may name a latent more than once.
+    return values.new_zeros(len(indices), num_latents).scatter_add_(1, indices, values)
 
 
 def sparse_limit(weight: torch.Tensor) -> float:
@@ -104,8 +113,7 @@ def _latent_sums(values: torch.Tensor, order: LatentOrder, rows: torch.Tensor) -
     """`S^T rows`, `(num_latents, hidden_size)`, and the sums of the columns of S, `(num_latents,)`."""
     indices, num_latents = order.indices, order.num_latents
     if not _is_sparse(indices, num_latents, rows):
-        # Added, not set: a row of several codes (VS2++) may name a latent more than once.
-        code = values.new_zeros(len(indices), num_latents).scatter_add_(1, indices, values)
+        code = _dense_code(values, indices, num_latents)
         return code.t() @ rows, code.sum(0)
     # Rows of S^T in compressed form, entries sorted by latent: one "bag" of weighted rows of the batch a latent.
     entries, starts = order.entries

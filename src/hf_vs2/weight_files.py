@@ -143,9 +143,12 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
         raise ValueError(f"{path} is damaged ({error}). Save or download it again.") from error
 
 
-def at_one_commit(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> dict[str, Any]:
+def at_one_commit(
+    name_or_path: str | os.PathLike, place: Mapping[str, Any], file: str = CONFIG_NAME
+) -> dict[str, Any]:
     """
-    `place` with the commit in it that the branch or tag stands for now, so that all files are of one commit.
+    `place` with the commit in it that the branch or tag stands for now, so that all files are of one commit. `file` is one that
+    there should be.
 
     The commit is found before the first file is asked for: huggingface_hub takes the name of a commit and the content of a file
     from two requests, between which a branch can move.
@@ -162,7 +165,7 @@ def at_one_commit(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> 
         return {**place, "revision": commit}
     asked = {option: value for option, value in place.items() if option != "_commit_hash"}
     try:
-        commit = hf_hub_download(name, CONFIG_NAME, **asked, dry_run=True).commit_hash
+        commit = hf_hub_download(name, file, **asked, dry_run=True).commit_hash
     except LocalEntryNotFoundError:
         # Not cached, and no answer. The next request must not have better luck than this one.
         return {**place, "local_files_only": True, "force_download": False}
@@ -170,10 +173,10 @@ def at_one_commit(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> 
         return dict(place)
     except (HfHubHTTPError, ValueError):
         # Refused. transformers may still find it in the cache, or else says what to do.
-        commit = extract_commit_hash(cached_file(name, CONFIG_NAME, **place), None)
+        commit = extract_commit_hash(cached_file(name, file, **place), None)
         return {**place, "revision": commit}
     pinned = {**place, "revision": commit}
-    if cached_file(name, CONFIG_NAME, **pinned, _raise_exceptions_for_missing_entries=False):
+    if cached_file(name, file, **pinned, _raise_exceptions_for_missing_entries=False):
         _note_commit(name, branch, commit, place.get("cache_dir"))
     return pinned
 

@@ -1,0 +1,153 @@
+"""A checkpoint of another library: two files that are read, and refused, before they are believed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from ..weight_files import HUB_ARGUMENTS, at_one_commit, check_numbers, opened
+
+
+CFG_NAME = "cfg.json"
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "an object"}
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """
+    Args:
+        config (`dict`): the configuration.
+        config_path (`str`), weights_path (`str`): the files, for messages.
+        origin (`dict`): what a converted SAE records: format, name, commit, subfolder.
+    """
+
+    config: dict[str, Any]
+    config_path: str
+    weights_path: str
+    origin: dict[str, Any]
+
+    @classmethod
+    def find(
+        cls, library: str, name_or_path: str | os.PathLike, place: Mapping[str, Any], config: str, weights: str
+    ) -> ForeignCheckpoint:
+        """
+        The configuration, read, and the place of the weights, in a folder or on the Hub (both of one commit).
+
+        Raises:
+            `OSError`: if a file is missing or can't be reached. `ValueError`: if the configuration is no JSON object. `TypeError`: on
+                an argument that says nothing about a place.
+        """
+        strange = place.keys() - set(HUB_ARGUMENTS)
+        if strange:
+            raise TypeError(f"{sorted(strange)[0]}= is not known. Known places: {', '.join(HUB_ARGUMENTS[:-1])}.")
+        place = at_one_commit(name_or_path, place, config)
+        paths = {name: look_for(name_or_path, name, place) for name in (config, weights)}
+        for name, path in paths.items():
+            if path is None:
+                where = f" in {place['subfolder']!r}" if place.get("subfolder") else ""
+                raise OSError(
+                    f"{name_or_path} has no {name}{where}: a checkpoint of {library} is a folder with {config} and {weights}. If it lies "
+                    "in a folder below, name that (on the Hub with subfolder=)."
+                )
+        config_path, weights_path = map(str, paths.values())
+        origin = {
+            "format": library,
+            "name": _name_of(name_or_path),
+            "revision": None if os.path.isdir(name_or_path) else extract_commit_hash(config_path, None),
+            "subfolder": place.get("subfolder") or None,
+        }
+        known = {name: value for name, value in origin.items() if value is not None}
+        return cls(read_json(config_path), config_path, weights_path, known)
+
+    def setting(self, name: str, kind: type, default: Any = None) -> Any:
+        """A value of the configuration; `default` where there is none, or null.
+
+        Raises:
+            `ValueError`: if it is of another kind, or missing without a default.
+        """
+        value = self.config.get(name)
+        if value is None:
+            if default is None:
+                raise ValueError(f"{self.config_path} lacks {name!r}, {_KINDS[kind]}. Save or download it again.")
+            return default
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{self.config_path}: {name} is {repr(value)[:80]}, expected {_KINDS[kind]}.")
+        return value
+
+    def refuse(self, name: str, why: str) -> NoReturn:
+        """Say that a setting has no exact counterpart here."""
+        raise ValueError(
+            f"{self.config_path}: {name}={repr(self.config.get(name))[:80]} can't be converted exactly: {why}."
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the weights file, in memory, float32 or float64: half precision becomes float32, which loses nothing.
+
+        Raises:
+            `ValueError`: if it is no safetensors file, or holds anything else than finite floats.
+        """
+        with opened(self.weights_path) as weights:
+            found = {name: weights.get_tensor(name).clone() for name in weights.keys()}  # noqa: SIM118 (not a dict)
+        return as_weights(found, self.weights_path)
+
+    def check(self, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse other tensors than these, and other shapes.
+
+        Raises:
+            `ValueError`: naming the file, the tensor and both shapes.
+        """
+        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        if missing or extra:
+            what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which has no place in a top-k SAE"
+            raise ValueError(f"{self.weights_path} {what}. Expected {', '.join(expected)}.")
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(
+                    f"{self.weights_path}: {name} is {tuple(tensors[name].shape)}, by {self.config_path} it is {shape}."
+                )
+
+
+def as_weights(tensors: Mapping[str, Any], path: str) -> dict[str, torch.Tensor]:
+    """Refuse what is no tensor of finite floats; the others in float32, or float64 where they are that."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _DTYPES:
+            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: {name} is {kind}; weights are floats of 16, 32 or 64 bits.")
+    check_numbers(tensors.items(), path)
+    return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
+
+
+def look_for(name_or_path: str | os.PathLike, name: str, place: Mapping[str, Any]) -> str | None:
+    """A file of a folder, or of a repository on the Hub; `None` if there is no such file in it."""
+    return cached_file(name_or_path, name, **place, _raise_exceptions_for_missing_entries=False)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """
+    Raises:
+        `ValueError`: if the file is no JSON object.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error}). Save or download it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object, so not the configuration of an SAE.")
+    return found
+
+
+def _name_of(name_or_path: str | os.PathLike) -> str:
+    """What may be told of a place: a Hub id, or of a folder here its name alone."""
+    return Path(name_or_path).resolve().name if os.path.isdir(name_or_path) else str(name_or_path)
+
+
+__all__ = ["CFG_NAME", "ForeignCheckpoint", "as_weights", "look_for", "read_json"]
