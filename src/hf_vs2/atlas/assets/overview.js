@@ -1,0 +1,170 @@
+"use strict";
+// The first page: where the autoencoder comes from, how good it is, what steering with it does.
+(() => {
+  const { el, format } = atlas;
+  const MANY_CLASSES = 24;
+
+  const tile = (value, text, note) => el("div", { class: "tile" }, el("dt", {}, text, note ? el("small", {}, note) : null), el("dd", {}, value));
+  const missing = (why) => el("p", { class: "missing" }, why);
+  const panel = (title, hint, wide, ...children) => el("section", { class: `panel${wide ? " wide" : ""}` }, el("h2", {}, title), hint ? el("p", { class: "hint" }, hint) : null, children);
+
+  function head(page) {
+    const facts = page.facts;
+    const source = [facts.base_model, facts.checkpoint].filter(Boolean).join(" · ");
+    const active = `${facts.top_k} active on an image`;
+    return el("header", { class: "hero" },
+      el("p", { class: "eyebrow" }, "Feature atlas"),
+      el("h1", { tabindex: -1 }, facts.dataset || "Latents of a sparse autoencoder"),
+      el("p", { class: "lead" }, `${format.whole(page.num_latents)} latents of a sparse autoencoder on CLIP’s CLS activations, ${active}, seen through ${format.whole(page.num_images)} images.`),
+      source ? el("p", { class: "source" }, source) : null);
+  }
+
+  function tiles(page) {
+    const accuracy = page.accuracy;
+    const held = page.training.metrics || {};
+    return el("dl", { class: "tiles" },
+      tile(format.whole(page.num_latents), "latents", `${format.whole(page.num_latents - page.silent)} active here`),
+      tile(format.percent(page.silent / page.num_latents), "silent on these images", held.dead_share === undefined ? null : `dead after training: ${format.percent(held.dead_share)}`),
+      page.fvu.mean === null ? null : tile(format.number(page.fvu.mean), "mean FVU of an image", page.fvu.steered === null ? "no gate" : `gate lets ${format.percent(page.fvu.steered)} pass`),
+      accuracy ? tile(`${accuracy.plain.toFixed(1)} %`, "plain CLIP, top\u20111") : null,
+      accuracy ? tile(`${accuracy.steered.toFixed(1)} %`, "steered, top\u20111", `${format.points(accuracy.steered - accuracy.plain)} points`) : null);
+  }
+
+  /** The clearest latents of different classes, or else those with the best names. */
+  function featured(index) {
+    const key = index.frequency ? (at) => index.frequency[at] * (index.scores ? Math.max(0, index.scores[at][0]) : 1) : (at) => (index.scores ? index.scores[at][0] : index.share[at]);
+    const ranked = index.share.map((_, at) => at).filter((at) => index.count[at] >= 4).sort((a, b) => key(b) - key(a) || a - b);
+    const seen = new Set();
+    const chosen = [];
+    for (const at of ranked) {
+      const group = index.class ? index.class[at] : index.names ? index.names[at][0] : at;
+      if (seen.has(group)) continue;
+      seen.add(group);
+      chosen.push(at);
+      if (chosen.length === 12) break;
+    }
+    return chosen;
+  }
+
+  function training(page) {
+    const log = page.training;
+    if (log.missing) return panel("Training", null, false, missing(log.missing));
+    const last = (values) => values.filter((value) => value !== null).at(-1);
+    const dead = log.dead_share.some((value) => value !== null);
+    const held = log.metrics.fvu === undefined ? "" : ` ${format.number(log.metrics.fvu)} on rows held out.`;
+    return panel("Training", null, false,
+      el("p", { class: "legend" }, el("span", { class: "key kind1" }, "FVU"), dead ? el("span", { class: "key kind2" }, "share of dead latents") : null),
+      atlas.charts.lines(`Training curves over ${format.whole(log.steps.at(-1))} steps: FVU ends at ${format.number(last(log.fvu))}.`, log.steps,
+        [{ name: "FVU", values: log.fvu, kind: 1 }, ...(dead ? [{ name: "dead share", values: log.dead_share, kind: 2 }] : [])], { height: 220, xLabel: "step" }),
+      el("p", { class: "hint" }, `FVU ${format.number(last(log.fvu))} on the last batches logged.${held}`));
+  }
+
+  function fvu(page) {
+    const part = page.fvu;
+    const mark = part.threshold === null ? null : { at: part.threshold, text: `gate, τ = ${format.number(part.threshold)}` };
+    const said = part.threshold === null ? "The model has no gate: every image is steered." : `${format.percent(part.steered)} of the images lie below the gate’s threshold and are steered.`;
+    return panel("Reconstruction of single images", null, false,
+      atlas.charts.histogram(`Histogram of per-sample FVU. ${said}`, part.counts, 0, part.limit, { height: 244, mark, xLabel: "per-sample FVU (last bar: all beyond)", yLabel: "% of images" }),
+      el("p", { class: "hint" }, said));
+  }
+
+  function results(page) {
+    const part = page.results;
+    if (part.missing) return panel("Methods compared", null, true, missing(part.missing));
+    const rows = part.rows;
+    const most = Math.max(...rows.map((row) => Math.abs(row.gain || 0)), 0.01);
+    const top5 = rows.some((row) => row.top5 !== null && row.top5 !== undefined);
+    const body = rows.map((row) => {
+      const plain = row.method === "clip";
+      const ci = row.gain_ci && !plain ? `[${format.points(row.gain_ci[0])}, ${format.points(row.gain_ci[1])}]` : "";
+      return el("tr", { class: plain ? "plain" : "" }, el("th", { scope: "row" }, row.method), el("td", {}, row.prompts),
+        el("td", { class: "num" }, row.top1.toFixed(2)), top5 ? el("td", { class: "num" }, row.top5 === null ? "–" : row.top5.toFixed(2)) : null,
+        el("td", { class: "num gain" }, plain ? "–" : el("span", { class: row.gain < 0 ? "bad-text" : "good-text" }, format.points(row.gain))),
+        el("td", { class: "ci" }, ci),
+        el("td", { class: "spark" }, plain ? null : el("span", { class: `gain-bar ${row.gain < 0 ? "loss" : "gain"}`, style: { "--part": String(Math.abs(row.gain) / most) } })),
+        el("td", { class: "num" }, row.coverage === null || row.coverage === undefined ? "–" : format.percent(row.coverage)));
+    });
+    const n = rows[0].n;
+    return panel("Methods compared", `${format.whole(n)} images${part.dataset ? ` of ${part.dataset}` : ""}; gain over plain CLIP with the same prompts in points, with its 95 % interval.`, true,
+      el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Methods compared" }, el("table", { class: "results" },
+        el("thead", {}, el("tr", {}, ["method", "prompts"].map((text) => el("th", { scope: "col" }, text)), el("th", { scope: "col", class: "num" }, "top-1"),
+          top5 ? el("th", { scope: "col", class: "num" }, "top-5") : null, el("th", { scope: "col", class: "num" }, "gain"), el("th", { scope: "col" }, "95 %"), el("th", { scope: "col" }, el("span", { class: "hidden-label" }, "gain as a bar")), el("th", { scope: "col", class: "num" }, "steered"))),
+        el("tbody", {}, body))));
+  }
+
+  function grid(page) {
+    if (!page.grid) return null;
+    const own = page.grid.gamma === null ? "" : ` Framed: this checkpoint’s own, gamma ${format.number(page.grid.gamma)} and lambda ${format.number(page.grid.lambda)}.`;
+    return panel("Gamma and lambda", `Top-1 accuracy in % without the gate; plain CLIP has ${page.grid.plain.toFixed(2)}.${own}`, true, atlas.charts.heatMap(page.grid));
+  }
+
+  function classes(page) {
+    if (!page.classes) return null;
+    const names = atlas.data.latents.class_names;
+    const ranked = page.classes.map((one) => ({ ...one, gain: one.steered - one.plain })).sort((a, b) => b.gain - a.gain || a.index - b.index);
+    const most = Math.max(...ranked.map((one) => Math.abs(one.gain)), 0.01);
+    const won = ranked.filter((one) => one.gain > 0).length;
+    const lost = ranked.filter((one) => one.gain < 0).length;
+    const line = (one) => el("li", { class: "class-line" }, el("span", { class: "bar-text" }, names[one.index]),
+      el("span", { class: "two-way" }, el("span", { class: `gain-bar ${one.gain < 0 ? "loss" : "gain"}`, style: { "--part": String(Math.abs(one.gain) / most) } })),
+      el("span", { class: "bar-value" }, el("b", { class: one.gain < 0 ? "bad-text" : one.gain > 0 ? "good-text" : "" }, format.points(one.gain)), el("small", {}, `${one.plain.toFixed(0)} → ${one.steered.toFixed(0)} %`)));
+    const listOf = (some) => el("ol", { class: "class-list" }, some.map(line));
+    const many = ranked.length > MANY_CLASSES;
+    const edge = many ? [...ranked.slice(0, 10), ...ranked.slice(-10)] : ranked;
+    const box = el("div", {}, listOf(edge));
+    const button = many ? el("button", { type: "button", class: "quiet", "aria-expanded": "false" }, `Show all ${ranked.length} classes`) : null;
+    if (button) {
+      button.addEventListener("click", () => {
+        const open = button.getAttribute("aria-expanded") === "false";
+        button.setAttribute("aria-expanded", String(open));
+        button.textContent = open ? "Show the edges only" : `Show all ${ranked.length} classes`;
+        box.replaceChildren(listOf(open ? ranked : edge));
+      });
+    }
+    return panel("Gain by class", `${won} of ${ranked.length} classes gain, ${lost} lose.${many ? " The ten largest gains and losses, which noise alone would spread too." : ""}`, true, box, button);
+  }
+
+  function example(one, fixed) {
+    const names = atlas.data.latents.class_names;
+    const most = Math.max(...one.movers.map(([, , push]) => Math.abs(push)), 1e-9);
+    return el("li", { class: "example" },
+      el("div", { class: "example-head" }, atlas.cards.picture(one.image, `image ${one.image}, ${names[one.label]}`),
+        el("div", {}, el("p", { class: "true-class" }, names[one.label]),
+          el("p", { class: "change" }, el(fixed ? "s" : "span", {}, names[one.old]), el("span", { "aria-label": " became " }, " → "), el("b", { class: fixed ? "good-text" : "bad-text" }, names[one.new])))),
+      el("ol", { class: "movers" }, one.movers.map(([latent, value, push]) => el("li", {},
+        el("a", { href: `#latent=${latent}`, title: `Latent ${latent}, value ${format.number(value)}` }, el("span", { class: "mover-name" }, atlas.cards.nameOf(latent) || `latent ${latent}`), el("span", { class: "number" }, `#${latent}`)),
+        el("span", { class: `push ${push < 0 ? "loss" : "gain"}`, style: { "--part": String(Math.abs(push) / most) } }),
+        el("span", { class: "bar-value" }, `${push > 0 ? "+" : "\u2212"}${Math.abs(push).toPrecision(2)}`)))));
+  }
+
+  function examples(page, fixed) {
+    if (!page.accuracy) return null;
+    const found = fixed ? page.fixed : page.broken;
+    const count = fixed ? page.accuracy.fixed : page.accuracy.broken;
+    const hint = `${format.whole(count)} images; the clearest, two of a class at most. Each latent’s share in the change: what it adds to the logit of the new class over the old one’s.`;
+    return panel(fixed ? "Fixed by steering" : "Broken by steering", count ? hint : null, true,
+      found.length ? el("ul", { class: "examples" }, found.map((one) => example(one, fixed))) : missing("None of the images."));
+  }
+
+  function map(index) {
+    const heights = index.frequency || (index.scores ? index.scores.map((line) => line[0]) : null);
+    if (!heights) return null;
+    const what = index.frequency ? "highest class frequency" : "score of the name";
+    return panel("Map of the latents", "Each dot is a latent. Upper left: rare and selective; right: active on many images.", true,
+      atlas.charts.map(`Scatter plot of ${heights.length} latents: share of images against ${what}. The list of latents holds the same.`, heights, what, index.share, atlas.cards.about, (latent) => { location.hash = `latent=${latent}`; }));
+  }
+
+  function show(view) {
+    if (view.childElementCount) return;
+    const page = atlas.data.overview;
+    const index = atlas.data.latents;
+    const absent = page.labels_missing ? panel("Gains, heat map, examples", null, true, missing(`${page.labels_missing} Without labels there is no accuracy to show.`)) : null;
+    const nameless = page.names_missing ? panel("Names", null, true, missing(page.names_missing)) : null;
+    view.append(head(page), tiles(page),
+      el("section", { class: "featured" }, el("div", { class: "row" }, el("h2", {}, "Some of the clearest latents"), el("a", { class: "quiet", href: "#view=latents" }, "All latents →")), atlas.cards.cards(featured(index))),
+      el("div", { class: "panels" }, ...[map(index), training(page), fvu(page), results(page), grid(page), classes(page), examples(page, true), examples(page, false), absent, nameless].filter(Boolean)),
+      el("footer", { class: "foot" }, `Made with ${page.facts.made_with} on ${page.facts.date}. Names from ${page.facts.vocabulary}. The same for programs: `, el("a", { href: "latents.json" }, "latents.json"), "."));
+  }
+
+  atlas.overview = { show };
+})();

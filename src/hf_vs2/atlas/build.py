@@ -1,0 +1,167 @@
+"""[`build_atlas`]: from cached rows and their images to a folder that a browser opens."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+from ..evaluation import Rows, check_replayable, check_rows
+from ..modeling_vs2_clip import VS2CLIPForZeroShot
+from ..report import Results
+from .material import Material, names_of, replay_of, results_table, training_curves, truth_of
+from .pages import detail_pages, index_page, machine_readable, overview_page, short, shown_rows
+from .statistics import gather, histograms, nearest_latents
+from .writing import atlas_folder, check_output, write_assets, write_data, write_manifest, write_thumbnails
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+NUM_NEAREST = 6
+
+
+@torch.no_grad()
+def build_atlas(
+    model: VS2CLIPForZeroShot,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    dataset: Dataset | IterableDataset,
+    output_dir: str | PathLike,
+    *,
+    image_column: str = "image",
+    labels: torch.Tensor | Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    vocabulary: Sequence[str] | None = None,
+    templates: str | Path | Sequence[str] = "single",
+    results: Results | None = None,
+    training_log: str | PathLike | None = None,
+    top_images: int = 24,
+    batch_size: int = 1024,
+    meta: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Path:
+    """
+    A self-contained folder of static HTML in which a person browses the latents of an SAE; it opens from disk, without a server.
+
+    Parts whose input is missing (labels, a training log, results) are left out, and the page says why. The folder also holds
+    `latents.json`, the same for programs: a list `latents` of objects with `index`, `names` (`[{"name", "score"}]`), `share`, `mean`,
+    `max`, `top_images`, `classes` and `nearest`.
+
+    Args:
+        model: the wrapper, with one SAE, on the last layer; its gamma, lambda and gate are what fixed and broken images are of. It
+            is left as it was found.
+        tokenizer: the tokenizer of its CLIP.
+        rows: CLS rows of the last layer, before `post_layernorm`, one an image: a tensor `(n, hidden_size)` or an activation store.
+        dataset: the images that the rows were made from, which is read for thumbnails only.
+        output_dir: the folder, which must be new, empty or an earlier atlas; that is replaced.
+        image_column: the data set's column of images.
+        labels: the class of each row `(n,)`; by default the store's, if it has them.
+        class_names: the names of the classes, in label order; by default the store's.
+        vocabulary: words to name latents with, see [`name_latents`]; by default the class names.
+        templates: prompts around words and class names, anything [`resolve_templates`] takes.
+        results: what [`evaluate`] returned or wrote, for the comparison table.
+        training_log: the `training_log.json` of the trainer, for the curves.
+        top_images: images of each latent.
+        batch_size: rows at a time. Memory grows with the images only by a few numbers each.
+        meta: `checkpoint` and `dataset`, names to show.
+        progress: show progress bars.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        ValueError, TypeError: on rows, labels, names or templates that do not fit, as [`evaluate`] does, on a data set of another size
+            than the rows come from, and on a file that is no training log or result file.
+        UnreadableImageError: (a `ValueError`) an image can't be read.
+        OSError: the folder holds other files, or can't be written.
+    """
+    folder = Path(os.path.abspath(Path(output_dir).expanduser()))
+    check_output(folder)
+    if top_images < 1:
+        raise ValueError(f"top_images must be at least 1, got {top_images}.")
+    check_replayable(model)
+    check_rows(model, rows, "rows")
+    image_indices = _image_indices(rows, dataset)
+    truth = truth_of(rows, labels, class_names)
+    training, table = training_curves(training_log), results_table(results)
+
+    number = len(truth.class_names)
+    names, names_missing = names_of(model, tokenizer, vocabulary, truth, templates, progress)
+    statistics = gather(model, rows, truth.labels, number, top_images, batch_size, progress)
+    material = Material(
+        model=model,
+        statistics=statistics,
+        histograms=histograms(model, rows, statistics.low, statistics.high, batch_size, progress),
+        nearest=nearest_latents(model.sae.W_dec, NUM_NEAREST),
+        truth=truth,
+        image_indices=image_indices,
+        names=names,
+        names_missing=names_missing,
+        replay=replay_of(model, tokenizer, rows, truth, templates, batch_size, progress),
+        training=training,
+        results=table,
+        facts=_facts(model, vocabulary, dict(meta or {})),
+    )
+    _write(folder, material, dataset, image_column, progress)
+    return folder / "index.html"
+
+
+def _write(folder: Path, material: Material, dataset: Any, image_column: str, progress: bool) -> None:
+    with atlas_folder(folder) as temporary:
+        write_assets(temporary)
+        write_data(temporary, "overview", overview_page(material))
+        write_data(temporary, "latents", index_page(material))
+        for number, page in enumerate(detail_pages(material)):
+            write_data(temporary, f"latents-{number:04d}", page)
+        write_manifest(temporary, material.facts, machine_readable(material))
+        wanted = sorted(material.image_indices[row] for row in shown_rows(material))
+        write_thumbnails(temporary, dataset, image_column, wanted, progress)
+
+
+def _image_indices(rows: Rows, dataset: Any) -> list[int]:
+    """Row of the data set of each row. Refuses a data set that can't be the one they were made from."""
+    import datasets
+
+    number = len(rows) if isinstance(rows, torch.Tensor) else rows.metadata["num_images"]
+    if isinstance(dataset, datasets.Dataset) and len(dataset) != number:
+        raise ValueError(
+            f"The activations are of {number} images, but the data set has {len(dataset)}: give the images (and the split) that "
+            "they were made from."
+        )
+    return list(range(number)) if isinstance(rows, torch.Tensor) else rows.image_indices.tolist()
+
+
+def _facts(model: VS2CLIPForZeroShot, vocabulary: Sequence[str] | None, meta: dict[str, Any]) -> dict[str, Any]:
+    """What the head of the page and `latents.json` say about where everything comes from."""
+    sae, now = model.sae.config, model.steering_settings
+    return {
+        "checkpoint": _name(meta.get("checkpoint") or sae.name_or_path),
+        "dataset": _name(meta.get("dataset")),
+        "base_model": _name(sae.base_model_name_or_path or model.config.base_model_name_or_path),
+        "num_latents": sae.num_latents,
+        "top_k": sae.top_k,
+        "activation": sae.activation,
+        "gamma": "one a latent" if isinstance(now.gamma, tuple) else now.gamma,
+        "lambda": now.lambda_,
+        "gate": now.gate,
+        "fvu_threshold": None if (tau := next(iter(model.fvu_thresholds.values()))) is None else short(tau),
+        "vocabulary": "the data set's classes" if vocabulary is None else f"{len(set(vocabulary))} words",
+        "made_with": f"hf_vs2 {__version__}",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _name(source: Any) -> str | None:
+    """A Hub id as it is; of a path its last part, since an atlas is shown around and folders of one machine help nobody."""
+    if not source:
+        return None
+    text = str(source)
+    return Path(text).name if os.path.isabs(text) or os.path.exists(text) else text

@@ -1,0 +1,160 @@
+"""The folder: thumbnails, data as scripts, the page itself. It is made beside its place and moved there whole.
+
+Browsers let a page that was opened from disk load no JSON, but they do run scripts. So each piece of data is a script that hands itself
+to `atlas.register(name, data)`, and the page adds one when it needs it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..atomic import failing_as, remove_folder
+from ..data import undecoded
+from ..images import open_image
+from .pages import thumbnail_path
+
+
+FORMAT = "hf_vs2.atlas"
+FORMAT_VERSION = 1
+MANIFEST = "latents.json"
+THUMBNAIL_SIZE = 112
+"""Longest side in pixels; smaller images stay as they are."""
+JPEG_QUALITY = 84
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything but an earlier atlas.
+
+    Raises:
+        OSError: it does, or is a file.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OSError(f"{folder} is a file: an atlas is a folder. Give another --output.")
+    if not any(folder.iterdir()):
+        return
+    try:
+        known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise OSError(
+            f"{folder} holds files that are no atlas, and an atlas replaces the whole folder: give --output a new or empty one."
+        )
+
+
+@contextmanager
+def atlas_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes otherwise."""
+    check_output(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with failing_as(folder):
+            temporary.mkdir()
+            yield temporary
+            # Not synced, unlike a checkpoint: that takes longer than making the thumbnails again.
+            remove_folder(folder)
+            os.replace(temporary, folder)
+    finally:
+        if temporary.exists():
+            remove_folder(temporary)
+
+
+def write_assets(folder: Path) -> None:
+    """The page, its style and its scripts."""
+    source = files(__package__) / "assets"
+    (folder / "assets").mkdir()
+    for asset in source.iterdir():
+        target = folder / asset.name if asset.name == "index.html" else folder / "assets" / asset.name
+        target.write_bytes(asset.read_bytes())
+
+
+def write_data(folder: Path, name: str, data: Any) -> None:
+    """`data/<name>.js`, which registers `data` under `name`."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    # Pure ASCII without "<": nothing that ends a script or opens a tag, whatever a class is called.
+    text = text.replace("<", "\\u003c").replace(">", "\\u003e")
+    path = folder / "data" / f"{name}.js"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"atlas.register({json.dumps(name)}, {text});\n", encoding="ascii", newline="")
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], latents: list[dict[str, Any]]) -> None:
+    """`latents.json`, for other programs."""
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_vs2_version": __version__, **facts}
+    # One latent a line: it can be read, searched and compared with line tools.
+    lines = ",\n".join(json.dumps(latent, ensure_ascii=False, allow_nan=False) for latent in latents)
+    body = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    text = body.removesuffix("\n}") + f',\n "latents": [\n{lines}\n]\n}}\n'
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="")
+
+
+def write_thumbnails(folder: Path, dataset: Any, image_column: str, wanted: Sequence[int], progress: bool) -> None:
+    """A small JPEG of each wanted row of the data set, ascending, each decoded once.
+
+    Raises:
+        UnreadableImageError: an image can't be read; the message names it.
+    """
+    with tqdm(total=len(wanted), desc="Thumbnails", unit=" images", disable=not progress) as bar:
+        for index, value in _values(dataset, image_column, wanted):
+            path = folder / thumbnail_path(index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(thumbnail(open_image(value, f"image {index} of the data set")))
+            bar.update()
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """An RGB image as a JPEG of at most [`THUMBNAIL_SIZE`] pixels a side, without any metadata."""
+    image = image.copy()
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return buffer.getvalue()
+
+
+def _values(dataset: Any, column: str, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """The undecoded images of the wanted rows; a stream is read up to the last of them."""
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":  # `with_transform`
+        for index in wanted:
+            yield index, dataset[index][column]
+        return
+    if isinstance(dataset, datasets.Dataset):
+        only = undecoded(dataset, column).select_columns([column]).with_format(None)
+        for index in wanted:
+            yield index, only[index][column]
+        return
+    left = set(wanted)
+    for index, row in enumerate(undecoded(dataset, column)):
+        if index in left:
+            left.remove(index)
+            yield index, row[column]
+        if not left:
+            return
+    raise ValueError(f"The stream of images ended before image {min(left)}: it is not the one the activations are of.")
+
+
+__all__ = [
+    "atlas_folder",
+    "check_output",
+    "thumbnail",
+    "write_assets",
+    "write_data",
+    "write_manifest",
+    "write_thumbnails",
+]
