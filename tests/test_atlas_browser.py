@@ -51,9 +51,10 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     encoded = []
-    for _ in range(NUM_IMAGES):
+    for number in range(NUM_IMAGES):
+        shape = ((32, 32, 3), (90, 30, 3), (24, 100, 3))[number % 3]
         buffer = io.BytesIO()
-        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(buffer, "PNG")
         encoded.append({"bytes": buffer.getvalue(), "path": HOSTILE})
     dataset = datasets.Dataset.from_dict({"image": encoded}, features=datasets.Features({"image": datasets.Image()}))
     rows = 1.5 + torch.randn(NUM_IMAGES, 32)
@@ -162,6 +163,8 @@ def test_overview_has_every_part_and_the_list_is_lazy(reader):
     page.wait_for_selector("#grid .card")
     page.wait_for_timeout(200)
     assert 24 <= len(shown(page)) <= 200
+    boxes = page.locator("#latents .mosaic").evaluate_all("all => all.map(one => [one.offsetWidth, one.offsetHeight])")
+    assert all(abs(width - height) <= 1 for width, height in boxes)  # whatever the shape of the images
     assert not [url for url in reader.requests if re.search(r"latents-\d", url)]  # details come with a latent's page
     before = len(shown(page))
     page.mouse.wheel(0, 20_000)

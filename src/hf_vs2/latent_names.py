@@ -3,7 +3,8 @@
 A decoder direction `d_i` lives in the space of CLS rows, before `post_layernorm`; words live in the projected space. What joins
 them is the model's own tail: moving a row `x` a little along `d_i` moves its unit image embedding `e(x)` along the derivative
 `J(x) d_i`, through LayerNorm, projection and normalisation, taken here at the mean of the training rows. LayerNorm's affine part
-and the projection alone would keep what the tail takes away: the component along the row itself, which changes no score.
+and the projection alone would keep what the tail takes away: the component along the row itself, which changes no score. (With the ViT-Ti of docs/atlas.md the two
+name nearly alike; the derivative at the rows that activate the latent, in place of the mean, names them worse.)
 
 Text embeddings share a large common part (the modality gap), to which a direction is near or far whatever it means. So the
 vocabulary's mean embedding is subtracted from each word before the cosine: a name says what sets a word apart from the others in the

@@ -35,7 +35,7 @@
   function card(latent) {
     const index = atlas.data.latents;
     const images = index.images[latent];
-    const mosaic = el("span", { class: `mosaic${images.length ? "" : " empty"}` },
+    const mosaic = el("span", { class: `mosaic ${images.length ? `n${images.length}` : "empty"}` },
       images.length ? images.map((image) => picture(image, "")) : el("span", { class: "silent" }, "silent"));
     const lines = [
       el("span", { class: "card-head" },

@@ -32,12 +32,12 @@
         const known = facts[image] || {};
         const label = known.label === undefined ? "" : index.class_names[known.label];
         const changed = known.plain !== undefined && known.plain !== known.steered;
-        const verdict = !changed ? null : known.steered === known.label ? "fixed by steering" : known.plain === known.label ? "broken by steering" : null;
+        const verdict = !changed ? null : known.steered === known.label ? "fixed" : known.plain === known.label ? "broken" : null;
         return el("li", {}, el("figure", { class: "photo" },
           atlas.cards.picture(image, label ? `image ${image}, ${label}` : `image ${image}`),
           el("figcaption", {}, el("span", { class: "meter", style: { "--part": String(Math.max(0, value / most)) } }),
             el("span", { class: "photo-text", title: label }, el("b", {}, format.number(value)), label ? ` ${label}` : ` #${image}`),
-            verdict && el("span", { class: `verdict ${verdict.startsWith("fixed") ? "good" : "bad"}` }, verdict))));
+            verdict && el("span", { class: `verdict ${verdict === "fixed" ? "good" : "bad"}`, title: `${verdict} by steering` }, verdict))));
       })));
   }
 

@@ -34,16 +34,11 @@
   function featured(index) {
     const key = index.frequency ? (at) => index.frequency[at] * (index.scores ? Math.max(0, index.scores[at][0]) : 1) : (at) => (index.scores ? index.scores[at][0] : index.share[at]);
     const ranked = index.share.map((_, at) => at).filter((at) => index.count[at] >= 4).sort((a, b) => key(b) - key(a) || a - b);
+    const group = (at) => (index.class ? index.class[at] : index.names ? index.names[at][0] : at);
     const seen = new Set();
-    const chosen = [];
-    for (const at of ranked) {
-      const group = index.class ? index.class[at] : index.names ? index.names[at][0] : at;
-      if (seen.has(group)) continue;
-      seen.add(group);
-      chosen.push(at);
-      if (chosen.length === 12) break;
-    }
-    return chosen;
+    const first = ranked.filter((at) => !seen.has(group(at)) && seen.add(group(at)));
+    const others = ranked.filter((at) => !first.includes(at)).slice(0, 12);
+    return [...first, ...others].slice(0, 12);
   }
 
   function training(page) {
