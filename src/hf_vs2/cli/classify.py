@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .common import (
     add_checkpoint_flags,
+    add_label_flags,
     add_steering_flags,
     labels_from,
     load_classifier,
@@ -41,16 +42,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag("--on_error", choices=("raise", "skip"), default="raise", help="What to do at an unreadable image.")
     parser.section("model and prompts")
     add_checkpoint_flags(parser)
-    parser.flag(
-        "--labels",
-        nargs="+",
-        required=True,
-        metavar="NAME",
-        help="Labels to choose from, or a text file with one a line.",
-    )
-    parser.flag(
-        "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."
-    )
+    add_label_flags(parser)
     parser.flag("--batch_size", type=int, default=64, help="Images per forward pass.")
     add_steering_flags(parser)
     parser.section("output")

@@ -79,6 +79,20 @@ def add_checkpoint_flags(parser: Parser) -> None:
     parser.flag("--subfolder", help="Folder of the checkpoint in its repository.")
 
 
+def add_label_flags(parser: Parser) -> None:
+    """What an image may be, and how CLIP is asked."""
+    parser.flag(
+        "--labels",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="Labels to choose from, or a text file with one a line.",
+    )
+    parser.flag(
+        "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."
+    )
+
+
 def add_steering_flags(parser: Parser) -> None:
     parser.section("steering (by default what the checkpoint says)")
     parser.flag("--gamma", type=float, help="Amplification of the active latents.")

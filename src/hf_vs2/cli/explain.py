@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .common import (
     add_checkpoint_flags,
+    add_label_flags,
     add_steering_flags,
     labels_from,
     load_steered_clip,
@@ -42,16 +43,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag("image", metavar="IMAGE", help="File or URL.")
     parser.section("model and prompts")
     add_checkpoint_flags(parser)
-    parser.flag(
-        "--labels",
-        nargs="+",
-        required=True,
-        metavar="NAME",
-        help="Labels to choose from, or a text file with one a line.",
-    )
-    parser.flag(
-        "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."
-    )
+    add_label_flags(parser)
     parser.section("names of latents")
     parser.flag("--vocabulary", type=Path, metavar="FILE", help="Words to name them by, one a line.")
     parser.flag(
