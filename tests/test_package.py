@@ -224,7 +224,7 @@ def test_wheel_carries_what_the_package_reads(tmp_path: Path) -> None:
         shutil.copy(REPOSITORY / name, checkout)
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
     shutil.copytree(REPOSITORY / "src", checkout / "src", ignore=ignored)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    build = "import sys; from hatchling import build; build.build_wheel(sys.argv[1])"
     result = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=checkout, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
