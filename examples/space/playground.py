@@ -1,0 +1,131 @@
+"""What the Space shows, without a word about how it looks: one steered CLIP, and what it says of an image."""
+
+import hashlib
+import os
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+import hf_vs2
+from hf_vs2 import VS2Explanation
+from hf_vs2.images import open_image
+
+
+MOST_LABELS = 200
+SHOWN_LATENTS = 8
+IMAGES_A_LATENT = 5
+THUMBNAIL = 72
+
+
+class Playground:
+    """
+    A steered CLIP that answers many people at once. An image and a set of labels are encoded once, whatever is asked of them after.
+
+    Args:
+        checkpoint: a VS2 checkpoint, a folder or a Hub id.
+        images (`datasets.Dataset`, *optional*): with a column `image`, to show what activates a latent.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike, images: Dataset | None = None):
+        self.classifier = hf_vs2.zero_shot_classifier(checkpoint)
+        self.model = self.classifier.model
+        self.defaults = self.model.steering_settings
+        self.images = images
+        self._lock = threading.Lock()  # the settings belong to the model, and the model to everybody
+        self._rows: dict[str, torch.Tensor] = {}
+        self._embed = lru_cache(maxsize=64)(self._encode_labels)
+        self._thumbnail = lru_cache(maxsize=4096)(self._make_thumbnail)
+        self._top = None if images is None else self._strongest_images(images)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether there is a gate to switch on."""
+        return self.defaults.gate is not None or self.defaults.fvu_threshold is not None
+
+    def explain(
+        self, image: Image.Image, labels: tuple[str, ...], gamma: float, lambda_: float, gate: bool
+    ) -> VS2Explanation:
+        """Scores before and after, and the latents between them.
+
+        Raises:
+            `ValueError`: on no labels, too many, or an image that cannot be read.
+        """
+        row, classes = self._row(image), self._embed(labels)
+        settings = {"gamma": gamma, "lambda_": lambda_}
+        if not gate:
+            settings["gate"] = None
+        with self._lock, self.model.steering(**settings):
+            return self.model.explain_from_cls(row, classes, labels)
+
+    def strongest_images(self, latent: int) -> list[Image.Image]:
+        """Thumbnails of the images on which a latent is largest; none where it is never active."""
+        if self._top is None:
+            return []
+        values, places = self._top
+        return [
+            self._thumbnail(int(place))
+            for value, place in zip(values[:, latent], places[:, latent], strict=True)
+            if value > 0
+        ]
+
+    @torch.no_grad()
+    def _row(self, image: Image.Image) -> torch.Tensor:
+        image = open_image(image, "the image")
+        key = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
+        if key not in self._rows:
+            while len(self._rows) >= 256:
+                self._rows.pop(next(iter(self._rows)))
+            self._rows[key] = self._cls_rows([image])
+        return self._rows[key]
+
+    def _cls_rows(self, images: list[Image.Image]) -> torch.Tensor:
+        pixels = self.classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+        return self.model.cls_rows(pixels.to(self.model.clip.device, self.model.clip.dtype))
+
+    def _encode_labels(self, labels: tuple[str, ...]) -> torch.Tensor:
+        return hf_vs2.class_embeddings(self.model.clip, self.classifier.tokenizer, labels, "single", clean=False)
+
+    @torch.no_grad()
+    def _strongest_images(self, images: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        num_latents = self.model.sae.W_dec.shape[0]
+        codes = torch.zeros(len(images), num_latents)
+        for start in range(0, len(images), 64):
+            batch = [open_image(image) for image in images[start : start + 64]["image"]]
+            values, indices = self.model.sae.encode(self._cls_rows(batch))
+            codes[start : start + len(batch)].scatter_(1, indices.cpu(), values.float().cpu())
+        return codes.topk(min(IMAGES_A_LATENT, len(images)), dim=0)
+
+    def _make_thumbnail(self, place: int) -> Image.Image:
+        image = open_image(self.images[place]["image"])
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return image
+
+
+def read_labels(text: str) -> tuple[str, ...]:
+    """Labels from a line or several, separated by commas; each once.
+
+    Raises:
+        `ValueError`: on none, one alone, or more than there is room for.
+    """
+    labels = tuple(
+        dict.fromkeys(word.strip() for line in (text or "").splitlines() for word in line.split(",") if word.strip())
+    )
+    if len(labels) < 2:
+        raise ValueError("Give at least two labels, separated by commas: there is nothing to choose from otherwise.")
+    if len(labels) > MOST_LABELS:
+        raise ValueError(f"{len(labels)} labels are too many for this page; give up to {MOST_LABELS}.")
+    return labels
+
+
+def demo_checkpoint(folder: Path) -> Path:
+    """The checkpoint that `hf-vs2 demo` makes, offline and in half a minute; the one in `folder` if it is there."""
+    if not (folder / "results.json").is_file():  # the last thing that it writes
+        from hf_vs2.demo import run_demo
+
+        print(f"Making the demo's checkpoint in {folder} (once) ...", flush=True)
+        run_demo(folder, progress=False)
+    return folder / "model"
