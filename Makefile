@@ -8,11 +8,12 @@ export PYTHON
 # Which extras a given one includes, so that a smaller one is not installed again after a larger one.
 INCLUDED_demo = demo
 INCLUDED_test = demo test
-INCLUDED_dev = demo test dev
+INCLUDED_dev = demo test docs dev
+INCLUDED_docs = docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-lowest quality style clean
+.PHONY: help demo test test-slow test-lowest quality style docs clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,11 +40,14 @@ style: $(VENV)/.installed-dev  ## fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/.installed-docs  ## build the documentation into site/
+	$(VENV)/bin/mkdocs build --strict
+
 clean:  ## remove the environments made here, builds and caches
 	@for venv in "$(VENV)" "$(VENV_LOWEST)"; do \
 		if [ -e "$$venv/.made-by-hf-vs2" ]; then echo "removing $$venv"; rm -rf "$$venv"; fi; \
 	done
-	rm -rf build dist src/hf_vs2.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site src/hf_vs2.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after a whole installation, so an interrupted one is taken up again.

@@ -1,0 +1,84 @@
+"""Hooks of the documentation's build: files from outside docs/, links out of it, names of the library, help of the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+from griffe_docstrings import with_references  # noqa: E402  it stands beside us, outside any package
+
+
+PREFIX = "project/"
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+FENCE = re.compile(r"(^ *(`{3,}).*?^ *\2 *$)", re.MULTILINE | re.DOTALL)
+COMMAND_HELP = "<!-- help of all commands -->"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """The site shows some files of the repository where they stand: nothing is copied into docs/."""
+    for pattern in config.extra["included"]:
+        found = sorted(REPOSITORY.glob(pattern))
+        if not found:
+            raise PluginError(f"mkdocs.yml includes {pattern}, and there is no such file")
+        for path in found:
+            uri = PREFIX + path.relative_to(REPOSITORY).as_posix()
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    if COMMAND_HELP in markdown:
+        markdown = markdown.replace(COMMAND_HELP, command_help())
+    parts = FENCE.split(markdown)
+    for index in range(0, len(parts), 3):  # text, block, its fence, text, ...
+        text = LINK.sub(lambda link: rewritten(link, page.file.src_uri, config, files), parts[index])
+        parts[index] = with_references(text)
+    return "".join(part for index, part in enumerate(parts) if index % 3 != 2)
+
+
+def rewritten(link: re.Match[str], uri: str, config: Any, files: Any) -> str:
+    """A link of a page, where it leads out of the page's own tree: to the page that shows that file, or to the repository."""
+    image, label, target = link.groups()
+    path, hash_mark, anchor = target.partition("#")
+    if not path or re.match(r"[a-z]+:", path):
+        return link[0]
+    own = uri.removeprefix(PREFIX) if uri.startswith(PREFIX) else f"docs/{uri}"
+    there = posixpath.normpath(posixpath.join(posixpath.dirname(own), path))
+    if there.startswith("..") or not (REPOSITORY / there).exists():
+        raise PluginError(f"{own} links to {target}, which is not in the repository")
+    for name in (there, f"{there}/README.md"):
+        place = name.removeprefix("docs/") if name.startswith("docs/") else PREFIX + name
+        if files.get_file_from_path(place) is not None:
+            relative = posixpath.relpath(place, posixpath.dirname(uri) or ".")
+            return f"{image}[{label}]({relative}{hash_mark}{anchor})"
+    source = config.extra["source_url"]
+    return f"[{label}]({source}/{there}{hash_mark}{anchor})" if source else label
+
+
+def command_help() -> str:
+    """The `--help` of each command as it prints it on a terminal of 100 columns."""
+    # Before the first import: colours and widths are read then.
+    os.environ.update(COLUMNS="100", NO_COLOR="1", PYTHON_COLORS="0")
+    from hf_vs2.cli import COMMANDS, main
+
+    sections = []
+    for arguments in ([], *([name] for name in COMMANDS)):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            if main([*arguments, "--help"]) != 0:
+                raise PluginError(f"hf-vs2 {' '.join(arguments)} --help failed")
+        title = f"hf-vs2 {arguments[0]}" if arguments else "hf-vs2"
+        sections.append(f"## {title}\n\n```text\n{shown.getvalue().rstrip()}\n```\n")
+    return "\n".join(sections)
