@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel, SiglipConfig, SiglipModel, pipeline
+from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import is_torchvision_available
 
@@ -553,6 +553,15 @@ def test_missing_tokenizer_files_are_noticed(classifier, model, images, tmp_path
         hf_vs2.zero_shot_classifier(tmp_path / "clip", device="cpu")
     found = hf_vs2.zero_shot_classifier(tmp_path / "vs2", device="cpu", dtype=torch.float32)(images, LABELS)
     assert_same(found, classifier(images, LABELS))  # with the tokenizer of the CLIP that the checkpoint names
+
+
+def test_auto_processor_reads_text_and_images(model, images, tmp_path):
+    """`AutoProcessor.from_pretrained(id)` is how people call a CLIP without a pipeline; a tokenizer alone would ignore the images."""
+    model.save_pretrained(tmp_path)
+    inputs = AutoProcessor.from_pretrained(tmp_path)(text=LABELS, images=images, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits_per_image
+    assert logits.shape == (len(images), len(LABELS)) and logits.isfinite().all()
 
 
 def test_saved_pipeline_needs_no_remote_code(classifier, images, tmp_path):

@@ -1,6 +1,6 @@
-"""Importing this module registers the configs and models with transformers' Auto classes, and (with its module) the pipeline."""
+"""Importing this module registers the configs, models and processor with transformers' Auto classes, and (with its module) the pipeline."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, CLIPProcessor
 
 from . import pipeline  # noqa: F401  which registers itself
 from .configuration_sae import SAEConfig
@@ -14,5 +14,7 @@ AutoModel.register(SAEConfig, SAEModel, exist_ok=True)
 AutoConfig.register(VS2CLIPConfig.model_type, VS2CLIPConfig, exist_ok=True)
 AutoModel.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
+# Without it AutoProcessor finds the tokenizer alone.
+AutoProcessor.register(VS2CLIPConfig, CLIPProcessor, exist_ok=True)
 
 __all__: list[str] = []
