@@ -117,13 +117,14 @@ def test_half_precision_zero_and_broken_rows():
         ({"k": 5, "exclude": torch.tensor([1, 2])}, r"can give 1 to 4"),
         ({"k": 0}, r"can give 1 to 5"),
         ({"k": 2, "exclude": torch.tensor([1])}, r"exclude must hold one row number a query, \(2,\), not \(1,\)"),
+        ({"k": 2, "exclude": [1, 2]}, r"must be a tensor of row numbers, one a query, not \[1, 2\]"),
         ({"k": 2, "queries": torch.ones(2, 4)}, r"of one width; these are \(2, 4\) and \(5, 3\)"),
         ({"k": 2, "block_rows": 0}, r"block_rows must be at least 1"),
     ],
 )
 def test_refused_searches_say_why(arguments, message):
     """A negative index or a silent repetition would only show as a strange accuracy."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         nearest_neighbors(**{"queries": torch.ones(2, 3), "corpus": torch.ones(5, 3), **arguments})
 
 
