@@ -27,9 +27,12 @@ def kernels_on_this_device(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "top_k", "num_latents", "width"), SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_each_kernel_equals_the_dense_product_in_float64(batch, top_k, num_latents, width, dtype, tolerance):
-    values, indices = code(batch, top_k, num_latents, dtype, seed=batch)
+# bfloat16 has 8 bits, and the interpreter cuts off the others instead of rounding: 2 ** -7.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_kernel_equals_the_dense_product_in_float64(batch, top_k, num_latents, width, dtype, tolerance, seed):
+    torch.manual_seed(seed)
+    values, indices = code(batch, top_k, num_latents, dtype, seed)
     weight, rows = (torch.randn(n, width, device=DEVICE).to(dtype) for n in (num_latents, batch))
     dense = torch.zeros(batch, num_latents, dtype=torch.float64, device=DEVICE).scatter_(1, indices, values.double())
     sums, totals = sparse_triton.latent_sums(values, *sparse_ops.LatentOrder(indices, num_latents).entries, rows)
