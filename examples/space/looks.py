@@ -75,7 +75,7 @@ def latents(explanation: VS2Explanation, number: int, images_of: Callable[[int],
     best = int(explanation.steered_scores[0].argmax())
     found = explanation.top(best, number)
     if not found:
-        return '<div class="vs2"><div class="value">No latent moved anything.</div></div>'
+        return '<div class="vs2 value">Nothing was moved.</div>'
     label, blocks = escape(explanation.labels[best]), []
     for latent in found:
         pictures = "".join(f'<img src="{data_uri(image)}" alt="">' for image in images_of(latent["latent"]))
@@ -85,8 +85,7 @@ def latents(explanation: VS2Explanation, number: int, images_of: Callable[[int],
             f'<span class="key {sign}"></span>{latent["contribution"]:+.2f} to the score of {label}'
             f'<div class="pictures">{pictures}</div></div></div>'
         )
-    title = f"<h3>Latents that moved <i>{label}</i>, and the images that activate them</h3>"
-    return f'<div class="vs2">{title}{"".join(blocks)}</div>'
+    return f'<div class="vs2">{"".join(blocks)}</div>'
 
 
 def percent(share: float) -> str:

@@ -213,7 +213,9 @@ def _check(queries: torch.Tensor, shape: torch.Size, k: int, exclude: torch.Tens
             f"Queries (q, d) and corpus (n, d) must be of one width; these are {tuple(queries.shape)} and {tuple(shape)}."
         )
     if exclude is not None and not isinstance(exclude, torch.Tensor):
-        raise TypeError(f"exclude must be a tensor of row numbers, one a query, not {exclude!r}: use torch.tensor(...).")
+        raise TypeError(
+            f"exclude must be a tensor of row numbers, one a query, not {exclude!r}: use torch.tensor(...)."
+        )
     if exclude is not None and exclude.shape != queries.shape[:1]:
         raise ValueError(
             f"exclude must hold one row number a query, {tuple(queries.shape[:1])}, not {tuple(exclude.shape)}."
