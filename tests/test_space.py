@@ -1,16 +1,22 @@
 """The Space: what it says of an image is what the library says, for everybody at once, and the page shows it."""
 
+import io
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPModel
 
 import hf_vs2
@@ -24,6 +30,13 @@ SPACE = Path(__file__).parents[1] / "examples" / "space"
 DEMO_CLIP = Path(hf_vs2.__file__).parent / "demo_assets"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 LABELS = ("zero", "one", "two", "<b>bold</b>")
+
+
+def file_of(image):
+    """The bytes of an image's file: what people upload."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +89,7 @@ def test_it_says_what_the_pipeline_says(playground, checkpoint, digits):
     classifier = hf_vs2.zero_shot_classifier(checkpoint, templates="single")
     steered = []
     for image in digits[:12]["image"]:
-        found = playground.explain(image, LABELS, gamma=2.0, lambda_=3.0, gate=True)
+        found = playground.explain(file_of(image), LABELS, gamma=2.0, lambda_=3.0, gate=True)
         scores = dict(zip(LABELS, found.steered_scores[0].softmax(-1).tolist(), strict=True))
         for one in classifier(image, list(LABELS), gamma=2.0, lambda_=3.0):
             assert scores[one["label"]] == pytest.approx(one["score"], abs=1e-5)
@@ -84,9 +97,27 @@ def test_it_says_what_the_pipeline_says(playground, checkpoint, digits):
     assert 0 < sum(steered) < 12, "the gate must have had something to do"
 
 
+def test_files_of_every_kind_are_read_as_the_pipeline_reads_them(playground, checkpoint, tmp_path):
+    """Transparency and 16 bits are where two ways to read one file differ, and with them its scores."""
+    classifier = hf_vs2.zero_shot_classifier(checkpoint, templates="single")
+    slope = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    translucent = Image.fromarray(slope.astype(np.uint8)).convert("RGBA")
+    translucent.putalpha(90)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(slope).save(tmp_path / "16 bits.png")
+    translucent.save(tmp_path / "transparent.png")
+    Image.fromarray((slope >> 8).astype(np.uint8) * 8).save(tmp_path / "turned.jpg", exif=turned)
+    for path in tmp_path.iterdir():
+        found = playground.explain(path.read_bytes(), LABELS, 2.0, 3.0, False)
+        scores = dict(zip(LABELS, found.steered_scores[0].softmax(-1).tolist(), strict=True))
+        for one in classifier(str(path), list(LABELS), gamma=2.0, lambda_=3.0, gate=None):
+            assert scores[one["label"]] == pytest.approx(one["score"], abs=1e-5), path.name
+
+
 def test_people_do_not_get_each_others_settings(playground, digits):
     """The model is one, its settings are everybody's: without care one person's slider moves another's result."""
-    image = digits[0]["image"]
+    image = file_of(digits[0]["image"])
     settings = [(gamma, lambda_) for gamma in (1.0, 1.5, 3.0) for lambda_ in (0.5, 2.0)] * 6
 
     def ask(one):
@@ -109,7 +140,7 @@ def test_an_image_and_its_labels_are_encoded_once(playground, digits):
     hooks = [tower.register_forward_pre_hook(lambda *_: calls.append(1)) for tower in towers]
     try:
         for gamma in (1.0, 1.5, 2.0):
-            playground.explain(digits[99]["image"], ("only", "here"), gamma, 2.0, True)
+            playground.explain(file_of(digits[99]["image"]), ("only", "here"), gamma, 2.0, True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -118,7 +149,7 @@ def test_an_image_and_its_labels_are_encoded_once(playground, digits):
 
 def test_latents_come_with_the_images_that_activate_them(playground, digits):
     """The wrong pictures beside a latent would explain it wrongly."""
-    rows = torch.cat([playground._row(image) for image in digits["image"]])
+    rows = torch.cat([playground._row(file_of(image)) for image in digits["image"]])
     values, indices = playground.model.sae.encode(rows)
     latent = int(indices[0, values[0].argmax()])
     dense = torch.zeros(len(rows), playground.model.sae.W_dec.shape[0]).scatter(1, indices, values.detach())
@@ -131,9 +162,15 @@ def test_latents_come_with_the_images_that_activate_them(playground, digits):
 
 
 def test_labels_are_read_as_people_write_them(space):
+    """A label twice would share its probability with itself, and one of a book's length would fill the log."""
     playground, _ = space
     assert playground.read_labels(" bus, oak tree,\n bus ,tractor\n") == ("bus", "oak tree", "tractor")
-    for text, message in (("", "at least two"), ("bus, bus", "at least two"), (",".join(map(str, range(300))), "300")):
+    refused = {
+        "": "at least two",
+        "bus, bus": "at least two",
+        ",".join(map(str, range(300))): "300 labels are too many",
+    }
+    for text, message in (refused | {"bus, " + "o" * 999: "A label of 999 letters"}).items():
         with pytest.raises(ValueError, match=message):
             playground.read_labels(text)
 
@@ -141,40 +178,45 @@ def test_labels_are_read_as_people_write_them(space):
 def test_words_of_strangers_stay_words(space, playground, digits):
     """A label is shown to whoever looks at the page; it must not run there."""
     _, looks = space
-    found = playground.explain(digits[0]["image"], LABELS, 1.5, 2.1, False)
+    found = playground.explain(file_of(digits[0]["image"]), LABELS, 1.5, 2.1, False)
     html = looks.verdict(found) + looks.bars(found) + looks.latents(found, 4, playground.strongest_images)
     assert "&lt;b&gt;bold" in html and "<b>bold" not in html
 
 
+@contextmanager
+def running(folder, **settings):
+    """The app as people start it, in a process of its own: its address and its log."""
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("VS2_", "GRADIO_"))}
+    environment |= {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(folder / "uploads"), "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(SPACE / "app.py")], env=environment | settings, stdout=log, stderr=log
+        )
+    try:
+        for _ in range(900):
+            if "Running on local URL" in (folder / "log").read_text() or process.poll() is not None:
+                break
+            time.sleep(0.2)
+        assert "Running on local URL" in (folder / "log").read_text(), (folder / "log").read_text()
+        yield f"http://127.0.0.1:{port}", folder / "log"
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def address(checkpoint, digits, tmp_path_factory):
-    """The app as people start it, in a process of its own."""
-    pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("running")
     (folder / "images").mkdir()
     for number, image in enumerate(digits[:20]["image"]):
         image.save(folder / "images" / f"{number:02}.png")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {
-        "GRADIO_SERVER_PORT": port,
-        "VS2_CHECKPOINT": str(checkpoint),
-        "VS2_LABELS": "zero, one",
-    }
-    environment |= {"VS2_IMAGES": str(folder / "images"), "GRADIO_TEMP_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, str(SPACE / "app.py")], env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            if "Running on local URL" in (folder / "log").read_text() or process.poll() is not None:
-                break
-            time.sleep(0.2)
-        assert process.poll() is None, (folder / "log").read_text()
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+    settings = {"VS2_CHECKPOINT": str(checkpoint), "VS2_IMAGES": str(folder / "images"), "VS2_LABELS": "zero, one"}
+    with running(folder, **settings) as (url, _):
+        yield url
 
 
 def test_the_running_app_answers_its_client(address, playground, digits, tmp_path):
@@ -188,19 +230,124 @@ def test_the_running_app_answers_its_client(address, playground, digits, tmp_pat
         return client.predict(handle_file(str(tmp_path / "digit.png")), labels, *settings, api_name="/steer")
 
     verdict, bars, latents, facts = ask(", ".join(LABELS), 2.0, 3.0, False)
-    expected = playground.explain(digits[3]["image"], LABELS, 2.0, 3.0, False).to_dict(8)[0]
+    image = (tmp_path / "digit.png").read_bytes()
+    expected = playground.explain(image, LABELS, 2.0, 3.0, False).to_dict(8)[0]
     assert [label["label"] for label in facts["labels"]] == list(LABELS)
     for one, other in zip(facts["labels"], expected["labels"], strict=True):
         assert one["steered_probability"] == pytest.approx(other["steered_probability"], abs=1e-5)
     assert "verdict" in verdict and "bar steered" in bars and "<img" in latents
+    for label in ask(", ".join(LABELS), 1.0, 3.0, False)[-1]["labels"]:
+        assert label["steered_probability"] == pytest.approx(label["plain_probability"], abs=1e-5)
     with pytest.raises(Exception, match="at least two labels"):
         ask("one", 2.0, 3.0, False)
 
 
+def test_several_clients_at_once_get_their_own_answers(address, playground, digits, tmp_path):
+    """Each person has an image, sliders and a gate of their own; the process has one model."""
+    from gradio_client import Client, handle_file
+
+    images = [file_of(image) for image in digits[:4]["image"]]
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(image)
+
+    def ask(number):
+        """As one person, three times."""
+        client, found = Client(address, verbose=False), []
+        for gamma, lambda_, gate in ((1.0 + number / 2, 2.0, False), (2.0, 1.0 + number, True), (1.5, 2.0, False)):
+            file = handle_file(str(tmp_path / f"{number}.png"))
+            facts = client.predict(file, ", ".join(LABELS), gamma, lambda_, gate, api_name="/steer")[-1]
+            found.append((facts, playground.explain(images[number], LABELS, gamma, lambda_, gate).to_dict(8)[0]))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [answer for found in pool.map(ask, range(4)) for answer in found]
+    assert len({str(facts["labels"]) for facts, _ in answers}) > 4, "they must have asked for different things"
+    for facts, expected in answers:
+        assert facts["steered"] == expected["steered"]
+        for one, other in zip(facts["labels"], expected["labels"], strict=True):
+            assert one["steered_probability"] == pytest.approx(other["steered_probability"], abs=1e-5)
+
+
+def png_of_zeros(size):
+    """A black image, `size` x `size` of one bit a pixel: small as a file, whatever its size."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    data = zlib.compress(bytes((1 + (size + 7) // 8) * size))
+    header = struct.pack(">IIBBBBB", size, size, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_images_that_cannot_be_used_are_refused_in_words(address, digits, tmp_path):
+    """Gradio by itself says "Error", and nothing else."""
+    import httpx
+    from gradio_client import Client, handle_file
+
+    client = Client(address, verbose=False)
+    whole = file_of(digits[0]["image"])
+    files = {
+        "not an image": (b"hello", "no image format"),
+        "cut": (whole[: len(whole) // 2], "cannot be read"),
+        "a bomb": (png_of_zeros(20_000), "too large"),
+    }
+    for name, (content, message) in files.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+        with pytest.raises(Exception, match=message) as caught:
+            client.predict(handle_file(str(tmp_path / f"{name}.png")), "one, two", 1.5, 2.0, False, api_name="/steer")
+        assert "uploads" not in str(caught.value), "a path of the server is nobody's business"
+    with pytest.raises(Exception, match="Give an image first"):
+        client.predict(None, "one, two", 1.5, 2.0, False, api_name="/steer")
+    elsewhere = tmp_path / "elsewhere.png"  # an image on the server that nobody uploaded
+    elsewhere.write_bytes(whole)
+    # Not through the client, which would upload it.
+    settings = ["one, two", 1.5, 2.0, False]
+
+    def answer(path):
+        """The last event of a call as any program can make it."""
+        image = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        call = httpx.post(f"{address}/gradio_api/call/steer", json={"data": [image, *settings]}).json()["event_id"]
+        return httpx.get(f"{address}/gradio_api/call/steer/{call}", timeout=30).text.split("event: ")[-1].split()[0]
+
+    with open(elsewhere, "rb") as file:
+        (uploaded,) = httpx.post(f"{address}/gradio_api/upload", files={"files": file}).json()
+    assert answer(uploaded) == "complete"
+    assert answer(elsewhere) == "error"
+
+
+@pytest.mark.slow
+def test_without_settings_it_makes_the_demos_checkpoint_once(tmp_path):
+    """The one command of its README; nobody wants to wait for it a second time."""
+    from gradio_client import Client, handle_file
+
+    from hf_vs2.demo_data import load_handwriting
+
+    load_handwriting()[94]["image"].save(tmp_path / "digit.png")
+    for start in range(2):
+        with running(tmp_path, VS2_DEMO_FOLDER=str(tmp_path / "demo"), HF_HUB_OFFLINE="1") as (url, log):
+            assert ("Making the demo's checkpoint" in log.read_text()) == (start == 0)
+            client = Client(url, verbose=False)
+            facts = client.predict(
+                handle_file(str(tmp_path / "digit.png")), "two, seven", 1.5, 2.1, True, api_name="/steer"
+            )[-1]
+            answer = max(facts["labels"], key=lambda label: label["steered_probability"])
+            assert facts["steered"] and answer["label"] == "seven"
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_in_a_browser(address):
+def test_the_page_in_a_browser(address, playground, digits, tmp_path):
     """The bars come, the sliders move them, and the page asks nobody but the app."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+    def can_be_seen_to_move(file):
+        """Held back by the gate, and of probabilities that are not 100 % whatever is done."""
+        asked = [(1.5, 2.1, True), (1.5, 2.1, False), (4.0, 2.1, False)]
+        shut, *opened = (playground.explain(file, ("zero", "one"), *settings) for settings in asked)
+        before, after, further = (found.steered_scores[0].softmax(-1)[0].item() for found in (shut, *opened))
+        return not shut.steered[0] and abs(after - before) > 0.01 and abs(further - after) > 0.01
+
+    held_back = next(filter(can_be_seen_to_move, (file_of(image) for image in digits["image"])))
+    (tmp_path / "held_back.png").write_bytes(held_back)
     flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     with playwright.sync_playwright() as browsers:
         browser = browsers.chromium.launch(
@@ -211,20 +358,41 @@ def test_the_page_in_a_browser(address):
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(address)
-        page.locator("#picture input[type=file]").set_input_files(
-            str(SPACE.parents[1] / "docs" / "images" / "explain.png")
-        )
-        page.locator(".vs2 .bar.steered").first.wait_for(timeout=30_000)
-        before = page.locator(".vs2 .row").all_inner_texts()
-        page.get_by_label("Gate").uncheck()
-        number = page.get_by_role("spinbutton").first
-        number.fill("4")
-        number.press("Enter")
-        page.get_by_role("button", name="Steer").click()
-        page.wait_for_function(
-            "old => [...document.querySelectorAll('.vs2 .row')].map(r => r.innerText).join() != old",
-            arg=",".join(before),
-        )
+        page.locator(".verdict", has_text="Give an image").wait_for(timeout=30_000)
+        page.locator("#picture input[type=file]").set_input_files(str(tmp_path / "held_back.png"))
+        bars = page.locator(".vs2 .row")
+        bars.first.wait_for(timeout=30_000)
+
+        def changed(act):
+            """What the bars say once `act` has had its effect, without a press on the button."""
+            before = "".join(bars.all_inner_texts())
+            act()
+            page.wait_for_function(
+                "old => [...document.querySelectorAll('.vs2 .row')].map(row => row.innerText).join('') != old",
+                arg=before,
+            )
+            return bars.all_inner_texts()
+
+        assert "the gate is shut" in page.locator(".verdict").inner_text()
+        changed(page.get_by_label("Gate").uncheck)
+        slider = page.locator("input[type=range]").first
+
+        def drag():
+            """gamma, from where it is to its end."""
+            box = slider.bounding_box()
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            page.mouse.down()
+            page.mouse.move(box["x"] + box["width"] - 1, box["y"] + box["height"] / 2, steps=5)
+            page.mouse.up()
+
+        slider.scroll_into_view_if_needed()
+        changed(drag)
+
+        def rename():
+            page.get_by_label("Labels").fill("cat, <i>dog</i>, bird")
+            page.get_by_label("Labels").blur()
+
+        assert any("<i>dog</i>" in row for row in changed(rename))
         assert page.evaluate("document.documentElement.scrollWidth") <= 400, "a phone would have to scroll sideways"
         browser.close()
     assert not errors

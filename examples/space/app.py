@@ -12,12 +12,16 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr  # noqa: E402
 from huggingface_hub.constants import HF_HOME  # noqa: E402
-from looks import CSS, bars, latents, verdict  # noqa: E402
+from looks import CSS, HINT, bars, latents, verdict  # noqa: E402
 from PIL import Image  # noqa: E402
 from playground import SHOWN_LATENTS, Playground, demo_checkpoint, read_labels  # noqa: E402
 
 from hf_vs2 import load_images  # noqa: E402
 from hf_vs2.images import open_image  # noqa: E402
+
+
+HOUR, DAY = 3600, 86400
+LARGEST_FILE = "30mb"
 
 
 def make_playground() -> tuple[Playground, str, list[Image.Image]]:
@@ -39,37 +43,52 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
     defaults = playground.defaults
     gamma = defaults.gamma if isinstance(defaults.gamma, float) else 1.5
 
-    def steer(image, text, gamma, lambda_, gate):
-        if image is None:
+    def steer(path, text, gamma, lambda_, gate):
+        if path is None:
             raise gr.Error("Give an image first.", print_exception=False)
         try:
-            found = playground.explain(image, read_labels(text), gamma, lambda_, gate)
+            found = playground.explain(Path(path).read_bytes(), read_labels(text), gamma, lambda_, gate)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         shown = latents(found, SHOWN_LATENTS, playground.strongest_images)
         return verdict(found), bars(found), shown, found.to_dict(SHOWN_LATENTS)[0]
 
-    with gr.Blocks(title="Visual Sparse Steering", analytics_enabled=False) as page:
+    def follow(path, *settings):
+        return (HINT, "", "", None) if path is None else steer(path, *settings)
+
+    with gr.Blocks(title="Visual Sparse Steering", analytics_enabled=False, delete_cache=(HOUR, DAY)) as page:
         gr.Markdown(
             "# Visual Sparse Steering\nA sparse autoencoder amplifies what is active in your image. No labels were used to train it."
         )
         with gr.Row():
             with gr.Column(scale=2):
                 image = gr.Image(
-                    type="pil",
+                    type="filepath",
                     format="png",
                     label="Image",
                     height=260,
                     elem_id="picture",
                     sources=["upload", "clipboard"],
                 )
+                # Gradio itself would open the file here, and not tell people why it could not.
+                image.preprocess = lambda file: file and file.path
                 if examples:
                     gr.Examples([[example] for example in examples], [image], label="Images to try")
                 text = gr.Textbox(labels, label="Labels, separated by commas", lines=2)
                 factor = gr.Slider(
-                    0, 4, gamma, step=0.1, label="gamma: how much active latents are amplified (1: not at all)"
+                    0,
+                    max(4, 2 * gamma),
+                    gamma,
+                    step=0.1,
+                    label="gamma: how much active latents are amplified (1: not at all)",
                 )
-                strength = gr.Slider(0, 8, defaults.lambda_, step=0.1, label="lambda: how much of the change is added")
+                strength = gr.Slider(
+                    0,
+                    max(8, 2 * defaults.lambda_),
+                    defaults.lambda_,
+                    step=0.1,
+                    label="lambda: how much of the change is added",
+                )
                 gate = gr.Checkbox(
                     playground.has_gate,
                     label="Gate: leave images alone that the SAE does not know",
@@ -77,27 +96,25 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                 )
                 button = gr.Button("Steer", variant="primary")
             with gr.Column(scale=3):
-                answer, before_after = gr.HTML(), gr.HTML()
-                gr.Markdown("### Latents that moved the first label, and the images that activate them")
-                active = gr.HTML()
+                answer, before_after, active = gr.HTML(HINT), gr.HTML(), gr.HTML()
                 with gr.Accordion("As JSON", open=False):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [image, text, factor, strength, gate], [answer, before_after, active, facts]
         button.click(steer, inputs, outputs, api_name="steer")
-        changes = [image.change, text.submit, factor.release, strength.release, gate.input]
-        for change in changes:
-            change(
-                lambda *given: steer(*given) if given[0] is not None else ("", "", "", None),
-                inputs,
-                outputs,
-                api_visibility="private",
-                show_progress="hidden",
-            )
+        # One listener for them all, so that what is shown last is what was set last.
+        gr.on(
+            [image.change, text.submit, text.blur, factor.release, strength.release, gate.input],
+            follow,
+            inputs,
+            outputs,
+            api_visibility="private",
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
     return page
 
 
 if __name__ == "__main__":
     page = build(*make_playground())
-    page.launch(
-        css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    )
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
+    page.launch(css=CSS, theme=gr.themes.Default(**fonts), max_file_size=LARGEST_FILE)

@@ -33,6 +33,8 @@ CSS = """
 .vs2 .verdict.alone { border-left-color: #8c8c94; }
 """
 
+HINT = '<div class="vs2"><div class="verdict alone">Give an image, and this shows what is made of it.</div></div>'
+
 
 def verdict(explanation: VS2Explanation) -> str:
     """One sentence: what plain CLIP says, what steering says, and whether the gate let it through."""
@@ -75,7 +77,7 @@ def latents(explanation: VS2Explanation, number: int, images_of: Callable[[int],
     best = int(explanation.steered_scores[0].argmax())
     found = explanation.top(best, number)
     if not found:
-        return '<div class="vs2 value">Nothing was moved.</div>'
+        return '<div class="vs2"><div class="value">No latent moved anything.</div></div>'
     label, blocks = escape(explanation.labels[best]), []
     for latent in found:
         pictures = "".join(f'<img src="{data_uri(image)}" alt="">' for image in images_of(latent["latent"]))
@@ -85,7 +87,8 @@ def latents(explanation: VS2Explanation, number: int, images_of: Callable[[int],
             f'<span class="key {sign}"></span>{latent["contribution"]:+.2f} to the score of {label}'
             f'<div class="pictures">{pictures}</div></div></div>'
         )
-    return f'<div class="vs2">{"".join(blocks)}</div>'
+    title = f"<h3>Latents that moved <i>{label}</i>, and the images that activate them</h3>"
+    return f'<div class="vs2">{title}{"".join(blocks)}</div>'
 
 
 def percent(share: float) -> str:

@@ -12,10 +12,13 @@ from PIL import Image
 
 import hf_vs2
 from hf_vs2 import VS2Explanation
-from hf_vs2.images import open_image
+from hf_vs2.images import UnreadableImageError, open_image
+from hf_vs2.pipeline_inputs import NamedImage
 
 
 MOST_LABELS = 200
+LONGEST_LABEL = 200  # letters; a text tower reads 77 tokens
+KEPT_IMAGES = 256
 SHOWN_LATENTS = 8
 IMAGES_A_LATENT = 5
 THUMBNAIL = 72
@@ -36,7 +39,7 @@ class Playground:
         self.defaults = self.model.steering_settings
         self.images = images
         self._lock = threading.Lock()  # the settings belong to the model, and the model to everybody
-        self._rows: dict[str, torch.Tensor] = {}
+        self._rows: dict[bytes, torch.Tensor] = {}
         self._embed = lru_cache(maxsize=64)(self._encode_labels)
         self._thumbnail = lru_cache(maxsize=4096)(self._make_thumbnail)
         self._top = None if images is None else self._strongest_images(images)
@@ -47,12 +50,12 @@ class Playground:
         return self.defaults.gate is not None or self.defaults.fvu_threshold is not None
 
     def explain(
-        self, image: Image.Image, labels: tuple[str, ...], gamma: float, lambda_: float, gate: bool
+        self, image: bytes, labels: tuple[str, ...], gamma: float, lambda_: float, gate: bool
     ) -> VS2Explanation:
-        """Scores before and after, and the latents between them.
+        """Scores before and after, and the latents between them. The image comes as the bytes of its file.
 
         Raises:
-            `ValueError`: on no labels, too many, or an image that cannot be read.
+            `ValueError`: on an image that cannot be read.
         """
         row, classes = self._row(image), self._embed(labels)
         settings = {"gamma": gamma, "lambda_": lambda_}
@@ -73,14 +76,16 @@ class Playground:
         ]
 
     @torch.no_grad()
-    def _row(self, image: Image.Image) -> torch.Tensor:
-        image = open_image(image, "the image")
-        key = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
-        if key not in self._rows:
-            while len(self._rows) >= 256:
-                self._rows.pop(next(iter(self._rows)))
-            self._rows[key] = self._cls_rows([image])
-        return self._rows[key]
+    def _row(self, image: bytes) -> torch.Tensor:
+        key = hashlib.sha256(image).digest()
+        row = self._rows.get(key)
+        if row is None:
+            row = self._cls_rows([read_image(image)])
+            with self._lock:
+                while len(self._rows) >= KEPT_IMAGES:
+                    self._rows.pop(next(iter(self._rows)))
+                self._rows[key] = row
+        return row
 
     def _cls_rows(self, images: list[Image.Image]) -> torch.Tensor:
         pixels = self.classifier.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -105,11 +110,23 @@ class Playground:
         return image
 
 
+def read_image(image: bytes) -> Image.Image:
+    """An image as the pipeline reads it.
+
+    Raises:
+        `ValueError`: on one that cannot be read, in the words of `open_image`, which says why without a buffer's address.
+    """
+    try:
+        return NamedImage(image, "the image").read(timeout=None)
+    except UnreadableImageError:
+        return open_image(image)
+
+
 def read_labels(text: str) -> tuple[str, ...]:
     """Labels from a line or several, separated by commas; each once.
 
     Raises:
-        `ValueError`: on none, one alone, or more than there is room for.
+        `ValueError`: on none, one alone, more than there is room for, or one that no text tower would read.
     """
     labels = tuple(
         dict.fromkeys(word.strip() for line in (text or "").splitlines() for word in line.split(",") if word.strip())
@@ -118,6 +135,11 @@ def read_labels(text: str) -> tuple[str, ...]:
         raise ValueError("Give at least two labels, separated by commas: there is nothing to choose from otherwise.")
     if len(labels) > MOST_LABELS:
         raise ValueError(f"{len(labels)} labels are too many for this page; give up to {MOST_LABELS}.")
+    longest = max(labels, key=len)
+    if len(longest) > LONGEST_LABEL:
+        raise ValueError(
+            f"A label of {len(longest)} letters ({longest[:20]}...) is too long; give up to {LONGEST_LABEL} each."
+        )
     return labels
 
 
