@@ -59,13 +59,14 @@ def test_gathered_linear_has_the_gradients_of_the_full_product(backward):
         torch.testing.assert_close(one, other)
 
 
-def test_decode_sums_half_precision_in_float32():
-    """A sum of many bfloat16 terms would otherwise lose the small ones."""
-    weight = torch.ones(LATENTS, HIDDEN, dtype=torch.bfloat16)
-    values = torch.full((1, LATENTS), 1 / 256)
+@pytest.mark.parametrize("num_latents", [400, 4000], ids=["dense", "sparse"])
+@pytest.mark.parametrize("latents", [torch.arange(300), torch.zeros(300, dtype=torch.int64)], ids=["different", "one"])
+def test_decode_sums_half_precision_in_float32(num_latents, latents):
+    """A sum of many bfloat16 terms would otherwise lose the small ones. In VS2++ a latent comes many times."""
+    values = torch.full((1, 300), 1 / 256, dtype=torch.bfloat16)
     values[0, 0] = 256.0
-    found = sparse_ops.sparse_decode(values, torch.arange(LATENTS)[None], weight)
-    assert found[0, 0].item() == torch.tensor(256 + (LATENTS - 1) / 256, dtype=torch.bfloat16).item()
+    found = sparse_ops.sparse_decode(values, latents[None], torch.ones(num_latents, HIDDEN, dtype=torch.bfloat16))
+    assert found[0, 0].item() == torch.tensor(256 + 299 / 256, dtype=torch.bfloat16).item() != 256
     assert found.dtype == torch.bfloat16
 
 
