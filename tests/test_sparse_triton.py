@@ -91,3 +91,14 @@ def test_a_gpu_takes_the_kernels_and_repeats_them_bit_for_bit():
         sparse_ops.sparse_decode(values, indices, weight),
         torch.nn.functional.embedding_bag(indices, weight, per_sample_weights=values, mode="sum"),
     )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_gpu_than_the_current_one():
+    """`model.to("cuda:1")` is how people use a second GPU; nothing makes it the current one."""
+    values, indices = (tensor.to("cuda:1") for tensor in code(7, 5, 40))
+    weight = torch.randn(40, 12, device="cuda:1", requires_grad=True)
+    found = sparse_ops.sparse_decode(values, indices, weight)
+    expected = torch.zeros(7, 40, device="cuda:1").scatter_(1, indices, values) @ weight
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), weight)[0] for out in (found, expected)))

@@ -2,7 +2,7 @@
 
 Each is one pass that gathers, weighs and adds: nothing of shape `(batch, top_k, hidden_size)` exists. Every number is added in an
 order that depends on the input alone, never on which thread comes first, so a run can be repeated bit for bit. Sums are float32
-whatever the dtype. `TRITON_INTERPRET=1` runs the same code on a CPU, slowly: that is how it is tested where there is no GPU.
+whatever the dtype. Triton runs a kernel on the current GPU, not on that of its tensors: hence `device_of`. `TRITON_INTERPRET=1` runs the same code on a CPU, slowly: that is how it is tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def decode(values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor) ->
     if out.numel():
         entries, columns, warps = _DECODE
         grid = (batch, triton.cdiv(width, columns))
-        _decode_kernel[grid](values, indices, weight, out, top_k, width, entries, columns, num_warps=warps)
+        with torch.cuda.device_of(weight):
+            _decode_kernel[grid](values, indices, weight, out, top_k, width, entries, columns, num_warps=warps)
     return out
 
 
@@ -109,7 +110,8 @@ def dots(rows: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor) -> tor
     if out.numel():
         entries, columns, warps = _DOTS
         grid = (batch, triton.cdiv(top_k, entries))
-        _dots_kernel[grid](rows, weight, indices, out, top_k, width, entries, columns, num_warps=warps)
+        with torch.cuda.device_of(weight):
+            _dots_kernel[grid](rows, weight, indices, out, top_k, width, entries, columns, num_warps=warps)
     return out
 
 
@@ -125,7 +127,8 @@ def latent_sums(
     sums, totals = rows.new_empty(num_latents, width), values.new_empty(num_latents)
     tile, columns, warps = _SUMS if num_entries >= _FEW * num_latents else _SUMS_OF_FEW
     grid = (num_latents, triton.cdiv(width, columns))
-    _sums_kernel[grid](
-        values, entries, starts, rows, sums, totals, num_entries, top_k, width, tile, columns, num_warps=warps
-    )
+    with torch.cuda.device_of(rows):
+        _sums_kernel[grid](
+            values, entries, starts, rows, sums, totals, num_entries, top_k, width, tile, columns, num_warps=warps
+        )
     return sums, totals
