@@ -208,7 +208,7 @@ class SAETrainer:
             self.accelerator.free_memory()  # the optimizer's state makes room for the weights
             self.model = whole_model(self.model)
         metrics: dict[str, Any] = self._calibrate()
-        metrics["dead_share"] = _dead(progress, self.args.dead_latent_threshold).float().mean().item()
+        metrics["dead_share"] = progress.dead(self.args.dead_latent_threshold).float().mean().item()
         metrics |= {
             "steps": progress.step,
             "train_rows": len(self.train_indices),
@@ -385,7 +385,7 @@ class SAETrainer:
         return {}
 
     def _log(self, progress: TrainingProgress, meter: Meter, learning_rate: float, bar: tqdm) -> None:
-        dead_share = _dead(progress, self.args.dead_latent_threshold).float().mean().item()
+        dead_share = progress.dead(self.args.dead_latent_threshold).float().mean().item()
         entry = {**meter.read(), "dead_share": dead_share, "learning_rate": learning_rate}
         if not entry["loss"] < float("inf"):
             raise ValueError(
@@ -441,10 +441,6 @@ class SAETrainer:
                 f"resume_from_checkpoint=latest: {self.args.output_dir} holds no {_CHECKPOINT_PREFIX}* folder."
             )
         return found[-1]
-
-
-def _dead(progress: TrainingProgress, threshold: int) -> torch.Tensor:
-    return progress.steps_since_active >= threshold
 
 
 def _digest(numbers: torch.Tensor) -> str:

@@ -42,6 +42,10 @@ class TrainingProgress:
     step: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
 
+    def dead(self, threshold: int) -> torch.Tensor:
+        """The latents without activity for so many steps, bool `(num_latents,)`."""
+        return self.steps_since_active >= threshold
+
     def save(self, folder: Path) -> None:
         """Add to what accelerate has written into `folder`, and seal all of it."""
         save_file({"steps_since_active": self.steps_since_active}, folder / COUNTERS_NAME)

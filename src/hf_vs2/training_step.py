@@ -68,7 +68,7 @@ class TrainingStep:
         """`revive`: with the loss that revives dead latents. Before any can be dead it is left out."""
         idle = self.progress.steps_since_active
         active = torch.zeros_like(idle)
-        dead = idle >= self.args.dead_latent_threshold if revive else None
+        dead = self.progress.dead(self.args.dead_latent_threshold) if revive else None
         for x, labels in batches:
             out = self._micro_batch(x, labels, dead)
             active.scatter_reduce_(
