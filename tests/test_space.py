@@ -133,6 +133,23 @@ def test_people_do_not_get_each_others_settings(playground, digits):
     torch.testing.assert_close(plain.steered_scores, plain.plain_scores, rtol=0, atol=1e-5)
 
 
+def test_the_checkpoints_own_gammas_stay(space, checkpoint, digits, tmp_path):
+    """A checkpoint that amplifies some latents only must not be shown as if it amplified all."""
+    model = VS2CLIPForZeroShot.from_pretrained(checkpoint)
+    gammas = torch.linspace(0.5, 3, model.sae.config.num_latents)
+    model.set_steering(gamma=gammas, gate=None)
+    model.save_pretrained(tmp_path, full=True)
+    for part in load_processing(DEMO_CLIP):
+        part.save_pretrained(tmp_path)
+    own = space[0].Playground(tmp_path)
+    assert own.has_own_gammas and not own.has_gate
+    image = file_of(digits[0]["image"])
+    first, second = (own.explain(image, LABELS, gamma, model.steering_settings.lambda_, False) for gamma in (1.0, 3.0))
+    assert torch.equal(first.steered_scores, second.steered_scores)
+    expected = model.explain_from_cls(own._row(image), own._embed(LABELS), LABELS)
+    torch.testing.assert_close(first.steered_scores, expected.steered_scores)
+
+
 def test_an_image_and_its_labels_are_encoded_once(playground, digits):
     """A slider that encodes the image again at every move is no slider."""
     calls = []

@@ -41,7 +41,7 @@ def make_playground() -> tuple[Playground, str, list[Image.Image]]:
 
 def build(playground: Playground, labels: str, examples: list[Image.Image]) -> gr.Blocks:
     defaults = playground.defaults
-    gamma = defaults.gamma if isinstance(defaults.gamma, float) else 1.5
+    gamma = 1.5 if playground.has_own_gammas else defaults.gamma
 
     def steer(path, text, gamma, lambda_, gate):
         if path is None:
@@ -80,7 +80,10 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                     max(4, 2 * gamma),
                     gamma,
                     step=0.1,
-                    label="gamma: how much active latents are amplified (1: not at all)",
+                    label="gamma: one for each latent, in the checkpoint"
+                    if playground.has_own_gammas
+                    else "gamma: how much active latents are amplified (1: not at all)",
+                    interactive=not playground.has_own_gammas,
                 )
                 strength = gr.Slider(
                     0,

@@ -49,6 +49,11 @@ class Playground:
         """Whether there is a gate to switch on."""
         return self.defaults.gate is not None or self.defaults.fvu_threshold is not None
 
+    @property
+    def has_own_gammas(self) -> bool:
+        """Whether the checkpoint has one gamma for each latent, which one slider can't replace."""
+        return isinstance(self.defaults.gamma, tuple)
+
     def explain(
         self, image: bytes, labels: tuple[str, ...], gamma: float, lambda_: float, gate: bool
     ) -> VS2Explanation:
@@ -58,7 +63,7 @@ class Playground:
             `ValueError`: on an image that cannot be read.
         """
         row, classes = self._row(image), self._embed(labels)
-        settings = {"gamma": gamma, "lambda_": lambda_}
+        settings = {"lambda_": lambda_} if self.has_own_gammas else {"gamma": gamma, "lambda_": lambda_}
         if not gate:
             settings["gate"] = None
         with self._lock, self.model.steering(**settings):
