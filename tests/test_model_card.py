@@ -143,6 +143,16 @@ def test_card_says_that_labels_were_used(clip, tmp_path):
         assert not re.search("no labels were|without labels|right answers only", head, re.IGNORECASE)
 
 
+def test_card_says_which_latents_were_changed_by_hand(clip, tmp_path):
+    """Who uses a checkpoint with a feature suppressed must be able to read that."""
+    model = VS2CLIPForZeroShot(clip, make_sae(clip), gate=0.99)
+    model.save_pretrained(tmp_path / "plain")
+    model.set_steering(edits={"amplify": {5: 3.0}, "suppress": [2], "set": {7: 1.5}})
+    model.save_pretrained(tmp_path / "edited")
+    plain, edited = (create_model_card(tmp_path / name, name="ada/model").text for name in ("plain", "edited"))
+    assert "5 times 3, 2 to 0, 7 to 1.5" in edited and "by hand" not in plain
+
+
 def test_card_names_every_set_of_a_union(clip, tmp_path):
     """One SAE for several data sets: each is named with its rows, and the Hub links them all."""
     parts = [{**TRAINING_DATA, "num_rows": 400}, {"id": "someone/cars", "fingerprint": "77aa", "num_rows": 100}]
