@@ -39,6 +39,24 @@ class Parts:
     top_k: int | None = None
     activation: str = "relu"
 
+    @classmethod
+    def of_columns(
+        cls, checkpoint: ForeignCheckpoint, tensors: dict[str, torch.Tensor], hidden_size: int, num_latents: int
+    ) -> Parts:
+        """From the names and shapes that SAELens has and ViT-Prisma took over: an encoder with one latent a column.
+
+        Raises:
+            `ValueError`: on other tensors, or other shapes.
+        """
+        expected = {
+            "W_enc": (hidden_size, num_latents),
+            "b_enc": (num_latents,),
+            "W_dec": (num_latents, hidden_size),
+            "b_dec": (hidden_size,),
+        }
+        checkpoint.check(tensors, expected)
+        return cls(tensors["W_enc"].T.contiguous(), tensors["b_enc"], tensors["W_dec"], tensors["b_dec"])
+
     def fold_scale(self, factor: float) -> None:
         """For an SAE of `factor * x`, whose reconstruction is divided by it."""
         self.W_enc, self.W_dec, self.b_pre = self.W_enc * factor, self.W_dec / factor, self.b_pre / factor

@@ -90,14 +90,9 @@ def _parts(checkpoint: ForeignCheckpoint) -> Parts:
     num_latents = hidden_size * setting("expansion_factor", int)
     is_pickle = not checkpoint.weights_path.endswith(".safetensors")
     tensors = _unpickled(checkpoint.weights_path) if is_pickle else checkpoint.tensors()
-    expected = {
-        "W_enc": (hidden_size, num_latents),
-        "b_enc": (num_latents,),
-        "W_dec": (num_latents, hidden_size),
-        "b_dec": (hidden_size,),
-    }
-    checkpoint.check(tensors, expected)
-    return Parts(tensors["W_enc"].T.contiguous(), tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], top_k)
+    parts = Parts.of_columns(checkpoint, tensors, hidden_size, num_latents)
+    parts.top_k = top_k
+    return parts
 
 
 def _unpickled(path: str) -> dict[str, torch.Tensor]:

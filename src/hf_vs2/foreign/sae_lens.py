@@ -81,21 +81,9 @@ def _parts(checkpoint: ForeignCheckpoint) -> Parts:
         checkpoint.refuse(
             "finetuning_scaling_factor", "today's SAELens has no such factor, so its meaning is not certain"
         )
-    expected = {
-        "W_enc": (hidden_size, num_latents),
-        "b_enc": (num_latents,),
-        "W_dec": (num_latents, hidden_size),
-        "b_dec": (hidden_size,),
-    }
-    checkpoint.check(tensors, expected)
-    return Parts(
-        W_enc=tensors["W_enc"].T.contiguous(),
-        b_enc=tensors["b_enc"],
-        W_dec=tensors["W_dec"],
-        b_pre=tensors["b_dec"],
-        top_k=top_k,
-        activation="absolute" if architecture == "abstopk" else "relu",
-    )
+    parts = Parts.of_columns(checkpoint, tensors, hidden_size, num_latents)
+    parts.top_k, parts.activation = top_k, "absolute" if architecture == "abstopk" else "relu"
+    return parts
 
 
 def _architecture(checkpoint: ForeignCheckpoint) -> tuple[str, int | None]:
