@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .common import (
     activations_beside,
     add_checkpoint_flags,
+    add_class_names_flag,
     add_dataset_flags,
     add_extraction_flags,
     add_progress_flag,
@@ -61,12 +62,7 @@ def add_flags(parser: Parser) -> None:
     parser.section("images")
     add_dataset_flags(parser)
     parser.flag("--label_column", metavar="NAME", help="Column of integer labels [label, if there].")
-    parser.flag(
-        "--labels",
-        nargs="+",
-        metavar="NAME",
-        help="Class names in label order, or a text file of them [the data set's].",
-    )
+    add_class_names_flag(parser)
     add_steering_flags(parser)
     parser.section("output")
     parser.flag(

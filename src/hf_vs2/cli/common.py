@@ -79,6 +79,16 @@ def add_checkpoint_flags(parser: Parser) -> None:
     parser.flag("--subfolder", help="Folder of the checkpoint in its repository.")
 
 
+def add_class_names_flag(parser: Parser) -> None:
+    """What the integers of a label column stand for."""
+    parser.flag(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="Class names in label order, or a text file of them [the data set's].",
+    )
+
+
 def add_label_flags(parser: Parser) -> None:
     """What an image may be, and how CLIP is asked."""
     parser.flag(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .common import (
     activations_beside,
     add_checkpoint_flags,
+    add_class_names_flag,
     add_dataset_flags,
     add_extraction_flags,
     add_progress_flag,
@@ -71,12 +72,7 @@ def add_flags(parser: Parser) -> None:
         metavar="T",
         help="single, ensemble or text files, one prompt a line.",
     )
-    parser.flag(
-        "--labels",
-        nargs="+",
-        metavar="NAME",
-        help="Class names in label order, or a text file of them [the data set's].",
-    )
+    add_class_names_flag(parser)
     add_steering_flags(parser)
     parser.section("output")
     parser.flag("--output", type=Path, metavar="JSON", help="Result file [CHECKPOINT/results.json].")
