@@ -56,8 +56,11 @@ def keep_norm(moved: np.ndarray, x: np.ndarray) -> np.ndarray:
     return moved * np.linalg.norm(x) / np.linalg.norm(moved)
 
 
-def steer(sae: ReferenceSAE, x: np.ndarray, method: str, gamma, lambda_: float, tau: float | None) -> np.ndarray:
-    """What becomes of one CLS row. `gamma` is a number or one factor a latent; `tau` the gate's threshold."""
+def steer(
+    sae: ReferenceSAE, x: np.ndarray, method: str, gamma, lambda_: float, tau: float | None, known=None
+) -> np.ndarray:
+    """What becomes of one CLS row. `gamma` is a number or one factor a latent; `tau` the gate's threshold; `known` has the means
+    of rows and latents, for `"corrected"`."""
     if method == "none" or (tau is not None and not sae.fvu(x) <= tau):
         return x
     c = sae.encode(x)
@@ -70,6 +73,15 @@ def steer(sae: ReferenceSAE, x: np.ndarray, method: str, gamma, lambda_: float, 
         return sae.decode(c)
     if method == "amplify":  # REC-F + gamma
         return sae.decode(factors * c)
+    if (
+        method == "corrected"
+    ):  # the centroid part without the SAE's error, and half as much of what the latents say beyond it
+        alpha, mean, z_mean = (
+            lambda_ * (float(gamma) - 1),
+            known.mean.double().numpy(),
+            known.latent_mean.double().numpy(),
+        )
+        return keep_norm(x + alpha * (x - mean) + alpha / 2 * ((c - z_mean) @ sae.W_dec), x)
     raise ValueError(method)
 
 

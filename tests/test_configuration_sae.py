@@ -173,7 +173,7 @@ class TestWrapperConfig:
     [
         (
             {"method": "vs3"},
-            r"method='vs3' is not known. Use one of \['none', 'centroid', 'reconstruct', 'amplify', 'vs2', 'vs2\+\+'\]",
+            r"method='vs3' is not known. Use one of \['none', 'centroid', 'reconstruct', 'amplify', 'vs2', 'vs2\+\+', 'corrected'",
         ),
         ({"gate": 0.9, "fvu_threshold": 0.5}, r"gate=0.9 \(a quantile\) and fvu_threshold=0.5.*exclude each other"),
         ({"gate": 2.0}, "gate=2.0 must be a quantile between 0 and 1.*use fvu_threshold="),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .configuration_vs2_clip import Steering, VS2CLIPConfig
     from .corpus import RetrievalCorpus
     from .data import load_images
+    from .domain import measure_statistics
+    from .domain_statistics import DomainStatistics
     from .evaluation import EvaluationResult, evaluate
     from .explanation import VS2Explanation
     from .grid import steering_grid
@@ -45,6 +47,8 @@ _HOMES = {
     "VS2CLIPConfig": "configuration_vs2_clip",
     "RetrievalCorpus": "corpus",
     "load_images": "data",
+    "measure_statistics": "domain",
+    "DomainStatistics": "domain_statistics",
     "EvaluationResult": "evaluation",
     "evaluate": "evaluation",
     "VS2Explanation": "explanation",
@@ -70,6 +74,7 @@ _HOMES = {
 __all__ = [
     "ActivationStore",
     "DatasetInfo",
+    "DomainStatistics",
     "EvaluationResult",
     "LatentEdits",
     "PrototypeAlignment",
@@ -93,6 +98,7 @@ __all__ = [
     "evaluate",
     "extract_activations",
     "load_images",
+    "measure_statistics",
     "push_to_hub",
     "steering_grid",
     "write_model_card",

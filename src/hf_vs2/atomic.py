@@ -27,11 +27,11 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_files(folder: Path, write: Callable[[Path], Any], last: str, stale: str = "") -> None:
+def replace_files(folder: Path, write: Callable[[Path], Any], last: str, *stale: str) -> None:
     """
     The files that `write(temporary folder)` makes, moved into `folder`; the one named `last`, which declares the others, goes last.
 
-    Earlier files that match the pattern `stale` go, unless there are new ones of their names.
+    Earlier files that match the patterns `stale` go, unless there are new ones of their names.
 
     The earlier file of that name goes first: who is killed between two moves leaves a folder that is refused, not a mixture.
     When `write` fails, what was in `folder` is untouched.
@@ -48,7 +48,7 @@ def replace_files(folder: Path, write: Callable[[Path], Any], last: str, stale: 
             (folder / last).unlink(missing_ok=True)
             _sync(folder)
         new = {file.name for file in files}
-        for old in folder.glob(stale) if stale else ():
+        for old in (path for pattern in stale for path in folder.glob(pattern)):
             if old.name not in new:
                 old.unlink()
         for file in files:

@@ -24,12 +24,17 @@ CORPUS_CONFIG_NAME = "corpus.json"
 CORPUS_ROWS_NAME = "corpus.safetensors"
 CORPUS_FILES = (f"{CORPUS_FOLDER}/{CORPUS_CONFIG_NAME}", f"{CORPUS_FOLDER}/{CORPUS_ROWS_NAME}")
 
+# What is known of the unlabelled images that an SAE is for, and what was fitted on them for label sets.
+STATISTICS_NAME = "statistics.safetensors"
+LABEL_SETS_NAME = "label_sets.safetensors"
 # What makes up a checkpoint. A training folder holds more (training state, logs with paths of the machine): that stays there.
 _PARTS = (
     CONFIG_NAME,
     SAFE_WEIGHTS_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     "model-*-of-*.safetensors",
+    STATISTICS_NAME,
+    LABEL_SETS_NAME,
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
@@ -134,11 +139,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"({VS2_TYPE!r})."
         )
     _check_saes(path, config)
-    if not any(name.suffix == ".safetensors" for name in _parts_of(folder)):
+    if not any(name.match("model*.safetensors") for name in _parts_of(folder)):
         raise ValueError(f"{folder} has a {CONFIG_NAME} but no {SAFE_WEIGHTS_NAME}. Save the model there again.")
-    missing = [name for name in CORPUS_FILES if config.get("holds_corpus") and not (folder / name).is_file()]
+    declared = [name for name in CORPUS_FILES if config.get("holds_corpus")]
+    declared += [STATISTICS_NAME] if config.get("holds_statistics") else []
+    missing = [name for name in declared if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} should hold a corpus but has no {missing[0]}. Save the model there again.")
+        raise ValueError(f"{folder} should hold {missing[0]}, by its {CONFIG_NAME}. Save the model there again.")
     return config
 
 

@@ -67,6 +67,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             What it was trained on: data set, split, fingerprint, number of rows.
         training_metrics (`dict`, *optional*):
             FVU, L0 and share of dead latents on the held-out rows, at the end of training.
+        holds_statistics (`bool`, *optional*, defaults to `False`):
+            Whether [`DomainStatistics`] lie beside the weights.
         hf_vs2_version (`str`, *optional*):
             Version of this package that wrote the checkpoint.
         format_version (`int`, *optional*, defaults to 1):
@@ -97,6 +99,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
     gate: float | None = 0.99
     training_data: dict | None = None
     training_metrics: dict | None = None
+    holds_statistics: bool = False
     hf_vs2_version: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -200,19 +203,29 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
                 "This SAE holds no FVU quantiles, so a gate quantile means nothing for it. "
                 "Calibrate it (hf_vs2.calibrate) or give the threshold itself as fvu_threshold=."
             )
-        stored = sorted((float(level), value) for level, value in self.fvu_quantiles.items())
-        levels = [level for level, _ in stored]
-        if not levels[0] <= quantile <= levels[-1]:
-            raise ValueError(
-                f"gate={quantile} lies outside the calibrated quantiles {levels[0]} to {levels[-1]}"
-                f" (from {self.num_calibration_rows} held-out rows). Choose one between them, calibrate on more rows, or give the "
-                "threshold itself as fvu_threshold=."
-            )
-        upper = bisect.bisect_left(levels, quantile)
-        if levels[upper] == quantile:
-            return stored[upper][1]
-        (low, low_value), (high, high_value) = stored[upper - 1], stored[upper]
-        return low_value + (high_value - low_value) * (quantile - low) / (high - low)
+        return quantile_of(self.fvu_quantiles, quantile, "calibrated quantiles", self.num_calibration_rows)
+
+
+def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_rows: int | None = None) -> float:
+    """The value at a quantile, interpolated between the stored levels.
+
+    Raises:
+        `ValueError`: if it lies outside them.
+    """
+    stored = sorted((float(level), value) for level, value in quantiles.items())
+    levels = [level for level, _ in stored]
+    if not levels or not levels[0] <= quantile <= levels[-1]:
+        known = f"{levels[0]} to {levels[-1]}" if levels else "of which there are none"
+        raise ValueError(
+            f"gate={quantile} lies outside the {what} {known}"
+            f"{f' (from {num_rows} held-out rows)' if num_rows is not None else ''}. Choose one between them, calibrate on more rows, or "
+            "give the threshold itself as fvu_threshold=."
+        )
+    upper = bisect.bisect_left(levels, quantile)
+    if levels[upper] == quantile:
+        return stored[upper][1]
+    (low, low_value), (high, high_value) = stored[upper - 1], stored[upper]
+    return low_value + (high_value - low_value) * (quantile - low) / (high - low)
 
 
 def is_finite(value: float) -> bool:
@@ -227,4 +240,4 @@ def _level(name: str) -> float:
         return math.nan
 
 
-__all__ = ["SAEConfig", "is_finite"]
+__all__ = ["SAEConfig", "is_finite", "quantile_of"]

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
@@ -14,7 +14,44 @@ from .latent_edits import LatentEdits
 from .neighbors import POSITIVES
 
 
-METHODS = ("none", "centroid", "reconstruct", "amplify", "vs2", "vs2++")
+class MethodParts(NamedTuple):
+    """What a method does to a CLS row, and what it makes of the embedding and the class embeddings."""
+
+    step: str = "none"
+    """`"none"`, or what takes the row's place: `"centroid"`, `"reconstruct"`, `"amplify"`, `"vs2"`, `"vs2++"`, `"corrected"`."""
+    scores: str = "cosine"
+    """`"cosine"`, as in CLIP, `"distribution_norm"`, `"balanced_norm"` or `"prototypes"`."""
+    views: tuple[str, ...] = ()
+    """Of `"prototypes"`: `"pca"`, `"sae"`."""
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether it needs the SAE, whose FVU then is the gate's measure; else that is the distance to the training rows."""
+        return self.step != "none" or "sae" in self.views
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.scores != "cosine" or self.step == "corrected"
+
+
+METHODS = {
+    "none": MethodParts(),
+    "centroid": MethodParts("centroid"),
+    "reconstruct": MethodParts("reconstruct"),
+    "amplify": MethodParts("amplify"),
+    "vs2": MethodParts("vs2"),
+    "vs2++": MethodParts("vs2++"),
+    "corrected": MethodParts("corrected"),
+    "distribution_norm": MethodParts(scores="distribution_norm"),
+    "vs2+distribution_norm": MethodParts("vs2", "distribution_norm"),
+    "corrected+distribution_norm": MethodParts("corrected", "distribution_norm"),
+    "balanced_norm": MethodParts(scores="balanced_norm"),
+    "prototypes": MethodParts(scores="prototypes"),
+    "prototypes+pca": MethodParts(scores="prototypes", views=("pca",)),
+    "prototypes+sae": MethodParts(scores="prototypes", views=("sae",)),
+    "prototypes+pca+sae": MethodParts(scores="prototypes", views=("pca", "sae")),
+}
+"""Every method, and what it is made of. No other combination has a meaning here."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +62,16 @@ class Steering:
         method (`str`): `"vs2"` (eq. 2-3), `"centroid"` (the control of proposition 3.1: away from the training mean, no
             SAE), `"reconstruct"` (the paper's REC-F: the reconstruction takes the row's place), `"amplify"`
             (REC-F+gamma: `D(gamma c)` does), `"vs2++"` (section 4.2: towards the latents that an image's neighbours in a
-            corpus share, see `VS2CLIPForZeroShot.set_corpus`) or `"none"`.
+            corpus share, see `VS2CLIPForZeroShot.set_corpus`) or `"none"`. Beyond the paper, with [`DomainStatistics`]:
+            `"corrected"` (see [`corrected_steer`]); `"distribution_norm"` (mean image and text subtracted), alone or after a
+            step, `"vs2+distribution_norm"` and `"corrected+distribution_norm"`; `"balanced_norm"` (the mean in which each
+            label counts alike, see [`balanced_mean`]); `"prototypes"` (KM-MAP, see [`fit_prototypes`]), with views of the row
+            `"prototypes+pca"`, `"prototypes+sae"`, `"prototypes+pca+sae"`. These change scores, not image features: see
+            `VS2CLIPForZeroShot.class_logits`.
         gamma (`float` or one a latent): amplification of the active latents.
         lambda_ (`float`): size of the step.
-        gate (`float`, *optional*): FVU quantile above which a row is left alone.
+        gate (`float`, *optional*): quantile above which a row is left alone: of the FVU, or of [`row_distance`] for methods that
+            do not read the SAE.
         fvu_threshold (`float`, *optional*): the gate's threshold tau itself, instead of a quantile.
         enabled (`bool`): off means plain CLIP, bit for bit.
         num_neighbors (`int`): of `"vs2++"`, the paper's N.
@@ -70,10 +113,25 @@ class Steering:
             )
         if self.fvu_threshold is not None and not self.fvu_threshold >= 0:
             raise ValueError(f"fvu_threshold={self.fvu_threshold} must not be negative.")
-        if self.method == "centroid" and isinstance(self.gamma, tuple):
+        if self.parts.step in ("centroid", "corrected") and isinstance(self.gamma, tuple):
             raise ValueError(
-                "method='centroid' steers along one direction: gamma must be one number, not one a latent."
+                f"method={self.method!r} steers along one direction: gamma must be one number, not one a latent."
             )
+        if self.fvu_threshold is not None and not self.measures_fvu:
+            raise ValueError(
+                f"method={self.method!r} does not read the SAE, so it has no FVU to compare with fvu_threshold={self.fvu_threshold}. "
+                "Give gate=, a quantile of the distance to the training rows."
+            )
+
+    @property
+    def parts(self) -> MethodParts:
+        """What the method is made of."""
+        return METHODS[self.method]
+
+    @property
+    def measures_fvu(self) -> bool:
+        """Whether the SAE is asked, so that the gate goes by FVU."""
+        return self.method == "none" or self.parts.reads_latents or self.edits is not None
 
     @property
     def gamma_factors(self) -> tuple[float, ...]:
@@ -96,6 +154,8 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
             names it (light).
         holds_corpus (`bool`, *optional*, defaults to `False`): whether the checkpoint has a [`RetrievalCorpus`] in its
             subfolder `corpus`.
+        holds_statistics (`bool`, *optional*, defaults to `False`), holds_label_sets (`bool`, *optional*, defaults to `False`):
+            whether it has [`DomainStatistics`] beside the weights, and what was fitted for label sets.
     """
 
     model_type = "vs2_clip"
@@ -123,6 +183,8 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     num_neighbors: int = 50
     positives: str = "majority"
     holds_corpus: bool = False
+    holds_statistics: bool = False
+    holds_label_sets: bool = False
     edits: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -175,4 +237,4 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         return output
 
 
-__all__ = ["METHODS", "Steering", "VS2CLIPConfig"]
+__all__ = ["METHODS", "MethodParts", "Steering", "VS2CLIPConfig"]

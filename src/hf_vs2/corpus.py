@@ -24,6 +24,7 @@ from .base_model import describe_base_model, same_fingerprint, vision_fingerprin
 from .checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from .modeling_sae import SAEModel
 from .neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
+from .tail import clip_embeds
 from .weight_files import LARGEST, check_token, opened
 from .weight_state import weights_state
 
@@ -364,7 +365,7 @@ class CorpusSearch:
             values, indices = self._latents(sae)
             labels = self._pseudo_labels(embeds, classes)
             index = embeds if self.corpus.embeddings is None else self._other_index(sae.device)
-        queries = _clip_embeds(clip, rows)
+        queries = clip_embeds(clip, rows)
         found = index.search(
             queries if retrieval_embeds is None else retrieval_embeds, num_neighbors, exclude=exclude
         )[1]
@@ -409,7 +410,7 @@ class CorpusSearch:
         """Plain CLIP embeddings of the corpus."""
         state = weights_state([*clip.vision_model.post_layernorm.parameters(), *clip.visual_projection.parameters()])
         if self._embeds is None or self._embeds[0] != state:
-            blocks = [_clip_embeds(clip, block) for block in self.corpus.rows.split(BLOCK_ROWS)]
+            blocks = [clip_embeds(clip, block) for block in self.corpus.rows.split(BLOCK_ROWS)]
             self._embeds = state, NeighborIndex(torch.cat(blocks))
             self._labels = []
         return self._embeds[1]
@@ -440,13 +441,6 @@ class CorpusSearch:
         labels = pseudo_labels(embeds.units, class_embeds)
         self._labels = [*self._labels, _LabelledClasses(class_embeds.clone(), labels)][-self.max_label_sets :]
         return labels
-
-
-def _clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
-    """The tail of plain CLIP on CLS rows: `(batch, projection_dim)`, not normalised."""
-    norm = clip.vision_model.post_layernorm
-    rows = rows.to(device=norm.weight.device, dtype=norm.weight.dtype)
-    return clip.visual_projection(norm(rows)).float()
 
 
 __all__ = [

@@ -299,7 +299,14 @@ def check_explainable(model: VS2CLIPForZeroShot) -> None:
             "the layers above make of that is no sum. Explain VS2CLIPForZeroShot(clip, sae) with the last layer's SAE."
         )
     settings = model.steering_settings
-    if model._is_steering and settings.edits is None and settings.method in ("centroid", "reconstruct"):
+    if not model._is_steering:
+        return
+    if settings.parts.scores != "cosine":
+        raise ValueError(
+            f"The scores of method={settings.method!r} are not cosines of the steered embedding, so they are no sums over latents. "
+            "Explain 'vs2', 'vs2++', 'amplify' or 'corrected', as in model.steering(method='vs2')."
+        )
+    if settings.edits is None and settings.parts.step in ("centroid", "reconstruct"):
         raise ValueError(
             f"method={settings.method!r} changes no latent, so none of them moved a score. Explain 'vs2', 'vs2++' or 'amplify', "
             "as in model.steering(method='vs2')."

@@ -37,7 +37,7 @@ def explain_images(
     if names is not None and vocabulary is not None:
         raise ValueError("names= and vocabulary= exclude each other: give one of them.")
     given = isinstance(labels, torch.Tensor) and _is_batch(images) and vocabulary is None
-    tokenizer, image_processor = (None, None) if given else _processing(model, processor)
+    tokenizer, image_processor = (None, None) if given else processing_of(model, processor)
     templates = DEFAULT_TEMPLATES if templates is None else templates
     if isinstance(labels, torch.Tensor):
         embeds, words = labels, None
@@ -125,7 +125,8 @@ def _check_labels(labels: Any) -> None:
         raise type(error)(str(error).replace("class_names", "labels")) from error
 
 
-def _processing(model: VS2CLIPForZeroShot, processor: Any) -> tuple[Any, Any]:
+def processing_of(model: VS2CLIPForZeroShot, processor: Any) -> tuple[Any, Any]:
+    """Tokenizer and image processor: those given, or those of where the model was loaded from."""
     if processor is None:
         return find_processing(model, model.config._name_or_path or None, {})
     if isinstance(processor, (tuple, list)) and len(processor) == 2:
@@ -151,4 +152,4 @@ def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Te
     return Normalizer(image_processor, device)(torch.stack(read_together(read, images, names)))
 
 
-__all__ = ["explain_images", "resolve_names"]
+__all__ = ["explain_images", "processing_of", "resolve_names"]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from .atomic import failing_as, replace_files
-from .checkpoint_folder import SAE_TYPE, VS2_TYPE, CheckpointFolder
+from .checkpoint_folder import SAE_TYPE, STATISTICS_NAME, VS2_TYPE, CheckpointFolder
 from .packaged_code import PackagedCode
 from .weight_files import refuse_variant
 
@@ -125,10 +125,12 @@ class HubMixin(PackagedCode):
             return
         if self.config.model_type == SAE_TYPE:  # type: ignore[attr-defined]
             # Who reads the folder meanwhile, or after this process is killed, finds no config of one SAE with the weights of another.
+            def write(scratch: Path) -> None:
+                save(scratch, **kwargs)
+                self.save_beside(scratch)  # type: ignore[attr-defined]
+
             with failing_as(Path(save_directory), SafetensorError):
-                replace_files(
-                    Path(save_directory), lambda scratch: save(scratch, **kwargs), CONFIG_NAME, "model*.safetensors*"
-                )
+                replace_files(Path(save_directory), write, CONFIG_NAME, "model*.safetensors*", STATISTICS_NAME)
         else:
             save(save_directory, **kwargs)
         if self.config.model_type in (SAE_TYPE, VS2_TYPE):  # type: ignore[attr-defined]

@@ -41,6 +41,7 @@ def latent_step(
     gamma: float | torch.Tensor,
     found: NeighborCodes | None,
     edits: EditTable | None,
+    latent_offset: torch.Tensor | None = None,
 ) -> LatentStep:
     """
     The step that the settings make.
@@ -48,29 +49,34 @@ def latent_step(
     Args:
         x: `(batch, hidden_size)`.
         code ([`SAEOutput`]): of `x`.
-        mean: of the training rows, for `"centroid"`.
+        mean: of the training rows, for `"centroid"` and `"corrected"`.
         gamma: the settings' one as the equations take it.
         found: the neighbours' codes, for `"vs2++"`.
         edits: the settings' edits.
+        latent_offset: `sum_i z_mean_i d_i`, `(hidden_size,)`, for `"corrected"`.
     """
     values, indices = code.latent_values, code.latent_indices
     start, change, latents = x, values[:, :0], indices[:, :0]
-    if settings.method == "vs2":
+    step, alpha = settings.parts.step, settings.lambda_ * (settings.gamma_factors[0] - 1)
+    if step == "vs2":
         change, latents = settings.lambda_ * (amplify(values, indices, gamma) - values), indices
-    elif settings.method == "vs2++":
+    elif step == "vs2++":
         assert found is not None
         change, latents = contrastive_change(*found, gamma)
         change = settings.lambda_ * change
-    elif settings.method == "centroid":
-        (factor,) = settings.gamma_factors
-        start = x + settings.lambda_ * (factor - 1) * (x - mean)
-    else:
+    elif step == "centroid":
+        start = x + alpha * (x - mean)
+    elif step == "corrected":
+        assert latent_offset is not None
+        start = x + alpha * (x - mean) - alpha / 2 * latent_offset.to(x.dtype)
+        change, latents = alpha / 2 * values, indices
+    elif step in ("reconstruct", "amplify"):
         start = code.reconstruction.to(x.dtype)
-        if settings.method == "amplify":
+        if step == "amplify":
             change, latents = amplify(values, indices, gamma) - values, indices
     if edits is not None:
         change, latents = edited_change(values, indices, change, latents, edits)
-    return LatentStep(start, change, latents, settings.method in ("vs2", "vs2++", "centroid"))
+    return LatentStep(start, change, latents, step not in ("reconstruct", "amplify"))
 
 
 __all__ = ["LatentStep", "latent_step"]

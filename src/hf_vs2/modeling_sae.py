@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sae import SAEConfig
+from .domain_statistics import DomainStatistics
 from .functional import fvu_per_sample, top_k
 from .hub import HubMixin
 from .sparse_ops import LatentOrder, linear_at, sparse_decode
@@ -57,7 +58,8 @@ class SAEModel(HubMixin, PreTrainedModel):
 
     Parameters are `W_enc` and `W_dec`, both `(num_latents, hidden_size)` with one latent a row, `b_enc` `(num_latents,)` and
     `b_pre` `(hidden_size,)`. The buffer `mean` `(hidden_size,)`, always float32, is the mean of the training activations,
-    the `mu` of the per-sample FVU.
+    the `mu` of the per-sample FVU. `domain_statistics` ([`DomainStatistics`], *optional*) is what is known of unlabelled rows beyond that;
+    it is saved and loaded with the weights.
 
     Example:
 
@@ -77,6 +79,7 @@ class SAEModel(HubMixin, PreTrainedModel):
     main_input_name = "x"
     config: SAEConfig
     mean: torch.Tensor
+    domain_statistics: DomainStatistics | None
 
     def __init__(self, config: SAEConfig):
         super().__init__(config)
@@ -86,6 +89,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         self.W_dec = nn.Parameter(torch.empty(num_latents, hidden_size))
         self.b_pre = nn.Parameter(torch.empty(hidden_size))
         self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
+        self.domain_statistics = None
         self.post_init()
 
     @classmethod
@@ -116,12 +120,31 @@ class SAEModel(HubMixin, PreTrainedModel):
         files = WeightFiles.find(source, place)
         files.check(config.tensor_shapes)
         state = files.read()
+        statistics = DomainStatistics.load(source, place) if config.holds_statistics else None
         refuse_another_save(source, place, mark)
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
         name = str(source)
         found, *_ = model if isinstance(model, tuple) else (model,)  # with output_loading_info=True
         found.config.name_or_path = found.name_or_path = name
+        found.set_domain_statistics(statistics)
         return model
+
+    def set_domain_statistics(self, statistics: DomainStatistics | None) -> None:
+        """Give the SAE [`DomainStatistics`], or with `None` take them away.
+
+        Raises:
+            `ValueError`: if they are of rows of another width, or of another number of latents.
+        """
+        if statistics is not None:
+            num_latents, hidden_size = self.config.weight_shape
+            statistics.check_fits(hidden_size, num_latents, self.config.name_or_path or "This SAE")
+        self.domain_statistics = statistics
+        self.config.holds_statistics = statistics is not None
+
+    def save_beside(self, folder: str | os.PathLike) -> None:
+        """Write what belongs to a checkpoint beside weights and configuration, into a folder."""
+        if self.domain_statistics is not None:
+            self.domain_statistics.save(folder)
 
     @classmethod
     def from_sparsify(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:

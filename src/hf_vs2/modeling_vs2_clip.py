@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast
 
@@ -20,18 +20,23 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .base_model import check_base_model, loaded_revision, resolve_layer
-from .checkpoint_folder import CORPUS_FOLDER
+from .checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
 from .configuration_sae import SAEConfig
-from .configuration_vs2_clip import Steering, VS2CLIPConfig
+from .configuration_vs2_clip import METHODS, Steering, VS2CLIPConfig
 from .corpus import CorpusSearch, NeighborCodes, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
+from .domain_statistics import DomainStatistics
 from .explanation import VS2Explanation, explain_rows
-from .explanation_inputs import explain_images, resolve_names
+from .explanation_inputs import explain_images, processing_of, resolve_names
 from .functional import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
 from .hub import HubMixin
+from .label_free import corrected_steer, label_scores, latent_view, pca_view, row_distance
+from .label_scoring import FittedLabels, LabelScoring
 from .latent_edits import EditTable, LatentEdits
 from .latent_step import LatentStep, latent_step
 from .modeling_sae import SAEModel
+from .pipeline_inputs import DEFAULT_TEMPLATES
 from .processing import save_processing
+from .prompts import class_embeddings
 from .vs2_parts import load_clip, load_corpus, load_full, load_saes, without_attention
 from .weight_files import HUB_ARGUMENTS, at_one_commit
 
@@ -41,14 +46,18 @@ class SteeredRows(NamedTuple):
 
     rows: torch.Tensor
     """`(batch, hidden_size)`, in the dtype they came in; rows that were not steered are the input's own, bit for bit."""
-    fvu: torch.Tensor
-    """`(batch,)` float32: per-sample FVU against the training mean."""
+    fvu: torch.Tensor | None
+    """`(batch,)` float32: per-sample FVU against the training mean; `None` from methods that do not read the SAE."""
     steered: torch.Tensor
     """`(batch,)` bool: which rows were steered. Not those that the gate held back, nor those that overflow or hold NaN."""
-    latent_values: torch.Tensor
+    latent_values: torch.Tensor | None = None
     """`(batch, top_k)`."""
-    latent_indices: torch.Tensor
+    latent_indices: torch.Tensor | None = None
     """`(batch, top_k)`."""
+    distance: torch.Tensor | None = None
+    """`(batch,)` float32, from methods that do not read the SAE: [`row_distance`] to the training rows."""
+    views: tuple[torch.Tensor, ...] | None = None
+    """What the method's prototypes look at beside the embedding, `(batch, d_v)` each."""
 
 
 @dataclass
@@ -61,6 +70,8 @@ class VS2ImageFeatures(ModelOutput):
         fvu (`torch.Tensor` of shape `(batch,)`, *optional*): per-sample FVU; `None` when steering is off.
         steered (`torch.BoolTensor` of shape `(batch,)`): which rows were steered.
         latent_values, latent_indices (`torch.Tensor` of shape `(batch, top_k)`, *optional*): the active latents.
+        distance (`torch.Tensor` of shape `(batch,)`, *optional*): to the training rows, from methods that do not read the SAE.
+        views (`tuple[torch.Tensor]`, *optional*): what prototypes look at beside the embedding.
         plain_features (`torch.Tensor` of shape `(batch, projection_dim)`, *optional*): plain CLIP's, where asked for.
     """
 
@@ -69,6 +80,8 @@ class VS2ImageFeatures(ModelOutput):
     steered: torch.Tensor | None = None
     latent_values: torch.Tensor | None = None
     latent_indices: torch.Tensor | None = None
+    distance: torch.Tensor | None = None
+    views: tuple[torch.Tensor, ...] | None = None
     plain_features: torch.Tensor | None = None
 
 
@@ -84,12 +97,15 @@ class VS2CLIPOutput(CLIPOutput):
             Which images were steered; the others have exactly plain CLIP's result.
         latent_values (`torch.Tensor` of shape `(batch, top_k)`, *optional*), latent_indices (same shape, *optional*):
             The active latents. With several SAEs a tuple, one entry a layer.
+        distance (`torch.Tensor` of shape `(batch,)`, *optional*):
+            To the training rows, see [`row_distance`], from methods that do not read the SAE: those have no FVU and latents.
     """
 
     fvu: torch.Tensor | None = None
     steered: torch.Tensor | None = None
     latent_values: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     latent_indices: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    distance: torch.Tensor | None = None
 
 
 class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
@@ -145,6 +161,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         num_neighbors: int = 50,
         positives: str = "majority",
     ):
+        clip_or_config = clip
         if isinstance(clip, VS2CLIPConfig):
             config = clip
             clip = CLIPModel._from_config(config.clip_config)
@@ -166,8 +183,9 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         self.clip = clip
         self.saes = nn.ModuleDict({str(layer): saes[layer] for layer in sorted(saes)})
         self._search: CorpusSearch | None = None
+        self._scoring = LabelScoring()
         self.post_init()
-        self.set_steering(**asdict(steering))
+        self._set(steering, complete=not isinstance(clip_or_config, VS2CLIPConfig))
         self.training = clip.training  # `self.train(...)` would set the mode of each part of the CLIP
 
     @property
@@ -196,8 +214,10 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         Raises:
             `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
         """
-        self._use(self._changed(settings))
-        chosen = self._steering
+        self._set(self._changed(settings))
+
+    def _set(self, chosen: Steering, complete: bool = True) -> None:
+        self._use(chosen, complete)
         self.config.method, self.config.lambda_ = chosen.method, chosen.lambda_
         self.config.gamma = list(chosen.gamma) if isinstance(chosen.gamma, tuple) else chosen.gamma
         self.config.gate, self.config.fvu_threshold = chosen.gate, chosen.fvu_threshold
@@ -260,6 +280,22 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             corpus.check_base_model(self.clip)
         self._search = None if corpus is None else CorpusSearch(corpus)
 
+    @property
+    def domain_statistics(self) -> DomainStatistics | None:
+        """What is known of the unlabelled images that the SAE is for; the methods beyond VS2 need it."""
+        return self.sae.domain_statistics
+
+    def set_domain_statistics(self, statistics: DomainStatistics | None) -> None:
+        """Give the SAE of the deepest steered layer other [`DomainStatistics`], as [`measure_statistics`] makes them, or with `None`
+        take them away. What was fitted for label sets is dropped. `save_pretrained` keeps them.
+
+        Raises:
+            `ValueError`: if they are of rows of another width or number of latents, or the method in force needs some.
+        """
+        self.sae.set_domain_statistics(statistics)
+        self._scoring.clear()
+        self._use(self._steering)
+
     def _changed(self, settings: dict[str, Any]) -> Steering:
         settings = {name: _plain(value) for name, value in settings.items()}
         if settings.get("gate") is not None:
@@ -268,11 +304,19 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             settings.setdefault("gate", None)
         return replace(getattr(self, "_steering", Steering()), **settings)
 
-    def _use(self, steering: Steering) -> None:
-        if steering.method == "vs2++" and list(self.saes) != [str(self.num_layers - 1)]:
+    def _use(self, steering: Steering, complete: bool = True) -> None:
+        """`complete=False`: statistics are still to come, [`set_domain_statistics`] brings them."""
+        parts = steering.parts
+        last_alone = parts.step == "vs2++" or parts.needs_statistics
+        if last_alone and list(self.saes) != [str(self.num_layers - 1)]:
             raise ValueError(
-                f"method='vs2++' steers the last layer alone ({self.num_layers - 1}); this model holds SAEs for layers "
+                f"method={steering.method!r} steers the last layer alone ({self.num_layers - 1}); this model holds SAEs for layers "
                 f"{list(self.sae_by_layer)}."
+            )
+        if complete and parts.needs_statistics and self.domain_statistics is None:
+            raise ValueError(
+                f"method={steering.method!r} needs statistics of unlabelled images, and this checkpoint holds none. Measure them: "
+                "hf-vs2 calibrate --checkpoint O --dataset D, or model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, rows))."
             )
         edited = [] if steering.edits is None else steering.edits.latents
         if edited and len(self.saes) > 1:
@@ -290,8 +334,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             beyond = [one for one in edited if one >= len(sae.W_dec)]
             if beyond:
                 raise ValueError(f"edits names the latent {beyond[0]}; the SAE has {len(sae.W_dec)}, counted from 0.")
-            quantile = steering.gate
+            quantile = steering.gate if steering.measures_fvu else None
             thresholds[layer] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
+        self._distance_threshold: float | None = None
+        if not steering.measures_fvu and steering.gate is not None and self.domain_statistics is not None:
+            self._distance_threshold = self.domain_statistics.distance_threshold(steering.gate)
         self._steering = steering
         self._thresholds = thresholds
         self._gamma: torch.Tensor | None = None
@@ -314,33 +361,61 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             raise ValueError(f"No SAE for layer {index}: this model holds SAEs for layers {list(self.sae_by_layer)}.")
         # Half-precision rows are steered in float32; the result goes back to where and what it came from.
         x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
-        code = sae(x)
-        moved = self._move(sae, x, code, rows, retrieval).to(device=rows.device, dtype=rows.dtype)
+        settings = self._steering
+        code = sae(x) if settings.measures_fvu else None
+        moved = rows
+        if code is not None and (settings.parts.step != "none" or settings.edits is not None):
+            moved = self._move(sae, x, code, rows, retrieval).to(device=rows.device, dtype=rows.dtype)
         # A row that its dtype can't hold once moved, or whose squares overflow in the LayerNorm that follows, stays as it was.
-        steered = moved.to(x.dtype).square().sum(-1).isfinite().to(code.fvu.device)
-        threshold = self._thresholds[index]
-        if threshold is not None:
-            steered = steered & gate(code.fvu, threshold)
-        moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
-        return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices)
+        steered = moved.to(x.dtype).square().sum(-1).isfinite().to(x.device)
+        distance = None if code is not None else row_distance(x, self._known(x.device).of_rows)
+        measure = distance if code is None else code.fvu
+        threshold = self._distance_threshold if code is None else self._thresholds[index]
+        if threshold is not None and measure is not None:
+            steered = steered & gate(measure, threshold)
+        if moved is not rows:
+            moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
+        views = self._views(x, code) if settings.parts.views else None
+        if code is None:
+            return SteeredRows(moved, None, steered, distance=distance, views=views)
+        return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices, views=views)
+
+    def _known(self, device: torch.device) -> DomainStatistics:
+        assert self.domain_statistics is not None  # `_use` refuses methods that need them
+        return self.domain_statistics.on(device)
+
+    def _views(self, x: torch.Tensor, code: Any) -> tuple[torch.Tensor, ...]:
+        known = self._known(x.device)
+        made = []
+        for name in self._steering.parts.views:
+            if name == "pca":
+                made.append(pca_view(x, known.of_rows))
+            else:
+                made.append(
+                    latent_view(code.latent_values, code.latent_indices, known.latent_mean, known.latent_frequency)
+                )
+        return tuple(made)
 
     def _move(
         self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
     ) -> torch.Tensor:
-        method, lambda_ = self._steering.method, self._steering.lambda_
+        step, lambda_ = self._steering.parts.step, self._steering.lambda_
         values, indices = code.latent_values, code.latent_indices
         gamma = self._gamma_on(x.device)
         if self._steering.edits is not None:
             return self._latent_step(sae, x, code, rows, retrieval).move(x, sae.W_dec)
-        if method == "vs2":
+        if step == "vs2":
             return steer(x, steering_vector(values, indices, sae.W_dec, gamma).to(x.dtype), lambda_)
-        if method == "vs2++":
+        if step == "vs2++":
             found = self._neighbors(sae, rows, retrieval)
             return steer(x, contrastive_direction(*found, sae.W_dec, gamma).to(x.dtype), lambda_)
-        if method == "centroid":
-            (factor,) = self._steering.gamma_factors
-            return centroid_steer(x, sae.mean, lambda_ * (factor - 1))
-        if method == "reconstruct":
+        if step in ("centroid", "corrected"):
+            alpha = lambda_ * (self._steering.gamma_factors[0] - 1)
+            if step == "centroid":
+                return centroid_steer(x, sae.mean, alpha)
+            known = self._known(x.device)
+            return corrected_steer(x, known.mean, values, indices, known.latent_mean, sae.W_dec, alpha)
+        if step == "reconstruct":
             return code.reconstruction
         return sae.decode(amplify(values, indices, gamma), indices)  # "amplify"
 
@@ -356,11 +431,15 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
     ) -> LatentStep:
         """The movement of each row, latent by latent: for edits and explanations."""
-        found = self._neighbors(sae, rows, retrieval) if self._steering.method == "vs2++" else None
+        step, mean, offset = self._steering.parts.step, sae.mean, None
+        found = self._neighbors(sae, rows, retrieval) if step == "vs2++" else None
+        if step == "corrected":
+            known = self._known(x.device)
+            mean, offset = known.mean, known.latent_mean.to(x.dtype) @ sae.W_dec.to(x.dtype)
         edits = self._steering.edits
         if edits is not None and (self._edits is None or self._edits.latents.device != x.device):
             self._edits = edits.table(x.device)
-        return latent_step(self._steering, x, code, sae.mean, self._gamma_on(x.device), found, self._edits)
+        return latent_step(self._steering, x, code, mean, self._gamma_on(x.device), found, self._edits, offset)
 
     def _gamma_on(self, device: torch.device) -> float | torch.Tensor:
         """gamma as the equations take it; one factor a latent is put on the device once, when first needed."""
@@ -479,9 +558,13 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 load_clip(clip, config, place, kwargs | asked),
                 load_saes(pretrained_model_name_or_path, config, place, kwargs),
             )
-            model.set_steering(**asdict(config.steering()))
+            model._set(config.steering(), complete=False)
         if config_dict.get("holds_corpus"):
             model.set_corpus(load_corpus(pretrained_model_name_or_path, place))
+        if model_type == VS2CLIPConfig.model_type and config_dict.get("holds_statistics"):
+            model.set_domain_statistics(DomainStatistics.load(pretrained_model_name_or_path, place))
+        if config_dict.get("holds_label_sets"):
+            model._scoring = LabelScoring.load(pretrained_model_name_or_path, place)
         if settings:
             model.set_steering(**settings)
         return model
@@ -501,6 +584,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 "Save it with full=True, or load the CLIP by from_pretrained first."
             )
         self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
+        self.config.holds_statistics = self.domain_statistics is not None
+        self.config.holds_label_sets = bool(self._scoring.named)
         # As they are now (calibrated since, perhaps), each with the layer that it steers.
         self.config.sae_configs = [_at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
         state = kwargs.pop("state_dict", None) or self.state_dict()
@@ -509,9 +594,90 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         name = self.config.base_model_name_or_path
         if name is not None and kwargs.get("is_main_process", True):
             save_processing(name, self.config.base_model_revision, save_directory, token=kwargs.get("token"))
-        if self.corpus is not None and kwargs.get("is_main_process", True):
-            self.corpus.save_pretrained(Path(save_directory) / CORPUS_FOLDER)
+        if kwargs.get("is_main_process", True):
+            self._save_beside(Path(save_directory))
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
+
+    def _save_beside(self, folder: Path) -> None:
+        """What is kept in files of its own. A file that an earlier save left and this one has nothing for is removed."""
+        if self.corpus is not None:
+            self.corpus.save_pretrained(folder / CORPUS_FOLDER)
+        if self.domain_statistics is not None:
+            self.domain_statistics.save(folder)
+        else:
+            (folder / STATISTICS_NAME).unlink(missing_ok=True)
+        if self._scoring.named:
+            self._scoring.save(folder)
+        else:
+            (folder / LABEL_SETS_NAME).unlink(missing_ok=True)
+
+    # Label sets
+
+    def fit_label_set(
+        self, labels: Sequence[str], *, processor: Any = None, templates: str | Path | Sequence[str] | None = None
+    ) -> FittedLabels:
+        """
+        What the method in force makes of a label set, fitted on the unlabelled rows of the statistics and kept: the next call with
+        these labels and templates, also of the pipeline, finds it, and `save_pretrained` saves it.
+
+        It need not be called: any label set is fitted when it is first scored. Without rows the prototypes are those of distribution
+        norm.
+
+        Args:
+            labels (`list[str]`): the labels.
+            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are read from where
+                the checkpoint, or else its CLIP, was loaded from.
+            templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
+
+        Returns:
+            [`FittedLabels`], with `rows_per_label`.
+
+        Raises:
+            `ValueError`: if the method fits nothing, or labels are missing, empty or given twice.
+        """
+        if self._steering.parts.scores == "cosine":
+            fitting = [name for name, parts in METHODS.items() if parts.scores != "cosine"]
+            raise ValueError(f"method={self._steering.method!r} fits nothing to labels; these do: {fitting}.")
+        tokenizer, _ = processing_of(self, processor)
+        templates = DEFAULT_TEMPLATES if templates is None else templates
+        embeds = class_embeddings(self.clip, tokenizer, labels, templates, clean=False)
+        return self._scoring.fitted(self, embeds, tuple(labels))
+
+    @property
+    def fitted_label_sets(self) -> tuple[FittedLabels, ...]:
+        """What [`fit_label_set`] fitted, or a checkpoint brought."""
+        return self._scoring.named
+
+    def image_mean(self) -> torch.Tensor:
+        """Mean unit embedding of the statistics' images under the step in force, `(projection_dim,)`.
+
+        Raises:
+            `ValueError`: without statistics.
+        """
+        if self.domain_statistics is None:
+            raise ValueError("There are no statistics to take a mean image from: see set_domain_statistics.")
+        return self._scoring.image_mean(self)
+
+    def class_logits(self, images: VS2ImageFeatures, class_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of images for classes under the method in force, float32 `(batch, num_classes)`.
+
+        Cosines with the classes, times `logit_scale`, for methods that change image features alone; for `"distribution_norm"`,
+        `"balanced_norm"` and `"prototypes"` see [`label_scores`], on the same scale. An image that the gate held back has plain CLIP's.
+
+        Args:
+            images ([`VS2ImageFeatures`]): of [`image_features`] or [`image_features_from_cls`] under the same settings.
+            class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length, see [`class_embeddings`].
+        """
+        assert images.features is not None
+        embeds = F.normalize(images.features.float(), dim=-1).to(class_embeds.device)
+        scores = embeds @ class_embeds.T
+        if images.steered is not None and self._is_steering and self._steering.parts.scores != "cosine":
+            fit = self._scoring.fitted(self, class_embeds).fit.on(class_embeds.device)
+            views = [view.to(class_embeds.device) for view in images.views or ()]
+            steered = images.steered.to(class_embeds.device).unsqueeze(-1)
+            scores = torch.where(steered, label_scores(embeds, fit, views), scores)
+        return scores * self.clip.logit_scale.float().exp().to(class_embeds.device)
 
     # CLIP's interface
 
@@ -555,7 +721,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             plain = self.clip.visual_projection(self.clip.vision_model.post_layernorm(outputs.last_hidden_state[:, 0]))
         elif with_plain:
             plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
-        return VS2ImageFeatures(features, plain_features=plain, **_per_image(done))
+        views = next(iter(done.values())).views
+        return VS2ImageFeatures(features, plain_features=plain, views=views, **_per_image(done))
 
     def image_features_from_cls(self, rows: torch.Tensor, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
         """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
@@ -654,7 +821,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     ) -> VS2CLIPOutput:
         """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`].
 
-        With `method="vs2++"` the texts are the classes: one prompt a class. It may need `retrieval_embeds=` and `exclude=`: see
+        With `method="vs2++"`, and methods that score by a label set, the texts are the classes: one prompt a class. It may need `retrieval_embeds=` and `exclude=`: see
         [`RetrievalInputs`].
         """
         retrieval = pop_retrieval_inputs(kwargs)
@@ -681,6 +848,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out bit-identical.
         logits_per_text = torch.matmul(text_embeds, image_embeds.t().to(text_embeds.device))
         logits_per_text = logits_per_text * self.clip.logit_scale.exp().to(text_embeds.device)
+        if self._steering.parts.scores != "cosine":
+            (made,) = done.values()
+            images = VS2ImageFeatures(vision_outputs.pooler_output, steered=made.steered, views=made.views)
+            scored = self.class_logits(images, text_embeds.float()).t().to(logits_per_text.dtype)
+            logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)
         return VS2CLIPOutput(
             loss=_contrastive_loss(logits_per_text) if return_loss else None,
             logits_per_image=logits_per_text.t(),
@@ -697,9 +869,10 @@ def _per_image(done: dict[int, SteeredRows]) -> dict[str, Any]:
     """The steering fields of the output: plain tensors for one SAE, stacked or tupled by layer for several."""
     layers = [done[index] for index in sorted(done)]
     if len(layers) == 1:
-        return dict(zip(SteeredRows._fields[1:], layers[0][1:], strict=True))
+        found = layers[0]._asdict()
+        return {name: found[name] for name in ("fvu", "steered", "latent_values", "latent_indices", "distance")}
     return {
-        "fvu": torch.stack([layer.fvu for layer in layers], dim=1),
+        "fvu": torch.stack([cast(torch.Tensor, layer.fvu) for layer in layers], dim=1),
         "steered": torch.stack([layer.steered for layer in layers], dim=1),
         "latent_values": tuple(layer.latent_values for layer in layers),
         "latent_indices": tuple(layer.latent_indices for layer in layers),
@@ -726,6 +899,7 @@ def _plain(setting: Any) -> Any:
 def _at_layer(config: SAEConfig, layer: int) -> SAEConfig:
     config = copy.deepcopy(config)
     config.layer = layer
+    config.holds_statistics = False  # those of the whole checkpoint lie beside it
     return config
 
 

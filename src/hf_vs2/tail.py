@@ -1,4 +1,4 @@
-"""What stands between a CLS row and its class scores in a CLIP, folded into one affine map."""
+"""What stands between a CLS row and its class scores in a CLIP: run, or folded into one affine map."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+from transformers import CLIPModel
 
 
 if TYPE_CHECKING:
     from .modeling_vs2_clip import VS2CLIPForZeroShot
+
+
+def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
+    """Plain CLIP's image features of CLS rows of its last layer: `(batch, projection_dim)`, float32, not normalised."""
+    norm = clip.vision_model.post_layernorm
+    rows = rows.to(device=norm.weight.device, dtype=norm.weight.dtype)
+    return clip.visual_projection(norm(rows)).float()
 
 
 class Tail(NamedTuple):
@@ -49,4 +57,4 @@ def fold_tail(model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, device: tor
     return Tail(matrix * norm.weight.to(device).double(), matrix @ norm.bias.to(device).double(), norm.eps)
 
 
-__all__ = ["Tail", "fold_tail"]
+__all__ = ["Tail", "clip_embeds", "fold_tail"]

@@ -1,0 +1,184 @@
+"""What an SAE's checkpoint knows of the unlabelled images that it is for: means, principal components, a sketch of rows.
+
+On disk it is `statistics.safetensors`, whose header says what the tensors were measured on. No label is stored; the sketch is
+activations of images, which their owner may not want to give away: leave it out then ([`DomainStatistics.without_rows`]).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers.utils import cached_file
+
+from .atomic import replace_file
+from .checkpoint_folder import STATISTICS_NAME
+from .configuration_sae import quantile_of
+from .label_free import RowStatistics
+from .weight_files import check_numbers, opened
+
+
+FORMAT = "hf_vs2.statistics"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class DomainStatistics:
+    """
+    Statistics of unlabelled CLS rows of the SAE's layer.
+
+    Args:
+        mean (`torch.Tensor` of shape `(hidden_size,)`), components (`(hidden_size, hidden_size)`), variances (`(hidden_size,)`):
+            see [`RowStatistics`].
+        latent_mean, latent_frequency (`torch.Tensor` of shape `(num_latents,)`): of the SAE's code, see [`latent_view`].
+        num_rows (`int`): how many rows these come from.
+        rows (`torch.Tensor` of shape `(m, hidden_size)`, *optional*): the sketch, a random sample of the rows, in bfloat16:
+            `2 m hidden_size` bytes, 6.3 MB for 4,096 rows of ViT-B. What is fitted for a label set is fitted on it.
+        image_mean (`torch.Tensor` of shape `(projection_dim,)`, *optional*): mean unit embedding of plain CLIP, where it was measured
+            on all rows; else that of the sketch is taken.
+        distance_quantiles (`dict[str, float]`): level -> [`row_distance`] on rows that were not used for the rest.
+
+    Raises:
+        `ValueError`: on shapes that do not belong together.
+    """
+
+    mean: torch.Tensor
+    components: torch.Tensor
+    variances: torch.Tensor
+    latent_mean: torch.Tensor
+    latent_frequency: torch.Tensor
+    num_rows: int
+    rows: torch.Tensor | None = None
+    image_mean: torch.Tensor | None = None
+    distance_quantiles: dict[str, float] = field(default_factory=dict)
+    _placed: dict[torch.device, DomainStatistics] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        width, latents = len(self.mean), len(self.latent_mean)
+        expected = {
+            "mean": (width,),
+            "components": (width, width),
+            "variances": (width,),
+            "latent_mean": (latents,),
+            "latent_frequency": (latents,),
+        }
+        if self.rows is not None:
+            expected["rows"] = (len(self.rows), width)
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(
+                    f"The {name} of statistics of width {width} must be {shape}; they are {tuple(getattr(self, name).shape)}."
+                )
+
+    def __repr__(self) -> str:
+        rows = "no rows" if self.rows is None else f"a sketch of {len(self.rows)}"
+        return f"DomainStatistics(of {self.num_rows} rows of width {len(self.mean)}, {rows})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DomainStatistics:
+        return self  # never changed
+
+    @property
+    def of_rows(self) -> RowStatistics:
+        """Mean and principal components."""
+        return RowStatistics(self.mean, self.components, self.variances)
+
+    def on(self, device: torch.device) -> DomainStatistics:
+        """The same without the sketch on a device, put there once."""
+        if self.mean.device == device:
+            return self
+        if device not in self._placed:
+            tensors: dict[str, Any] = {
+                name: tensor.to(device) for name, tensor in self._tensors().items() if name != "rows"
+            }
+            self._placed[device] = replace(self, **{**tensors, "rows": None})
+        return self._placed[device]
+
+    def without_rows(self, image_mean: torch.Tensor | None = None) -> DomainStatistics:
+        """The same without the sketch: no activation of a single image is given away. Prototypes and balanced norm then are
+        distribution norm.
+
+        Args:
+            image_mean (*optional*): what distribution norm needs, where the statistics have none
+                ([`VS2CLIPForZeroShot.image_mean`] gives it).
+
+        Raises:
+            `ValueError`: if there would be no image mean left.
+        """
+        image_mean = self.image_mean if image_mean is None else image_mean
+        if image_mean is None:
+            raise ValueError(
+                "Without its rows there is nothing to take the mean image from: give image_mean=model.image_mean()."
+            )
+        return replace(self, rows=None, image_mean=image_mean)
+
+    def distance_threshold(self, quantile: float) -> float:
+        """The distance under which a fresh row of the same kind falls with probability `quantile`.
+
+        Raises:
+            `ValueError`: without held-out rows, or if they can't vouch for that quantile.
+        """
+        return quantile_of(self.distance_quantiles, quantile, "distance quantiles")
+
+    def check_fits(self, hidden_size: int, num_latents: int, where: str) -> None:
+        """Refuse statistics of another model's rows.
+
+        Raises:
+            `ValueError`: naming both.
+        """
+        found = len(self.mean), len(self.latent_mean)
+        if found != (hidden_size, num_latents):
+            raise ValueError(
+                f"{where}: statistics of rows of width {found[0]} and {found[1]} latents; the SAE has {hidden_size} and {num_latents}. "
+                "Calibrate it again."
+            )
+
+    # On disk
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `statistics.safetensors` into a folder; it appears whole or not at all."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
+        description = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "num_rows": self.num_rows,
+            "distance_quantiles": self.distance_quantiles,
+        }
+        metadata = {"hf_vs2": json.dumps(description, sort_keys=True)}
+        replace_file(Path(folder) / STATISTICS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> DomainStatistics:
+        """
+        Those of a checkpoint in a folder or on the Hub.
+
+        Raises:
+            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged or something else.
+        """
+        path = cached_file(os.fspath(name_or_path), STATISTICS_NAME, **place)
+        with opened(path) as file:
+            header = (file.metadata() or {}).get("hf_vs2", "null")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        check_numbers(tensors.items(), path)
+        try:
+            about = json.loads(header)
+            if about["format"] != FORMAT or about["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format {about['format']!r}, version {about['format_version']!r}")
+            quantiles = {str(level): float(value) for level, value in about["distance_quantiles"].items()}
+            return cls(**tensors, num_rows=int(about["num_rows"]), distance_quantiles=quantiles)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} does not hold statistics that this version of hf_vs2 reads ({error}). Calibrate the checkpoint again."
+            ) from error
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        names = ("mean", "components", "variances", "latent_mean", "latent_frequency", "rows", "image_mean")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+__all__ = ["DomainStatistics"]

@@ -1,0 +1,243 @@
+"""Label sets at work in a model: what the statistics of unlabelled rows give for one set of labels, kept for the next call."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
+from transformers.utils import cached_file
+
+from .atomic import replace_file
+from .checkpoint_folder import LABEL_SETS_NAME
+from .label_free import LabelFit, balanced_mean, fit_prototypes, norm_fit, rows_behind
+from .weight_files import check_numbers, opened
+from .weight_state import weights_state
+
+
+if TYPE_CHECKING:
+    from .domain_statistics import DomainStatistics
+    from .modeling_vs2_clip import VS2CLIPForZeroShot
+
+
+FORMAT = "hf_vs2.label_sets"
+FORMAT_VERSION = 1
+_BATCH = 1024
+# Class embeddings of the same prompts differ by rounding from batch to batch and device to device; those of other prompts by more.
+_SAME_CLASSES = 1e-4
+_FIT_TENSORS = ("mean", "prototypes", "weights", "scale")
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLabels:
+    """
+    What a method has fitted for one label set.
+
+    Args:
+        method (`str`), settings (`tuple`): the method, and gamma and lambda where its step depends on them.
+        class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length; by these the set is recognised.
+        fit ([`LabelFit`]): what scores images.
+        labels (`tuple[str]`, *optional*): where they are known by name.
+    """
+
+    method: str
+    settings: tuple[float, ...]
+    class_embeds: torch.Tensor
+    fit: LabelFit
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def rows_per_label(self) -> torch.Tensor:
+        """How many unlabelled rows each prototype rests on, `(num_classes,)`; shares of rows add up."""
+        return rows_behind(self.fit.weights)
+
+    def is_of(self, method: str, settings: tuple[float, ...], classes: torch.Tensor) -> bool:
+        """Whether it is what `method` would fit for these classes."""
+        if (self.method, self.settings, self.class_embeds.shape) != (method, settings, classes.shape):
+            return False
+        return bool((self.class_embeds.to(classes.device) - classes).abs().max() < _SAME_CLASSES)
+
+
+class LabelScoring:
+    """
+    What a model has fitted for label sets, for as long as its weights and statistics stay as they are. Shallow copies of a model
+    share it; it may be used from several threads. A copy, and what another process receives, has the sets fitted by name.
+    """
+
+    max_label_sets = 16
+    """How many sets are kept that were not fitted by name; the least recently used go first."""
+
+    def __init__(self, named: tuple[FittedLabels, ...] = ()):
+        self.named = named
+        self._lock = threading.Lock()
+        self._state: tuple[Any, ...] | None = None
+        self._recent: list[FittedLabels] = []
+        self._sketch: tuple[Any, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+
+    def __reduce__(self) -> tuple[type[LabelScoring], tuple[tuple[FittedLabels, ...]]]:
+        return type(self), (self.named,)
+
+    def clear(self) -> None:
+        """Forget everything: the statistics are others now."""
+        with self._lock:
+            self.named, self._recent, self._sketch, self._state = (), [], None, None
+
+    @torch.compiler.disable  # locks and caches are nothing to trace
+    @torch.no_grad()
+    def fitted(
+        self, model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None
+    ) -> FittedLabels:
+        """
+        What the method in force makes of class embeddings `(num_classes, projection_dim)`: known, or fitted now. With `labels` it is
+        kept by name, and saved with the model.
+
+        Raises:
+            `ValueError`: without statistics, or rows where the method needs them.
+        """
+        classes = normalize(class_embeds.float(), dim=-1)
+        method, settings = model.steering_settings.method, _settings(model)
+        # Kept tensors may serve a training step after an inference: they must not be inference tensors.
+        with self._lock, torch.inference_mode(False):
+            self._check_state(model)
+            for known in (*self.named, *self._recent):
+                if known.is_of(method, settings, classes):
+                    if labels is None or known.labels is not None:
+                        return known
+                    found = replace(known, labels=labels)
+                    break
+            else:
+                found = FittedLabels(method, settings, classes.clone(), self._fit(model, settings, classes), labels)
+            if labels is not None:
+                self.named = (*self.named, found)
+            else:
+                self._recent = [*self._recent, found][-self.max_label_sets :]
+            return found
+
+    @torch.no_grad()
+    def image_mean(self, model: VS2CLIPForZeroShot) -> torch.Tensor:
+        """Mean unit embedding under the step in force, `(projection_dim,)`: as measured, or that of the sketch."""
+        with self._lock, torch.inference_mode(False):
+            self._check_state(model)
+            return self._image_mean(model, _settings(model))
+
+    def _check_state(self, model: VS2CLIPForZeroShot) -> None:
+        """Everything is dropped when weights change that rows go through; what was loaded belongs to those of the first use."""
+        clip = model.clip
+        parts = (clip.vision_model.post_layernorm, clip.visual_projection, model.sae)
+        state = weights_state([parameter for part in parts for parameter in part.parameters()])
+        if self._state is not None and state != self._state:
+            self.named, self._recent, self._sketch = (), [], None
+        self._state = state
+
+    def _fit(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...], classes: torch.Tensor) -> LabelFit:
+        scores = model.steering_settings.parts.scores
+        mean = self._image_mean(model, settings).to(classes.device)
+        if scores == "distribution_norm" or _statistics(model).rows is None:
+            return norm_fit(classes, mean)
+        embeds, views = self._sketch_rows(model, settings)
+        if scores == "balanced_norm":
+            return norm_fit(classes, balanced_mean(embeds.to(classes.device), classes))
+        return fit_prototypes(embeds.to(classes.device), classes, mean, [view.to(classes.device) for view in views])
+
+    def _image_mean(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]) -> torch.Tensor:
+        steps = model.steering_settings.parts.step != "none"
+        known = _statistics(model)
+        if known.image_mean is not None and not steps:
+            return known.image_mean
+        if known.rows is None:
+            raise ValueError(
+                f"method={model.steering_settings.method!r} needs the mean of steered images, and the statistics of this model keep no "
+                "rows to take it from. Calibrate with rows, or use 'distribution_norm'."
+            )
+        return self._sketch_rows(model, settings)[0].mean(0)
+
+    def _sketch_rows(
+        self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views."""
+        parts, rows = model.steering_settings.parts, _statistics(model).rows
+        assert rows is not None  # who calls has looked
+        key = (parts.step, parts.views, settings)
+        if self._sketch is None or self._sketch[0] != key:
+            # A shallow copy: the settings of the model itself are not touched.
+            with copy.copy(model).steering(gate=None, fvu_threshold=None, enabled=True, edits=None) as every_row:
+                found = [
+                    every_row.image_features_from_cls(block) for block in rows.split(_BATCH)
+                ]
+            embeds = torch.cat([normalize(cast(torch.Tensor, part.features).float(), dim=-1) for part in found])
+            views = tuple(torch.cat(parts) for parts in zip(*(part.views or () for part in found), strict=True))
+            self._sketch = key, embeds, views
+        return self._sketch[1:]
+
+    # On disk
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the sets fitted by name into `label_sets.safetensors`; it appears whole or not at all."""
+        tensors: dict[str, torch.Tensor] = {}
+        listed = []
+        for number, known in enumerate(self.named):
+            listed.append({"method": known.method, "settings": known.settings, "labels": known.labels})
+            named = {"class_embeds": known.class_embeds} | {name: getattr(known.fit, name) for name in _FIT_TENSORS}
+            named |= {f"view_{place}": view for place, view in enumerate(known.fit.views)}
+            tensors |= {f"{number}.{name}": tensor.cpu().contiguous().clone() for name, tensor in named.items()}
+        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "label_sets": listed}
+        metadata = {"hf_vs2": json.dumps(about, sort_keys=True)}
+        replace_file(Path(folder) / LABEL_SETS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> LabelScoring:
+        """
+        Those of a checkpoint in a folder or on the Hub.
+
+        Raises:
+            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged or something else.
+        """
+        path = cached_file(os.fspath(name_or_path), LABEL_SETS_NAME, **place)
+        with opened(path) as file:
+            header = (file.metadata() or {}).get("hf_vs2", "null")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        check_numbers(tensors.items(), path)
+        try:
+            about = json.loads(header)
+            if about["format"] != FORMAT or about["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format {about['format']!r}, version {about['format_version']!r}")
+            named = [_read(tensors, number, one) for number, one in enumerate(about["label_sets"])]
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} does not hold label sets that this version of hf_vs2 reads ({error}). Save the model again."
+            ) from error
+        return cls(tuple(named))
+
+
+def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any]) -> FittedLabels:
+    own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
+    views = tuple(own[f"view_{place}"] for place in range(len(own) - len(_FIT_TENSORS) - 1))
+    classes, labels = own["class_embeds"], tuple(map(str, about["labels"]))
+    mean, prototypes, weights, scale = (own[name] for name in _FIT_TENSORS)
+    fit = LabelFit(mean, prototypes, weights, scale, views)
+    sizes = {len(labels), len(classes), len(fit.prototypes), len(fit.weights), *map(len, views)}
+    if len(sizes) > 1 or fit.prototypes.shape != classes.shape or fit.mean.shape != classes.shape[1:]:
+        raise ValueError(f"label set {number} has tensors of different sizes")
+    return FittedLabels(str(about["method"]), tuple(map(float, about["settings"])), classes, fit, labels)
+
+
+def _statistics(model: VS2CLIPForZeroShot) -> DomainStatistics:
+    assert model.domain_statistics is not None  # `set_steering` refuses methods that need them
+    return model.domain_statistics
+
+
+def _settings(model: VS2CLIPForZeroShot) -> tuple[float, ...]:
+    """What of the steering settings a fit depends on."""
+    chosen = model.steering_settings
+    return () if chosen.parts.step == "none" else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
+
+
+__all__ = ["FittedLabels", "LabelScoring"]
