@@ -279,7 +279,9 @@ def _dataset(images: Sequence[Image.Image]) -> Dataset:
 @torch.no_grad()
 def _relative_fvu(model: VS2CLIPForZeroShot, rows: torch.Tensor) -> torch.Tensor:
     """Per-sample FVU over the gate's threshold, `(n,)`."""
-    return model.steer_cls(rows).fvu / model.sae.fvu_threshold(GATE)
+    fvu = model.steer_cls(rows).fvu
+    assert fvu is not None  # VS2 reads the SAE
+    return fvu / model.sae.fvu_threshold(GATE)
 
 
 def _facts(

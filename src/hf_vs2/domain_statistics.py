@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .atomic import replace_file
 from .checkpoint_folder import STATISTICS_NAME
@@ -23,6 +23,8 @@ from .configuration_sae import quantile_of
 from .label_free import RowStatistics
 from .weight_files import check_numbers, opened
 
+
+logger = logging.get_logger(__name__)
 
 FORMAT = "hf_vs2.statistics"
 FORMAT_VERSION = 1
@@ -118,12 +120,19 @@ class DomainStatistics:
         return replace(self, rows=None, image_mean=image_mean)
 
     def distance_threshold(self, quantile: float) -> float:
-        """The distance under which a fresh row of the same kind falls with probability `quantile`.
+        """The distance under which a fresh row of the same kind falls with probability `quantile`; of a quantile higher than the held-out
+        rows can vouch for, the highest that they can, which passes fewer.
 
         Raises:
-            `ValueError`: without held-out rows, or if they can't vouch for that quantile.
+            `ValueError`: without held-out rows, or for a quantile below all of theirs.
         """
-        return quantile_of(self.distance_quantiles, quantile, "distance quantiles")
+        if not self.distance_quantiles:
+            raise ValueError(
+                f"gate={quantile} goes by the distance to the training rows for this method, and no rows were held out to measure it. "
+                "Use gate=None, or calibrate: hf-vs2 calibrate."
+            )
+        highest = max(map(float, self.distance_quantiles))
+        return quantile_of(self.distance_quantiles, min(quantile, highest), "distance quantiles")
 
     def check_fits(self, hidden_size: int, num_latents: int, where: str) -> None:
         """Refuse statistics of another model's rows.
@@ -153,14 +162,22 @@ class DomainStatistics:
         replace_file(Path(folder) / STATISTICS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> DomainStatistics:
+    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> DomainStatistics | None:
         """
-        Those of a checkpoint in a folder or on the Hub.
+        Those of a checkpoint in a folder or on the Hub. `None`, with a warning, where the file was left out: VS2 does without.
 
         Raises:
-            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged or something else.
+            `OSError`: if they can't be reached. `ValueError`: if the file is damaged or something else.
         """
-        path = cached_file(os.fspath(name_or_path), STATISTICS_NAME, **place)
+        path = cached_file(
+            os.fspath(name_or_path), STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **place
+        )
+        if path is None:
+            logger.warning(
+                f"{name_or_path} says that it has {STATISTICS_NAME}, which is not there. Methods beyond VS2 can't be used; hf-vs2 "
+                "calibrate measures the statistics again."
+            )
+            return None
         with opened(path) as file:
             header = (file.metadata() or {}).get("hf_vs2", "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -24,6 +24,9 @@ from transformers.utils import logging
 
 from . import __version__
 from .base_model import same_fingerprint, vision_fingerprint
+from .controls import control_model
+from .evaluation_methods import CLIP, DISTRIBUTION_NORMS, EVALUATION_METHODS, Variant, unknown_methods, variants_of
+from .label_free import distribution_norm_scores
 from .modeling_vs2_clip import VS2CLIPForZeroShot
 from .prompts import BUILT_IN_TEMPLATES, class_embeddings, clean_class_names, resolve_templates
 from .report import EvaluationResult, SampleOutputs
@@ -36,39 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-EVALUATION_METHODS = ("clip", "centroid", "distribution_norm", "reconstruct", "amplify", "vs2", "vs2+gate")
-DISTRIBUTION_NORMS = ((0.5, "dot"), (1.0, "cosine"))
-"""Coefficient and score of the two distribution-normalised rows, see [`distribution_norm_scores`]."""
-
 Rows: TypeAlias = "torch.Tensor | ActivationStore"
-
-
-def distribution_norm_scores(
-    images: torch.Tensor,
-    classes: torch.Tensor,
-    image_mean: torch.Tensor,
-    text_mean: torch.Tensor,
-    coefficient: float = 0.5,
-    score: str = "dot",
-) -> torch.Tensor:
-    """Distribution-normalised CLIP (Zhou et al., NeurIPS 2023, arXiv 2302.11084): `(batch, num_classes)` scores.
-
-    With unit embeddings `phi`, `psi` and their means, the paper's first-order score is
-    `S(x, y) = (phi(x) - mu_x / 2)^T (psi(y) - mu_y / 2)`: coefficient 0.5, `score="dot"`. The text mean adds the same to every
-    class there, so in classification the image mean alone decides. `score="cosine"` normalises both sides after the
-    subtraction, as the authors' zero-shot code does (fengyuli-dev/distribution-normalization, where the coefficient is
-    0.25 and the embeddings are not normalised first); then the text mean counts too.
-
-    Args:
-        images: unit image embeddings `(batch, projection_dim)`; `image_mean` `(projection_dim,)` is the mean of such rows.
-        classes: unit class embeddings `(num_classes, projection_dim)`; `text_mean` `(projection_dim,)` likewise.
-    """
-    images, classes = images - coefficient * image_mean, classes - coefficient * text_mean
-    if score == "cosine":
-        images, classes = normalize(images, dim=-1), normalize(classes, dim=-1)
-    elif score != "dot":
-        raise ValueError(f"score must be 'dot' or 'cosine', not {score!r}.")
-    return images @ classes.T
 
 
 def paired_bootstrap(
@@ -114,13 +85,15 @@ def evaluate(
         tokenizer: the CLIP's tokenizer.
         templates: one or several prompt sets, each of them anything [`resolve_templates`] takes. A row's `prompts` is
             `"single"`, `"ensemble"` or, for any other set, `"custom"` (`"custom2"` and so on for further ones).
-        methods: which of [`EVALUATION_METHODS`]. Plain CLIP is always there: gains are measured against it. `"vs2+gate"`
-            takes the model's own gate, else the SAE's default quantile (`sae.config.gate`), and is left out, with a
-            warning, where the SAE was never calibrated; so is `"centroid"` with one gamma a latent.
-        reference_rows: UNLABELLED TRAINING rows, a tensor or a store, for the image mean of distribution normalisation. The
-            SAE's own mean will not do: it is one of raw rows, not of projected unit embeddings. Without them the mean
-            of the evaluated rows is used, which makes that method transductive (it has then seen the whole test set
-            before it classifies the first image); its rows say so in `reference`.
+        methods: which rows, by default [`EVALUATION_METHODS`]: any method of [`Steering`] but `"vs2++"`, with `+gate` after it or not,
+            and the controls `"vs2_random"`, `"vs2_pca"` and `"prototypes+random"`, which are a rule of the SAE with another
+            dictionary (see [`control_model`]). Plain CLIP is always there: gains are measured against it. `+gate` takes the model's
+            own gate, else the SAE's default quantile (`sae.config.gate`). What the model lacks statistics or calibration for is
+            left out, with a warning; so is `"centroid"` with one gamma a latent.
+        reference_rows: UNLABELLED TRAINING rows, a tensor or a store, for the image mean of distribution normalisation. Without
+            them it is that of the checkpoint's statistics, and where there are none that of the evaluated rows, which makes that
+            method transductive (it has then seen the whole test set before it classifies the first image); its rows say so in
+            `reference`.
         batch_size: rows at a time. Memory does not grow with the number of rows, but for a few numbers each.
         num_resamples, seed: of the paired bootstrap.
         meta: facts to add to the result's `meta`: the checkpoint, the data set and so on.
@@ -130,7 +103,7 @@ def evaluate(
         ValueError, TypeError: on labels that do not match rows or class names, rows of another width or with NaN, an
             unknown method, an inner layer that is steered, or a fault in the class names or templates.
     """
-    unknown = [method for method in methods if method not in EVALUATION_METHODS]
+    unknown = unknown_methods(methods)
     if unknown:
         raise ValueError(f"methods={unknown} are not known. Use some of {list(EVALUATION_METHODS)}.")
     check_replayable(model)
@@ -145,19 +118,17 @@ def evaluate(
         name: class_embeddings(model.clip, tokenizer, class_names, chosen, progress=progress)
         for name, chosen in prompt_sets.items()
     }
-    variants = _variants(model, methods)
-    image_mean = None
-    if any(variant.method == "distribution_norm" for variant in variants):
-        image_mean = (
-            _image_mean(model, rows, batch_size, "rows")
-            if reference_rows is None
-            else _image_mean(model, reference_rows, batch_size, "reference_rows")
-        )
-    tallies = _run(model, rows, target, variants, classifiers, image_mean, batch_size)
+    variants = variants_of(model, methods)
+    image_mean, reference = None, ""
+    if any(variant.coefficient is not None for variant in variants):
+        image_mean, reference = _image_mean(model, rows, reference_rows, batch_size)
+    dictionaries = {variant.dictionary for variant in variants} - {None}
+    models = {None: model} | {name: control_model(model, str(name)) for name in dictionaries}
+    tallies = _run(models, rows, target, variants, classifiers, image_mean, batch_size)
 
     table, samples = [], []
     for name in prompt_sets:
-        plain = tallies[_CLIP, name].samples().predictions == target
+        plain = tallies[CLIP, name].samples().predictions == target
         for variant in variants:
             tally = tallies[variant, name]
             samples.append(tally.samples())
@@ -166,87 +137,16 @@ def evaluate(
                 samples[-1], tally.right5, target, plain, bootstrap
             )
             row |= variant.facts | {"seconds": round(tally.seconds, 4)}
-            if variant.method == "distribution_norm":
-                row["reference"] = "evaluated" if reference_rows is None else "train"
+            if variant.coefficient is not None:
+                row["reference"] = reference
+            elif variant.scores_by_labels:
+                row["reference"] = "checkpoint"
             table.append(row)
     facts = _meta(model, rows, class_names, prompt_sets) | {"seed": seed, "num_resamples": num_resamples}
     return EvaluationResult(table, facts | dict(meta or {}), _per_class(samples, target, class_names), target, samples)
 
 
-# What is evaluated
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """One method with its settings; variants with equal `settings` share their image features."""
-
-    method: str
-    settings: tuple[tuple[str, Any], ...]
-    gamma: float | None = None
-    lambda_: float | None = None
-    tau: float | None = None
-    gate: float | None = None
-    coefficient: float | None = None
-    score: str | None = None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"gamma": self.gamma, "lambda": self.lambda_, "tau": self.tau}
-        if self.method == "vs2+gate":
-            facts["gate"] = self.gate
-        if self.coefficient is not None:
-            facts |= {"coefficient": self.coefficient, "score": self.score}
-        return facts
-
-
-_OFF = (("enabled", False),)
-_CLIP = _Variant("clip", _OFF)
-
-
-def _variants(model: VS2CLIPForZeroShot, methods: Sequence[str]) -> list[_Variant]:
-    """The rows to evaluate for one prompt set, in the order of `EVALUATION_METHODS`."""
-    now = model.steering_settings
-    # One number a latent is no figure for a table; `meta` holds them.
-    gamma = None if isinstance(now.gamma, tuple) else now.gamma
-    ungated = (("enabled", True), ("gate", None), ("fvu_threshold", None))
-    variants = [_CLIP]
-    for method in EVALUATION_METHODS[1:]:
-        if method not in methods:
-            continue
-        if method == "distribution_norm":
-            variants += [_Variant(method, _OFF, coefficient=c, score=score) for c, score in DISTRIBUTION_NORMS]
-        elif method == "vs2+gate":
-            variants += _gated_variant(model, gamma)
-        elif method == "centroid" and gamma is None:
-            logger.warning("No 'centroid' row: it needs one gamma, and this model has one a latent.")
-        else:
-            settings = (*ungated, ("method", method))
-            variants.append(
-                _Variant(
-                    method,
-                    settings,
-                    gamma=None if method == "reconstruct" else gamma,
-                    lambda_=now.lambda_ if method in ("centroid", "vs2") else None,
-                )
-            )
-    return variants
-
-
-def _gated_variant(model: VS2CLIPForZeroShot, gamma: float | None) -> list[_Variant]:
-    now = model.steering_settings
-    quantile, tau = now.gate, model.fvu_thresholds[_last_layer(model)]
-    if tau is None:
-        quantile = model.sae.config.gate
-        if quantile is None or not model.sae.config.fvu_quantiles:
-            logger.warning(
-                "No 'vs2+gate' row: the model has no gate, and its SAE has no "
-                + ("default gate quantile" if quantile is None else "calibrated FVU quantiles")
-                + " to take one from. Calibrate the SAE, or set fvu_threshold=."
-            )
-            return []
-        tau = model.sae.fvu_threshold(quantile)
-    settings = (("enabled", True), ("method", "vs2"), ("gate", None), ("fvu_threshold", tau))
-    return [_Variant("vs2+gate", settings, gamma=gamma, lambda_=now.lambda_, tau=tau, gate=quantile)]
+# Prompts
 
 
 def _prompt_sets(templates: Any) -> dict[str, tuple[str, ...]]:
@@ -292,41 +192,61 @@ class _Tally:
 
 
 def _run(
-    model: VS2CLIPForZeroShot,
+    models: Mapping[str | None, VS2CLIPForZeroShot],
     rows: Rows,
     target: torch.Tensor,
-    variants: list[_Variant],
+    variants: list[Variant],
     classifiers: Mapping[str, torch.Tensor],
     image_mean: torch.Tensor | None,
     batch_size: int,
-) -> dict[tuple[_Variant, str], _Tally]:
-    """One pass over the rows. Image features do not depend on the prompts: each kind is computed once a batch."""
+) -> dict[tuple[Variant, str], _Tally]:
+    """One pass over the rows. Image features do not depend on the prompts: each kind is computed once a batch.
+
+    `models` are by dictionary, `None` is the one that is evaluated."""
     tallies = {(variant, name): _Tally() for variant in variants for name in classifiers}
     text_means = {name: classifier.mean(0) for name, classifier in classifiers.items()}
-    done = 0
+    _fit_label_sets(models, variants, classifiers)
+    model, done = models[None], 0
     for batch in replay_batches(model, rows, batch_size, "rows"):
         batch_target = target[done : done + len(batch)]
         done += len(batch)
         shared: dict[Any, tuple[Any, torch.Tensor, float]] = {}
         for variant in variants:
-            if variant.settings not in shared:
-                start = _now(model)
-                with model.steering(**dict(variant.settings)):
-                    output = model.image_features_from_cls(batch)
-                shared[variant.settings] = (output, _unit(output.features), _now(model) - start)
-            output, images, seconds = shared[variant.settings]
-            for name, classifier in classifiers.items():
-                start = _now(model)
-                scores = _scores(variant, images, classifier, image_mean, text_means[name])
-                tally = tallies[variant, name]
-                tally.seconds += seconds + _now(model) - start
-                touched = output.steered if variant.coefficient is None else torch.ones_like(output.steered)
-                tally.add(output, scores, batch_target, touched)
+            with models[variant.dictionary].steering(**dict(variant.settings)) as steered:
+                key = variant.dictionary, variant.settings
+                if key not in shared:
+                    start = _now(model)
+                    output = steered.image_features_from_cls(batch)
+                    shared[key] = (output, _unit(output.features), _now(model) - start)
+                output, images, seconds = shared[key]
+                for name, classifier in classifiers.items():
+                    start = _now(model)
+                    if variant.scores_by_labels:
+                        scores = steered.class_logits(output, classifier)
+                    else:
+                        scores = _scores(variant, images, classifier, image_mean, text_means[name])
+                    tally = tallies[variant, name]
+                    tally.seconds += seconds + _now(model) - start
+                    touched = output.steered if variant.coefficient is None else torch.ones_like(output.steered)
+                    tally.add(output, scores, batch_target, touched)
     return tallies
 
 
+def _fit_label_sets(
+    models: Mapping[str | None, VS2CLIPForZeroShot],
+    variants: list[Variant],
+    classifiers: Mapping[str, torch.Tensor],
+) -> None:
+    """Once a label set, so it is not part of the time that an image takes."""
+    for variant in variants:
+        if variant.scores_by_labels:
+            with models[variant.dictionary].steering(**dict(variant.settings)) as model:
+                for classifier in classifiers.values():
+                    model.fit_classes(classifier)
+
+
 def _scores(
-    variant: _Variant,
+    variant: Variant,
     images: torch.Tensor,
     classifier: torch.Tensor,
     image_mean: torch.Tensor | None,
@@ -343,13 +263,19 @@ def _unit(features: Any) -> torch.Tensor:
     return normalize(features.float(), dim=-1)
 
 
-def _image_mean(model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what: str) -> torch.Tensor:
-    """Mean of plain CLIP's unit image embeddings `(projection_dim,)`, summed in float64."""
+def _image_mean(
+    model: VS2CLIPForZeroShot, rows: Rows, reference_rows: Rows | None, batch_size: int
+) -> tuple[torch.Tensor, str]:
+    """Mean of plain CLIP's unit image embeddings `(projection_dim,)`, and where it comes from."""
+    if reference_rows is None and model.domain_statistics is not None:
+        with model.steering(method="distribution_norm", gate=None, fvu_threshold=None):
+            return model.image_mean().to(model.clip.device), "checkpoint"
+    chosen, what = (rows, "rows") if reference_rows is None else (reference_rows, "reference_rows")
     total = torch.zeros(model.clip.visual_projection.out_features, dtype=torch.float64, device=model.clip.device)
     with model.steering(enabled=False):
-        for batch in replay_batches(model, rows, batch_size, what):
+        for batch in replay_batches(model, chosen, batch_size, what):
             total += _unit(model.image_features_from_cls(batch).features).double().sum(0)
-    return (total / len(rows)).float()
+    return (total / len(chosen)).float(), "evaluated" if reference_rows is None else "train"
 
 
 def replay_batches(model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what: str) -> Iterator[torch.Tensor]:
@@ -539,7 +465,6 @@ __all__ = [
     "check_replayable",
     "check_rows",
     "class_labels",
-    "distribution_norm_scores",
     "evaluate",
     "paired_bootstrap",
     "replay_batches",

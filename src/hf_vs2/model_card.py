@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+_STATISTICS = (
+    "means and principal components of activations of unlabelled images, and, unless they were left out, activations of some thousand "
+    "of them (`statistics.safetensors`)"
+)
 _ACTIVATIONS = {
     "relu": "ReLU, then the {} largest",
     "absolute": "the {} of largest absolute value, sign kept (eq. 1 as printed)",
@@ -217,6 +221,7 @@ def _shape_facts(config: SAEConfig) -> list[tuple[str, str]]:
         ),
         ("Active features", _ACTIVATIONS[config.activation].format(config.top_k)),
         ("Default steering", _default_steering(config)),
+        *([("Statistics", _STATISTICS)] if config.holds_statistics else []),
     ]
 
 

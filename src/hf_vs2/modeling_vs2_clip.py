@@ -37,6 +37,7 @@ from .modeling_sae import SAEModel
 from .pipeline_inputs import DEFAULT_TEMPLATES
 from .processing import save_processing
 from .prompts import class_embeddings
+from .tail import logits_of
 from .vs2_parts import load_clip, load_corpus, load_full, load_saes, without_attention
 from .weight_files import HUB_ARGUMENTS, at_one_commit
 
@@ -643,6 +644,10 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         embeds = class_embeddings(self.clip, tokenizer, labels, templates, clean=False)
         return self._scoring.fitted(self, embeds, tuple(labels))
 
+    def fit_classes(self, class_embeds: torch.Tensor) -> FittedLabels:
+        """[`fit_label_set`] of class embeddings `(num_classes, projection_dim)`; kept for the next call, but not saved."""
+        return self._scoring.fitted(self, class_embeds)
+
     @property
     def fitted_label_sets(self) -> tuple[FittedLabels, ...]:
         """What [`fit_label_set`] fitted, or a checkpoint brought."""
@@ -673,11 +678,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         embeds = F.normalize(images.features.float(), dim=-1).to(class_embeds.device)
         scores = embeds @ class_embeds.T
         if images.steered is not None and self._is_steering and self._steering.parts.scores != "cosine":
-            fit = self._scoring.fitted(self, class_embeds).fit.on(class_embeds.device)
+            fit = self.fit_classes(class_embeds).fit.on(class_embeds.device)
             views = [view.to(class_embeds.device) for view in images.views or ()]
             steered = images.steered.to(class_embeds.device).unsqueeze(-1)
             scores = torch.where(steered, label_scores(embeds, fit, views), scores)
-        return scores * self.clip.logit_scale.float().exp().to(class_embeds.device)
+        return logits_of(self.clip, scores)
 
     # CLIP's interface
 

@@ -26,6 +26,7 @@ from .pipeline_inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedI
 from .processing import knows_words
 from .prompt_cache import PromptCache
 from .prompts import resolve_templates
+from .tail import logits_of
 from .vs2_parts import find_processing
 from .weight_files import at_one_commit
 
@@ -147,8 +148,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
             of those; for a data set or another iterable an iterator over them, which reads images as it goes.
 
             With `return_details=True`, `{"predictions": [...], "plain": [...], "fvu": float or None, "steered": bool}` takes
-            the place of each such list. `plain` holds plain CLIP's scores. `fvu` is `None` where steering is off. With
-            several SAEs `fvu` and `steered` are lists, layers ascending.
+            the place of each such list. `plain` holds plain CLIP's scores. `fvu` is `None` where steering is off, and from methods that
+            do not read the SAE, which give `distance` in its place ([`row_distance`]). With several SAEs `fvu` and `steered` are
+            lists, layers ascending.
 
         Raises:
             `ValueError`: for labels that are missing, empty or given twice, settings that can't be used, and images that can't
@@ -270,12 +272,13 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates)
         pixels = model_inputs["pixel_values"]
         pixels = Normalizer(self.image_processor, pixels.device)(pixels).to(self.clip.dtype)
-        images, explanation = self._image_features(pixels, classes, steering or {}, return_details, explain)
-        outputs: dict[str, torch.Tensor | None] = {"logits": self._logits(images.features, classes)}
+        images, logits, explanation = self._image_features(pixels, classes, steering or {}, return_details, explain)
+        outputs: dict[str, torch.Tensor | None] = {"logits": logits}
         if return_details:
             outputs |= {
                 "plain_logits": self._logits(images.plain_features, classes),
                 "fvu": images.fvu,
+                "distance": images.distance,
                 "steered": images.steered,
             }
         if explanation is not None:
@@ -289,28 +292,32 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         steering: Mapping[str, Any],
         with_plain: bool,
         explain: bool,
-    ) -> tuple[VS2ImageFeatures, VS2Explanation | None]:
+    ) -> tuple[VS2ImageFeatures, torch.Tensor, VS2Explanation | None]:
         if not isinstance(self.model, VS2CLIPForZeroShot):
             features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-            return VS2ImageFeatures(features, steered=nothing, plain_features=features), None
+            return (
+                VS2ImageFeatures(features, steered=nothing, plain_features=features),
+                self._logits(features, classes),
+                None,
+            )
         # A shallow copy: the same weights, but settings of its own. The model itself is never set to this call's options, so
         # other threads, an exception or a generator left half-way can't leave them behind.
         with copy.copy(self.model).steering(**steering) as model:
             if not explain:
-                return model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes), None
+                images = model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes)
+                return images, model.class_logits(images, classes), None
             check_explainable(model)
             rows = model.cls_rows(pixel_values)
             images = model.image_features_from_cls(rows, class_embeds=classes)
             if with_plain:
                 with copy.copy(model).steering(enabled=False) as plain:
                     images.plain_features = plain.image_features_from_cls(rows).features
-            return images, model.explain_from_cls(rows, classes)
+            return images, model.class_logits(images, classes), model.explain_from_cls(rows, classes)
 
     def _logits(self, features: Any, classes: torch.Tensor) -> torch.Tensor:
         """Float32 logits `(batch, num_classes)`, also of a model in half precision."""
-        similarity = normalize(features.float(), dim=-1).to(classes.device) @ classes.T
-        return similarity * self.clip.logit_scale.float().exp().to(classes.device)
+        return logits_of(self.clip, normalize(features.float(), dim=-1).to(classes.device) @ classes.T)
 
     def postprocess(
         self,
@@ -332,12 +339,15 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         if not return_details:
             return predictions
         fvu = model_outputs["fvu"]
-        return {
+        details = {
             "predictions": predictions,
             "plain": _ranked(model_outputs["plain_logits"][0], candidate_labels, top_k),
             "fvu": None if fvu is None else fvu[0].tolist(),
             "steered": model_outputs["steered"][0].tolist(),
         }
+        if model_outputs.get("distance") is not None:
+            details["distance"] = model_outputs["distance"][0].tolist()
+        return details
 
 
 def _ranked(logits: torch.Tensor, labels: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:

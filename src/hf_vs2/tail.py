@@ -20,6 +20,11 @@ def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
     return clip.visual_projection(norm(rows)).float()
 
 
+def logits_of(clip: CLIPModel, scores: torch.Tensor) -> torch.Tensor:
+    """Float32 cosines at the CLIP's temperature, `(batch, num_classes)`."""
+    return scores * clip.logit_scale.float().exp().to(scores.device)
+
+
 class Tail(NamedTuple):
     """`post_layernorm`, projection and class embeddings as one affine map of a centred, scaled row, in float64."""
 
@@ -57,4 +62,4 @@ def fold_tail(model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, device: tor
     return Tail(matrix * norm.weight.to(device).double(), matrix @ norm.bias.to(device).double(), norm.eps)
 
 
-__all__ = ["Tail", "clip_embeds", "fold_tail"]
+__all__ = ["Tail", "clip_embeds", "fold_tail", "logits_of"]

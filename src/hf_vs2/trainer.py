@@ -27,6 +27,7 @@ from . import __version__
 from .atomic import failing_as, remove_folder, remove_leftovers, replace_folder, replace_text
 from .calibration import activation_statistics, batches, calibrate, split_rows
 from .configuration_sae import SAEConfig
+from .domain import measure_statistics
 from .extraction import naming_lost_partners
 from .label_losses import LabelLoss, describe_label_loss
 from .model_card import write_model_card
@@ -215,6 +216,8 @@ class SAETrainer:
             "held_out_rows": len(self.held_out_indices),
         }
         self.model.config.training_metrics = metrics
+        if self.accelerator.is_main_process:
+            self._measure_domain()
         self.save_model()
         metrics = metrics | {"seconds": round(time.perf_counter() - started, 3)}
         if self.accelerator.is_main_process:
@@ -269,6 +272,7 @@ class SAETrainer:
             self.model.config.total_variance = total_variance
         self._is_new = False
         self.model.config.fvu_quantiles = self.model.config.num_calibration_rows = None
+        self.model.set_domain_statistics(None)
 
     def _record_origin(self) -> None:
         config = self.model.config
@@ -374,6 +378,20 @@ class SAETrainer:
         """What the labels of this process's part add to its loss, in units of the FVU."""
         assert self.label_loss is not None and self.model.config.total_variance
         return self.label_loss(out, labels) / self.model.config.total_variance
+
+    def _measure_domain(self) -> None:
+        """What methods beyond VS2 need. They score what comes out of the last layer: other layers' rows are of no use to them."""
+        layers, layer = self.model.config.base_model_num_layers, self.model.config.layer
+        if self.args.sketch_rows and (layer is None or layers is None or layer == layers - 1):
+            found = measure_statistics(
+                self.model,
+                self.rows,
+                self.train_indices,
+                self.held_out_indices,
+                sketch_rows=self.args.sketch_rows,
+                seed=self.args.seed,
+            )
+            self.model.set_domain_statistics(found)
 
     def _calibrate(self) -> dict[str, float]:
         self.model.eval()

@@ -44,6 +44,13 @@ class SAETrainingArguments:
             "help": "Share of the rows held out from training for the gate's quantiles: at least 200 rows, at most a fifth."
         },
     )
+    sketch_rows: int = field(
+        default=4096,
+        metadata={
+            "help": "Rows that the checkpoint keeps, at random, for methods that fit prototypes to labels; 0: the checkpoint holds no "
+            "statistics, and no activation of any image."
+        },
+    )
     seed: int = field(
         default=42, metadata={"help": "Seeds the initial weights, the order of rows and the held-out rows."}
     )
@@ -75,7 +82,7 @@ class SAETrainingArguments:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("save_steps", "max_grad_norm"):
+        for name in ("save_steps", "max_grad_norm", "sketch_rows"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
         if self.max_steps is not None and self.num_train_epochs is not None:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 USAGE = "--checkpoint O --dataset D [--split S] [options]"
 DESCRIPTION = """\
-Measures the gate's FVU quantiles on unlabelled images that the SAE was not trained on, and writes them into the checkpoint.
-`hf-vs2 train` has done so already; do it again for images from where the model will be used."""
+Measures the gate's FVU quantiles on unlabelled images that the SAE was not trained on, and the statistics that methods beyond VS2
+need (means, principal components, a sketch of rows), and writes them into the checkpoint. `hf-vs2 train` has done so already; do it
+again for images from where the model will be used."""
 EXAMPLES = """\
 examples:
   hf-vs2 calibrate --checkpoint outputs/sae-cifar100 --dataset my_photos/
@@ -39,6 +40,12 @@ def add_flags(parser: Parser) -> None:
     parser.section("what to calibrate")
     add_checkpoint_flags(parser)
     parser.flag("--output_dir", type=Path, help="Write the calibrated checkpoint here, not into the one given.")
+    parser.flag(
+        "--sketch_rows",
+        type=int,
+        default=4096,
+        help="Rows of activations that the checkpoint keeps for methods that fit prototypes to labels; 0 keeps none.",
+    )
     parser.section("images")
     add_dataset_flags(parser)
     parser.section("extraction of activations")
@@ -47,7 +54,8 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ..calibration import calibrate
+    from ..calibration import calibrate, split_rows
+    from ..domain import measure_statistics
 
     local = Path(args.checkpoint, args.subfolder or "")
     if args.output_dir is None and not local.is_dir():
@@ -72,11 +80,17 @@ def run(args: Namespace) -> None:
     if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     metrics = calibrate(sae, store)
+    if layers[0] == model.num_layers - 1:  # what methods beyond VS2 score
+        measured, held_out = split_rows(len(store), 0.2, seed=0)
+        sae.set_domain_statistics(
+            measure_statistics(sae, store, measured, held_out, clip=model.clip, sketch_rows=args.sketch_rows)
+        )
     target = args.output_dir or local
     _save(sae, local, target)
     say(
         f"On {sae.config.num_calibration_rows:,} rows: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f};"
         f" default gate: {sae.config.gate or 'none'}.",
+        *([] if sae.domain_statistics is None else [f"{sae.domain_statistics}."]),
     )
     say_written({"SAE checkpoint": target, "activations": store.path})
 
@@ -92,8 +106,12 @@ def _save(sae: SAEModel, checkpoint: Path, target: Path) -> None:
     from ..atomic import replace_files
     from ..model_card import write_model_card
 
-    # In place, the configuration alone has changed; the weights may be mapped from the very file that would be written.
-    replace_files(target, sae.config.save_pretrained, last=CONFIG_NAME)
+    def write(scratch: Path) -> None:
+        sae.config.save_pretrained(scratch)
+        sae.save_beside(scratch)
+
+    # In place, the weights have not changed, and may be mapped from the very file that would be written.
+    replace_files(target, write, CONFIG_NAME)
     write_model_card(target)
 
 

@@ -44,7 +44,7 @@ def add_flags(parser: Parser) -> None:
     add_checkpoint_flags(parser)
     add_label_flags(parser)
     parser.flag("--batch_size", type=int, default=64, help="Images per forward pass.")
-    add_steering_flags(parser)
+    add_steering_flags(parser, method=True)
     parser.section("output")
     parser.flag("--top_k", type=int, default=1, help="How many labels to give for each image.")
     parser.flag("--json", action="store_true", help="Print JSON instead of a table.")
@@ -72,7 +72,7 @@ def run(args: Namespace) -> None:
         top_k=args.top_k,
         return_details=True,
         batch_size=args.batch_size,
-        **steering_from(args),
+        **steering_from(args, method=True),
     )
     results = [{"image": name} | answer for answer, name in zip(list(answers), images.readable, strict=True)]
     if not results:

@@ -103,12 +103,22 @@ def add_label_flags(parser: Parser) -> None:
     )
 
 
-def add_steering_flags(parser: Parser) -> None:
+def add_steering_flags(parser: Parser, method: bool = False) -> None:
+    """`method`: for commands that use one method, rather than compare several."""
     parser.section("steering (by default what the checkpoint says)")
+    if method:
+        parser.flag(
+            "--method",
+            metavar="NAME",
+            help="vs2, centroid, distribution_norm, balanced_norm, prototypes and others: docs/label-free.md.",
+        )
     parser.flag("--gamma", type=float, help="Amplification of the active latents.")
     parser.flag("--lambda_", "--lambda", type=float, help="Size of the step.")
     parser.flag(
-        "--gate", type=_gate, metavar="Q", help="FVU quantile above which an image is left to plain CLIP, or none."
+        "--gate",
+        type=_gate,
+        metavar="Q",
+        help="Quantile of FVU (or distance) above which an image is left to plain CLIP, or none.",
     )
     parser.flag("--fvu_threshold", type=float, help="That threshold itself, instead of a quantile.")
 
@@ -219,9 +229,9 @@ def load_steered_clip(args: argparse.Namespace) -> tuple[VS2CLIPForZeroShot, Pre
     return classifier.model.eval(), classifier.tokenizer, classifier.image_processor
 
 
-def steering_from(args: argparse.Namespace) -> dict[str, Any]:
+def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, Any]:
     """Settings from [`add_steering_flags`]; what was not given is left to the checkpoint."""
-    names = ("gamma", "lambda_", "gate", "fvu_threshold")
+    names = ("gamma", "lambda_", "gate", "fvu_threshold", *(("method",) if method else ()))
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return settings | {"gate": None} if settings.get("gate") == "none" else settings
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 USAGE = "--checkpoint O --dataset D [--split S] [--label_column NAME] [options]"
 DESCRIPTION = """\
-Compares plain CLIP, the controls (centroid, distribution norm) and VS2 on labelled images, which should not be those the SAE was
-trained on. Prints a table with the gain over plain CLIP and its 95 % interval, and writes every figure as JSON."""
+Compares plain CLIP, the controls (centroid, distribution norm, other dictionaries), VS2 and label-free methods beyond it on labelled
+images, which should not be those the SAE was trained on. Prints a table with the gain over plain CLIP and its 95 % interval, and writes every figure as JSON."""
 EXAMPLES = """\
 examples:
   hf-vs2 evaluate --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
@@ -51,7 +51,7 @@ def add_flags(parser: Parser) -> None:
         "--method",
         nargs="+",
         metavar="NAME",
-        help="Some of centroid, distribution_norm, reconstruct, amplify, vs2, vs2+gate; plain CLIP is always there [all].",
+        help="Rows of the table, such as vs2, vs2+gate, prototypes (docs/label-free.md); plain CLIP is always there [the usual ones].",
     )
     parser.section("images")
     add_dataset_flags(parser)
@@ -59,10 +59,12 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--reference_dataset",
         metavar="D",
-        help="Unlabelled training images for distribution norm's image mean [DATASET].",
+        help="Unlabelled images for distribution norm's image mean [the checkpoint's].",
     )
     parser.flag(
-        "--reference_split", metavar="S", help="Their split. Without both flags: the evaluated images themselves."
+        "--reference_split",
+        metavar="S",
+        help="Their split. Without both flags: the checkpoint's mean, or else that of the evaluated images.",
     )
     parser.section("prompts")
     parser.flag(
@@ -123,10 +125,10 @@ def run(args: Namespace) -> None:
 
 def _check_prompts(args: Namespace, methods: Any) -> None:
     """Refuse unknown methods, templates and doubled class names before anything long begins."""
-    from ..evaluation import EVALUATION_METHODS
+    from ..evaluation_methods import EVALUATION_METHODS, unknown_methods
     from ..prompts import clean_class_names, resolve_templates
 
-    unknown = [method for method in methods if method not in EVALUATION_METHODS]
+    unknown = unknown_methods(methods)
     if unknown:
         raise ValueError(f"--method {unknown[0]} is not known: use some of {', '.join(EVALUATION_METHODS)}")
     for templates in args.templates:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from ..evaluation import distribution_norm_scores
 from ..functional import centroid_steer, contrastive_direction, steer
+from ..label_free import distribution_norm_scores
 from ..modeling_sae import SAEModel
 from ..neighbors import select_positives
 from ..retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
