@@ -95,6 +95,7 @@ def test_rows_are_those_of_evaluate(study, clip_path, images_path):  # noqa: F81
         templates=["single"], reference_rows=bench.rows("clip", "colours", "train"),
     )  # fmt: skip
     names = {"clip": "clip", "reconstruct": "rec_f", "amplify": "rec_f_gamma", "vs2": "vs2", "vs2+gate": "vs2_gate"}
+    names |= {"corrected+distribution_norm": "corrected_dn", "prototypes+sae": "prototypes_sae", "vs2_pca": "vs2_pca"}
     for theirs, ours in names.items():
         cell = one(result, ours, seed=1 if METHODS[ours].seeded else None)
         index = expected.index(theirs)
@@ -141,7 +142,11 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(study):
     def new(changed: StudyConfig) -> set[str]:
         return {cell.method for cell in plan(changed) if cell.name not in before}
 
-    assert new(replace(config, steering=replace(config.steering, gate=0.5))) == {"vs2_gate"}
+    assert new(replace(config, steering=replace(config.steering, gate=0.5))) == {
+        "vs2_gate",
+        "distribution_norm_gate",
+        "prototypes_gate",
+    }
     assert new(replace(config, views=2)) == {"ens_aug", "vs2_ens_aug"}
     assert new(replace(config, retrieval=replace(config.retrieval, rag_weight=0.1))) == {
         "rag",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+from ..domain import SKETCH_ROWS
 from . import published
 from .markdown import distinct, mean, spread, table
 from .result_view import ResultView, common_seeds, gate_as_asked, gate_note, seeds_note
@@ -68,6 +69,9 @@ def ablations(view: ResultView) -> Iterator[str]:
     )
     yield from _ablation(
         view, "neighbors", "num_neighbors", defaults.get("num_neighbors"), "Neighbours retrieved", "N"
+    )
+    yield from _ablation(
+        view, "sketch", "sketch_rows", SKETCH_ROWS, "Unlabelled rows that prototypes are fitted to", "rows"
     )
 
 

@@ -22,8 +22,11 @@ from transformers import AutoModel, CLIPModel
 
 from ..activations import ActivationStore, extract_activations
 from ..atomic import replace_file
-from ..calibration import activation_statistics
+from ..calibration import activation_statistics, split_rows
 from ..configuration_sae import SAEConfig
+from ..controls import control_model
+from ..domain import measure_statistics
+from ..domain_statistics import DomainStatistics
 from ..fingerprint import dataset_fingerprint
 from ..image_batches import Columns, ImageReader, Normalizer, read_batches, spans_of_dataset
 from ..label_losses import PrototypeAlignment
@@ -105,6 +108,7 @@ class Bench:
         self.mean = cache(self._mean)
         self.image_mean = cache(self._image_mean)
         self.sae = lru_cache(maxsize=16)(self._sae)
+        self.statistics = lru_cache(maxsize=4)(self._statistics)
         self.deep_features = lru_cache(maxsize=1)(self._deep_features)
         self.corpus_embeds = lru_cache(maxsize=1)(self._corpus_embeds)
         self.corpus_codes = lru_cache(maxsize=1)(self._corpus_codes)
@@ -250,6 +254,21 @@ class Bench:
             lambda_=cell.params.get("lambda", model.steering_settings.lambda_),
         )
         return model
+
+    def _statistics(self, encoder: str, dataset: str, spec: SAESpec, sketch_rows: int) -> DomainStatistics:
+        """Of the data set's training rows, less those held out from the SAE's training: as the trainer measures them."""
+        rows, training = self.rows(encoder, dataset, "train"), self.config.sae.training
+        share = training.get("calibration_share", SAETrainingArguments.calibration_share)
+        train, held_out = split_rows(len(rows), share, spec.seed)
+        sae = self.sae(encoder, spec)
+        return measure_statistics(sae, rows, train, held_out, sketch_rows=sketch_rows, seed=spec.seed)
+
+    def adapted_model(self, cell: Cell, dictionary: str | None = None) -> VS2CLIPForZeroShot:
+        """[`Bench.model`] with statistics of the cell's training rows; with a dictionary, see [`control_model`]."""
+        model = self.model(cell)
+        sketch_rows = cell.params["sketch_rows"]
+        model.set_domain_statistics(self.statistics(cell.encoder, cell.dataset, self.spec(cell), sketch_rows))
+        return model if dictionary is None else control_model(model, dictionary, cell.seed or 0)
 
     def _deep_features(self, encoder: str, spec: SAESpec, num_layers: int | None, method: str) -> DeepFeatures:
         """The whole model on the images that `inner_layers.test_limit` leaves, with an SAE on each of its last layers (all of them

@@ -11,7 +11,8 @@ class Method:
     Args:
         label (`str`): as the paper's table has it.
         settings (`tuple[str]`): what of the study's settings it depends on: `"sae"` (and so a seed), `"gamma"`, `"lambda"`,
-            `"gate"`, `"retrieval"`, `"rag_weight"`, `"pass_weight"`, `"views"`, `"inner"` (runs the whole model on images).
+            `"gate"`, `"retrieval"`, `"rag_weight"`, `"pass_weight"`, `"views"`, `"inner"` (runs the whole model on images), `"sketch"`
+            (fits something to unlabelled training rows).
         uses_labels (`str`): where labels enter, beside scoring: `""`, `"training"` or `"test"`.
     """
 
@@ -56,4 +57,16 @@ METHODS = {
     "clip_steering_oracle": Method("CLIP steering, oracle", (*_STEP, "retrieval"), uses_labels="training"),
     "knn_vote": Method("k-NN vote of pseudo-labels", ("retrieval",)),
     "linear_probe": Method("linear probe on pseudo-labels"),
+    "vs2_random": Method("VS2's rule, random dictionary", (*_SAE, "sketch")),
+    "vs2_pca": Method("VS2's rule, PCA", (*_SAE, "sketch")),
+    "vs2_dn": Method("VS2, then distribution norm", (*_SAE, "sketch")),
+    "corrected_dn": Method("corrected VS2, then distribution norm", (*_SAE, "sketch")),
+    "distribution_norm_gate": Method("distribution norm 1, gated", ("gate", "sketch")),
+    "balanced_norm": Method("balanced norm", ("sketch",)),
+    "prototypes": Method("prototypes (KM-MAP)", ("sketch",)),
+    "prototypes_gate": Method("prototypes, gated", ("gate", "sketch")),
+    "prototypes_pca": Method("prototypes + PCA view", ("sketch",)),
+    "prototypes_sae": Method("prototypes + SAE view", ("sae", "sketch")),
+    "prototypes_random": Method("prototypes + view of a random dictionary", ("sae", "sketch")),
+    "prototypes_pca_sae": Method("prototypes + PCA and SAE views", ("sae", "sketch")),
 }

@@ -107,6 +107,8 @@ class Ablations:
     """Shares of the unlabelled training rows, above 0 and up to 1."""
     num_neighbors: tuple[int, ...] = ()
     pass_weight: tuple[float, ...] = ()
+    sketch_rows: tuple[int, ...] = ()
+    """How many unlabelled training rows prototypes are fitted to."""
 
 
 @dataclass(frozen=True)

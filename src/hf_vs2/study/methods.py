@@ -85,6 +85,21 @@ def steered(method: str, **fixed: float) -> Run:
     return run
 
 
+def by_labels(method: str, dictionary: str | None = None) -> Run:
+    """A method of the wrapper that needs statistics of unlabelled training rows, scored as the wrapper scores it; with a dictionary,
+    the control of a rule that reads the SAE."""
+
+    def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
+        model, classes = bench.adapted_model(cell, dictionary), bench.classes(cell)
+        # Of few held-out rows the model takes the highest quantile that they can vouch for.
+        model.set_steering(method=method, gate=cell.params.get("gate"))
+        for rows in bench.batches(cell):
+            out = model.image_features_from_cls(rows)
+            yield Scored(model.class_logits(out, classes), out.fvu, out.steered)
+
+    return run
+
+
 def usable_gate(sae: SAEModel, quantile: float) -> float:
     """The quantile wanted, or the highest one that the SAE's held-out rows can vouch for: 1 % of a small set holds few."""
     return min(quantile, max((float(level) for level in sae.config.fvu_quantiles or {}), default=quantile))
@@ -281,5 +296,17 @@ RUNS: dict[str, Run] = {
     "clip_steering_oracle": clip_steering(true=True),
     "knn_vote": _with_neighbors(_vote),
     "linear_probe": probe,
+    "vs2_random": by_labels("vs2", "random"),
+    "vs2_pca": by_labels("vs2", "pca"),
+    "vs2_dn": by_labels("vs2+distribution_norm"),
+    "corrected_dn": by_labels("corrected+distribution_norm"),
+    "distribution_norm_gate": by_labels("distribution_norm"),
+    "balanced_norm": by_labels("balanced_norm"),
+    "prototypes": by_labels("prototypes"),
+    "prototypes_gate": by_labels("prototypes"),
+    "prototypes_pca": by_labels("prototypes+pca"),
+    "prototypes_sae": by_labels("prototypes+sae"),
+    "prototypes_random": by_labels("prototypes+sae", "random"),
+    "prototypes_pca_sae": by_labels("prototypes+pca+sae"),
 }
 """How each of [`hf_vs2.study.catalog.METHODS`] scores a cell."""

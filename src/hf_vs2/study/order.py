@@ -27,6 +27,15 @@ ORDER = (
 """What the paper's figures say on each of its data sets: the first of each pair is better."""
 CONTROLS = ("centroid", "distribution_norm_0.5", "distribution_norm_1", "mean_logit")
 """Controls without an SAE, which a gain of VS2 must beat to be the SAE's."""
+DICTIONARIES = (
+    ("vs2", "vs2_random"),
+    ("vs2", "vs2_pca"),
+    ("prototypes_sae", "prototypes"),
+    ("prototypes_sae", "prototypes_random"),
+    ("prototypes_sae", "prototypes_pca"),
+    ("corrected_dn", "distribution_norm_1"),
+)
+"""A rule of the SAE, and the same without it or with a dictionary that nobody trained."""
 HOLDS, FAILS, OPEN = "holds", "does not hold", "within noise"
 
 
@@ -52,7 +61,8 @@ def order(view: ResultView) -> str:
     """The claims with their counts, and in a table those that fail or are open; `""` if no claim could be tried."""
     claims = [(better, worse) for better, worse in ORDER]
     controls = [("vs2", control) for control in CONTROLS]
-    found = compare(view, claims + controls)
+    dictionaries = list(DICTIONARIES)
+    found = compare(view, claims + controls + dictionaries)
     if not found:
         return ""
     parts = [
@@ -64,8 +74,9 @@ def order(view: ResultView) -> str:
     headings = (
         "In the paper's figures each of these holds:",
         "VS2 against controls without an SAE, which the paper does not have:",
+        "What the SAE adds: its rules against the same ones without it, with random directions, or with principal components:",
     )
-    for heading, wanted in zip(headings, (claims, controls), strict=True):
+    for heading, wanted in zip(headings, (claims, controls, dictionaries), strict=True):
         lines = [_counted(view, claim, found) for claim in wanted if any((o.better, o.worse) == claim for o in found)]
         if lines:
             parts += [heading, "\n".join(lines)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from ..domain import SKETCH_ROWS
 from .catalog import METHODS
 from .config import StudyConfig
 from .results import Cell
@@ -75,6 +76,10 @@ class _Planner:
             for weight in chosen.pass_weight:
                 yield "pass", self.row(encoder, dataset, "vs2_pass", prompts, seed, pass_weight=weight)
 
+        for number in chosen.sketch_rows:
+            for method in ("prototypes", "prototypes_pca"):
+                yield "sketch", self.row(encoder, dataset, method, prompts, sketch_rows=number)
+
     def others(self, encoder: str, dataset: str) -> Iterator[tuple[str, Cell]]:
         grid = self.config.grid
         if grid is not None:
@@ -136,6 +141,7 @@ class _Planner:
             "rag_weight": {"rag_weight": retrieval.rag_weight},
             "pass_weight": {"pass_weight": config.pass_weight},
             "views": {"views": config.views},
+            "sketch": {"sketch_rows": SKETCH_ROWS},
             "inner": {"train_limit": inner.train_limit, "test_limit": inner.test_limit},
         }
 
