@@ -195,6 +195,10 @@ class LabelFit(NamedTuple):
     views: tuple[torch.Tensor, ...] = ()
     """One matrix `(num_classes, d_v)` a view, with rows of unit length."""
 
+    @property
+    def num_floats(self) -> int:
+        return sum(part.numel() for part in (*self[:4], *self.views))
+
     def on(self, device: torch.device) -> LabelFit:
         """The same on a device."""
         mean, prototypes, weights, scale = (part.to(device) for part in self[:4])

@@ -72,8 +72,8 @@ class LabelScoring:
     share it; it may be used from several threads. A copy, and what another process receives, has the sets fitted by name.
     """
 
-    max_label_sets = 16
-    """How many sets are kept that were not fitted by name; the least recently used go first."""
+    max_floats = 2**24
+    """How many numbers the fits that were not made by name may hold together (64 MB); the least recently used go first."""
 
     def __init__(self, named: tuple[FittedLabels, ...] = ()):
         self.named = named
@@ -110,6 +110,7 @@ class LabelScoring:
             for known in (*self.named, *self._recent):
                 if known.is_of(method, settings, classes):
                     if labels is None or known.labels is not None:
+                        self._keep(known)
                         return known
                     found = replace(known, labels=labels)
                     break
@@ -118,8 +119,15 @@ class LabelScoring:
             if labels is not None:
                 self.named = (*self.named, found)
             else:
-                self._recent = [*self._recent, found][-self.max_label_sets :]
+                self._keep(found)
             return found
+
+    def _keep(self, used: FittedLabels) -> None:
+        if used.labels is not None:
+            return
+        self._recent = [*(one for one in self._recent if one is not used), used]
+        while len(self._recent) > 1 and sum(one.fit.num_floats for one in self._recent) > self.max_floats:
+            del self._recent[0]
 
     @torch.no_grad()
     def image_mean(self, model: VS2CLIPForZeroShot) -> torch.Tensor:
@@ -169,9 +177,7 @@ class LabelScoring:
         if self._sketch is None or self._sketch[0] != key:
             # A shallow copy: the settings of the model itself are not touched.
             with copy.copy(model).steering(gate=None, fvu_threshold=None, enabled=True, edits=None) as every_row:
-                found = [
-                    every_row.image_features_from_cls(block) for block in rows.split(_BATCH)
-                ]
+                found = [every_row.image_features_from_cls(block) for block in rows.split(_BATCH)]
             embeds = torch.cat([normalize(cast(torch.Tensor, part.features).float(), dim=-1) for part in found])
             views = tuple(torch.cat(parts) for parts in zip(*(part.views or () for part in found), strict=True))
             self._sketch = key, embeds, views

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 USAGE = "IMAGE... --checkpoint O --labels NAME... [options]"
 DESCRIPTION = """\
 Labels images with a steered CLIP. Prints for each image the label and its score, plain CLIP's label, how badly the SAE
-reconstructs the image (FVU), and whether it was steered."""
+reconstructs the image (FVU; for methods that do not read it, the distance to the training images), and whether it was steered."""
 EXAMPLES = """\
 examples:
   hf-vs2 classify photo.jpg photos/ --checkpoint outputs/sae-cifar100 \\
@@ -136,10 +136,12 @@ def _open(name: str) -> Image:
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:
-    rows = [["image", "label", "plain CLIP", "FVU", "steered"]]
+    by_distance = "distance" in results[0]
+    rows = [["image", "label", "plain CLIP", "distance" if by_distance else "FVU", "steered"]]
     for result in results:
         # One value an SAE, where there are several.
-        fvu, steered = (value if isinstance(value, list) else [value] for value in (result["fvu"], result["steered"]))
+        measured = result["distance" if by_distance else "fvu"]
+        fvu, steered = (value if isinstance(value, list) else [value] for value in (measured, result["steered"]))
         rows.append(
             [
                 result["image"],
