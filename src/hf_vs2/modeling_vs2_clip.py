@@ -293,6 +293,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         Raises:
             `ValueError`: if they are of rows of another width or number of latents, or the method in force needs some.
         """
+        if statistics is None and self._steering.parts.needs_statistics:
+            raise ValueError(f"method={self._steering.method!r} is in force and needs them. Set another method first.")
         self.sae.set_domain_statistics(statistics)
         self._scoring.clear()
         self._use(self._steering)
