@@ -23,7 +23,10 @@ from torch.nn.functional import normalize
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, measure_statistics
 
 
-METHODS = ("vs2", "distribution_norm", "balanced_norm", "prototypes", "prototypes+pca", "prototypes+sae")
+METHODS = (
+    *("vs2", "distribution_norm", "balanced_norm", "balanced_prototypes", "prototypes", "prototypes+pca"),
+    "prototypes+sae",
+)
 
 
 def build(device: str) -> VS2CLIPForZeroShot:

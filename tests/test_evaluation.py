@@ -93,7 +93,10 @@ def test_replay_equals_the_full_model_on_the_images(images, rows, labels, tokeni
         "amplify": {"method": "amplify"},
         "vs2": {"method": "vs2"},
         "vs2+gate": {"method": "vs2", "gate": 0.99},
-        **{name: {"method": name} for name in ("corrected+distribution_norm", "balanced_norm", "prototypes")},
+        **{
+            name: {"method": name}
+            for name in ("corrected+distribution_norm", "balanced_norm", "balanced_prototypes", "prototypes")
+        },
         **{name: {"method": name} for name in ("prototypes+pca", "prototypes+sae")},
         "prototypes+gate": {"method": "prototypes", "gate": 0.9},  # what 10 held-out rows can vouch for
     }

@@ -20,7 +20,7 @@ class MethodParts(NamedTuple):
     step: str = "none"
     """`"none"`, or what takes the row's place: `"centroid"`, `"reconstruct"`, `"amplify"`, `"vs2"`, `"vs2++"`, `"corrected"`."""
     scores: str = "cosine"
-    """`"cosine"`, as in CLIP, `"distribution_norm"`, `"balanced_norm"` or `"prototypes"`."""
+    """`"cosine"`, as in CLIP, `"distribution_norm"`, `"balanced_norm"`, `"prototypes"` or `"balanced_prototypes"`."""
     views: tuple[str, ...] = ()
     """Of `"prototypes"`: `"pca"`, `"sae"`."""
 
@@ -46,6 +46,7 @@ METHODS = {
     "vs2+distribution_norm": MethodParts("vs2", "distribution_norm"),
     "corrected+distribution_norm": MethodParts("corrected", "distribution_norm"),
     "balanced_norm": MethodParts(scores="balanced_norm"),
+    "balanced_prototypes": MethodParts(scores="balanced_prototypes"),
     "prototypes": MethodParts(scores="prototypes"),
     "prototypes+pca": MethodParts(scores="prototypes", views=("pca",)),
     "prototypes+sae": MethodParts(scores="prototypes", views=("sae",)),
@@ -65,8 +66,9 @@ class Steering:
             corpus share, see `VS2CLIPForZeroShot.set_corpus`) or `"none"`. Beyond the paper, with [`DomainStatistics`]:
             `"corrected"` (see [`corrected_steer`]); `"distribution_norm"` (mean image and text subtracted), alone or after a
             step, `"vs2+distribution_norm"` and `"corrected+distribution_norm"`; `"balanced_norm"` (the mean in which each
-            label counts alike, see [`balanced_mean`]); `"prototypes"` (KM-MAP, see [`fit_prototypes`]), with views of the row
-            `"prototypes+pca"`, `"prototypes+sae"`, `"prototypes+pca+sae"`. These change scores, not image features: see
+            label counts alike, see [`balanced_mean`]); `"balanced_prototypes"` (see [`fit_balanced_prototypes`]); `"prototypes"`
+            (KM-MAP, see [`fit_prototypes`]), with views of the row `"prototypes+pca"`, `"prototypes+sae"`,
+            `"prototypes+pca+sae"`. These change scores, not image features: see
             `VS2CLIPForZeroShot.class_logits`.
         gamma (`float` or one a latent): amplification of the active latents.
         lambda_ (`float`): size of the step.

@@ -22,8 +22,8 @@ CONTROLS = {
 """A rule of the SAE with another dictionary, see [`control_model`]: name -> method, dictionary."""
 EVALUATION_METHODS = (
     *("clip", "centroid", "distribution_norm", "reconstruct", "amplify", "vs2", "vs2+gate", "vs2_random", "vs2_pca"),
-    *("corrected+distribution_norm", "balanced_norm", "prototypes", "prototypes+gate", "prototypes+pca"),
-    *("prototypes+sae", "prototypes+random"),
+    *("corrected+distribution_norm", "balanced_norm", "balanced_prototypes", "prototypes", "prototypes+gate"),
+    *("prototypes+pca", "prototypes+sae", "prototypes+random"),
 )
 """The rows of a table where nobody names others."""
 DISTRIBUTION_NORMS = ((0.5, "dot"), (1.0, "cosine"))

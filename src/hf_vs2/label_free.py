@@ -6,7 +6,7 @@ embeddings `W`; `x` is `(batch, hidden_size)`, CLS rows. Nothing is modified in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,10 @@ RIDGE = 0.05
 """Share of the mean variance that is added to each component's when rows are whitened."""
 VIEW_WEIGHT = 2.0
 """How much a view counts beside the embedding, where a prototype rests on many rows."""
-# Of `fit_prototypes`; one setting served 7 and 500 rows a class (docs/label-free.md).
-_SHRINKAGE, _SHARPNESS, _ITERATIONS, _BALANCE, _BALANCE_STEPS = 200.0, 20.0, 8, 0.5, 3
+# Of prototypes; one setting served 7 and 500 rows a class (docs/label-free.md).
+_SHARPNESS, _ITERATIONS = 20.0, 8
+_SHRINKAGE, _BALANCE, _BALANCE_STEPS = 200.0, 0.5, 3
+_BALANCED_SHRINKAGE = 500.0
 # Of `balanced_mean`.
 _SUREST, _CONFIDENCE = 20, 100.0
 # Numbers of one block of confidences.
@@ -190,6 +192,8 @@ class LabelFit(NamedTuple):
     """`(num_classes, projection_dim)`, of unit length."""
     weights: torch.Tensor
     """`(num_classes,)`: how much each prototype rests on rows rather than on text, 0 to 1."""
+    received: torch.Tensor
+    """`(num_classes,)`: how many unlabelled rows each prototype rests on; shares of rows add up."""
     scale: torch.Tensor
     """A scalar, see [`score_scale`]."""
     views: tuple[torch.Tensor, ...] = ()
@@ -197,12 +201,12 @@ class LabelFit(NamedTuple):
 
     @property
     def num_floats(self) -> int:
-        return sum(part.numel() for part in (*self[:4], *self.views))
+        return sum(part.numel() for part in (*self[:5], *self.views))
 
     def on(self, device: torch.device) -> LabelFit:
         """The same on a device."""
-        mean, prototypes, weights, scale = (part.to(device) for part in self[:4])
-        return LabelFit(mean, prototypes, weights, scale, tuple(view.to(device) for view in self.views))
+        mean, prototypes, weights, received, scale = (part.to(device) for part in self[:5])
+        return LabelFit(mean, prototypes, weights, received, scale, tuple(view.to(device) for view in self.views))
 
 
 def label_scores(embeds: torch.Tensor, fit: LabelFit, views: Sequence[torch.Tensor] = ()) -> torch.Tensor:
@@ -221,7 +225,8 @@ def _with_views(
 
 def norm_fit(classes: torch.Tensor, mean: torch.Tensor) -> LabelFit:
     """Distribution norm as a [`LabelFit`]: the classes' own directions, and no rows behind them."""
-    return LabelFit(mean, centred_classes(classes), torch.zeros_like(classes[:, 0]), score_scale(mean, classes))
+    none = torch.zeros_like(classes[:, 0])
+    return LabelFit(mean, centred_classes(classes), none, none, score_scale(mean, classes))
 
 
 def fit_prototypes(
@@ -241,34 +246,78 @@ def fit_prototypes(
         mean: what is subtracted from embeddings, `(projection_dim,)`.
         views: `(n, d_v)` each, of unit length.
     """
-    start = norm_fit(classes, mean)
-    queries, anchors = centred(embeds, mean), start.prototypes
-    fit = start._replace(views=tuple(view.new_zeros(len(classes), view.shape[1]) for view in views))
+    everyone = torch.ones_like(embeds[:, :1])
+    return _fit(embeds, norm_fit(classes, mean), views, everyone, _SHRINKAGE, _evened)
+
+
+def fit_balanced_prototypes(embeds: torch.Tensor, classes: torch.Tensor) -> LabelFit:
+    """
+    Prototypes without a balance assumption, for rows that may be mostly of one label.
+
+    As [`fit_prototypes`], but with the [`balanced_mean`], no division of columns, `w_c = n_c / (n_c + 500)`, and each row counted
+    `u = sum_c r_c min(1, n / (C n_c))` times, with the r and n of distribution norm: no label starts with more than an even share of
+    the rows, and a common one may still earn them.
+
+    Args:
+        embeds, classes: as there.
+    """
+    start = norm_fit(classes, balanced_mean(embeds, classes))
+    shares = (_SHARPNESS * centred(embeds, start.mean) @ start.prototypes.T).softmax(-1)
+    even = len(embeds) / len(classes)
+    counted = (shares * (even / shares.sum(0)).clamp_max(1)).sum(-1, keepdim=True)
+    return _fit(embeds, start, (), counted, _BALANCED_SHRINKAGE, lambda shares: shares)
+
+
+def _fit(
+    embeds: torch.Tensor,
+    start: LabelFit,
+    views: Sequence[torch.Tensor],
+    counted: torch.Tensor,
+    shrinkage: float,
+    balance: Callable[[torch.Tensor], torch.Tensor],
+) -> LabelFit:
+    """`counted` `(n, 1)` says how often each row counts, `balance` changes its shares `(n, num_classes)`."""
+    queries, anchors = centred(embeds, start.mean), start.prototypes
+    fit = start._replace(views=tuple(view.new_zeros(len(anchors), view.shape[1]) for view in views))
     for _ in range(_ITERATIONS if len(embeds) else 0):
         scores = _with_views(queries @ fit.prototypes.T, fit.weights, views, fit.views)
-        shares = _balanced((_SHARPNESS * scores).softmax(-1)).T
+        shares = (balance((_SHARPNESS * scores).softmax(-1)) * counted).T
         received = shares.sum(-1)
-        weights = received / (received + _SHRINKAGE)
-        towards = normalize(shares @ queries, dim=-1)
-        fit = LabelFit(
-            mean,
-            normalize((1 - weights).unsqueeze(-1) * anchors + weights.unsqueeze(-1) * towards, dim=-1),
-            weights,
-            start.scale,
-            tuple(normalize(shares @ view, dim=-1) for view in views),
+        weights = received / (received + shrinkage)
+        own = weights.unsqueeze(-1)
+        fit = fit._replace(
+            prototypes=normalize((1 - own) * anchors + own * normalize(shares @ queries, dim=-1), dim=-1),
+            weights=weights,
+            received=received,
+            views=tuple(normalize(shares @ view, dim=-1) for view in views),
         )
     return fit
 
 
-def rows_behind(weights: torch.Tensor) -> torch.Tensor:
-    """How many rows each prototype of [`fit_prototypes`] received: `n` of `w = n / (n + 200)`."""
-    return _SHRINKAGE * weights / (1 - weights)
-
-
-def _balanced(shares: torch.Tensor) -> torch.Tensor:
+def _evened(shares: torch.Tensor) -> torch.Tensor:
     num_classes = shares.shape[1]
     for _ in range(_BALANCE_STEPS):
         column = (num_classes * shares.mean(0)).clamp_min(torch.finfo(shares.dtype).tiny)
         shares = shares / column**_BALANCE
         shares = shares / shares.sum(-1, keepdim=True)
     return shares
+
+
+__all__ = [
+    "LabelFit",
+    "RowStatistics",
+    "balanced_mean",
+    "centred",
+    "centred_classes",
+    "corrected_steer",
+    "distribution_norm_scores",
+    "fit_balanced_prototypes",
+    "fit_prototypes",
+    "label_scores",
+    "latent_view",
+    "norm_fit",
+    "pca_view",
+    "row_distance",
+    "score_scale",
+    "whitened",
+]

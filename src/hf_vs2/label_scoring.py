@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from .atomic import replace_file
 from .checkpoint_folder import LABEL_SETS_NAME
-from .label_free import LabelFit, balanced_mean, fit_prototypes, norm_fit, rows_behind
+from .label_free import LabelFit, balanced_mean, fit_balanced_prototypes, fit_prototypes, norm_fit
 from .weight_files import check_numbers, opened
 from .weight_state import weights_state
 
@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 _BATCH = 1024
 # Class embeddings of the same prompts differ by rounding from batch to batch and device to device; those of other prompts by more.
 _SAME_CLASSES = 1e-4
-_FIT_TENSORS = ("mean", "prototypes", "weights", "scale")
+_FIT_TENSORS = ("mean", "prototypes", "weights", "received", "scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class FittedLabels:
     @property
     def rows_per_label(self) -> torch.Tensor:
         """How many unlabelled rows each prototype rests on, `(num_classes,)`; shares of rows add up."""
-        return rows_behind(self.fit.weights)
+        return self.fit.received
 
     def is_of(self, method: str, settings: tuple[float, ...], classes: torch.Tensor) -> bool:
         """Whether it is what `method` would fit for these classes."""
@@ -151,9 +151,12 @@ class LabelScoring:
         if scores == "distribution_norm" or _statistics(model).rows is None:
             return norm_fit(classes, mean)
         embeds, views = self._sketch_rows(model, settings)
+        embeds = embeds.to(classes.device)
         if scores == "balanced_norm":
-            return norm_fit(classes, balanced_mean(embeds.to(classes.device), classes))
-        return fit_prototypes(embeds.to(classes.device), classes, mean, [view.to(classes.device) for view in views])
+            return norm_fit(classes, balanced_mean(embeds, classes))
+        if scores == "balanced_prototypes":
+            return fit_balanced_prototypes(embeds, classes)
+        return fit_prototypes(embeds, classes, mean, [view.to(classes.device) for view in views])
 
     def _image_mean(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]) -> torch.Tensor:
         steps = model.steering_settings.parts.step != "none"
@@ -227,9 +230,9 @@ def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, 
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
     views = tuple(own[f"view_{place}"] for place in range(len(own) - len(_FIT_TENSORS) - 1))
     classes, labels = own["class_embeds"], tuple(map(str, about["labels"]))
-    mean, prototypes, weights, scale = (own[name] for name in _FIT_TENSORS)
-    fit = LabelFit(mean, prototypes, weights, scale, views)
-    sizes = {len(labels), len(classes), len(fit.prototypes), len(fit.weights), *map(len, views)}
+    mean, prototypes, weights, received, scale = (own[name] for name in _FIT_TENSORS)
+    fit = LabelFit(mean, prototypes, weights, received, scale, views)
+    sizes = {len(labels), len(classes), *map(len, (fit.prototypes, fit.weights, fit.received, *views))}
     if len(sizes) > 1 or fit.prototypes.shape != classes.shape or fit.mean.shape != classes.shape[1:]:
         raise ValueError(f"label set {number} has tensors of different sizes")
     return FittedLabels(str(about["method"]), tuple(map(float, about["settings"])), classes, fit, labels)

@@ -63,6 +63,7 @@ METHODS = {
     "corrected_dn": Method("corrected VS2, then distribution norm", (*_SAE, "sketch")),
     "distribution_norm_gate": Method("distribution norm 1, gated", ("gate", "sketch")),
     "balanced_norm": Method("balanced norm", ("sketch",)),
+    "balanced_prototypes": Method("balanced prototypes", ("sketch",)),
     "prototypes": Method("prototypes (KM-MAP)", ("sketch",)),
     "prototypes_gate": Method("prototypes, gated", ("gate", "sketch")),
     "prototypes_pca": Method("prototypes + PCA view", ("sketch",)),

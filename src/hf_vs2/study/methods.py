@@ -302,6 +302,7 @@ RUNS: dict[str, Run] = {
     "corrected_dn": by_labels("corrected+distribution_norm"),
     "distribution_norm_gate": by_labels("distribution_norm"),
     "balanced_norm": by_labels("balanced_norm"),
+    "balanced_prototypes": by_labels("balanced_prototypes"),
     "prototypes": by_labels("prototypes"),
     "prototypes_gate": by_labels("prototypes"),
     "prototypes_pca": by_labels("prototypes+pca"),
