@@ -13,26 +13,30 @@ ENCODER = "clip-vit-tiny-lit"
 METHODS = {
     "centroid": "centroid, no SAE",
     "distribution_norm_1": "distribution norm, no SAE",
+    "balanced_prototypes": "balanced prototypes, no SAE",
+    "prototypes": "prototypes, no SAE",
     "rec_f": "reconstruction",
     "rec_f_gamma": "amplified reconstruction",
     "vs2": "VS2",
     "vs2_gate": "VS2, gated",
     "vs2pp_majority": "VS2++, pseudo-labels",
+    "prototypes_sae": "prototypes + SAE view",
 }
 DATASETS = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet", "cub100": "CUB-200, 100 classes"}
 
 
 def main() -> None:
     result = StudyResult.from_json(ROOT / "examples" / "results" / "vit-tiny-lit" / "results.json")
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.1), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.7), sharey=True, layout="constrained")
     for axes, (dataset, title) in zip(panels, DATASETS.items(), strict=True):
         for place, method in enumerate(METHODS):
             cells = result.select("table", encoder=ENCODER, dataset=dataset, prompts="single", method=method)
             gain = np.mean([one.figures["gain"] for one in cells])
             low, high = np.mean([one.figures["gain_ci"] for one in cells], axis=0)
-            colour = "#0072B2" if method.startswith("vs2") else "#777777"
+            ours = method.startswith("vs2") or method.endswith("sae")
+            colour = "#0072B2" if ours else "#777777"
             axes.plot([low, high], [place, place], color=colour, lw=2)
-            axes.plot(gain, place, "o" if method.startswith("vs2") else "s", color=colour, ms=6)
+            axes.plot(gain, place, "o" if ours else "s", color=colour, ms=6)
         axes.axvline(0, color="black", lw=0.8)
         plain = result.plain(ENCODER, dataset, "single")
         assert plain is not None
