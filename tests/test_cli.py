@@ -338,6 +338,27 @@ def test_classify_gives_the_models_own_answer_beside_clips(checkpoint, images_pa
     assert len(table) == 10 and table[0].split()[:2] == ["image", "label"]
 
 
+def test_classify_by_other_methods(checkpoint, images_path, tmp_path, capsys):
+    """The issue's promise to a practitioner: one flag, and what is said about each image is what that method knows."""
+    arguments = ["classify", images_path / "test", "--checkpoint", checkpoint, "--labels", *COLOURS]
+    found = json.loads(run(capsys, *arguments, "--method", "prototypes", "--json"))
+    plain = json.loads(run(capsys, *arguments, "--method", "none", "--json"))
+    assert [one["plain"] for one in found] == [one["predictions"] for one in plain]
+    assert all(one["fvu"] is None and one["distance"] > 0 for one in found)
+    assert [one["predictions"] for one in found] != [one["plain"] for one in found]
+    assert "distance" in run(capsys, *arguments, "--method", "prototypes").splitlines()[0]
+    assert "fvu_threshold=0.5" in complaint(capsys, *arguments, "--method", "prototypes", "--fvu_threshold", 0.5)
+
+    # Rows of images may be left out of a checkpoint: then prototypes are distribution norm.
+    given = with_checkpoint("calibrate", checkpoint, images_path)
+    assert "no rows" in run(capsys, *given, "--sketch_rows", 0, "--output_dir", tmp_path)
+    arguments[3] = tmp_path
+    answers = [
+        json.loads(run(capsys, *arguments, "--method", m, "--json")) for m in ("prototypes", "distribution_norm")
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_classify_honours_the_gate(checkpoint, images_path, capsys):
     """A threshold of 0 lets no image pass, and then every answer is plain CLIP's to the last bit; `--gate none` passes all."""
     arguments = ["classify", images_path / "test", "--checkpoint", checkpoint, "--labels", *COLOURS, "--json"]

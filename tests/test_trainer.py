@@ -20,6 +20,7 @@ from toy import clip_like_rows, make_sae, sparse_rows
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments, modeling_sae
 from hf_vs2.calibration import activation_statistics, as_rows
 from hf_vs2.functional import prototype_alignment
+from hf_vs2.label_free import row_distance
 from hf_vs2.label_losses import PrototypeAlignment
 from hf_vs2.store import read_shard_header, write_index, write_shard
 from hf_vs2.trainer import BatchPlan
@@ -142,6 +143,31 @@ def test_the_checkpoint_needs_nothing_else(rows, tmp_path):
     assert log["log"][-1].keys() >= {"step", "loss", "fvu", "dead_share", "learning_rate"}
     left = {path.name for path in (tmp_path / "run").iterdir()} - {"README.md", ".training.lock"}
     assert left == {"training_log.json", "statistics.safetensors"}  # the latter for methods beyond VS2 only
+
+
+def test_statistics_are_of_the_training_rows(rows, tmp_path):
+    """Statistics of rows that the thresholds are measured on would make the gate by distance too loose."""
+    trainer = make_trainer(tmp_path, rows, sketch_rows=100)
+    trainer.train()
+    known = SAEModel.from_pretrained(tmp_path).domain_statistics
+    train = rows[trainer.train_indices]
+    torch.testing.assert_close(known.mean, train.mean(0), rtol=1e-4, atol=1e-5)
+    assert known.num_rows == len(train) and len(known.rows) == 100
+    assert (known.rows.unsqueeze(1) == train.bfloat16()).all(-1).any(-1).all()
+    fresh = row_distance(rows[trainer.held_out_indices], known.of_rows)
+    assert (fresh <= known.distance_threshold(0.9)).float().mean() == pytest.approx(0.9, abs=0.01)
+    dense = torch.zeros(len(train), 96).scatter_(1, *reversed(trainer.model.encode(train)))
+    torch.testing.assert_close(known.latent_mean, dense.mean(0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("arguments", "layer"), [({"sketch_rows": 0}, 2), ({}, 0)], ids=["not asked", "inner layer"])
+def test_a_checkpoint_without_statistics(rows, tmp_path, arguments, layer):
+    """Who must not give away activations turns them off; an inner layer's rows are nothing that scores come from."""
+    store = make_store(tmp_path / "store", rows, layer=layer)
+    trainer = make_trainer(tmp_path / "sae", store, **arguments)
+    trainer.train()
+    assert trainer.model.config.layer == layer and not (tmp_path / "sae" / "statistics.safetensors").exists()
+    assert SAEModel.from_pretrained(tmp_path / "sae").domain_statistics is None
 
 
 # The same again
