@@ -359,6 +359,22 @@ def test_classify_by_other_methods(checkpoint, images_path, tmp_path, capsys):
     assert answers[0] == answers[1]
 
 
+def test_recommend_says_what_to_run(checkpoint, images_path, tmp_path, capsys):
+    """A recommendation must be one that can be followed: the commands that it names are run here."""
+    target = tmp_path / "advice.json"
+    given = with_checkpoint("recommend", checkpoint, images_path)
+    assert "--labels" in complaint(capsys, *given)
+    out = run(capsys, *given, "--labels", *COLOURS, "--output", target)
+    advice = read_json(target)
+    assert out.startswith("Recommended: ") and str(target) in out and advice["candidates"] == []
+    with_labels = run(capsys, *given, "--label_column", "label")
+    assert "On 24 labelled images:" in with_labels and "| balanced_prototypes |" in with_labels
+    for line in (line for line in out.splitlines() if line.startswith(("First: ", "Next: "))):
+        words = line.partition(": ")[2].replace("IMAGE", str(images_path / "test" / "red" / "00.png"))
+        command = words.replace("--labels ...", "--labels " + " ".join(COLOURS)).split()
+        run(capsys, *command[1:])
+
+
 def test_classify_honours_the_gate(checkpoint, images_path, capsys):
     """A threshold of 0 lets no image pass, and then every answer is plain CLIP's to the last bit; `--gate none` passes all."""
     arguments = ["classify", images_path / "test", "--checkpoint", checkpoint, "--labels", *COLOURS, "--json"]

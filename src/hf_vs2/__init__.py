@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
     from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
     from .prompts import class_embeddings
+    from .recommend import Recommendation, recommend
     from .registry import DatasetInfo, dataset_info
     from .trainer import SAETrainer
     from .training_args import SAETrainingArguments
@@ -65,6 +66,8 @@ _HOMES = {
     "VS2ZeroShotImageClassificationPipeline": "pipeline",
     "zero_shot_classifier": "pipeline",
     "class_embeddings": "prompts",
+    "Recommendation": "recommend",
+    "recommend": "recommend",
     "DatasetInfo": "registry",
     "dataset_info": "registry",
     "SAETrainer": "trainer",
@@ -78,6 +81,7 @@ __all__ = [
     "EvaluationResult",
     "LatentEdits",
     "PrototypeAlignment",
+    "Recommendation",
     "RetrievalCorpus",
     "SAEConfig",
     "SAEModel",
@@ -100,6 +104,7 @@ __all__ = [
     "load_images",
     "measure_statistics",
     "push_to_hub",
+    "recommend",
     "steering_grid",
     "write_model_card",
     "zero_shot_classifier",

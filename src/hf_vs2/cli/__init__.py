@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "a sparse autoencoder from unlabelled images: extract, train, calibrate",
     "calibrate": "measure the gate's thresholds again, on fresh unlabelled images",
     "evaluate": "compare plain CLIP, the controls and VS2 on labelled images",
+    "recommend": "which method to use for your images and labels, and why",
     "atlas": "a folder of web pages to browse the latents in, offline",
     "study": "the paper's study, or one of yours, from one file",
     "classify": "label images with a steered CLIP, beside plain CLIP's answer",

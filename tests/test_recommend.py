@@ -1,0 +1,160 @@
+"""The recommendation: what it says must follow from the images, and plain CLIP must be among its answers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_evaluation import NAMES, make_model
+from torch.nn.functional import normalize
+
+from hf_vs2.label_free import balanced_mean, label_scores, norm_fit
+from hf_vs2.recommend import CANDIDATES, Evidence, decide, gather_evidence, recommend
+from hf_vs2.tail import clip_embeds
+
+
+SURE = Evidence(4096, 40.0, confidence=0.8, evenness=0.97, largest_share=0.1, agreement=0.8, stability=0.98)
+C, D = 8, 32
+
+
+def clusters(share: float, n: int = 1200, noise: float = 0.6, seed: int = 0):
+    """Unit embeddings around class directions that share a large mean, `share` of them of class 0, as CLIP's lie; and the classes."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q[: C + 1]
+    wanted = torch.full((C,), (1 - share) / (C - 1)).index_fill(0, torch.tensor([0]), share)
+    labels = torch.multinomial(wanted, n, replacement=True, generator=generator)
+    embeds = 2 * classes[C] + classes[labels] + noise * torch.randn(n, D, generator=generator) / D**0.5
+    return normalize(embeds, dim=-1), normalize(classes[:C] + 0.5 * classes[C], dim=-1), labels
+
+
+@pytest.fixture(scope="module")
+def rows():
+    from conftest import make_tiny_clip
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return make_tiny_clip().vision_model(pixel_values=torch.randn(60, 3, 32, 32)).last_hidden_state[:, 0]
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return normalize(torch.randn(len(NAMES), 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+# The rule
+
+
+@pytest.mark.parametrize(
+    ("changed", "method", "says"),
+    [
+        ({}, "prototypes", "spread over the labels"),
+        ({"confidence": 0.49}, "none", "not sure of these labels"),
+        ({"stability": 0.84}, "none", "too few images"),
+        ({"evenness": 0.93}, "balanced_prototypes", "commonest label about 10%"),
+        ({"agreement": 0.69}, "balanced_prototypes", "agree with plain CLIP on 69% only"),
+        ({"confidence": 0.2, "evenness": 0.1}, "none", "not sure"),
+    ],
+)
+def test_the_rule_and_its_reasons(changed, method, says):
+    """A method is worth nothing with a reason that is not its own."""
+    found, reasons = decide(replace(SURE, **changed))
+    assert found == method and says in reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("share", "method"), [(1 / C, "prototypes"), (0.5, "balanced_prototypes"), (0.95, "balanced_prototypes")]
+)
+def test_images_of_one_label_get_no_balance_assumption(share, method):
+    """The user whose images are 95 % one class: distribution norm would take that class away from them."""
+    embeds, classes, labels = clusters(share)
+    evidence = gather_evidence(embeds, classes, scale=30.0)
+    assert decide(evidence)[0] == method
+    assert evidence.largest_share == pytest.approx(labels.bincount().max().item() / len(labels), abs=0.1)
+    guesses = label_scores(embeds, norm_fit(classes, balanced_mean(embeds, classes))).argmax(-1)
+    shares = guesses.bincount(minlength=C) / len(guesses)
+    assert evidence.evenness == pytest.approx(
+        (-(shares * shares.clamp_min(1e-30).log()).sum()).exp().item() / C, rel=1e-4
+    )
+
+
+def test_labels_that_clip_does_not_know_keep_plain_clip():
+    """Where CLIP guesses, every method is fitted to guesses."""
+    embeds, classes, _ = clusters(1 / C)
+    unknown = normalize(torch.randn(C, D, generator=torch.Generator().manual_seed(9)), dim=-1)
+    assert gather_evidence(embeds, classes, 30.0).confidence > 0.5
+    assert decide(gather_evidence(embeds, unknown, 3.0))[0] == "none"
+
+
+# The whole way
+
+
+def test_it_looks_at_the_rows_that_methods_are_fitted_to(rows, classes):
+    """Evidence about other rows than those in the checkpoint would recommend for a model that nobody has."""
+    model = make_model(rows, statistics=True)
+    known = model.domain_statistics
+    found = recommend(model, rows[:20], classes)
+    embeds = normalize(clip_embeds(model.clip, known.rows), dim=-1).detach()
+    expected = gather_evidence(embeds, classes, model.clip.logit_scale.exp().item())
+    assert {name: found.evidence[name] for name in vars(expected)} == pytest.approx(vars(expected))
+    assert not found.calibrate_first and found.candidates == []
+    assert model.domain_statistics is known and model.steering_settings.method == "vs2"
+
+
+def test_foreign_images_ask_for_a_calibration_first(rows, classes):
+    """Statistics of other images say nothing about these; what is recommended must be about a model that has theirs."""
+    model = make_model(rows, statistics=True)
+    known = model.domain_statistics
+    foreign = 100 * torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    found = recommend(model, foreign, classes)
+    assert found.evidence["inside"] < 0.5 and found.evidence["rows"] == 50
+    assert "calibrate" in found.reasons[0] and found.calibrate_first == (found.method != "none")
+    assert model.domain_statistics is known
+    model.set_domain_statistics(None)
+    found = recommend(model, rows, classes)
+    assert "keeps no rows" in found.reasons[0] and "inside" not in found.evidence
+
+
+def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path):
+    """Gains must be those of the labelled images alone, whatever the others are."""
+    model = make_model(rows, statistics=True)
+    with torch.no_grad(), model.steering(method="prototypes"):
+        truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
+    labels = torch.where(torch.arange(60) < 50, truth, -1)
+    found = recommend(model, rows, classes, labels)
+    by_method = {one["method"]: one for one in found.candidates}
+    assert list(by_method) == ["none", *CANDIDATES] and {one["n"] for one in found.candidates} == {50}
+    assert (
+        by_method["prototypes"]["top1"] == 100 and found.method == "prototypes"
+    )  # it is right on all, and surely better
+    with torch.no_grad(), model.steering(enabled=False):
+        plain = model.class_logits(model.image_features_from_cls(rows[:50]), classes).argmax(-1)
+    gain = 100 - 100 * (plain == truth[:50]).double().mean().item()
+    assert by_method["prototypes"]["gain"] == pytest.approx(gain) and gain > 20
+    low, high = by_method["prototypes"]["gain_ci"]
+    assert 0 < low < gain < high
+    written = json.loads(found.to_json(tmp_path / "r.json").read_text())
+    assert written["method"] == "prototypes" and written["candidates"][0]["method"] == "none"
+    assert "| prototypes | 100.00 |" in str(found) and str(found).startswith("Recommended: prototypes")
+
+
+def test_a_sure_loss_keeps_plain_clip(rows, classes):
+    """Labels outrank the rule: what harms on them is not recommended."""
+    model = make_model(rows, statistics=True)
+    with torch.no_grad(), model.steering(enabled=False):
+        plain = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
+    assert recommend(model, rows, classes, plain).method == "none"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0] * 59, "labels must be 60 whole numbers"),
+        ([0.5] * 60, "whole numbers"),
+        ([7] * 60, "the largest is 7"),
+        ([-2] * 60, "labels must be -1"),
+    ],
+)
+def test_impossible_labels_are_refused(rows, classes, labels, message):
+    """A shifted label column would recommend the wrong method with confidence."""
+    with pytest.raises(ValueError, match=message):
+        recommend(make_model(rows, statistics=True), rows, classes[:7], labels)
