@@ -143,6 +143,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has a {CONFIG_NAME} but no {SAFE_WEIGHTS_NAME}. Save the model there again.")
     declared = [name for name in CORPUS_FILES if config.get("holds_corpus")]
     declared += [STATISTICS_NAME] if config.get("holds_statistics") else []
+    declared += [LABEL_SETS_NAME] if config.get("holds_label_sets") else []
     missing = [name for name in declared if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} should hold {missing[0]}, by its {CONFIG_NAME}. Save the model there again.")

@@ -359,8 +359,9 @@ class CorpusSearch:
                 fit; or if the corpus has too few rows.
         """
         classes = self._check(clip, rows, class_embeds, retrieval_embeds)
-        # Kept tensors may serve a training step after an inference: they must not be inference tensors.
-        with self._lock, torch.inference_mode(False):
+        # Kept tensors may serve a training step after an inference: they must not be inference tensors. Leaving the mode switches
+        # gradients on, and a graph must not be kept either.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             embeds = self._embeddings(clip)
             values, indices = self._latents(sae)
             labels = self._pseudo_labels(embeds, classes)

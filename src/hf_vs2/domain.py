@@ -41,7 +41,7 @@ def measure_statistics(
         sae ([`SAEModel`]): whose code is measured. It is not changed: `sae.set_domain_statistics(...)` keeps them.
         rows (`ActivationStore` or `torch.Tensor` of shape `(n, hidden_size)`): CLS rows of the SAE's layer. Of more than 131,072 a
             random choice is taken.
-        indices (`torch.LongTensor`, *optional*): use only these rows.
+        indices (`torch.LongTensor`, *optional*): use only these rows; by default all that are not held out.
         held_out (`torch.LongTensor`, *optional*): rows for the thresholds of the gate by distance, none of them in `indices`.
             Without them that gate can't be used.
         clip (`CLIPModel`, *optional*): to measure the mean image embedding on all rows, where the SAE reads its last layer. By default
@@ -52,7 +52,10 @@ def measure_statistics(
         `ValueError`: on no rows, rows that are not finite, or nothing to take the mean image from.
     """
     rows = as_rows(rows)
-    indices = torch.arange(len(rows)) if indices is None else indices
+    if indices is None:
+        chosen = torch.ones(len(rows), dtype=torch.bool)
+        chosen[[] if held_out is None else held_out] = False
+        indices = chosen.nonzero().squeeze(-1)
     if not len(indices):
         raise ValueError("There are no rows to measure statistics on. Give unlabelled activations.")
     if sketch_rows < 0 or (sketch_rows == 0 and clip is None):

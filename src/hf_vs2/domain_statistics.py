@@ -7,6 +7,7 @@ activations of images, which their owner may not want to give away: leave it out
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,7 @@ class DomainStatistics:
             "latent_frequency": (latents,),
         }
         if self.rows is not None:
-            expected["rows"] = (len(self.rows), width)
+            expected["rows"] = (max(1, len(self.rows)), width)
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(
@@ -187,11 +188,29 @@ class DomainStatistics:
             if about["format"] != FORMAT or about["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format {about['format']!r}, version {about['format_version']!r}")
             quantiles = {str(level): float(value) for level, value in about["distance_quantiles"].items()}
-            return cls(**tensors, num_rows=int(about["num_rows"]), distance_quantiles=quantiles)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            found = cls(**tensors, num_rows=int(about["num_rows"]), distance_quantiles=quantiles)
+            found._check_values()
+            return found
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path} does not hold statistics that this version of hf_vs2 reads ({error}). Calibrate the checkpoint again."
             ) from error
+
+    def _check_values(self) -> None:
+        """Refuse numbers that would make scores NaN, or a gate that means nothing."""
+        for name, tensor in self._tensors().items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"the {name} are of type {tensor.dtype}")
+        if (self.variances < 0).any():
+            raise ValueError("variances are negative")
+        if not ((self.latent_frequency > 0) & (self.latent_frequency <= 1)).all():
+            raise ValueError("latent_frequency is made of shares above 0 and up to 1")
+        levels = sorted((float(level), value) for level, value in self.distance_quantiles.items())
+        values = [value for _, value in levels]
+        if not all(0 < level < 1 and 0 <= value < math.inf for level, value in levels) or values != sorted(values):
+            raise ValueError(
+                "distance_quantiles must map levels between 0 and 1 to finite distances that rise with the level"
+            )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         names = ("mean", "components", "variances", "latent_mean", "latent_frequency", "rows", "image_mean")

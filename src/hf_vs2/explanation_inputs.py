@@ -42,7 +42,7 @@ def explain_images(
     if isinstance(labels, torch.Tensor):
         embeds, words = labels, None
     else:
-        _check_labels(labels)
+        check_labels(labels)
         embeds, words = class_embeddings(model.clip, tokenizer, labels, templates, clean=False), labels
     if vocabulary is not None:
         from .latent_names import name_latents
@@ -118,7 +118,8 @@ def _is_batch(images: Any) -> bool:
     return isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point()
 
 
-def _check_labels(labels: Any) -> None:
+def check_labels(labels: Any) -> None:
+    """Refuse labels that are missing, empty or given twice, as the pipeline does."""
     try:
         clean_class_names(labels)
     except (TypeError, ValueError) as error:

@@ -124,6 +124,9 @@ class HubMixin(PackagedCode):
             save(save_directory, **kwargs)
             return
         if self.config.model_type == SAE_TYPE:  # type: ignore[attr-defined]
+            # An SAE made from the config of another has none, whatever that config says.
+            self.config.holds_statistics = self.domain_statistics is not None  # type: ignore[attr-defined]
+
             # Who reads the folder meanwhile, or after this process is killed, finds no config of one SAE with the weights of another.
             def write(scratch: Path) -> None:
                 save(scratch, **kwargs)

@@ -21,8 +21,10 @@ from .card_results import ResultFacts
 from .checkpoint_folder import (
     CARD_NAME,
     CORPUS_FILES,
+    LABEL_SETS_NAME,
     RESULTS_NAME,
     SAE_TYPE,
+    STATISTICS_NAME,
     VS2_TYPE,
     CheckpointFolder,
     local_paths,
@@ -183,8 +185,11 @@ class Push:
             content[RESULTS_NAME] = results.content
             if results.leaderboard_entry is not None:
                 content[LEADERBOARD_NAME] = results.leaderboard_entry.encode()
-        # Figures of other weights, and a corpus that the checkpoint no longer has.
-        stale = sorted({RESULTS_NAME, LEADERBOARD_NAME, *CORPUS_FILES} & on_hub.keys() - content.keys())
+        # Figures of other weights; a corpus, statistics and label sets that the checkpoint no longer has.
+        beside = [
+            f"{name}/{file}".lstrip("/") for name in self.folder.configs for file in (STATISTICS_NAME, LABEL_SETS_NAME)
+        ]
+        stale = sorted({RESULTS_NAME, LEADERBOARD_NAME, *CORPUS_FILES, *beside} & on_hub.keys() - content.keys())
         return content, stale
 
     def _card(self, head: ModelInfo, results: ResultFacts | None) -> str:

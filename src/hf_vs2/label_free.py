@@ -20,6 +20,8 @@ RIDGE = 0.05
 """Share of the mean variance that is added to each component's when rows are whitened."""
 VIEW_WEIGHT = 2.0
 """How much a view counts beside the embedding, where a prototype rests on many rows."""
+# Of `whitened`: rows that are all alike have no variance to divide by.
+_LEAST_VARIANCE = 1e-12
 # Of prototypes; one setting served 7 and 500 rows a class (docs/label-free.md).
 _SHARPNESS, _ITERATIONS = 20.0, 8
 _SHRINKAGE, _BALANCE, _BALANCE_STEPS = 200.0, 0.5, 3
@@ -83,7 +85,7 @@ def balanced_mean(embeds: torch.Tensor, classes: torch.Tensor, surest: int = _SU
         classes: unit class embeddings.
         surest: rows a label, weighted by their probability. A label that no row looks like counts little.
     """
-    confidence = torch.empty(len(classes), len(embeds), device=embeds.device)
+    confidence = embeds.new_empty(len(classes), len(embeds))
     for rows, block in zip(
         torch.arange(len(embeds), device=embeds.device).split(max(1, _BLOCK // len(classes))),
         embeds.split(max(1, _BLOCK // len(classes))),
@@ -125,14 +127,15 @@ class RowStatistics(NamedTuple):
 
 
 def whitened(x: torch.Tensor, statistics: RowStatistics) -> torch.Tensor:
-    """`pc / sqrt(var + 0.05 mean var)`, `(batch, hidden_size)`: principal components, each scaled to about unit variance."""
+    """`pc / sqrt(var + 0.05 mean var)`, `(batch, hidden_size)`: principal components, each scaled to unit variance or less."""
     mean, components, variances = (part.to(x.dtype) for part in statistics)
-    return ((x - mean) @ components.T) / (variances + RIDGE * variances.mean()).sqrt()
+    return ((x - mean) @ components.T) / (variances + RIDGE * variances.mean()).clamp_min(_LEAST_VARIANCE).sqrt()
 
 
 def row_distance(x: torch.Tensor, statistics: RowStatistics) -> torch.Tensor:
-    """Mean square of the whitened components, `(batch,)` float32: about 1 for a row like those of the statistics. Where there is no
-    SAE to ask for an FVU, the gate takes this. NaN for a row that is not finite, which no gate lets through."""
+    """Mean square of the whitened components, `(batch,)` float32: on average over the rows of the statistics less than 1, and the less
+    the fewer directions they fill. Where no SAE is asked for an FVU, the gate takes this. NaN for a row that is not finite, which no
+    gate lets through."""
     return whitened(x.float(), statistics).square().mean(-1)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from transformers.utils import cached_file
 
 from .atomic import replace_file
 from .checkpoint_folder import LABEL_SETS_NAME
+from .configuration_vs2_clip import METHODS
 from .label_free import LabelFit, balanced_mean, fit_balanced_prototypes, fit_prototypes, norm_fit
 from .weight_files import check_numbers, opened
 from .weight_state import weights_state
@@ -91,7 +93,6 @@ class LabelScoring:
             self.named, self._recent, self._sketch, self._state = (), [], None, None
 
     @torch.compiler.disable  # locks and caches are nothing to trace
-    @torch.no_grad()
     def fitted(
         self, model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None
     ) -> FittedLabels:
@@ -102,10 +103,9 @@ class LabelScoring:
         Raises:
             `ValueError`: without statistics, or rows where the method needs them.
         """
-        classes = normalize(class_embeds.float(), dim=-1)
         method, settings = model.steering_settings.method, _settings(model)
-        # Kept tensors may serve a training step after an inference: they must not be inference tensors.
-        with self._lock, torch.inference_mode(False):
+        with self._lock, _kept_tensors():
+            classes = normalize(class_embeds.float(), dim=-1)
             self._check_state(model)
             for known in (*self.named, *self._recent):
                 if known.is_of(method, settings, classes):
@@ -129,27 +129,37 @@ class LabelScoring:
         while len(self._recent) > 1 and sum(one.fit.num_floats for one in self._recent) > self.max_floats:
             del self._recent[0]
 
-    @torch.no_grad()
     def image_mean(self, model: VS2CLIPForZeroShot) -> torch.Tensor:
         """Mean unit embedding under the step in force, `(projection_dim,)`: as measured, or that of the sketch."""
-        with self._lock, torch.inference_mode(False):
+        with self._lock, _kept_tensors():
             self._check_state(model)
             return self._image_mean(model, _settings(model))
 
+    def named_now(self, model: VS2CLIPForZeroShot) -> tuple[FittedLabels, ...]:
+        """The sets fitted by name, less those of other weights than the model has now."""
+        with self._lock:
+            self._check_state(model)
+            return self.named
+
     def _check_state(self, model: VS2CLIPForZeroShot) -> None:
-        """Everything is dropped when weights change that rows go through; what was loaded belongs to those of the first use."""
-        clip = model.clip
-        parts = (clip.vision_model.post_layernorm, clip.visual_projection, model.sae)
-        state = weights_state([parameter for part in parts for parameter in part.parameters()])
+        """Everything is dropped when weights or statistics change that it was made of; what a copy brought belongs to those of the
+        first use."""
+        clip, sae = model.clip, model.sae
+        parts = (clip.vision_model.post_layernorm, clip.visual_projection, sae)
+        weights = weights_state([parameter for part in parts for parameter in part.parameters()])
+        state = weights, (sae.config.top_k, sae.config.activation, sae.domain_statistics)
         if self._state is not None and state != self._state:
-            self.named, self._recent, self._sketch = (), [], None
+            self._recent, self._sketch = [], None
+            if state[1] != self._state[1] or not _only_moved(self._state[0], weights):
+                self.named = ()
         self._state = state
 
     def _fit(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...], classes: torch.Tensor) -> LabelFit:
         scores = model.steering_settings.parts.scores
         mean = self._image_mean(model, settings).to(classes.device)
         if scores == "distribution_norm" or _statistics(model).rows is None:
-            return norm_fit(classes, mean)
+            nothing = tuple(classes.new_zeros(len(classes), width) for width in _view_widths(model))
+            return norm_fit(classes, mean)._replace(views=nothing)
         embeds, views = self._sketch_rows(model, settings)
         embeds = embeds.to(classes.device)
         if scores == "balanced_norm":
@@ -202,9 +212,11 @@ class LabelScoring:
         replace_file(Path(folder) / LABEL_SETS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> LabelScoring:
+    def load(
+        cls, name_or_path: str | os.PathLike, place: Mapping[str, Any], model: VS2CLIPForZeroShot
+    ) -> LabelScoring:
         """
-        Those of a checkpoint in a folder or on the Hub.
+        Those of a checkpoint in a folder or on the Hub, for the model that it holds.
 
         Raises:
             `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged or something else.
@@ -218,24 +230,60 @@ class LabelScoring:
             about = json.loads(header)
             if about["format"] != FORMAT or about["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format {about['format']!r}, version {about['format_version']!r}")
-            named = [_read(tensors, number, one) for number, one in enumerate(about["label_sets"])]
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            named = [_read(tensors, number, one, model) for number, one in enumerate(about["label_sets"])]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path} does not hold label sets that this version of hf_vs2 reads ({error}). Save the model again."
             ) from error
-        return cls(tuple(named))
+        found = cls(tuple(named))
+        found.named_now(model)  # they belong to these weights
+        return found
 
 
-def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any]) -> FittedLabels:
+def _read(
+    tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any], model: VS2CLIPForZeroShot
+) -> FittedLabels:
+    method = str(about["method"])
+    if method not in METHODS or METHODS[method].scores == "cosine":
+        raise ValueError(f"label set {number} is of method {method!r}, which fits nothing")
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
-    views = tuple(own[f"view_{place}"] for place in range(len(own) - len(_FIT_TENSORS) - 1))
-    classes, labels = own["class_embeds"], tuple(map(str, about["labels"]))
+    labels, width = tuple(map(str, about["labels"])), model.clip.config.projection_dim
+    num = len(labels)
+    views = {f"view_{place}": (num, size) for place, size in enumerate(_view_widths(model, method))}
+    shapes = {"class_embeds": (num, width), "mean": (width,), "prototypes": (num, width), "weights": (num,)}
+    shapes |= {"received": (num,), "scale": (), **views}
+    if own.keys() != shapes.keys():
+        raise ValueError(f"label set {number} holds {sorted(own)}, and {method!r} needs {sorted(shapes)}")
+    for name, shape in shapes.items():
+        if own[name].shape != shape or not own[name].is_floating_point():
+            raise ValueError(
+                f"{number}.{name} is {tuple(own[name].shape)}, for these labels and this model it is {shape}"
+            )
     mean, prototypes, weights, received, scale = (own[name] for name in _FIT_TENSORS)
-    fit = LabelFit(mean, prototypes, weights, received, scale, views)
-    sizes = {len(labels), len(classes), *map(len, (fit.prototypes, fit.weights, fit.received, *views))}
-    if len(sizes) > 1 or fit.prototypes.shape != classes.shape or fit.mean.shape != classes.shape[1:]:
-        raise ValueError(f"label set {number} has tensors of different sizes")
-    return FittedLabels(str(about["method"]), tuple(map(float, about["settings"])), classes, fit, labels)
+    fit = LabelFit(mean, prototypes, weights, received, scale, tuple(own[name] for name in views))
+    return FittedLabels(method, tuple(map(float, about["settings"])), own["class_embeds"], fit, labels)
+
+
+@contextlib.contextmanager
+def _kept_tensors() -> Iterator[None]:
+    """What is kept from inference may serve a training step: no inference tensors, and no graph (which leaving the mode would switch on
+    again)."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _only_moved(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    """Whether weights of these two [`weights_state`] are the same, on another device or under another autocast."""
+    (_, parts, values), (_, others, found) = before, now
+    moved = all(one == other or one[3] != other[3] for one, other in zip(parts, others, strict=True))
+    return moved and values == found
+
+
+def _view_widths(model: VS2CLIPForZeroShot, method: str | None = None) -> list[int]:
+    """Of the views that a method, by default the one in force, looks at."""
+    num_latents, hidden_size = model.sae.config.weight_shape
+    widths = {"pca": hidden_size, "sae": num_latents}
+    return [widths[view] for view in METHODS[method or model.steering_settings.method].views]
 
 
 def _statistics(model: VS2CLIPForZeroShot) -> DomainStatistics:

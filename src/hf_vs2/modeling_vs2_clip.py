@@ -26,7 +26,7 @@ from .configuration_vs2_clip import METHODS, Steering, VS2CLIPConfig
 from .corpus import CorpusSearch, NeighborCodes, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
 from .domain_statistics import DomainStatistics
 from .explanation import VS2Explanation, explain_rows
-from .explanation_inputs import explain_images, processing_of, resolve_names
+from .explanation_inputs import check_labels, explain_images, processing_of, resolve_names
 from .functional import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
 from .hub import HubMixin
 from .label_free import corrected_steer, label_scores, latent_view, pca_view, row_distance
@@ -291,13 +291,18 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         take them away. What was fitted for label sets is dropped. `save_pretrained` keeps them.
 
         Raises:
-            `ValueError`: if they are of rows of another width or number of latents, or the method in force needs some.
+            `ValueError`: if they are of rows of another width or number of latents, or do not serve the settings in force.
         """
         if statistics is None and self._steering.parts.needs_statistics:
             raise ValueError(f"method={self._steering.method!r} is in force and needs them. Set another method first.")
+        before = self.domain_statistics
         self.sae.set_domain_statistics(statistics)
+        try:
+            self._use(self._steering)
+        except ValueError:
+            self.sae.set_domain_statistics(before)
+            raise
         self._scoring.clear()
-        self._use(self._steering)
 
     def _changed(self, settings: dict[str, Any]) -> Steering:
         settings = {name: _plain(value) for name, value in settings.items()}
@@ -321,6 +326,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 f"method={steering.method!r} needs statistics of unlabelled images, and this checkpoint holds none. Measure them: "
                 "hf-vs2 calibrate --checkpoint O --dataset D, or model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, rows))."
             )
+        self._check_image_mean(steering)
         edited = [] if steering.edits is None else steering.edits.latents
         if edited and len(self.saes) > 1:
             raise ValueError(
@@ -339,13 +345,23 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 raise ValueError(f"edits names the latent {beyond[0]}; the SAE has {len(sae.W_dec)}, counted from 0.")
             quantile = steering.gate if steering.measures_fvu else None
             thresholds[layer] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
-        self._distance_threshold: float | None = None
+        distance_threshold = None
         if not steering.measures_fvu and steering.gate is not None and self.domain_statistics is not None:
-            self._distance_threshold = self.domain_statistics.distance_threshold(steering.gate)
+            distance_threshold = self.domain_statistics.distance_threshold(steering.gate)
         self._steering = steering
         self._thresholds = thresholds
+        self._distance_threshold: float | None = distance_threshold
         self._gamma: torch.Tensor | None = None
         self._edits: EditTable | None = None
+
+    def _check_image_mean(self, steering: Steering) -> None:
+        mean = None if self.domain_statistics is None else self.domain_statistics.image_mean
+        width = self.clip.config.projection_dim
+        if steering.parts.needs_statistics and mean is not None and tuple(mean.shape) != (width,):
+            raise ValueError(
+                f"The mean image of the statistics is {tuple(mean.shape)}, and embeddings of this CLIP are ({width},): they were "
+                "measured with another one. Calibrate the checkpoint again."
+            )
 
     # Steering
 
@@ -565,11 +581,17 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         if config_dict.get("holds_corpus"):
             model.set_corpus(load_corpus(pretrained_model_name_or_path, place))
         if model_type == VS2CLIPConfig.model_type and config_dict.get("holds_statistics"):
-            model.set_domain_statistics(DomainStatistics.load(pretrained_model_name_or_path, place))
+            statistics = DomainStatistics.load(pretrained_model_name_or_path, place)
+            if statistics is not None:
+                num_latents, hidden_size = model.sae.config.weight_shape
+                statistics.check_fits(hidden_size, num_latents, str(pretrained_model_name_or_path))
+            model.sae.set_domain_statistics(statistics)
         if config_dict.get("holds_label_sets"):
-            model._scoring = LabelScoring.load(pretrained_model_name_or_path, place)
-        if settings:
-            model.set_steering(**settings)
+            model._scoring = LabelScoring.load(pretrained_model_name_or_path, place, model)
+        try:
+            model.set_steering(**settings)  # without any, a look at whether those stored can be used
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool = False, **kwargs: Any) -> None:
@@ -588,7 +610,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             )
         self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
         self.config.holds_statistics = self.domain_statistics is not None
-        self.config.holds_label_sets = bool(self._scoring.named)
+        self.config.holds_label_sets = bool(self._scoring.named_now(self))
         # As they are now (calibrated since, perhaps), each with the layer that it steers.
         self.config.sae_configs = [_at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
         state = kwargs.pop("state_dict", None) or self.state_dict()
@@ -609,7 +631,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             self.domain_statistics.save(folder)
         else:
             (folder / STATISTICS_NAME).unlink(missing_ok=True)
-        if self._scoring.named:
+        if self.config.holds_label_sets:
             self._scoring.save(folder)
         else:
             (folder / LABEL_SETS_NAME).unlink(missing_ok=True)
@@ -641,6 +663,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         if self._steering.parts.scores == "cosine":
             fitting = [name for name, parts in METHODS.items() if parts.scores != "cosine"]
             raise ValueError(f"method={self._steering.method!r} fits nothing to labels; these do: {fitting}.")
+        check_labels(labels)
         tokenizer, _ = processing_of(self, processor)
         templates = DEFAULT_TEMPLATES if templates is None else templates
         embeds = class_embeddings(self.clip, tokenizer, labels, templates, clean=False)
@@ -652,8 +675,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
 
     @property
     def fitted_label_sets(self) -> tuple[FittedLabels, ...]:
-        """What [`fit_label_set`] fitted, or a checkpoint brought."""
-        return self._scoring.named
+        """What [`fit_label_set`] fitted, or a checkpoint brought, of the weights and statistics that the model has now."""
+        return self._scoring.named_now(self)
 
     def image_mean(self) -> torch.Tensor:
         """Mean unit embedding of the statistics' images under the step in force, `(projection_dim,)`.

@@ -1,0 +1,149 @@
+"""The label-free methods once more, in loops over numpy float64: what the tensor code must agree with.
+
+Written from the equations of docs/label-free.md and the docstrings, one image or one class at a time, with no import from `hf_vs2`
+or torch. `e` is one unit embedding `(dim,)`, `W` `(C, dim)` the unit class embeddings, `x` one CLS row `(hidden,)`.
+"""
+
+import math
+
+import numpy as np
+
+
+def unit(v: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(v)
+    return v / length if length > 0 else v * 0.0
+
+
+def softmax(v: np.ndarray) -> np.ndarray:
+    v = np.exp(v - v.max())
+    return v / v.sum()
+
+
+def mean_of(vectors) -> np.ndarray:
+    total = np.zeros_like(vectors[0])
+    for v in vectors:
+        total = total + v / len(vectors)
+    return total
+
+
+def text_directions(W: np.ndarray) -> np.ndarray:
+    """P0_c = norm(W_c - mean W); one class is its own mean, and stays."""
+    if len(W) == 1:
+        return W.copy()
+    centre = mean_of(W)
+    return np.array([unit(w - centre) for w in W])
+
+
+def scale(mean: np.ndarray, W: np.ndarray) -> float:
+    """sqrt(1 - |mean|^2) times the mean length of W_c - mean W."""
+    left = math.sqrt(max(0.0, 1.0 - float(mean @ mean)))
+    if len(W) == 1:
+        return left
+    centre = mean_of(W)
+    return left * sum(float(np.linalg.norm(w - centre)) for w in W) / len(W)
+
+
+def distribution_norm(e: np.ndarray, W: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    q = unit(e - mean)
+    return np.array([scale(mean, W) * float(q @ p) for p in text_directions(W)])
+
+
+def balanced_mean(E: np.ndarray, W: np.ndarray, surest: int = 20) -> np.ndarray:
+    """Each label's mean of its surest rows, weighted by their probability; labels weighted by mass / (mass + 1)."""
+    P = np.array([softmax(100.0 * (W @ e)) for e in E])
+    total, weight = np.zeros(E.shape[1]), 0.0
+    for c in range(len(W)):
+        rows = sorted(range(len(E)), key=lambda i: -P[i, c])[:surest]
+        mass = sum(P[i, c] for i in rows)
+        centre = sum(P[i, c] * E[i] for i in rows) / mass
+        total, weight = total + mass / (mass + 1) * centre, weight + mass / (mass + 1)
+    return total / weight
+
+
+def evened(r: np.ndarray) -> np.ndarray:
+    """Three times: column c divided by (C mean r_c)^0.5, rows made to sum to 1 again."""
+    for _ in range(3):
+        column = np.array([(r.shape[1] * r[:, c].mean()) ** 0.5 for c in range(r.shape[1])])
+        r = np.array([row / column / (row / column).sum() for row in r])
+    return r
+
+
+def prototypes(E: np.ndarray, W: np.ndarray, mean: np.ndarray, views=()) -> dict:
+    """KM-MAP with kappa 200, T 20, 8 iterations, views with weight 2 w_c^2."""
+    return iterated(E, W, mean, views, [1.0] * len(E), 200, evened)
+
+
+def balanced_prototypes(E: np.ndarray, W: np.ndarray) -> dict:
+    """kappa 500 and no division of columns; a row counts by how much its labels exceed an even share of the rows."""
+    mean, C = balanced_mean(E, W), len(W)
+    P0 = text_directions(W)
+    r = [softmax(20 * np.array([unit(e - mean) @ p for p in P0])) for e in E]
+    received = [sum(row[c] for row in r) for c in range(C)]
+    counted = [sum(row[c] * min(1.0, len(E) / (C * received[c])) for c in range(C)) for row in r]
+    return iterated(E, W, mean, (), counted, 500, lambda r: r)
+
+
+def iterated(E, W, mean, views, counted, kappa, balance) -> dict:
+    C, n = len(W), len(E)
+    P0 = text_directions(W)
+    P, w = P0.copy(), np.zeros(C)
+    M = [np.zeros((C, view.shape[1])) for view in views]
+    q = [unit(e - mean) for e in E]
+    for _ in range(8):
+        r = np.zeros((n, C))
+        for i in range(n):
+            seen = [sum(2 * w[c] ** 2 * (view[i] @ M[v][c]) for v, view in enumerate(views)) for c in range(C)]
+            r[i] = softmax(20 * np.array([q[i] @ P[c] + seen[c] for c in range(C)]))
+        r = balance(r)
+        for c in range(C):
+            n_c = sum(counted[i] * r[i, c] for i in range(n))
+            w[c] = n_c / (n_c + kappa)
+            towards = unit(sum(counted[i] * r[i, c] * q[i] for i in range(n)))
+            P[c] = unit((1 - w[c]) * P0[c] + w[c] * towards)
+            for v, view in enumerate(views):
+                M[v][c] = unit(sum(counted[i] * r[i, c] * view[i] for i in range(n)))
+    return {"mean": mean, "P": P, "w": w, "n": [k * kappa / (1 - k) for k in w], "M": M, "scale": scale(mean, W)}
+
+
+def prototype_scores(e: np.ndarray, fit: dict, views=()) -> np.ndarray:
+    q = unit(e - fit["mean"])
+    found = []
+    for c, p in enumerate(fit["P"]):
+        seen = sum(2 * fit["w"][c] ** 2 * float(a @ M[c]) for a, M in zip(views, fit["M"], strict=True))
+        found.append(fit["scale"] * (float(q @ p) + seen))
+    return np.array(found)
+
+
+def whitened(x: np.ndarray, mean: np.ndarray, directions: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    floor = 0.05 * float(variances.mean())
+    return np.array([(x - mean) @ d / math.sqrt(v + floor) for d, v in zip(directions, variances, strict=True)])
+
+
+def pca_view(x, mean, directions, variances) -> np.ndarray:
+    return unit(whitened(x, mean, directions, variances))
+
+
+def distance(x, mean, directions, variances) -> float:
+    return float((whitened(x, mean, directions, variances) ** 2).mean())
+
+
+def latent_view(z: np.ndarray, z_mean: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """norm((z - z_mean) * idf) of a dense code, idf = -log(share)."""
+    return unit(np.array([(z[i] - z_mean[i]) * -math.log(share[i]) for i in range(len(z))]))
+
+
+def measured(X: np.ndarray, codes: np.ndarray) -> dict:
+    """Mean, principal components and latent statistics of rows, two passes."""
+    n = len(X)
+    mean = mean_of(X)
+    spread = X - mean
+    values, vectors = np.linalg.eigh(spread.T @ spread / n)
+    order = np.argsort(values)[::-1]
+    active = [(sum(1 for z in codes if z[i] != 0) + 1) / (n + 1) for i in range(codes.shape[1])]
+    return {
+        "mean": mean,
+        "components": vectors[:, order].T,
+        "variances": values[order],
+        "latent_mean": mean_of(codes),
+        "latent_frequency": np.array(active),
+    }

@@ -1,0 +1,290 @@
+"""`statistics.safetensors`: comes back as it was, goes with the SAE, and is refused where it can't belong."""
+
+import copy
+import json
+import logging
+import math
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from toy import make_rows, make_sae
+
+from hf_vs2 import SAEModel, calibrate, measure_statistics, push_to_hub
+from hf_vs2.checkpoint_folder import CheckpointFolder
+
+
+NAME = "statistics.safetensors"
+TENSORS = ("mean", "components", "variances", "latent_mean", "latent_frequency", "rows", "image_mean")
+
+
+def measured(sae, seed=0, **options):
+    rows = make_rows(120, sae.config.hidden_size, seed=seed)
+    return measure_statistics(sae, rows, torch.arange(100), torch.arange(100, 120), **options)
+
+
+def with_statistics(**config):
+    sae = make_sae(**config)
+    calibrate(sae, make_rows(200, sae.config.hidden_size))
+    sae.set_domain_statistics(measured(sae))
+    return sae
+
+
+def same(left, right):
+    """Every field, tensors bit for bit."""
+    for name in TENSORS:
+        ours, theirs = getattr(left, name), getattr(right, name)
+        assert (ours is None) == (theirs is None), name
+        if ours is not None:
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
+    assert (left.num_rows, left.distance_quantiles) == (right.num_rows, right.distance_quantiles)
+
+
+# With the SAE
+
+
+@pytest.mark.parametrize("kept", ["rows", "no rows"])
+def test_an_sae_checkpoint_brings_its_statistics(tmp_path, kept):
+    """What was measured once on images that may be gone is what every later session uses; without a sketch there is no trace of one."""
+    sae = with_statistics()
+    if kept == "no rows":
+        sae.set_domain_statistics(sae.domain_statistics.without_rows(image_mean=torch.full((8,), 0.25)))
+    sae.save_pretrained(tmp_path)
+    found = SAEModel.from_pretrained(tmp_path)
+    same(found.domain_statistics, sae.domain_statistics)
+    assert found.config.holds_statistics and ("rows" in load_file(tmp_path / NAME)) == (kept == "rows")
+    assert CheckpointFolder.open(tmp_path).files.keys() >= {"config.json", "model.safetensors", NAME}
+    found.save_pretrained(tmp_path / "again")
+    same(SAEModel.from_pretrained(tmp_path / "again").domain_statistics, sae.domain_statistics)
+    with safe_open(tmp_path / NAME, "pt") as file:
+        about = json.loads(file.metadata()["hf_vs2"])
+    assert (about["format"], about["format_version"], about["num_rows"]) == ("hf_vs2.statistics", 1, 100)
+    assert sorted(about) == ["distance_quantiles", "format", "format_version", "num_rows"], (
+        "no path, no name, no label"
+    )
+
+
+def test_saving_without_statistics_leaves_none_behind(tmp_path):
+    """Activations that somebody took out must not stay in the folder and go to the Hub."""
+    sae = with_statistics()
+    sae.save_pretrained(tmp_path)
+    sae.set_domain_statistics(None)
+    sae.save_pretrained(tmp_path)
+    assert not (tmp_path / NAME).exists() and NAME not in CheckpointFolder.open(tmp_path).files
+    found = SAEModel.from_pretrained(tmp_path)
+    assert found.domain_statistics is None and not found.config.holds_statistics
+
+
+def test_an_sae_made_from_a_config_promises_no_statistics(tmp_path):
+    """`SAEModel(sae.config)` is a fresh SAE: its checkpoint must not say that it holds what it does not."""
+    fresh = SAEModel(copy.deepcopy(with_statistics().config))
+    assert fresh.domain_statistics is None
+    fresh.save_pretrained(tmp_path)
+    assert CheckpointFolder.open(tmp_path).files.keys() == {"config.json", "model.safetensors"}
+    assert not SAEModel.from_pretrained(tmp_path).config.holds_statistics
+
+
+def test_an_older_checkpoint_has_none(tmp_path):
+    """Those that were saved before there were statistics say nothing of them."""
+    sae = with_statistics()
+    sae.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    del content["holds_statistics"]
+    path.write_text(json.dumps(content))
+    assert SAEModel.from_pretrained(tmp_path).domain_statistics is None
+
+
+def test_a_file_that_was_left_out_is_missed_not_needed(tmp_path, caplog):
+    """Who downloads weights and config alone can still use VS2, and is told what can't be used; a push of such a folder is refused."""
+    with_statistics().save_pretrained(tmp_path)
+    (tmp_path / NAME).unlink()
+    logging.getLogger("hf_vs2").addHandler(caplog.handler)
+    try:
+        found = SAEModel.from_pretrained(tmp_path)
+    finally:
+        logging.getLogger("hf_vs2").removeHandler(caplog.handler)
+    assert found.domain_statistics is None and not found.config.holds_statistics
+    (warning,) = {record.getMessage() for record in caplog.records}
+    assert f"{tmp_path} says that it has {NAME}, which is not there" in warning and "hf-vs2 calibrate" in warning
+    with pytest.raises(ValueError, match=f"{tmp_path} should hold {NAME}"):
+        CheckpointFolder.open(tmp_path)
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    """New weights beside the statistics of others would be a gate that means nothing."""
+    with_statistics().save_pretrained(tmp_path)
+    old = SAEModel.from_pretrained(tmp_path)
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("hf_vs2.domain_statistics.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        with_statistics(seed=5).save_pretrained(tmp_path)
+    found = SAEModel.from_pretrained(tmp_path)
+    same(found.domain_statistics, old.domain_statistics)
+    assert torch.equal(found.W_enc, old.W_enc)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors", NAME]
+
+
+def test_copies_share_them_and_processes_receive_them():
+    """`copy.deepcopy(model)` for a training step, DataLoader workers, multiprocessing."""
+    sae = with_statistics()
+    assert copy.deepcopy(sae).domain_statistics is sae.domain_statistics, "never changed, and megabytes"
+    same(pickle.loads(pickle.dumps(sae)).domain_statistics, sae.domain_statistics)
+
+
+def test_statistics_stay_float32_in_half_precision():
+    """`.to(torch.bfloat16)` must not round what the gate hangs on."""
+    sae = with_statistics().to(torch.bfloat16)
+    assert sae.domain_statistics.mean.dtype == torch.float32
+
+
+def test_they_go_to_the_hub_and_come_from_it(hub, tmp_path):
+    """A push of the model or of its folder that forgot the file would be found out by strangers."""
+    sae = with_statistics()
+    push_to_hub(sae, "ada/sae-with-statistics")
+    assert NAME in hub["ada/sae-with-statistics"].head.files
+    same(SAEModel.from_pretrained("ada/sae-with-statistics").domain_statistics, sae.domain_statistics)
+    sae.set_domain_statistics(None)
+    push_to_hub(sae, "ada/sae-with-statistics")
+    assert NAME not in hub["ada/sae-with-statistics"].head.files
+
+
+# Files of strangers, and damage
+
+
+def rewritten(folder, change=lambda tensors: tensors, **about):
+    """The file with other tensors or another header."""
+    path = folder / NAME
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["hf_vs2"]) | about
+    header = {name: value for name, value in header.items() if value is not ...}
+    save_file(change(load_file(path)), path, metadata={"hf_vs2": json.dumps(header)})
+
+
+def tensor(name, change):
+    return lambda folder: rewritten(folder, lambda found: found | {name: change(found[name]).contiguous()})
+
+
+def header(**about):
+    return lambda folder: rewritten(folder, **about)
+
+
+def without(name):
+    return lambda folder: rewritten(folder, lambda found: {key: value for key, value in found.items() if key != name})
+
+
+def cut(folder):
+    content = (folder / NAME).read_bytes()
+    (folder / NAME).write_bytes(content[: len(content) // 2])
+
+
+def without_header(folder):
+    save_file(load_file(folder / NAME), folder / NAME)
+
+
+def of_another_sae(folder):
+    wide = make_sae(24)
+    measured(wide).save(folder)
+
+
+def first(value):
+    return lambda found: found.index_fill(0, torch.tensor([0]), value)
+
+
+HARMS = {
+    "cut": (cut, "is damaged"),
+    "empty": (lambda folder: (folder / NAME).write_bytes(b""), "is damaged"),
+    "text": (lambda folder: (folder / NAME).write_text("not found"), "is damaged"),
+    "no header": (without_header, "does not hold statistics that this version"),
+    "another format": (header(format="hf_vs2.corpus"), "format 'hf_vs2.corpus'"),
+    "of the future": (header(format_version=2), "version 2.*Calibrate the checkpoint again"),
+    "no count": (header(num_rows=...), "num_rows"),
+    "endless count": (header(num_rows=math.inf), "does not hold statistics"),
+    "quantiles in a list": (header(distance_quantiles=[1.0]), "does not hold statistics"),
+    "text for a quantile": (header(distance_quantiles={"0.9": "far"}), "does not hold statistics"),
+    "text for a level": (header(distance_quantiles={"most": 1.0}), "does not hold statistics"),
+    "NaN for a quantile": (header(distance_quantiles={"0.9": math.nan}), "does not hold statistics"),
+    "number no float holds": (header(distance_quantiles={"0.9": 10**400}), "does not hold statistics"),
+    "falling quantiles": (header(distance_quantiles={"0.5": 2.0, "0.9": 1.0}), "does not hold statistics"),
+    "a tensor less": (without("variances"), "variances"),
+    "a tensor more": (lambda folder: rewritten(folder, lambda found: found | {"label": torch.ones(2)}), "label"),
+    "NaN": (tensor("mean", first(math.nan)), "mean holds NaN"),
+    "NaN in a row": (tensor("rows", first(math.nan)), "rows holds NaN"),
+    "huge": (tensor("components", first(1e30)), "components holds numbers from"),
+    "negative variance": (tensor("variances", first(-1.0)), "variances"),
+    "latent always off": (tensor("latent_frequency", first(0.0)), "latent_frequency"),
+    "latent more than always on": (tensor("latent_frequency", first(1.5)), "latent_frequency"),
+    "whole numbers": (tensor("mean", lambda found: found.long()), "mean"),
+    "another width": (tensor("mean", lambda found: found[:8]), "components of statistics of width 8"),
+    "half the components": (tensor("components", lambda found: found[:8]), "components of statistics of width 16"),
+    "rows of another width": (tensor("rows", lambda found: found[:, :8]), "rows of statistics of width 16"),
+    "a flat sketch": (tensor("rows", lambda found: found.flatten()), "rows of statistics of width 16"),
+    "no rows at all": (tensor("rows", lambda found: found[:0]), "rows of statistics"),
+    "a number for the mean": (tensor("mean", lambda found: found[0]), "does not hold statistics"),
+    "of another SAE": (of_another_sae, "statistics of rows of width 24 and 96 latents; the SAE has 16 and 64"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("statistics") / "sae"
+    with_statistics().save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_file_is_refused_in_one_message(whole, tmp_path, harm):
+    """A bad disk or a stranger's file must not become NaN scores, or an error in the middle of a run."""
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    damage, message = HARMS[harm]
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        SAEModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value), "names the place"
+    assert type(caught.value) is ValueError
+
+
+def test_statistics_of_another_sae_are_refused():
+    """They have the right type, and would fail in the first batch or steer by other latents."""
+    sae = with_statistics()
+    before = sae.domain_statistics
+    with pytest.raises(ValueError, match="width 24 and 96 latents; the SAE has 16 and 64. Calibrate it again"):
+        sae.set_domain_statistics(measured(make_sae(24)))
+    assert sae.domain_statistics is before
+
+
+# On their own
+
+
+def test_the_gate_takes_no_level_that_nobody_vouched_for():
+    """Higher levels than the held-out rows know pass fewer images, never more; lower ones are refused."""
+    known = measured(make_sae())  # 20 held out: up to 0.95
+    quantiles = known.distance_quantiles
+    assert known.distance_threshold(0.99) == known.distance_threshold(0.95) == quantiles["0.95"]
+    between = known.distance_threshold(0.905)
+    assert quantiles["0.9"] <= between <= quantiles["0.91"]
+    with pytest.raises(ValueError, match=r"gate=0.001 lies outside the distance quantiles"):
+        known.distance_threshold(0.001)
+    nobody = measure_statistics(make_sae(), make_rows(50))
+    with pytest.raises(ValueError, match="gate=0.9 goes by the distance.*no rows were held out.*hf-vs2 calibrate"):
+        nobody.distance_threshold(0.9)
+
+
+def test_rows_can_be_given_up():
+    """What is published need not hold activations of single images; a mean image has to be left."""
+    known = measured(make_sae())
+    with pytest.raises(ValueError, match=r"give image_mean=model.image_mean\(\)"):
+        known.without_rows()
+    found = known.without_rows(torch.ones(3))
+    assert found.rows is None and torch.equal(found.image_mean, torch.ones(3)) and known.rows is not None
+    assert torch.equal(found.without_rows().image_mean, torch.ones(3))
+    assert found.distance_quantiles == known.distance_quantiles and torch.equal(found.components, known.components)
+    assert "no rows" in repr(found) and "a sketch of 100" in repr(known)

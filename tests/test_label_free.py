@@ -1,0 +1,272 @@
+"""What helps without labels, as tensor functions: the published equations, and the promises that choose between them."""
+
+import numpy as np
+import numpy_label_free as reference
+import pytest
+import torch
+from numpy_reference import ReferenceSAE
+from numpy_reference import steer as reference_steer
+from torch.nn.functional import normalize
+from toy import clip_like_rows, make_rows, make_sae
+
+from hf_vs2.domain import measure_statistics
+from hf_vs2.label_free import (
+    RowStatistics,
+    balanced_mean,
+    centred_classes,
+    corrected_steer,
+    distribution_norm_scores,
+    fit_balanced_prototypes,
+    fit_prototypes,
+    label_scores,
+    latent_view,
+    norm_fit,
+    pca_view,
+    row_distance,
+    score_scale,
+)
+
+
+DIM = 12
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def drawn_classes(num_classes=5, seed=0):
+    """Unit class embeddings around a mean of their own, as a text tower gives them."""
+    return normalize(0.8 * draw(DIM, seed=90) + 0.6 * draw(num_classes, DIM, seed=seed), dim=-1)
+
+
+def images_of(classes, labels, seed=0, noise=0.5):
+    """Unit image embeddings: a mean that is not the texts', the class's direction, noise."""
+    directions = centred_classes(classes)[labels]
+    noise = noise * draw(len(labels), classes.shape[1], seed=seed) / classes.shape[1] ** 0.5
+    return normalize(1.5 * normalize(draw(classes.shape[1], seed=91), dim=-1) + directions + noise, dim=-1)
+
+
+@pytest.fixture()
+def classes():
+    return drawn_classes()
+
+
+@pytest.fixture()
+def embeds(classes):
+    """90 of them, more of the first classes than of the last."""
+    return images_of(classes, torch.tensor([0] * 40 + [1] * 25 + [2] * 15 + [3] * 8 + [4] * 2))
+
+
+def close(found, expected, tolerance=1e-9):
+    np.testing.assert_allclose(found.numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+# The equations
+
+
+def test_distribution_norm_agrees_with_numpy(classes, embeds):
+    """The published baseline: what every other method here is compared with."""
+    mean = embeds.mean(0)
+    found = label_scores(embeds, norm_fit(classes, mean))
+    expected = [reference.distribution_norm(e, classes.numpy(), mean.numpy()) for e in embeds.numpy()]
+    close(found, expected)
+    # The coefficient 1 and the cosine of the published code, up to a factor that is the same for all.
+    cosines = distribution_norm_scores(embeds, classes, mean, classes.mean(0), 1.0, "cosine")
+    torch.testing.assert_close(found, cosines * score_scale(mean, classes))
+
+
+def test_distribution_norm_scores_are_zhou_et_als(classes, embeds):
+    """Eq. 6 of arXiv 2302.11084 in its two published forms."""
+    mu_x, mu_y = embeds.mean(0).numpy(), classes.mean(0).numpy()
+    for form in ("dot", "cosine"):
+        found = distribution_norm_scores(embeds, classes, embeds.mean(0), classes.mean(0), 0.25, form)
+        pairs = [[(e - 0.25 * mu_x, w - 0.25 * mu_y) for w in classes.numpy()] for e in embeds.numpy()]
+        of = (lambda a, b: a @ b) if form == "dot" else (lambda a, b: reference.unit(a) @ reference.unit(b))
+        close(found, [[of(*pair) for pair in row] for row in pairs])
+    with pytest.raises(ValueError, match="score must be 'dot' or 'cosine', not 'sine'"):
+        distribution_norm_scores(embeds, classes, embeds[0], classes[0], score="sine")
+
+
+@pytest.mark.parametrize("surest", [20, 3])
+def test_balanced_mean_agrees_with_numpy(classes, embeds, surest):
+    """A wrong weight of one label moves every answer."""
+    close(balanced_mean(embeds, classes, surest), reference.balanced_mean(embeds.numpy(), classes.numpy(), surest))
+
+
+def test_balanced_mean_does_not_depend_on_its_blocks(classes, embeds, monkeypatch):
+    """Thousands of labels and rows are taken in blocks so that memory stays flat."""
+    whole = balanced_mean(embeds, classes)
+    monkeypatch.setattr("hf_vs2.label_free._BLOCK", 7 * len(classes))
+    torch.testing.assert_close(balanced_mean(embeds, classes), whole)
+
+
+@pytest.mark.parametrize("num_views", [0, 1, 2])
+def test_prototypes_agree_with_numpy(classes, embeds, num_views):
+    """Eight steps of an iteration in which an error of one constant is invisible but for the accuracy."""
+    views = [normalize(draw(90, width, seed=3) + 1, dim=-1) for width in (7, 30)][:num_views]
+    mean = embeds.mean(0)
+    fit = fit_prototypes(embeds, classes, mean, views)
+    expected = reference.prototypes(embeds.numpy(), classes.numpy(), mean.numpy(), [view.numpy() for view in views])
+    close(fit.prototypes, expected["P"])
+    close(fit.weights, expected["w"])
+    for found, theirs in zip(fit.views, expected["M"], strict=True):
+        close(found, theirs)
+    fresh = images_of(classes, torch.arange(5), seed=7)
+    seen = [normalize(draw(5, view.shape[1], seed=8), dim=-1) for view in views]
+    scores = [
+        reference.prototype_scores(e, expected, [a[i].numpy() for a in seen]) for i, e in enumerate(fresh.numpy())
+    ]
+    close(label_scores(fresh, fit, seen), scores)
+    close(fit.received, expected["n"])
+    assert fit.received.sum().item() == pytest.approx(90), "every row is dealt out once"
+    with pytest.raises(ValueError):
+        label_scores(fresh, fit, [*seen, fresh])  # a view that the fit has not seen must not be dropped
+
+
+def test_balanced_prototypes_agree_with_numpy(classes, embeds):
+    """The same without the balance assumption; no label may count for more rows than it received."""
+    fit, expected = (
+        fit_balanced_prototypes(embeds, classes),
+        reference.balanced_prototypes(embeds.numpy(), classes.numpy()),
+    )
+    for found, name in ((fit.mean, "mean"), (fit.prototypes, "P"), (fit.weights, "w"), (fit.received, "n")):
+        close(found, expected[name])
+    close(label_scores(embeds, fit), [reference.prototype_scores(e, expected) for e in embeds.numpy()])
+    assert fit.received.sum() < 85, "the commonest label's rows count less"
+
+
+@pytest.mark.parametrize("activation", ["relu", "absolute"])
+def test_views_and_corrected_step_agree_with_numpy(activation):
+    """What prototypes see of a row beside its embedding, the gate's distance, and the step without the SAE's error."""
+    sae = make_sae(activation=activation)
+    rows = make_rows(60)
+    known = measure_statistics(sae, rows)
+    plain = ReferenceSAE.of(sae)
+    with torch.no_grad():
+        values, indices = sae.encode(rows)
+        pca = pca_view(rows, known.of_rows)
+        distances = row_distance(rows, known.of_rows)
+        latent = latent_view(values, indices, known.latent_mean, known.latent_frequency)
+        moved = corrected_steer(rows, known.mean, values, indices, known.latent_mean, sae.W_dec, 1.3)
+    parts = [part.double().numpy() for part in known.of_rows]
+    share, z_mean = known.latent_frequency.double().numpy(), known.latent_mean.double().numpy()
+    for i, x in enumerate(rows.double().numpy()):
+        close(pca[i], reference.pca_view(x, *parts), 1e-5)
+        assert distances[i].item() == pytest.approx(reference.distance(x, *parts), rel=1e-4)
+        close(latent[i], reference.latent_view(plain.encode(x), z_mean, share), 1e-5)
+        close(moved[i], reference_steer(plain, x, "corrected", 2.3, 1.0, None, known), 1e-4)
+
+
+def test_distance_is_below_one_at_home_and_grows_abroad():
+    """What people read off `distance`, and the gate's measure: no finite threshold may let a broken row through."""
+    rows = clip_like_rows(2000)
+    known = measure_statistics(make_sae(48), rows).of_rows
+    at_home = (known.variances / (known.variances + 0.05 * known.variances.mean())).mean().item()
+    assert row_distance(rows, known).mean().item() == pytest.approx(at_home, rel=1e-3)
+    fresh = clip_like_rows(500, seed=1)
+    assert row_distance(fresh, known).mean().item() == pytest.approx(at_home, rel=0.1) and at_home < 1
+    assert row_distance(3 * fresh, known).min() > 10
+    fresh[0, 0], fresh[1, 1] = float("nan"), float("inf")
+    assert not (row_distance(fresh[:2], known) < float("inf")).any()
+
+
+def test_rows_without_any_spread_stay_finite():
+    """One row, or copies of one image, have no variance to divide by."""
+    known = RowStatistics(torch.ones(4), torch.eye(4), torch.zeros(4))
+    rows = torch.tensor([[1.0, 1, 1, 1], [2.0, 1, 1, 1]])
+    view, distances = pca_view(rows, known), row_distance(rows, known)
+    assert view.isfinite().all() and torch.equal(view[0], torch.zeros(4))
+    assert distances[0] == 0 and distances[1] > 1e3
+
+
+# Promises
+
+
+def test_scale_keeps_the_answers_and_the_spread(classes, embeds):
+    """Scores go into a softmax at CLIP's temperature: other answers would be wrong, another spread would be over-confident."""
+    fit = fit_prototypes(embeds, classes, embeds.mean(0))
+    found = label_scores(embeds, fit)
+    unscaled = label_scores(embeds, fit._replace(scale=torch.tensor(1.0)))
+    assert torch.equal(found.argmax(-1), unscaled.argmax(-1)) and fit.scale > 0
+    # Texts as alike as CLIP's: without the scale the spread is several times that of the cosines.
+    alike = normalize(classes.mean(0) + 0.15 * classes, dim=-1)
+    fit = norm_fit(alike, embeds.mean(0))
+    spread = lambda scores: (scores.amax(-1) - scores.amin(-1)).mean().item()  # noqa: E731
+    assert 0.5 < spread(label_scores(embeds, fit)) / spread(embeds @ alike.T) < 2
+    assert spread(label_scores(embeds, fit._replace(scale=torch.tensor(1.0)))) > 4 * spread(embeds @ alike.T)
+    assert score_scale(embeds.mean(0), alike).item() == pytest.approx(
+        reference.scale(embeds.mean(0).numpy(), alike.numpy())
+    )
+
+
+def test_without_rows_prototypes_are_distribution_norm(classes, embeds):
+    """Statistics without a sketch promise exactly that, bit for bit."""
+    views = [draw(0, 6)]
+    fit, norm = fit_prototypes(embeds[:0], classes, embeds.mean(0), views), norm_fit(classes, embeds.mean(0))
+    assert torch.equal(label_scores(embeds, fit, [draw(90, 6)]), label_scores(embeds, norm))
+    assert fit.received.tolist() == [0] * 5
+
+
+def test_balanced_mean_does_not_follow_the_share_of_labels():
+    """95 % of the images are of one label: the plain mean takes that label's own direction away, and answers flip."""
+    classes = drawn_classes(4, seed=5)
+    uneven = torch.tensor([0] * 570 + [1] * 10 + [2] * 10 + [3] * 10)
+    embeds, even = images_of(classes, uneven, seed=1), images_of(classes, torch.arange(4).repeat(150), seed=2)
+    plain, balanced = embeds.mean(0), balanced_mean(embeds, classes)
+    fair = even.mean(0)
+    assert (balanced - fair).norm() < 0.3 * (plain - fair).norm()
+    right = lambda mean: (label_scores(embeds, norm_fit(classes, mean)).argmax(-1) == uneven).double().mean()  # noqa: E731
+    assert right(balanced) > 0.99 > 0.8 > right(plain)
+
+
+def test_a_label_that_no_image_shows_counts_little(classes):
+    """Labels in the list that never occur are common; their least unlikely images are of other labels."""
+    embeds = images_of(classes, torch.arange(4).repeat(30), noise=0.2)  # none of the last
+    without = balanced_mean(embeds, classes[:4])
+    assert (balanced_mean(embeds, classes) - without).norm() < 0.05 * without.norm()
+
+
+@pytest.mark.parametrize("fit", ["norm", "balanced", "prototypes", "balanced prototypes"])
+def test_labels_in_another_order_have_the_same_scores(classes, embeds, fit):
+    """The order in which somebody lists labels means nothing."""
+    view, order = normalize(draw(90, 7, seed=3), dim=-1), torch.tensor([3, 0, 4, 2, 1])
+
+    def scores(classes):
+        if fit == "prototypes":
+            return label_scores(embeds, fit_prototypes(embeds, classes, embeds.mean(0), [view]), [view])
+        if fit == "balanced prototypes":
+            return label_scores(embeds, fit_balanced_prototypes(embeds, classes))
+        mean = embeds.mean(0) if fit == "norm" else balanced_mean(embeds, classes)
+        return label_scores(embeds, norm_fit(classes, mean))
+
+    torch.testing.assert_close(scores(classes[order]), scores(classes)[:, order])
+
+
+def test_one_label(classes, embeds):
+    """A single label is no mean of labels to subtract: it keeps its direction instead of becoming 0 or NaN."""
+    one, mean = classes[:1], embeds.mean(0)
+    assert torch.equal(centred_classes(one), one)
+    for fit in (
+        norm_fit(one, balanced_mean(embeds, one)),
+        fit_prototypes(embeds, one, mean),
+        fit_balanced_prototypes(embeds, one),
+    ):
+        found = label_scores(embeds, fit)
+        assert found.shape == (90, 1) and found.isfinite().all() and found.std() > 0.01
+    assert fit_prototypes(embeds, one, mean).received.item() == pytest.approx(90)
+
+
+def test_fewer_rows_than_the_surest(classes, embeds):
+    """Seven images are fewer than the 20 a label that the mean would like."""
+    found = balanced_mean(embeds[:7], classes)
+    close(found, reference.balanced_mean(embeds[:7].numpy(), classes.numpy()))
+
+
+def test_nothing_given_is_changed(classes, embeds):
+    """Cached embeddings and class matrices are used again after a fit."""
+    views = [normalize(draw(90, 7), dim=-1)]
+    given = [tensor.clone() for tensor in (classes, embeds, *views)]
+    mean = balanced_mean(embeds, classes)
+    label_scores(embeds, fit_prototypes(embeds, classes, mean, views), views)
+    fit_balanced_prototypes(embeds, classes)
+    assert all(torch.equal(a, b) for a, b in zip(given, (classes, embeds, *views), strict=True))

@@ -1,0 +1,935 @@
+"""Methods that score by a label set, through the whole model: their equations, the gate's promise, what is kept and when it is dropped."""
+
+import copy
+import json
+import math
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import numpy_label_free as reference
+import pytest
+import torch
+from numpy_reference import ReferenceSAE
+from numpy_reference import steer as reference_steer
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+from toy import make_sae
+from transformers import CLIPModel, pipeline
+
+import hf_vs2
+from hf_vs2 import VS2CLIPForZeroShot, calibrate, label_scoring, measure_statistics, push_to_hub
+from hf_vs2.checkpoint_folder import CheckpointFolder
+from hf_vs2.configuration_vs2_clip import METHODS
+from hf_vs2.latent_edits import LatentEdits
+from hf_vs2.prompts import class_embeddings
+
+
+# A real (if tiny) CLIP with its tokenizer and image processor files: 28-pixel images, 96 wide, 3 layers.
+CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
+LABELS = ["three", "zero", "seven", "nine"]
+SCORING = [name for name, parts in METHODS.items() if parts.scores != "cosine"]
+FITTED = "prototypes+pca+sae"
+STATISTICS, LABEL_SETS = "statistics.safetensors", "label_sets.safetensors"
+
+
+def make_inputs(batch=6, texts=4, seed=0):
+    """Images and prompts for the tiny CLIP (98 is its end-of-text token)."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(2, 98, (texts, 7), generator=generator)
+    input_ids[:, -1] = 98
+    pixels = torch.randn(batch, 3, 32, 32, generator=generator)
+    return {"pixel_values": pixels, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+@torch.no_grad()
+def cls_rows(clip, pixel_values):
+    return clip.vision_model(pixel_values=pixel_values).last_hidden_state[:, 0]
+
+
+def make_model(clip, rows, seed=0, **settings):
+    """Statistics of four fifths of the rows; the last fifth is held out. FVUs are spread around 1."""
+    sae = make_sae(rows.shape[1], seed=seed, top_k=8)
+    with torch.no_grad():
+        sae.b_pre.copy_(rows.mean(0))
+        sae.mean.copy_(rows.mean(0) + 0.1)
+        sae.W_enc.div_(4)
+        sae.W_dec.div_(2)
+    calibrate(sae, rows)
+    held_out = torch.arange(len(rows) * 4 // 5, len(rows))
+    sae.set_domain_statistics(measure_statistics(sae, rows, held_out=held_out))
+    return VS2CLIPForZeroShot(clip, sae.eval(), gamma=1.5, lambda_=0.7, **settings).eval()
+
+
+@pytest.fixture()
+def model(tiny_clip):
+    """Random images, whose statistics are of 80 others."""
+    return make_model(tiny_clip, cls_rows(tiny_clip, make_inputs(100, seed=5)["pixel_values"]))
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 255, (6, 5, 6, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels).resize((48, 40)) for pixels in coarse]
+
+
+@pytest.fixture()
+def named():
+    """A model whose CLIP has a tokenizer, so that labels have names."""
+    clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32).eval()
+    pixels = torch.randn(60, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+    return make_model(clip, cls_rows(clip, pixels), method=FITTED)
+
+
+@torch.no_grad()
+def classes_of(clip, seed=0, num_classes=4):
+    inputs = make_inputs(1, num_classes, seed)
+    found = clip.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    return normalize(found, dim=-1)
+
+
+@torch.no_grad()
+def logits(model, rows, classes):
+    return model.class_logits(model.image_features_from_cls(rows), classes)
+
+
+class Count:
+    """A function, and how often it was called."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+@pytest.fixture()
+def fits(monkeypatch):
+    """Counts prototypes that are fitted."""
+    count = Count(label_scoring.fit_prototypes)
+    monkeypatch.setattr(label_scoring, "fit_prototypes", count)
+    return count
+
+
+# The methods
+
+
+def numpy_logits(model, rows, classes):
+    """The method in force, from rows to logits, in the loops of the two references."""
+    clip, sae, known, settings = (
+        model.clip,
+        ReferenceSAE.of(model.sae),
+        model.domain_statistics,
+        model.steering_settings,
+    )
+    norm, parts = clip.vision_model.post_layernorm, settings.parts
+    g, b, projection = (
+        tensor.detach().double().numpy() for tensor in (norm.weight, norm.bias, clip.visual_projection.weight)
+    )
+    pca = [part.double().numpy() for part in known.of_rows]
+    z_mean, share = known.latent_mean.double().numpy(), known.latent_frequency.double().numpy()
+
+    def embed(x):
+        if parts.step != "none":
+            x = reference_steer(sae, x, parts.step, settings.gamma, settings.lambda_, None, known)
+        return reference.unit(projection @ ((x - x.mean()) / np.sqrt(x.var() + norm.eps) * g + b))
+
+    def views(x):
+        made = {
+            "pca": lambda: reference.pca_view(x, *pca),
+            "sae": lambda: reference.latent_view(sae.encode(x), z_mean, share),
+        }
+        return [made[name]() for name in parts.views]
+
+    sketch, W = known.rows.double().numpy(), classes.double().numpy()
+    E = np.array([embed(x) for x in sketch])
+    seen = [np.array(view) for view in zip(*(views(x) for x in sketch), strict=True)]
+    mean = {"balanced_norm": lambda: reference.balanced_mean(E, W)}.get(parts.scores, lambda: reference.mean_of(E))()
+    fit = {
+        "prototypes": lambda: reference.prototypes(E, W, mean, seen),
+        "balanced_prototypes": lambda: reference.balanced_prototypes(E, W),
+    }.get(parts.scores, lambda: None)()
+    rows = rows.double().numpy()
+    if fit is None:
+        scores = [reference.distribution_norm(embed(x), W, mean) for x in rows]
+    else:
+        scores = [reference.prototype_scores(embed(x), fit, views(x)) for x in rows]
+    return np.exp(clip.logit_scale.item()) * np.array(scores)
+
+
+@pytest.mark.parametrize("method", SCORING)
+def test_numpy_agrees_through_the_whole_model(model, tiny_clip, method):
+    """Every method from CLS rows to logits: which rows it is fitted on, steered or not, by which mean, with which views."""
+    model.set_steering(method=method)
+    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    np.testing.assert_allclose(logits(model, rows, classes).numpy(), numpy_logits(model, rows, classes), atol=2e-3)
+    spread = lambda found: (found.amax(-1) - found.amin(-1)).mean()  # noqa: E731
+    with model.steering(enabled=False):
+        plain = logits(model, rows, classes)
+    assert (logits(model, rows, classes) - plain).abs().max() > 0.05 * spread(plain), "the method does nothing"
+
+
+@pytest.mark.parametrize("method", SCORING)
+def test_forward_and_cached_rows_give_the_same(model, tiny_clip, method):
+    """Evaluations run on cached rows, services on images: one image has one answer."""
+    inputs = make_inputs(8)
+    model.set_steering(method=method, gate=0.5)
+    with torch.no_grad():
+        out = model(**inputs)
+        features = model.image_features(inputs["pixel_values"], with_plain=True)
+    rows = model.image_features_from_cls(cls_rows(tiny_clip, inputs["pixel_values"]))
+    assert 0 < out.steered.sum() < 8
+    for name in ("steered", "fvu", "distance"):
+        ours, theirs, third = (getattr(made, name) for made in (out, rows, features))
+        assert (ours is None) == (theirs is None) == (third is None), name
+        assert ours is None or (torch.equal(ours, theirs) and torch.equal(ours, third)), name
+    for made in (rows, features):
+        found = model.class_logits(made, out.text_embeds)
+        torch.testing.assert_close(found, out.logits_per_image, rtol=1e-5, atol=1e-4)
+    assert torch.equal(out.logits_per_text, out.logits_per_image.t())
+    # Scores are another way to look at the embedding, which is CLIP's own where no step moves it.
+    with torch.no_grad():
+        own = torch.equal(out.image_embeds, tiny_clip(**inputs).image_embeds)
+    assert own == (METHODS[method].step == "none")
+
+
+@pytest.mark.parametrize("method", ["distribution_norm", FITTED, "vs2+distribution_norm", "balanced_prototypes"])
+def test_the_pipelines_answer_what_the_model_does(named, images, method):
+    """Ours and transformers' stock one, for one call and for good."""
+    classifier = hf_vs2.zero_shot_classifier(named, device="cpu")
+    found = classifier(images, LABELS, method=method, gate=0.5, return_details=True, batch_size=4)
+    pixels = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    classes = class_embeddings(named.clip, classifier.tokenizer, LABELS, ["This is a photo of {}."], clean=False)
+    named.set_steering(method=method, gate=0.5)
+    with torch.no_grad():
+        made = named.image_features(pixels)
+        expected = named.class_logits(made, classes).softmax(-1)
+    stock = pipeline(
+        "zero-shot-image-classification",
+        model=named,
+        tokenizer=classifier.tokenizer,
+        image_processor=classifier.image_processor,
+        device="cpu",
+    )
+    by_stock = stock(images, candidate_labels=LABELS)
+    for i, details in enumerate(found):
+        for ours in (details["predictions"], by_stock[i]):
+            scores = {one["label"]: one["score"] for one in ours}
+            assert [scores[label] for label in LABELS] == pytest.approx(expected[i].tolist(), abs=1e-4)
+        assert details["steered"] == made.steered[i].item()
+        assert (
+            (details["fvu"] is None)
+            == ("distance" in details)
+            == (method in ("distribution_norm", "balanced_prototypes"))
+        )
+
+
+# The gate
+
+
+@pytest.mark.parametrize("method", SCORING)
+def test_gated_images_have_plain_clips_logits_bit_for_bit(model, tiny_clip, method):
+    """The promise of the gate holds for scores too, beside treated and broken images, in any order."""
+    inputs = make_inputs(10)
+    inputs["pixel_values"][3] = float("nan")
+    model.set_steering(method=method, gate=0.5)
+    for order in (torch.arange(10), torch.randperm(10, generator=torch.Generator().manual_seed(1))):
+        batch = {**inputs, "pixel_values": inputs["pixel_values"][order]}
+        with torch.no_grad():
+            found, plain = model(**batch), tiny_clip(**batch)
+        kept, broken = ~found.steered, order == 3
+        assert 1 < kept.sum() < 10 and kept[broken].all()
+        for name in ("image_embeds", "logits_per_image"):
+            assert torch.equal(found[name][kept & ~broken], plain[name][kept & ~broken]), name
+        assert torch.equal(found.logits_per_text[:, kept & ~broken], plain.logits_per_text[:, kept & ~broken])
+        changed = (found.logits_per_image[found.steered] - plain.logits_per_image[found.steered]).abs().amax(-1)
+        assert (changed > 1e-3).all() and found.logits_per_image[~broken].isfinite().all()
+    rows, classes = cls_rows(tiny_clip, inputs["pixel_values"]), classes_of(tiny_clip)
+    made = model.image_features_from_cls(rows)
+    with torch.no_grad():
+        scored = model.class_logits(made, classes)
+        with model.steering(enabled=False):
+            plain = model.class_logits(model.image_features_from_cls(rows), classes)
+    kept = ~made.steered & (torch.arange(10) != 3)
+    assert torch.equal(scored[kept], plain[kept])
+
+
+def test_what_the_gate_goes_by(model, tiny_clip):
+    """By FVU where the SAE is read, else by the distance to the training rows: its threshold is that of the held-out rows."""
+    rows = cls_rows(tiny_clip, make_inputs(40, seed=9)["pixel_values"])
+    for method, reads in (("balanced_norm", False), ("prototypes+pca", False), ("prototypes+sae", True)):
+        model.set_steering(method=method, gate=0.75)
+        made = model.image_features_from_cls(rows)
+        assert (made.fvu is not None) == (made.latent_values is not None) == reads
+        assert (made.distance is None) == reads
+        measure = made.fvu if reads else made.distance
+        tau = model.sae.fvu_threshold(0.75) if reads else model.domain_statistics.distance_threshold(0.75)
+        assert torch.equal(made.steered, measure <= tau) and 0 < made.steered.sum() < 40
+    # Edits go through the SAE, and so does the gate then.
+    with model.steering(method="balanced_norm", edits=LatentEdits(suppress=(3,))):
+        assert model.image_features_from_cls(rows).fvu is not None
+
+
+def test_an_fvu_threshold_needs_an_fvu(model):
+    """It would be compared with nothing, and every image be treated."""
+    with pytest.raises(ValueError, match="'distribution_norm' does not read the SAE.*fvu_threshold=0.5.*Give gate="):
+        model.set_steering(method="distribution_norm", fvu_threshold=0.5)
+    model.set_steering(method="prototypes+sae", fvu_threshold=0.5)
+    with pytest.raises(ValueError, match="'prototypes' does not read the SAE"):
+        model.set_steering(method="prototypes")  # the threshold in force is one of FVUs
+    model.set_steering(method="prototypes", gate=0.5)
+    assert model.steering_settings.fvu_threshold is None
+
+
+def test_a_gate_that_is_refused_leaves_the_one_in_force(model, tiny_clip):
+    """Who tries a level in a notebook and is told off must not go on without any gate."""
+    rows = cls_rows(tiny_clip, make_inputs(40, seed=9)["pixel_values"])
+    model.set_steering(method="prototypes", gate=0.5)
+    before = model.image_features_from_cls(rows).steered
+    with pytest.raises(ValueError, match="gate=0.001 lies outside"):
+        model.set_steering(gate=0.001)
+    assert model.steering_settings.gate == 0.5 and not before.all()
+    assert torch.equal(model.image_features_from_cls(rows).steered, before)
+
+
+def test_switched_off_is_plain_clip(model, tiny_clip):
+    """The baseline of every comparison."""
+    inputs = make_inputs()
+    model.set_steering(method=FITTED)
+    with torch.no_grad(), model.steering(enabled=False):
+        assert torch.equal(model(**inputs).logits_per_image, tiny_clip(**inputs).logits_per_image)
+
+
+# What it needs
+
+
+def test_without_statistics_the_message_says_what_to_do(model, tiny_clip, images):
+    """Old checkpoints have none. A KeyError in the middle of a run would tell nobody."""
+    bare = VS2CLIPForZeroShot(tiny_clip, make_sae(32))
+    with pytest.raises(ValueError, match="'prototypes' needs statistics of unlabelled images.*hf-vs2 calibrate"):
+        bare.set_steering(method="prototypes")
+    with pytest.raises(ValueError, match="'corrected' needs statistics"):
+        VS2CLIPForZeroShot(tiny_clip, make_sae(32), method="corrected")
+    assert bare.steering_settings.method == "vs2", "what was refused is not in force"
+    with pytest.raises(ValueError, match="no statistics to take a mean image from"):
+        bare.image_mean()
+    bare.set_domain_statistics(measure_statistics(bare.sae, model.domain_statistics.rows.float()))
+    bare.set_steering(method="prototypes")
+    with pytest.raises(ValueError, match="'prototypes' is in force and needs them. Set another method first"):
+        bare.set_domain_statistics(None)
+    with pytest.raises(ValueError, match="gate=0.9 goes by the distance.*no rows were held out"):
+        bare.set_steering(gate=0.9)
+
+
+def test_statistics_that_do_not_serve_the_gate_in_force_change_nothing(model):
+    """A refusal half-way would leave the thresholds of other statistics in force."""
+    model.set_steering(method="prototypes", gate=0.5)
+    before, rows = model.domain_statistics, model.domain_statistics.rows.float()
+    with pytest.raises(ValueError, match="no rows were held out"):
+        model.set_domain_statistics(measure_statistics(model.sae, rows))
+    assert model.domain_statistics is before
+
+
+def test_a_mean_image_of_another_clip_is_refused(model):
+    """Statistics of another CLIP with rows of this width: the sum would fail somewhere in a batch, or broadcast."""
+    other = model.domain_statistics.without_rows(image_mean=torch.zeros(7))
+    with pytest.raises(ValueError, match=r"mean image.*\(7,\).*24"):
+        model.set_steering(method="distribution_norm")
+        model.set_domain_statistics(other)
+
+
+def test_inner_layers_are_refused(tiny_clip, model):
+    """The statistics are of the last layer's rows."""
+    inner = make_sae(32, layer=1)
+    inner.set_domain_statistics(model.domain_statistics)
+    with pytest.raises(ValueError, match="steers the last layer alone"):
+        VS2CLIPForZeroShot(tiny_clip, inner, method="prototypes")
+
+
+def test_explaining_such_scores_is_refused(model, tiny_clip):
+    """They are no sums over latents; numbers that do not add up would be believed."""
+    model.set_steering(method="prototypes+sae")
+    with pytest.raises(ValueError, match="no sums over latents.*Explain 'vs2'"):
+        model.explain_from_cls(torch.zeros(1, 32), classes_of(tiny_clip))
+
+
+@pytest.mark.parametrize("method", [name for name in SCORING if METHODS[name].step == "none"])
+def test_without_rows_it_is_distribution_norm(model, tiny_clip, method):
+    """Who gives no activations away can still use every method, and gets exactly this."""
+    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    model.set_steering(method="distribution_norm")
+    expected = logits(model, rows, classes)
+    model.set_domain_statistics(model.domain_statistics.without_rows(model.image_mean()))
+    assert torch.equal(logits(model, rows, classes), expected)
+    model.set_steering(method=method)
+    assert torch.equal(logits(model, rows, classes), expected)
+    assert model.fit_classes(classes).rows_per_label.tolist() == [0] * 4
+
+
+def test_steps_before_the_norm_need_rows(model, tiny_clip):
+    """The mean of unsteered images is not what steered ones have to be compared with."""
+    model.set_domain_statistics(model.domain_statistics.without_rows(model.image_mean()))
+    model.set_steering(method="vs2+distribution_norm")
+    with pytest.raises(ValueError, match="'vs2\\+distribution_norm' needs the mean of steered images.*keep no rows"):
+        model.fit_classes(classes_of(tiny_clip))
+
+
+def test_the_mean_that_was_measured_on_all_rows_is_used(model, tiny_clip):
+    """The sketch is a few thousand of perhaps a million rows."""
+    model.set_steering(method="distribution_norm")
+    of_sketch = model.image_mean()
+    with torch.no_grad():
+        embeds = model.image_features_from_cls(model.domain_statistics.rows.float()).features
+    torch.testing.assert_close(of_sketch, normalize(embeds, dim=-1).mean(0))
+    rows = cls_rows(tiny_clip, make_inputs(100, seed=5)["pixel_values"])
+    model.set_domain_statistics(measure_statistics(model.sae, rows, clip=tiny_clip, sketch_rows=10))
+    assert torch.equal(model.image_mean(), model.domain_statistics.image_mean)
+    torch.testing.assert_close(model.image_mean(), model.domain_statistics.image_mean)
+    model.set_steering(method="vs2+distribution_norm")
+    assert not torch.allclose(model.image_mean(), model.domain_statistics.image_mean), "of steered rows"
+
+
+@pytest.mark.parametrize("method", SCORING)
+def test_one_unlabelled_image_and_no_image(model, tiny_clip, method):
+    """A first try with a single image has no variance; an empty batch has no maximum. Neither may become NaN or an error."""
+    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    model.set_steering(method=method)
+    assert logits(model, rows[:0], classes).shape == (0, 4)
+    model.set_domain_statistics(measure_statistics(model.sae, rows[:1]))
+    assert logits(model, rows, classes).isfinite().all()
+
+
+def test_half_precision(model, tiny_clip):
+    """On GPUs people load bfloat16: finite, close to float32, and gated images still CLIP's own."""
+    inputs, classes = make_inputs(12), classes_of(tiny_clip)
+    model.set_steering(method=FITTED)
+    expected = logits(model, cls_rows(tiny_clip, inputs["pixel_values"]), classes)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with torch.no_grad():
+        made = half.image_features(inputs["pixel_values"])
+        found = half.class_logits(made, classes)
+        assert found.dtype == torch.float32
+        error = (found - expected).abs().mean() / (expected.amax(-1) - expected.amin(-1)).mean()
+        assert error < 0.2
+        half.set_steering(gate=0.5)
+        out, plain = half(**inputs), half.clip(**inputs)
+    assert out.logits_per_image.dtype == torch.bfloat16 and 0 < out.steered.sum() < 12
+    assert torch.equal(out.logits_per_image[~out.steered], plain.logits_per_image[~out.steered])
+
+
+# What is kept
+
+
+def test_a_label_set_is_fitted_once(model, tiny_clip, fits):
+    """A fit takes seconds; it must not be made for every batch."""
+    model.set_steering(method=FITTED)
+    rows, classes, others = (
+        cls_rows(tiny_clip, make_inputs()["pixel_values"]),
+        classes_of(tiny_clip),
+        classes_of(tiny_clip, 1),
+    )
+    first = logits(model, rows, classes)
+    for batch in rows.split(2):
+        logits(model, batch, classes)
+    assert fits.calls == 1
+    with model.steering(method="vs2"):
+        logits(model, rows, classes)
+    second = logits(model, rows, others)
+    assert fits.calls == 2 and not torch.allclose(first, second)
+    assert torch.equal(logits(model, rows, classes), first) and fits.calls == 2, "both are kept"
+    logits(model, rows, classes[[1, 0, 2, 3]])
+    logits(model, rows, classes[:3])
+    assert fits.calls == 4, "another order, another number: another set"
+    assert model.fit_classes(5 * classes) is model.fit_classes(classes), "lengths mean nothing"
+
+
+def changed_weights(model, how):
+    """Ways in which weights change while a model is in use."""
+    norm, sae = model.clip.vision_model.post_layernorm, model.sae
+    if how == "data of the norm":  # no version counter sees it
+        norm.weight.data.mul_(1 + 0.5 * torch.arange(32) / 32)
+    elif how == "optimizer on the norm":
+        norm.bias.grad = torch.randn(32, generator=torch.Generator().manual_seed(0))
+        torch.optim.SGD([norm.bias], lr=0.5).step()
+    elif how == "projection loaded":
+        other = torch.randn(model.clip.visual_projection.weight.shape, generator=torch.Generator().manual_seed(0))
+        model.clip.visual_projection.load_state_dict({"weight": other})
+    elif how == "data of the SAE":
+        sae.W_enc.data.add_(0.3 * torch.randn(sae.W_enc.shape, generator=torch.Generator().manual_seed(0)))
+    elif how == "top_k":
+        sae.config.top_k = 3
+    elif how == "statistics":
+        rows = model.domain_statistics.rows.float()
+        model.set_domain_statistics(measure_statistics(sae, rows, torch.arange(30)))
+    elif how == "statistics of the SAE":
+        sae.set_domain_statistics(measure_statistics(sae, model.domain_statistics.rows.float(), torch.arange(30)))
+
+
+HOWS = [
+    *("data of the norm", "optimizer on the norm", "projection loaded", "data of the SAE", "top_k"),
+    *("statistics", "statistics of the SAE"),
+]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_is_kept_follows_what_it_was_made_of(model, tiny_clip, how):
+    """After a training step or with other statistics, old prototypes would be wrong without a word."""
+    model.set_steering(method=FITTED)
+    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    before = model.fit_classes(classes)
+    logits(model, rows, classes)
+    changed_weights(model, how)
+    fresh = VS2CLIPForZeroShot(
+        copy.deepcopy(tiny_clip), copy.deepcopy(model.sae), method=FITTED, gamma=1.5, lambda_=0.7
+    )
+    assert torch.equal(logits(model, rows, classes), logits(fresh, rows, classes))
+    assert not torch.equal(model.fit_classes(classes).fit.prototypes, before.fit.prototypes)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_was_fitted_by_name_follows_too(named, how, tmp_path):
+    """It is saved with the model: prototypes of other weights must not get into a checkpoint, whether or not they were used since."""
+    if "norm" in how:
+        how = "data of the SAE"  # 32 wide there
+    named.fit_label_set(LABELS)
+    changed_weights(named, how)
+    named.save_pretrained(tmp_path, full=True)
+    assert named.fitted_label_sets == () and not (tmp_path / LABEL_SETS).exists()
+    assert not named.config.holds_label_sets
+
+
+def test_gamma_counts_where_the_step_depends_on_it(model, tiny_clip):
+    """Two settings tried in turn: one must not score by the other's mean image, nor should a gate or gamma that means nothing cost a fit."""
+    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    model.set_steering(method="vs2+distribution_norm")
+    mean, first = model.image_mean(), model.fit_classes(classes)
+    with model.steering(gamma=4.0):
+        assert not torch.allclose(model.image_mean(), mean)
+        np.testing.assert_allclose(logits(model, rows, classes).numpy(), numpy_logits(model, rows, classes), atol=2e-3)
+    with model.steering(lambda_=2.0):
+        assert model.fit_classes(classes) is not first
+    with model.steering(gamma=tuple(1 + 0.01 * i for i in range(128))):
+        assert model.fit_classes(classes) is not first
+    with model.steering(gate=0.5, edits=LatentEdits(suppress=(1,))):
+        assert model.fit_classes(classes) is first, "it is fitted on all rows of the sketch, gated or not"
+    with model.steering(method="prototypes"):
+        prototypes = model.fit_classes(classes)
+    with model.steering(method="prototypes", gamma=4.0, lambda_=9.0):
+        assert model.fit_classes(classes) is prototypes
+    assert model.fit_classes(classes) is first
+
+
+def test_least_recently_used_sets_go_first(model, tiny_clip, fits, monkeypatch):
+    """A service that is asked for ever new labels must not fill the memory."""
+    model.set_steering(method="prototypes")
+    sets = [classes_of(tiny_clip, seed) for seed in range(3)]
+    one = model.fit_classes(sets[0]).fit.num_floats
+    monkeypatch.setattr(model._scoring, "max_floats", 2 * one)
+    for classes in (sets[1], sets[0], sets[2]):  # the second is the oldest now
+        model.fit_classes(classes)
+    assert fits.calls == 3
+    for number in (0, 2, 0, 0, 0, 2):
+        model.fit_classes(sets[number])
+    assert fits.calls == 3, "however often one is used, it counts once"
+    model.fit_classes(sets[1])
+    assert fits.calls == 4
+    monkeypatch.setattr(model._scoring, "max_floats", 0)
+    assert model.fit_classes(sets[2]) is model.fit_classes(sets[2]), "one is always kept"
+
+
+def test_methods_tried_in_turn(model, tiny_clip):
+    """A comparison on one model: a method must not score by what another one looked at, nor by rows that a gate or an edit changed."""
+    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    expected = {}
+    for method in SCORING:
+        with copy.deepcopy(model).steering(method=method) as fresh:
+            expected[method] = logits(fresh, rows, classes)
+    for method in (*SCORING, *reversed(SCORING)):
+        with model.steering(method=method):
+            torch.testing.assert_close(logits(model, rows, classes), expected[method])
+    with copy.deepcopy(model).steering(method="vs2+distribution_norm") as fresh:
+        mean = fresh.image_mean()
+    for settings in ({"gate": 0.5}, {"edits": LatentEdits(set={3: 9.0})}):
+        with copy.deepcopy(model).steering(method="vs2+distribution_norm", **settings) as fresh:
+            torch.testing.assert_close(fresh.image_mean(), mean)
+
+
+def test_settings_of_one_call_are_not_the_models(model, tiny_clip):
+    """Fitting steers the sketch: meanwhile and afterwards the model's own gate and method are what they were."""
+    model.set_steering(method="vs2+distribution_norm", gate=0.5)
+    settings, config = model.steering_settings, model.config.to_dict()
+    model.fit_classes(classes_of(tiny_clip))
+    assert model.steering_settings is settings and model.config.to_dict() == config
+
+
+def test_several_threads(model, tiny_clip, fits):
+    """A server's threads ask the same model for different label sets at once: right answers, each set fitted once."""
+    model.set_steering(method=FITTED)
+    rows, sets = cls_rows(tiny_clip, make_inputs()["pixel_values"]), [classes_of(tiny_clip, seed) for seed in range(4)]
+    expected = [logits(copy.deepcopy(model), rows, classes) for classes in sets]
+    fits.calls, fit = 0, fits.function
+    fits.function = lambda *args: (time.sleep(0.02), fit(*args))[1]  # long enough for the others to come by
+
+    def ask(number):
+        with copy.copy(model).steering(gate=None) as own:  # as the pipeline does
+            return logits(own, rows, sets[number // 4])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(16)))
+    assert fits.calls == 4
+    for number, result in enumerate(found):
+        torch.testing.assert_close(result, expected[number // 4])
+
+
+@pytest.mark.parametrize("method", ["distribution_norm", FITTED])
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_what_inference_mode_kept_can_be_trained_with(model, tiny_clip, num_classes, method):
+    """An evaluation inside `torch.inference_mode()` fills the cache; the training step after it saves those tensors for backward."""
+    model.set_steering(method=method)
+    inputs, classes = make_inputs(texts=num_classes), classes_of(tiny_clip, num_classes=num_classes)
+    with torch.inference_mode():
+        classes_there = classes.clone()
+        model.class_logits(model.image_features(inputs["pixel_values"]), classes_there)
+    for _ in range(2):  # the second would go back through a graph that was kept
+        model.class_logits(model.image_features(inputs["pixel_values"]), classes).sum().backward()
+    assert not any(tensor.requires_grad for tensor in model.fit_classes(classes).fit[:-1])
+    assert tiny_clip.visual_projection.weight.grad.abs().sum() > 0
+
+
+# Sets with a name
+
+
+def rounded(classes):
+    """What another batch size, device or thread count makes of the same prompts."""
+    noise = torch.randn(classes.shape, generator=torch.Generator().manual_seed(0))
+    return normalize(classes + 2e-6 * noise, dim=-1)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_set_fitted_by_name_goes_with_the_checkpoint(named, images, fits, tmp_path, full):
+    """Prototypes are made once, where the time and the images are, and served elsewhere without a fit."""
+    fitted = named.fit_label_set(LABELS)
+    assert fitted.labels == tuple(LABELS) and named.fitted_label_sets == (fitted,)
+    # Shares of the 48 rows of the sketch.
+    assert fitted.rows_per_label.shape == (4,) and fitted.rows_per_label.sum().item() == pytest.approx(48, abs=1e-3)
+    named.fit_label_set(["dog", "cat"], templates=["{}", "one {}"])
+    assert named.fit_label_set(LABELS) is fitted
+    expected = hf_vs2.zero_shot_classifier(named, device="cpu")(images, LABELS)
+    assert fits.calls == 2
+    named.save_pretrained(tmp_path, full=full)
+    assert json.loads((tmp_path / "config.json").read_text())["holds_label_sets"] is True
+    files = CheckpointFolder.open(tmp_path).files
+    assert files.keys() >= {STATISTICS, LABEL_SETS} and (tmp_path / LABEL_SETS).stat().st_size > 0
+
+    found = VS2CLIPForZeroShot.from_pretrained(tmp_path)
+    assert [one.labels for one in found.fitted_label_sets] == [tuple(LABELS), ("dog", "cat")]
+    loaded, settings = found.fitted_label_sets[0], found.steering_settings
+    assert settings == named.steering_settings and (loaded.method, loaded.settings) == (fitted.method, fitted.settings)
+    for ours, theirs in zip((*loaded.fit[:-1], *loaded.fit.views), (*fitted.fit[:-1], *fitted.fit.views), strict=True):
+        assert torch.equal(ours, theirs)
+    again = hf_vs2.zero_shot_classifier(found, device="cpu")(images, LABELS)
+    for ours, theirs in zip(again, expected, strict=True):
+        assert [one["label"] for one in ours] == [one["label"] for one in theirs]
+        assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
+    assert found.fit_classes(rounded(loaded.class_embeds)) is loaded, (
+        "recognised though the embeddings were made elsewhere"
+    )
+    assert fits.calls == 2, "nothing was fitted again"
+    # The same folder once more, now with one set less in force, and with none.
+    found.sae.W_enc.data.add_(0.1)
+    found.save_pretrained(tmp_path, full=full)
+    assert LABEL_SETS not in CheckpointFolder.open(tmp_path).files
+    assert VS2CLIPForZeroShot.from_pretrained(tmp_path).fitted_label_sets == ()
+
+
+def test_a_move_to_another_device_keeps_what_has_a_name(named, monkeypatch):
+    """Fitted on a GPU, saved after `.cpu()`; loaded on the CPU, served from a GPU; used under autocast. Other weights there do not
+    keep it."""
+    fitted, state, place = named.fit_label_set(LABELS), label_scoring.weights_state, {"device": "cuda:0", "moved": 1}
+
+    def elsewhere(parameters):
+        autocast, parts, values = state(parameters)
+        return (
+            (*autocast, torch.bfloat16),
+            tuple((place["moved"], *one[1:3], torch.device(place["device"])) for one in parts),
+            values,
+        )
+
+    monkeypatch.setattr(label_scoring, "weights_state", elsewhere)
+    assert named.fitted_label_sets == (fitted,)
+    place["device"] = "cpu"
+    assert named.fitted_label_sets == (fitted,)
+    place["device"] = "cuda:0"
+    named.sae.b_pre.data.add_(0.1)
+    assert named.fitted_label_sets == ()
+
+
+def test_other_weights_after_loading(named, tmp_path):
+    """`load_state_dict` right after `from_pretrained`: the sets that came along are those of the weights that came along."""
+    named.fit_label_set(LABELS)
+    named.save_pretrained(tmp_path)
+    found = VS2CLIPForZeroShot.from_pretrained(tmp_path)
+    found.sae.load_state_dict({name: 1.1 * tensor for name, tensor in named.sae.state_dict().items()})
+    assert found.fitted_label_sets == ()
+
+
+def test_steps_are_recognised_by_gamma_and_lambda(named, tmp_path):
+    """A set that was fitted under one gamma must not be found under another after loading."""
+    named.set_steering(method="vs2+distribution_norm")
+    fitted = named.fit_label_set(LABELS)
+    named.save_pretrained(tmp_path)
+    found = VS2CLIPForZeroShot.from_pretrained(tmp_path)
+    (loaded,) = found.fitted_label_sets
+    assert found.fit_classes(fitted.class_embeds) is loaded
+    for other in ({"gamma": 3.0}, {"lambda_": 0.1}, {"method": "corrected+distribution_norm"}):
+        with found.steering(**other):
+            assert found.fit_classes(fitted.class_embeds) is not loaded
+
+
+def test_what_was_used_before_it_was_named(named, fits):
+    """A set that a pipeline has fitted gets its name without a second fit, and is kept from then on."""
+    tokenizer = hf_vs2.zero_shot_classifier(named, device="cpu").tokenizer
+    classes = class_embeddings(named.clip, tokenizer, LABELS, ["This is a photo of {}."], clean=False)
+    first = named.fit_classes(classes)
+    by_name = named.fit_label_set(LABELS)
+    assert fits.calls == 1 and by_name.fit is first.fit and by_name.labels == tuple(LABELS)
+    assert named.fit_classes(classes) is by_name
+
+
+def test_naming_what_is_not_fitted_is_refused(named):
+    """VS2 fits nothing to labels: a set that is never used would be saved. Labels are checked as the pipeline does."""
+    with named.steering(method="vs2"), pytest.raises(ValueError, match="'vs2' fits nothing to labels; these do"):
+        named.fit_label_set(LABELS)
+    assert named.fitted_label_sets == ()
+
+
+@pytest.mark.parametrize("labels", [[], [""], ["cat", "cat"]], ids=["none", "empty", "twice"])
+def test_labels_that_are_none_are_refused(named, labels):
+    """A list that was read from a broken file must not become a fit."""
+    with pytest.raises(ValueError, match="empty|twice"):
+        named.fit_label_set(labels)
+
+
+def test_copies(named, images):
+    """`copy.deepcopy(model)`, multiprocessing: what was fitted by name comes along, and what a copy does is its own."""
+    fitted = named.fit_label_set(LABELS)
+    for other in (copy.deepcopy(named), pickle.loads(pickle.dumps(named))):
+        (came,) = other.fitted_label_sets
+        assert came.labels == fitted.labels and torch.equal(came.fit.prototypes, fitted.fit.prototypes)
+        other.fit_label_set(["dog", "cat"])
+        assert len(named.fitted_label_sets) == 1
+        other.set_domain_statistics(measure_statistics(other.sae, other.domain_statistics.rows.float()))
+        assert other.fitted_label_sets == () and len(named.fitted_label_sets) == 1
+    assert copy.copy(named).fit_label_set(LABELS) is fitted, "shallow copies share it"
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_before_loads(named, tmp_path):
+    """Those that were saved before there were statistics hold no word of them."""
+    named.set_steering(method="vs2")
+    named.set_domain_statistics(None)
+    named.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for name in ("holds_statistics", "holds_label_sets"):
+        assert content.pop(name) is False
+    path.write_text(json.dumps(content))
+    found = VS2CLIPForZeroShot.from_pretrained(tmp_path)
+    assert found.domain_statistics is None and found.fitted_label_sets == ()
+
+
+def test_what_was_taken_away_is_not_saved_again(named, tmp_path):
+    """Activations that somebody took out must not stay in the folder."""
+    named.fit_label_set(LABELS)
+    named.save_pretrained(tmp_path)
+    named.set_steering(method="vs2")
+    named.set_domain_statistics(None)
+    named.save_pretrained(tmp_path)
+    assert not (tmp_path / STATISTICS).exists() and not (tmp_path / LABEL_SETS).exists()
+    assert VS2CLIPForZeroShot.from_pretrained(tmp_path).domain_statistics is None
+
+
+def test_an_sae_checkpoint_is_enough(named, images, tmp_path):
+    """What training and calibration leave is an SAE: `zero_shot_classifier(folder)` with a method beyond VS2 works on it."""
+    named.sae.config.base_model_name_or_path = CLIP_PATH
+    named.sae.save_pretrained(tmp_path)
+    found = hf_vs2.zero_shot_classifier(str(tmp_path), device="cpu", dtype="float32")(
+        images, LABELS, method=FITTED, gate=None
+    )
+    named.set_steering(gate=None)
+    expected = hf_vs2.zero_shot_classifier(named, device="cpu")(images, LABELS)
+    for ours, theirs in zip(found, expected, strict=True):
+        scores = {one["label"]: one["score"] for one in ours}
+        assert scores == pytest.approx({one["label"]: one["score"] for one in theirs}, abs=1e-5)
+    model = VS2CLIPForZeroShot.from_pretrained(tmp_path, method="prototypes", gate=None)
+    assert model.steering_settings.method == "prototypes"
+
+
+def test_statistics_and_label_sets_go_to_the_hub_and_leave_it(hub, named):
+    """`pipeline(model=id)` must find them there; after they are taken away, the next push must not leave them lying."""
+    named.fit_label_set(LABELS)
+    push_to_hub(named, "ada/prototypes")
+    assert hub["ada/prototypes"].head.files.keys() >= {STATISTICS, LABEL_SETS}
+    found = VS2CLIPForZeroShot.from_pretrained("ada/prototypes")
+    assert [one.labels for one in found.fitted_label_sets] == [tuple(LABELS)]
+    assert found.domain_statistics.distance_quantiles == named.domain_statistics.distance_quantiles
+    named.set_steering(method="vs2")
+    named.set_domain_statistics(None)
+    push_to_hub(named, "ada/prototypes")
+    assert not hub["ada/prototypes"].head.files.keys() & {STATISTICS, LABEL_SETS}
+
+
+# Files of strangers, and damage
+
+
+def rewritten(folder, change=lambda tensors: tensors, name=LABEL_SETS, **about):
+    path = folder / name
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["hf_vs2"]) | about
+    save_file(change(load_file(path)), path, metadata={"hf_vs2": json.dumps(header)})
+
+
+def tensor(name, change):
+    return lambda folder: rewritten(folder, lambda found: found | {name: change(found[name]).contiguous()})
+
+
+def less(name):
+    return lambda folder: rewritten(folder, lambda found: {key: value for key, value in found.items() if key != name})
+
+
+def listed(**changes):
+    known = {"method": FITTED, "settings": [], "labels": LABELS}
+    return lambda folder: rewritten(folder, label_sets=[known | changes])
+
+
+def first(value):
+    return lambda found: found.flatten().index_fill(0, torch.tensor([0]), value).view_as(found)
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+
+
+def config(**changes):
+    def harm(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return harm
+
+
+HARMS = {
+    "cut": (cut(LABEL_SETS), "is damaged"),
+    "missing": (lambda folder: (folder / LABEL_SETS).unlink(), LABEL_SETS),
+    "no header": (
+        lambda folder: save_file(load_file(folder / LABEL_SETS), folder / LABEL_SETS),
+        "does not hold label sets",
+    ),
+    "another file": (
+        lambda folder: (folder / LABEL_SETS).write_bytes((folder / STATISTICS).read_bytes()),
+        "hf_vs2.statistics",
+    ),
+    "of the future": (lambda folder: rewritten(folder, format_version=2), "version 2.*Save the model again"),
+    "no list": (lambda folder: rewritten(folder, label_sets=None), "does not hold label sets"),
+    "no labels": (listed(labels=None), "does not hold label sets"),
+    "a label more": (listed(labels=[*LABELS, "cat"]), "for these labels and this model it is"),
+    "no known method": (listed(method="magic"), "magic"),
+    "a method that fits nothing": (listed(method="vs2"), "vs2"),
+    "fewer views": (listed(method="prototypes+pca"), "does not hold label sets"),
+    "number no float holds": (listed(settings=[10**400]), "does not hold label sets"),
+    "NaN": (tensor("0.prototypes", first(math.nan)), "0.prototypes holds NaN"),
+    "huge": (tensor("0.view_1", first(1e30)), "0.view_1 holds numbers from"),
+    "a tensor less": (less("0.weights"), "weights"),
+    "a view less": (less("0.view_0"), "view_0"),
+    "prototypes of fewer classes": (
+        tensor("0.prototypes", lambda found: found[:3]),
+        "for these labels and this model it is",
+    ),
+    "another width": (tensor("0.mean", lambda found: found[:5]), "for these labels and this model it is"),
+    "a list for the scale": (
+        tensor("0.scale", lambda found: found.expand(4)),
+        "for these labels and this model it is",
+    ),
+    "flat views": (tensor("0.view_0", lambda found: found[:, 0]), "view_0 is"),
+    "a view of another SAE": (
+        tensor("0.view_1", lambda found: found[:, :50]),
+        "view_. is .*, for these labels and this model it is",
+    ),
+    "a view of another width": (
+        tensor("0.view_0", lambda found: found[:, :50]),
+        "view_. is .*, for these labels and this model it is",
+    ),
+    "classes of another CLIP": (
+        lambda folder: rewritten(
+            folder,
+            lambda found: {
+                name: part[..., :7].contiguous() if name in ("0.class_embeds", "0.prototypes", "0.mean") else part
+                for name, part in found.items()
+            },
+        ),
+        r"class_embeds is \(4, 7\), for these labels and this model it is \(4, ",
+    ),
+    "statistics cut": (cut(STATISTICS), "is damaged"),
+    "statistics missing": (lambda folder: (folder / STATISTICS).unlink(), "needs statistics.*hf-vs2 calibrate"),
+    "statistics denied": (config(holds_statistics=False), "needs statistics.*hf-vs2 calibrate"),
+    "statistics of another SAE": (
+        lambda folder: measure_statistics(make_sae(24), torch.randn(9, 24)).save(folder),
+        "width 24 and 96 latents; the SAE has",
+    ),
+    "unknown method in force": (config(method="prototypes+magic"), "prototypes\\+magic"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The files of a checkpoint with statistics and one label set."""
+    clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32).eval()
+    pixels = torch.randn(60, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+    model = make_model(clip, cls_rows(clip, pixels), method=FITTED)
+    model.fit_label_set(LABELS)
+    folder = tmp_path_factory.mktemp("labels") / "vs2"
+    model.save_pretrained(folder)
+    return SimpleNamespace(clip=clip, files={path.name: path.read_bytes() for path in folder.iterdir()})
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_checkpoint_is_refused_in_one_message(whole, tmp_path, harm):
+    """A bad disk or a stranger's file must not become NaN scores, or a shape error in the middle of a run."""
+    for name, content in whole.files.items():
+        (tmp_path / name).write_bytes(content)
+    damage, message = HARMS[harm]
+    damage(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        VS2CLIPForZeroShot.from_pretrained(tmp_path, clip=whole.clip)
+    text = str(caught.value)
+    assert str(tmp_path) in text, f"names no place: {text}"
+    assert type(caught.value) in (ValueError, OSError)
+
+
+def test_missing_files_are_not_pushed(whole, tmp_path):
+    """A folder whose config promises files that are not there would be broken for whoever loads it from the Hub."""
+    for missing in (STATISTICS, LABEL_SETS):
+        for name, content in whole.files.items():
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / missing).unlink()
+        with pytest.raises(ValueError, match=f"should hold {missing}"):
+            CheckpointFolder.open(tmp_path)
+
+
+def test_what_statistics_are_missing_for_vs2_does_without(whole, tmp_path):
+    """Asked for by another method, the checkpoint whose statistics were left out still serves."""
+    for name, content in whole.files.items():
+        if name != STATISTICS:
+            (tmp_path / name).write_bytes(content)
+    found = VS2CLIPForZeroShot.from_pretrained(tmp_path, clip=whole.clip, method="vs2")
+    assert found.domain_statistics is None and found.steering_settings.method == "vs2"
