@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
     from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
     from .prompts import class_embeddings
-    from .recommend import Recommendation, recommend
+    from .recommendation import Recommendation, recommend
     from .registry import DatasetInfo, dataset_info
     from .trainer import SAETrainer
     from .training_args import SAETrainingArguments
@@ -66,8 +66,8 @@ _HOMES = {
     "VS2ZeroShotImageClassificationPipeline": "pipeline",
     "zero_shot_classifier": "pipeline",
     "class_embeddings": "prompts",
-    "Recommendation": "recommend",
-    "recommend": "recommend",
+    "Recommendation": "recommendation",
+    "recommend": "recommendation",
     "DatasetInfo": "registry",
     "dataset_info": "registry",
     "SAETrainer": "trainer",

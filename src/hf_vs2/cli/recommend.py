@@ -66,7 +66,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: Namespace) -> None:
     from ..prompts import class_embeddings, clean_class_names, resolve_templates
-    from ..recommend import recommend
+    from ..recommendation import recommend
 
     if args.labels is None and args.label_column is None:
         raise UsageError("name the labels to choose from with --labels")

@@ -9,7 +9,7 @@ from test_evaluation import NAMES, make_model
 from torch.nn.functional import normalize
 
 from hf_vs2.label_free import balanced_mean, label_scores, norm_fit
-from hf_vs2.recommend import CANDIDATES, Evidence, decide, gather_evidence, recommend
+from hf_vs2.recommendation import CANDIDATES, Evidence, decide, gather_evidence, recommend
 from hf_vs2.tail import clip_embeds
 
 
