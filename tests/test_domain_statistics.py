@@ -123,7 +123,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_vs2.domain_statistics.save_file", full_disk)
+    monkeypatch.setattr("hf_vs2.weight_files.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         with_statistics(seed=5).save_pretrained(tmp_path)
     found = SAEModel.from_pretrained(tmp_path)
@@ -202,17 +202,17 @@ HARMS = {
     "cut": (cut, "is damaged"),
     "empty": (lambda folder: (folder / NAME).write_bytes(b""), "is damaged"),
     "text": (lambda folder: (folder / NAME).write_text("not found"), "is damaged"),
-    "no header": (without_header, "does not hold statistics that this version"),
+    "no header": (without_header, "is not what this version"),
     "another format": (header(format="hf_vs2.corpus"), "format 'hf_vs2.corpus'"),
     "of the future": (header(format_version=2), "version 2.*Calibrate the checkpoint again"),
     "no count": (header(num_rows=...), "num_rows"),
-    "endless count": (header(num_rows=math.inf), "does not hold statistics"),
-    "quantiles in a list": (header(distance_quantiles=[1.0]), "does not hold statistics"),
-    "text for a quantile": (header(distance_quantiles={"0.9": "far"}), "does not hold statistics"),
-    "text for a level": (header(distance_quantiles={"most": 1.0}), "does not hold statistics"),
-    "NaN for a quantile": (header(distance_quantiles={"0.9": math.nan}), "does not hold statistics"),
-    "number no float holds": (header(distance_quantiles={"0.9": 10**400}), "does not hold statistics"),
-    "falling quantiles": (header(distance_quantiles={"0.5": 2.0, "0.9": 1.0}), "does not hold statistics"),
+    "endless count": (header(num_rows=math.inf), "is not what this version"),
+    "quantiles in a list": (header(distance_quantiles=[1.0]), "is not what this version"),
+    "text for a quantile": (header(distance_quantiles={"0.9": "far"}), "is not what this version"),
+    "text for a level": (header(distance_quantiles={"most": 1.0}), "is not what this version"),
+    "NaN for a quantile": (header(distance_quantiles={"0.9": math.nan}), "is not what this version"),
+    "number no float holds": (header(distance_quantiles={"0.9": 10**400}), "is not what this version"),
+    "falling quantiles": (header(distance_quantiles={"0.5": 2.0, "0.9": 1.0}), "is not what this version"),
     "a tensor less": (without("variances"), "variances"),
     "a tensor more": (lambda folder: rewritten(folder, lambda found: found | {"label": torch.ones(2)}), "label"),
     "NaN": (tensor("mean", first(math.nan)), "mean holds NaN"),
@@ -227,7 +227,7 @@ HARMS = {
     "rows of another width": (tensor("rows", lambda found: found[:, :8]), "rows of statistics of width 16"),
     "a flat sketch": (tensor("rows", lambda found: found.flatten()), "rows of statistics of width 16"),
     "no rows at all": (tensor("rows", lambda found: found[:0]), "rows of statistics"),
-    "a number for the mean": (tensor("mean", lambda found: found[0]), "does not hold statistics"),
+    "a number for the mean": (tensor("mean", lambda found: found[0]), "is not what this version"),
     "of another SAE": (of_another_sae, "statistics of rows of width 24 and 96 latents; the SAE has 16 and 64"),
 }
 

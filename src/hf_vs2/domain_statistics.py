@@ -6,7 +6,6 @@ activations of images, which their owner may not want to give away: leave it out
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -15,20 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers.utils import cached_file, logging
 
-from .atomic import replace_file
 from .checkpoint_folder import STATISTICS_NAME
 from .configuration_sae import quantile_of
 from .label_free import RowStatistics
-from .weight_files import check_numbers, opened
+from .weight_files import read_described, write_described
 
 
 logger = logging.get_logger(__name__)
 
-FORMAT = "hf_vs2.statistics"
-FORMAT_VERSION = 1
+_KIND = ("hf_vs2.statistics", 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,15 +148,8 @@ class DomainStatistics:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `statistics.safetensors` into a folder; it appears whole or not at all."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        description = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "num_rows": self.num_rows,
-            "distance_quantiles": self.distance_quantiles,
-        }
-        metadata = {"hf_vs2": json.dumps(description, sort_keys=True)}
-        replace_file(Path(folder) / STATISTICS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
+        about = {"num_rows": self.num_rows, "distance_quantiles": self.distance_quantiles}
+        write_described(Path(folder) / STATISTICS_NAME, self._tensors(), _KIND, about)
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> DomainStatistics | None:
@@ -179,22 +168,15 @@ class DomainStatistics:
                 "calibrate measures the statistics again."
             )
             return None
-        with opened(path) as file:
-            header = (file.metadata() or {}).get("hf_vs2", "null")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        check_numbers(tensors.items(), path)
-        try:
-            about = json.loads(header)
-            if about["format"] != FORMAT or about["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format {about['format']!r}, version {about['format_version']!r}")
-            quantiles = {str(level): float(value) for level, value in about["distance_quantiles"].items()}
-            found = cls(**tensors, num_rows=int(about["num_rows"]), distance_quantiles=quantiles)
-            found._check_values()
-            return found
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{path} does not hold statistics that this version of hf_vs2 reads ({error}). Calibrate the checkpoint again."
-            ) from error
+        return read_described(path, _KIND, cls._read, "Calibrate the checkpoint again.")
+
+    @classmethod
+    def _read(cls, about: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> DomainStatistics:
+        quantiles = {str(level): float(value) for level, value in about["distance_quantiles"].items()}
+        given: dict[str, Any] = dict(tensors)
+        found = cls(**given, num_rows=int(about["num_rows"]), distance_quantiles=quantiles)
+        found._check_values()
+        return found
 
     def _check_values(self) -> None:
         """Refuse numbers that would make scores NaN, or a gate that means nothing."""

@@ -217,7 +217,9 @@ class Push:
         }
 
     def _has_same_weights(self, on_hub: dict[str, set[str]]) -> bool:
-        weights = {name: path for name, path in self.folder.files.items() if path.suffix == ".safetensors"}
+        beside = (STATISTICS_NAME, LABEL_SETS_NAME)  # figures do not become another model's when a label set is fitted
+        files = self.folder.files.items()
+        weights = {name: path for name, path in files if path.suffix == ".safetensors" and path.name not in beside}
         return all(_is_there(on_hub, name, path) for name, path in weights.items())
 
     def _proposed(self, content: dict[str, Path | bytes], message: str) -> CommitInfo | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from transformers.utils import cached_file
 
-from .atomic import replace_file
 from .checkpoint_folder import LABEL_SETS_NAME
 from .configuration_vs2_clip import METHODS
 from .label_free import LabelFit, balanced_mean, fit_balanced_prototypes, fit_prototypes, norm_fit
-from .weight_files import check_numbers, opened
+from .weight_files import read_described, write_described
 from .weight_state import weights_state
 
 
@@ -30,8 +27,7 @@ if TYPE_CHECKING:
     from .modeling_vs2_clip import VS2CLIPForZeroShot
 
 
-FORMAT = "hf_vs2.label_sets"
-FORMAT_VERSION = 1
+_KIND = ("hf_vs2.label_sets", 1)
 _BATCH = 1024
 # Class embeddings of the same prompts differ by rounding from batch to batch and device to device; those of other prompts by more.
 _SAME_CLASSES = 1e-4
@@ -157,7 +153,7 @@ class LabelScoring:
     def _fit(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...], classes: torch.Tensor) -> LabelFit:
         scores = model.steering_settings.parts.scores
         mean = self._image_mean(model, settings).to(classes.device)
-        if scores == "distribution_norm" or _statistics(model).rows is None:
+        if scores == "distribution_norm" or statistics_of(model).rows is None:
             nothing = tuple(classes.new_zeros(len(classes), width) for width in _view_widths(model))
             return norm_fit(classes, mean)._replace(views=nothing)
         embeds, views = self._sketch_rows(model, settings)
@@ -170,7 +166,7 @@ class LabelScoring:
 
     def _image_mean(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]) -> torch.Tensor:
         steps = model.steering_settings.parts.step != "none"
-        known = _statistics(model)
+        known = statistics_of(model)
         if known.image_mean is not None and not steps:
             return known.image_mean
         if known.rows is None:
@@ -184,7 +180,7 @@ class LabelScoring:
         self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views."""
-        parts, rows = model.steering_settings.parts, _statistics(model).rows
+        parts, rows = model.steering_settings.parts, statistics_of(model).rows
         assert rows is not None  # who calls has looked
         key = (parts.step, parts.views, settings)
         if self._sketch is None or self._sketch[0] != key:
@@ -206,10 +202,8 @@ class LabelScoring:
             listed.append({"method": known.method, "settings": known.settings, "labels": known.labels})
             named = {"class_embeds": known.class_embeds} | {name: getattr(known.fit, name) for name in _FIT_TENSORS}
             named |= {f"view_{place}": view for place, view in enumerate(known.fit.views)}
-            tensors |= {f"{number}.{name}": tensor.cpu().contiguous().clone() for name, tensor in named.items()}
-        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "label_sets": listed}
-        metadata = {"hf_vs2": json.dumps(about, sort_keys=True)}
-        replace_file(Path(folder) / LABEL_SETS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
+            tensors |= {f"{number}.{name}": tensor.clone() for name, tensor in named.items()}
+        write_described(Path(folder) / LABEL_SETS_NAME, tensors, _KIND, {"label_sets": listed})
 
     @classmethod
     def load(
@@ -222,19 +216,14 @@ class LabelScoring:
             `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged or something else.
         """
         path = cached_file(os.fspath(name_or_path), LABEL_SETS_NAME, **place)
-        with opened(path) as file:
-            header = (file.metadata() or {}).get("hf_vs2", "null")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        check_numbers(tensors.items(), path)
-        try:
-            about = json.loads(header)
-            if about["format"] != FORMAT or about["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format {about['format']!r}, version {about['format_version']!r}")
-            named = [_read(tensors, number, one, model) for number, one in enumerate(about["label_sets"])]
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{path} does not hold label sets that this version of hf_vs2 reads ({error}). Save the model again."
-            ) from error
+        named = read_described(
+            path,
+            _KIND,
+            lambda about, tensors: [
+                _read(tensors, number, one, model) for number, one in enumerate(about["label_sets"])
+            ],
+            "Save the model again.",
+        )
         found = cls(tuple(named))
         found.named_now(model)  # they belong to these weights
         return found
@@ -286,8 +275,16 @@ def _view_widths(model: VS2CLIPForZeroShot, method: str | None = None) -> list[i
     return [widths[view] for view in METHODS[method or model.steering_settings.method].views]
 
 
-def _statistics(model: VS2CLIPForZeroShot) -> DomainStatistics:
-    assert model.domain_statistics is not None  # `set_steering` refuses methods that need them
+def statistics_of(model: VS2CLIPForZeroShot) -> DomainStatistics:
+    """The model's statistics.
+
+    Raises:
+        `ValueError`: if it has none.
+    """
+    if model.domain_statistics is None:  # `set_steering` refuses such methods, a bare configuration may name one
+        raise ValueError(
+            f"method={model.steering_settings.method!r} needs statistics of unlabelled images: see set_domain_statistics."
+        )
     return model.domain_statistics
 
 
@@ -297,4 +294,4 @@ def _settings(model: VS2CLIPForZeroShot) -> tuple[float, ...]:
     return () if chosen.parts.step == "none" else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
 
 
-__all__ = ["FittedLabels", "LabelScoring"]
+__all__ = ["FittedLabels", "LabelScoring", "statistics_of"]

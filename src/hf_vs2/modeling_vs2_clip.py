@@ -30,7 +30,7 @@ from .explanation_inputs import check_labels, explain_images, processing_of, res
 from .functional import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
 from .hub import HubMixin
 from .label_free import corrected_steer, label_scores, latent_view, pca_view, row_distance
-from .label_scoring import FittedLabels, LabelScoring
+from .label_scoring import FittedLabels, LabelScoring, statistics_of
 from .latent_edits import EditTable, LatentEdits
 from .latent_step import LatentStep, latent_step
 from .modeling_sae import SAEModel
@@ -400,8 +400,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices, views=views)
 
     def _known(self, device: torch.device) -> DomainStatistics:
-        assert self.domain_statistics is not None  # `_use` refuses methods that need them
-        return self.domain_statistics.on(device)
+        return statistics_of(self).on(device)
 
     def _views(self, x: torch.Tensor, code: Any) -> tuple[torch.Tensor, ...]:
         known = self._known(x.device)

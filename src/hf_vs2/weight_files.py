@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -16,10 +16,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .atomic import replace_text
+from .atomic import replace_file, replace_text
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
@@ -30,6 +31,7 @@ LARGEST = 1e8
 products and squares would overflow."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,42 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
             yield weights
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}). Save or download it again.") from error
+
+
+def write_described(
+    path: Path, tensors: Mapping[str, torch.Tensor], kind: tuple[str, int], about: Mapping[str, Any]
+) -> None:
+    """Tensors in one file, and in its header as JSON what they are; `kind` is the format's name and version. It appears whole or not at
+    all."""
+    header = json.dumps({"format": kind[0], "format_version": kind[1], **about}, sort_keys=True)
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(path, lambda temporary: save_file(content, temporary, metadata={"hf_vs2": header}))
+
+
+def read_described(
+    path: str | os.PathLike,
+    kind: tuple[str, int],
+    make: Callable[[Mapping[str, Any], dict[str, torch.Tensor]], _Made],
+    remedy: str,
+) -> _Made:
+    """
+    What `make(header, tensors)` makes of a file that [`write_described`] wrote.
+
+    Raises:
+        `ValueError`: naming the file, if it is damaged, of another kind, or refused by `make`.
+    """
+    with opened(path) as file:
+        header = (file.metadata() or {}).get("hf_vs2", "null")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    check_numbers(tensors.items(), path)
+    try:
+        about = json.loads(header)
+        found = about["format"], about["format_version"]
+        if found != kind:
+            raise ValueError(f"it is of format {found[0]!r}, version {found[1]!r}; expected {kind[0]!r}, {kind[1]}")
+        return make(about, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is not what this version of hf_vs2 reads ({error}). {remedy}") from error
 
 
 def at_one_commit(
@@ -272,7 +310,9 @@ __all__ = [
     "check_token",
     "in_one_message",
     "opened",
+    "read_described",
     "refuse_another_save",
     "refuse_variant",
     "save_mark",
+    "write_described",
 ]
