@@ -24,7 +24,7 @@ SOURCE = REPOSITORY / "src" / "hf_vs2"
 FLOORS = {
     1: "atomic functional graphed_step label_free sparse_ops sparse_triton",
     2: "base_model card_edits card_results checkpoint_config checkpoint_folder configuration_sae domain_statistics foreign hub hub_push image_batches images latent_edits model_card modeling_sae packaged_code pipeline_inputs prompts report weight_files weight_state",
-    3: "configuration_vs2_clip corpus explanation explanation_inputs label_scoring latent_names latent_step modeling_vs2_clip neighbors processing tail vs2_parts",
+    3: "configuration_vs2_clip corpus explanation explanation_inputs label_scoring latent_names latent_step modeling_vs2_clip neighbors processing tail vs2_outputs vs2_parts",
     4: "activations data explanation_figure extraction fingerprint prompt_cache registry retrieval store vision_tower",
     5: "atlas calibration controls domain demo demo_data demo_figure demo_folds evaluation evaluation_methods grid label_losses pipeline recommendation sharding study trainer training_args training_progress training_rows training_step",
     6: "__init__ auto_classes cli",

@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from .latent_edits import LatentEdits
     from .model_card import create_model_card, write_model_card
     from .modeling_sae import SAEModel, SAEOutput
-    from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2CLIPOutput
+    from .modeling_vs2_clip import VS2CLIPForZeroShot
     from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
     from .prompts import class_embeddings
     from .recommendation import Recommendation, recommend
     from .registry import DatasetInfo, dataset_info
     from .trainer import SAETrainer
     from .training_args import SAETrainingArguments
+    from .vs2_outputs import VS2CLIPOutput
 
 _HOMES = {
     "ActivationStore": "activations",
@@ -62,7 +63,7 @@ _HOMES = {
     "SAEModel": "modeling_sae",
     "SAEOutput": "modeling_sae",
     "VS2CLIPForZeroShot": "modeling_vs2_clip",
-    "VS2CLIPOutput": "modeling_vs2_clip",
+    "VS2CLIPOutput": "vs2_outputs",
     "VS2ZeroShotImageClassificationPipeline": "pipeline",
     "zero_shot_classifier": "pipeline",
     "class_embeddings": "prompts",

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPOutput
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .base_model import check_base_model, loaded_revision, resolve_layer
+from .base_model import loaded_revision, resolve_layer
 from .checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
 from .configuration_sae import SAEConfig
 from .configuration_vs2_clip import METHODS, Steering, VS2CLIPConfig
@@ -38,75 +35,19 @@ from .pipeline_inputs import DEFAULT_TEMPLATES
 from .processing import save_processing
 from .prompts import class_embeddings
 from .tail import logits_of
-from .vs2_parts import load_clip, load_corpus, load_full, load_saes, without_attention
+from .vs2_outputs import SteeredRows, VS2CLIPOutput, VS2ImageFeatures, per_image
+from .vs2_parts import (
+    at_layer,
+    check_widths,
+    layer_of,
+    load_clip,
+    load_corpus,
+    load_full,
+    load_saes,
+    saes_by_layer,
+    without_attention,
+)
 from .weight_files import HUB_ARGUMENTS, at_one_commit
-
-
-class SteeredRows(NamedTuple):
-    """CLS rows after steering, and what was decided for each."""
-
-    rows: torch.Tensor
-    """`(batch, hidden_size)`, in the dtype they came in; rows that were not steered are the input's own, bit for bit."""
-    fvu: torch.Tensor | None
-    """`(batch,)` float32: per-sample FVU against the training mean; `None` from methods that do not read the SAE."""
-    steered: torch.Tensor
-    """`(batch,)` bool: which rows were steered. Not those that the gate held back, nor those that overflow or hold NaN."""
-    latent_values: torch.Tensor | None = None
-    """`(batch, top_k)`."""
-    latent_indices: torch.Tensor | None = None
-    """`(batch, top_k)`."""
-    distance: torch.Tensor | None = None
-    """`(batch,)` float32, from methods that do not read the SAE: [`row_distance`] to the training rows."""
-    views: tuple[torch.Tensor, ...] | None = None
-    """What the method's prototypes look at beside the embedding, `(batch, d_v)` each."""
-
-
-@dataclass
-class VS2ImageFeatures(ModelOutput):
-    """
-    Image features, and for each image what steering did.
-
-    Args:
-        features (`torch.Tensor` of shape `(batch, projection_dim)`): projected, not normalised.
-        fvu (`torch.Tensor` of shape `(batch,)`, *optional*): per-sample FVU; `None` when steering is off.
-        steered (`torch.BoolTensor` of shape `(batch,)`): which rows were steered.
-        latent_values, latent_indices (`torch.Tensor` of shape `(batch, top_k)`, *optional*): the active latents.
-        distance (`torch.Tensor` of shape `(batch,)`, *optional*): to the training rows, from methods that do not read the SAE.
-        views (`tuple[torch.Tensor]`, *optional*): what prototypes look at beside the embedding.
-        plain_features (`torch.Tensor` of shape `(batch, projection_dim)`, *optional*): plain CLIP's, where asked for.
-    """
-
-    features: torch.Tensor | None = None
-    fvu: torch.Tensor | None = None
-    steered: torch.Tensor | None = None
-    latent_values: torch.Tensor | None = None
-    latent_indices: torch.Tensor | None = None
-    distance: torch.Tensor | None = None
-    views: tuple[torch.Tensor, ...] | None = None
-    plain_features: torch.Tensor | None = None
-
-
-@dataclass
-class VS2CLIPOutput(CLIPOutput):
-    """
-    `CLIPOutput`'s fields, and for each image what steering did.
-
-    Args:
-        fvu (`torch.Tensor` of shape `(batch,)`, *optional*):
-            Per-sample FVU. With several SAEs `(batch, num_saes)`, layers ascending. `None` when steering is off.
-        steered (`torch.BoolTensor` of the same shape):
-            Which images were steered; the others have exactly plain CLIP's result.
-        latent_values (`torch.Tensor` of shape `(batch, top_k)`, *optional*), latent_indices (same shape, *optional*):
-            The active latents. With several SAEs a tuple, one entry a layer.
-        distance (`torch.Tensor` of shape `(batch,)`, *optional*):
-            To the training rows, see [`row_distance`], from methods that do not read the SAE: those have no FVU and latents.
-    """
-
-    fvu: torch.Tensor | None = None
-    steered: torch.Tensor | None = None
-    latent_values: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-    latent_indices: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-    distance: torch.Tensor | None = None
 
 
 class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
@@ -166,11 +107,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         if isinstance(clip, VS2CLIPConfig):
             config = clip
             clip = CLIPModel._from_config(config.clip_config)
-            saes = {_layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
-            _check_widths(saes, clip)
+            saes = {layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
+            check_widths(saes, clip)
             steering = config.steering()
         else:
-            saes = _saes_by_layer(clip, sae)
+            saes = saes_by_layer(clip, sae)
             settings = *map(_plain, (gamma, lambda_, gate, fvu_threshold)), True, num_neighbors, positives
             steering = Steering(method, *settings)
             config = VS2CLIPConfig(
@@ -611,7 +552,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         self.config.holds_statistics = self.domain_statistics is not None
         self.config.holds_label_sets = bool(self._scoring.named_now(self))
         # As they are now (calibrated since, perhaps), each with the layer that it steers.
-        self.config.sae_configs = [_at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
+        self.config.sae_configs = [at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
         state = kwargs.pop("state_dict", None) or self.state_dict()
         if not full:
             state = {name: tensor for name, tensor in state.items() if name.startswith("saes.")}
@@ -751,7 +692,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         elif with_plain:
             plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
         views = next(iter(done.values())).views
-        return VS2ImageFeatures(features, plain_features=plain, views=views, **_per_image(done))
+        return VS2ImageFeatures(features, plain_features=plain, views=views, **per_image(done))
 
     def image_features_from_cls(self, rows: torch.Tensor, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
         """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
@@ -890,22 +831,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             image_embeds=image_embeds,
             text_model_output=text_outputs,
             vision_model_output=vision_outputs,
-            **_per_image(done),
+            **per_image(done),
         )
-
-
-def _per_image(done: dict[int, SteeredRows]) -> dict[str, Any]:
-    """The steering fields of the output: plain tensors for one SAE, stacked or tupled by layer for several."""
-    layers = [done[index] for index in sorted(done)]
-    if len(layers) == 1:
-        found = layers[0]._asdict()
-        return {name: found[name] for name in ("fvu", "steered", "latent_values", "latent_indices", "distance")}
-    return {
-        "fvu": torch.stack([cast(torch.Tensor, layer.fvu) for layer in layers], dim=1),
-        "steered": torch.stack([layer.steered for layer in layers], dim=1),
-        "latent_values": tuple(layer.latent_values for layer in layers),
-        "latent_indices": tuple(layer.latent_indices for layer in layers),
-    }
 
 
 def _unit(embeds: torch.Tensor) -> torch.Tensor:
@@ -925,44 +852,4 @@ def _plain(setting: Any) -> Any:
     return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting
 
 
-def _at_layer(config: SAEConfig, layer: int) -> SAEConfig:
-    config = copy.deepcopy(config)
-    config.layer = layer
-    config.holds_statistics = False  # those of the whole checkpoint lie beside it
-    return config
-
-
-def _layer_of(config: SAEConfig, clip: CLIPModel) -> int:
-    return resolve_layer(-1 if config.layer is None else config.layer, clip.vision_model.config.num_hidden_layers)
-
-
-def _check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
-    width = clip.vision_model.config.hidden_size
-    for layer, sae in saes.items():
-        if sae.config.hidden_size != width:
-            raise ValueError(
-                f"The SAE of layer {layer} reads {sae.config.hidden_size} features, the vision tower gives {width}: they do not "
-                "belong together."
-            )
-
-
-def _saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
-    if not isinstance(clip, CLIPModel):
-        raise TypeError(f"clip must be a transformers CLIPModel, not {type(clip).__name__}.")
-    given = {_layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
-    if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
-        raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
-    num_layers = clip.vision_model.config.num_hidden_layers
-    saes = {}
-    for layer, one in given.items():
-        check_base_model(clip, one.config)
-        index = resolve_layer(layer, num_layers)
-        if index in saes:
-            raise ValueError(f"Two SAEs for layer {index}: give one a layer.")
-        if one.config.layer not in (None, index):
-            raise ValueError(f"The SAE given for layer {index} was trained on layer {one.config.layer}.")
-        saes[index] = one
-    return saes
-
-
-__all__ = ["SteeredRows", "VS2CLIPForZeroShot", "VS2CLIPOutput", "VS2ImageFeatures"]
+__all__ = ["VS2CLIPForZeroShot"]

@@ -21,12 +21,13 @@ from .configuration_vs2_clip import VS2CLIPConfig
 from .explanation import VS2Explanation, check_explainable
 from .explanation_inputs import resolve_names
 from .image_batches import Normalizer, read_together, uint8_pixels
-from .modeling_vs2_clip import VS2CLIPForZeroShot, VS2ImageFeatures
+from .modeling_vs2_clip import VS2CLIPForZeroShot
 from .pipeline_inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
 from .processing import knows_words
 from .prompt_cache import PromptCache
 from .prompts import resolve_templates
 from .tail import logits_of
+from .vs2_outputs import VS2ImageFeatures
 from .vs2_parts import find_processing
 from .weight_files import at_one_commit
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
-from .base_model import loaded_revision
+from .base_model import check_base_model, loaded_revision, resolve_layer
 from .checkpoint_config import refuse_kernels
 from .checkpoint_folder import CORPUS_FOLDER
 from .configuration_sae import SAEConfig
@@ -164,12 +166,56 @@ def find_processing(model: PreTrainedModel, source: str | None, place: dict[str,
     return load_processing(name, loaded_revision(clip, access.get("cache_dir")), **access)
 
 
+def at_layer(config: SAEConfig, layer: int) -> SAEConfig:
+    config = copy.deepcopy(config)
+    config.layer = layer
+    config.holds_statistics = False  # those of the whole checkpoint lie beside it
+    return config
+
+
+def layer_of(config: SAEConfig, clip: CLIPModel) -> int:
+    return resolve_layer(-1 if config.layer is None else config.layer, clip.vision_model.config.num_hidden_layers)
+
+
+def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
+    width = clip.vision_model.config.hidden_size
+    for layer, sae in saes.items():
+        if sae.config.hidden_size != width:
+            raise ValueError(
+                f"The SAE of layer {layer} reads {sae.config.hidden_size} features, the vision tower gives {width}: they do not "
+                "belong together."
+            )
+
+
+def saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
+    if not isinstance(clip, CLIPModel):
+        raise TypeError(f"clip must be a transformers CLIPModel, not {type(clip).__name__}.")
+    given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
+    if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
+        raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
+    num_layers = clip.vision_model.config.num_hidden_layers
+    saes = {}
+    for layer, one in given.items():
+        check_base_model(clip, one.config)
+        index = resolve_layer(layer, num_layers)
+        if index in saes:
+            raise ValueError(f"Two SAEs for layer {index}: give one a layer.")
+        if one.config.layer not in (None, index):
+            raise ValueError(f"The SAE given for layer {index} was trained on layer {one.config.layer}.")
+        saes[index] = one
+    return saes
+
+
 __all__ = [
     "HUB_ARGUMENTS",
+    "at_layer",
+    "check_widths",
     "find_processing",
+    "layer_of",
     "load_clip",
     "load_corpus",
     "load_full",
     "load_saes",
+    "saes_by_layer",
     "without_attention",
 ]
