@@ -24,7 +24,7 @@ from toy import make_rows, make_sae
 from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel
 from transformers.utils import logging
 
-from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate
+from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
 from hf_vs2.activations import ActivationStore, extract_activations
 from hf_vs2.checkpoint_folder import CheckpointFolder
 from hf_vs2.registry import dataset_info
@@ -77,8 +77,13 @@ def light_folder(folder: Path, full: bool = False) -> None:
     clip = CLIPModel.from_pretrained(folder / "clip")
     sae = make_sae(32, layer=2, total_variance=40.0)
     calibrate(sae, make_rows(400, 32))
+    sae.set_domain_statistics(
+        measure_statistics(sae, make_rows(400, 32), held_out=torch.arange(300, 400), sketch_rows=20)
+    )
     model = VS2CLIPForZeroShot(clip, sae, gate=0.9)
     model.set_corpus(RetrievalCorpus.from_store(make_rows(60, 32), clip=clip))
+    with model.steering(method="prototypes+sae"):
+        model._scoring.fitted(model, make_rows(2, 24), labels=("one", "two"))
     # Relative to the folder that `vs2_numbers` is called in: the artefact is copied and mutated with its CLIP.
     model.config.base_model_name_or_path = "clip"
     model.save_pretrained(folder / "vs2", full=full)
@@ -101,7 +106,10 @@ def vs2_numbers(folder: Path) -> Numbers:
     numbers = [model(input_ids=text, pixel_values=pixels).logits_per_image]
     with model.steering(method="vs2++", gate=None, num_neighbors=5):
         numbers.append(model(input_ids=text, pixel_values=pixels).logits_per_image)
-    return numbers
+    for method in ("prototypes+pca", "corrected+distribution_norm"):
+        with model.steering(method=method, gate=0.9):
+            numbers.append(model(input_ids=text, pixel_values=pixels).logits_per_image)
+    return numbers + [part for one in model.fitted_label_sets for part in (one.fit.prototypes, *one.fit.views)]
 
 
 def store_folder(folder: Path) -> None:
