@@ -17,6 +17,7 @@ from hf_vs2.demo import run_demo  # noqa: E402
 from hf_vs2.demo_data import DIGIT_NAMES, foreign_images, load_handwriting, prepare_digit  # noqa: E402
 from hf_vs2.demo_folds import pool_folds, samples_of  # noqa: E402
 from hf_vs2.evaluation import evaluate  # noqa: E402
+from hf_vs2.evaluation_methods import EVALUATION_METHODS
 
 
 FIGURES = {"top1", "top5", "gain", "coverage", "mean_fvu", "n", "gamma", "lambda", "tau"}
@@ -37,9 +38,8 @@ def demo(tmp_path_factory):
 
 def test_result_file_has_every_method_with_both_prompt_sets(demo):
     content = json.loads(demo.results_path.read_text(encoding="utf-8"))
-    methods = {"clip", "centroid", "distribution_norm", "reconstruct", "amplify", "vs2", "vs2+gate"}
     assert {(row["method"], row["prompts"]) for row in content["rows"]} == {
-        (method, prompts) for method in methods for prompts in ("single", "ensemble")
+        (method, prompts) for method in EVALUATION_METHODS for prompts in ("single", "ensemble")
     }
     assert all(row.keys() >= ROW_FIELDS and row["n"] == 1797 for row in content["rows"])
     assert 70 < EvaluationResult.from_json(demo.results_path).row("clip")["top1"] < 90

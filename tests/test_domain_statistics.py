@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy import make_rows, make_sae
 
-from hf_vs2 import SAEModel, calibrate, measure_statistics, push_to_hub
+from hf_vs2 import SAEModel, calibrate, hub_push, measure_statistics, push_to_hub
 from hf_vs2.checkpoint_folder import CheckpointFolder
 
 
@@ -145,15 +145,20 @@ def test_statistics_stay_float32_in_half_precision():
     assert sae.domain_statistics.mean.dtype == torch.float32
 
 
-def test_they_go_to_the_hub_and_come_from_it(hub, tmp_path):
-    """A push of the model or of its folder that forgot the file would be found out by strangers."""
+def test_they_go_to_the_hub_and_come_from_it(hub, monkeypatch):
+    """A push of the model or of its folder that forgot the file would be found out by strangers; one that gives activations of images
+    away must say so."""
+    said = []
+    monkeypatch.setattr(hub_push.logger, "warning", said.append)
     sae = with_statistics()
     push_to_hub(sae, "ada/sae-with-statistics")
+    assert len([one for one in said if f"activations of {len(sae.domain_statistics.rows)} of" in one]) == 1
     assert NAME in hub["ada/sae-with-statistics"].head.files
     same(SAEModel.from_pretrained("ada/sae-with-statistics").domain_statistics, sae.domain_statistics)
     sae.set_domain_statistics(None)
     push_to_hub(sae, "ada/sae-with-statistics")
     assert NAME not in hub["ada/sae-with-statistics"].head.files
+    assert len([one for one in said if "activations" in one]) == 1
 
 
 # Files of strangers, and damage

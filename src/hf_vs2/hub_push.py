@@ -30,7 +30,7 @@ from .checkpoint_folder import (
     local_paths,
 )
 from .model_card import create_model_card, read_card
-from .weight_files import check_token
+from .weight_files import check_token, opened
 
 
 logger = logging.get_logger(__name__)
@@ -81,6 +81,7 @@ class Push:
         """Make the repository, the branch, the commit and the tag, each only if it is not there."""
         check_token(self.token)
         self._warn_about_paths()
+        self._warn_about_rows()
         try:
             self._open_repository()
             tagged = self._open_revision()
@@ -114,6 +115,18 @@ class Push:
                 f"{self.repo_id} will name places on this machine, which everybody who reads it sees and nobody else can use: "
                 f"{', '.join(sorted(set(found)))}. If one of them is the CLIP, others must give their own (clip=...): better set "
                 "config.base_model_name_or_path to its Hub id before saving."
+            )
+
+    def _warn_about_rows(self) -> None:
+        found = [path for name, path in self.folder.files.items() if name.endswith(STATISTICS_NAME)]
+        for path in found:
+            with opened(path) as file:
+                if "rows" not in file.keys():  # noqa: SIM118 (not a dict)
+                    continue
+                number = file.get_slice("rows").get_shape()[0]
+            logger.warning(
+                f"{self.repo_id} will hold activations of {number:,} of the unlabelled images ({STATISTICS_NAME}), for methods that fit "
+                "prototypes to labels. To keep them to yourself, calibrate with --sketch_rows 0 before."
             )
 
     def _open_repository(self) -> None:
