@@ -114,12 +114,14 @@ def test_foreign_images_ask_for_a_calibration_first(rows, classes):
     assert "keeps no rows" in found.reasons[0] and "inside" not in found.evidence
 
 
-def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path):
+def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path, monkeypatch):
     """Gains must be those of the labelled images alone, whatever the others are."""
     model = make_model(rows, statistics=True)
     with torch.no_grad(), model.steering(method="prototypes"):
         truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     labels = torch.where(torch.arange(60) < 50, truth, -1)
+    monkeypatch.setattr("hf_vs2.recommendation.LEAST_CONFIDENCE", 1.1)  # without labels: plain CLIP
+    assert recommend(model, rows, classes).method == "none"
     found = recommend(model, rows, classes, labels)
     by_method = {one["method"]: one for one in found.candidates}
     assert list(by_method) == ["none", *CANDIDATES] and {one["n"] for one in found.candidates} == {50}
