@@ -139,6 +139,38 @@ def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path, mo
     assert "| prototypes | 100.00 |" in str(found) and str(found).startswith("Recommended: prototypes")
 
 
+def test_a_drop_of_confidence_asks_for_a_calibration(rows, classes):
+    """Blurred and noisy images pass the gates; what was fitted to sharp ones may harm them."""
+    model = make_model(rows, statistics=True)
+    model.clip.logit_scale.data.fill_(3.5)
+    with torch.no_grad(), model.steering(enabled=False):
+        sure = model.class_logits(model.image_features_from_cls(rows), classes).softmax(-1).amax(-1)
+    unsure = rows[sure[:40].argmin()].repeat(60, 1)  # within the gate, and all of them alike
+    assert "drift" in recommend(model, rows, classes).evidence
+    found = recommend(model, unsure, classes)
+    drift = found.evidence["drift"]
+    known = model.domain_statistics.rows.float()
+    with torch.no_grad(), model.steering(enabled=False):
+        sure = [
+            model.class_logits(model.image_features_from_cls(one), classes).softmax(-1).amax(-1).mean().item()
+            for one in (known, unsure)
+        ]
+    assert drift == pytest.approx(sure[0] - sure[1], abs=1e-4) and abs(drift) > 0.05
+    assert found.evidence["inside"] == 1 and found.calibrate_first
+    assert "plain CLIP's answer gets" in found.reasons[0] and "calibrate" in found.reasons[0]
+
+
+def test_a_handful_of_labels_decides_nothing(rows, classes):
+    """One label that a method happens to get right is a gain of 100 points with an interval of [100, 100]."""
+    model = make_model(rows, statistics=True)
+    with torch.no_grad(), model.steering(method="prototypes"):
+        truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
+    labels = torch.where(torch.arange(60) < 9, truth, -1)
+    found = recommend(model, rows, classes, labels)
+    assert "9 labelled images are too few" in found.reasons[-1]
+    assert found.method == recommend(model, rows, classes).method
+
+
 def test_a_sure_loss_keeps_plain_clip(rows, classes):
     """Labels outrank the rule: what harms on them is not recommended."""
     model = make_model(rows, statistics=True)

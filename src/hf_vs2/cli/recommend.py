@@ -94,7 +94,7 @@ def run(args: Namespace) -> None:
 
 def _next_lines(args: Namespace, method: str, calibrate_first: bool) -> list[str]:
     checkpoint, lines = args.checkpoint, []
-    if calibrate_first:
+    if calibrate_first and method != "none":
         checkpoint = f"{checkpoint.rstrip('/')}-calibrated"
         data = f"--dataset {args.dataset}" + (f" --split {args.split}" if args.split else "")
         data += f" --image_column {args.image_column}" if args.image_column != "image" else ""
