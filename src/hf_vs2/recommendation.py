@@ -41,7 +41,7 @@ _GATE = 0.99
 _SHOWN = {
     "inside": "of your images inside the checkpoint's gate by distance",
     "inside_fvu": "of your images inside its gate by FVU",
-    "drift": "by so much CLIP is surer, or less sure, of the checkpoint's images",
+    "drift": "more confidence of plain CLIP in the checkpoint's images than in yours",
     "rows": "unlabelled images that methods are fitted to",
     "rows_per_label": "of them a label",
     "confidence": "mean probability of plain CLIP's answer",
