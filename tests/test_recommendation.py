@@ -8,6 +8,7 @@ import torch
 from test_evaluation import NAMES, make_model
 from torch.nn.functional import normalize
 
+from hf_vs2.base_model import vision_fingerprint
 from hf_vs2.label_free import balanced_mean, label_scores, norm_fit
 from hf_vs2.recommendation import CANDIDATES, Evidence, decide, gather_evidence, recommend
 from hf_vs2.tail import clip_embeds
@@ -192,3 +193,23 @@ def test_impossible_labels_are_refused(rows, classes, labels, message):
     """A shifted label column would recommend the wrong method with confidence."""
     with pytest.raises(ValueError, match=message):
         recommend(make_model(rows, statistics=True), rows, classes[:7], labels)
+
+
+def test_a_store_is_read_where_it_is_looked_at(rows, classes, tmp_path, monkeypatch):
+    """A million rows in memory, to look at 4,096 of them, is a crash on the machines that people have."""
+    from test_trainer import make_store
+
+    store = make_store(tmp_path / "store", rows, layer=2)
+    model = make_model(rows, statistics=True)
+    store.metadata["base_model_fingerprint"] = vision_fingerprint(model.clip)
+    expected = recommend(model, rows, classes)
+    assert recommend(model, store, classes).evidence == pytest.approx(expected.evidence, rel=1e-5)
+    monkeypatch.setattr("hf_vs2.recommendation.SKETCH_ROWS", 10)
+    asked = []
+    take = type(store).take
+    monkeypatch.setattr(
+        type(store), "take", lambda self, indices, layer=None: asked.append(len(indices)) or take(self, indices, layer)
+    )
+    labels = torch.full((60,), -1).index_fill(0, torch.arange(12), 0)
+    found = recommend(model, store, classes, labels)
+    assert asked == [10, 12] and found.candidates[0]["n"] == 12

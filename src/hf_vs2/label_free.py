@@ -85,13 +85,8 @@ def balanced_mean(embeds: torch.Tensor, classes: torch.Tensor, surest: int = _SU
         classes: unit class embeddings.
         surest: rows a label, weighted by their probability. A label that no row looks like counts little.
     """
-    confidence = embeds.new_empty(len(classes), len(embeds))
-    for rows, block in zip(
-        torch.arange(len(embeds), device=embeds.device).split(max(1, _BLOCK // len(classes))),
-        embeds.split(max(1, _BLOCK // len(classes))),
-        strict=True,
-    ):
-        confidence[:, rows] = (_CONFIDENCE * block @ classes.T).softmax(-1).T
+    blocks = embeds.split(max(1, _BLOCK // len(classes)))
+    confidence = torch.cat([(_CONFIDENCE * block @ classes.T).softmax(-1) for block in blocks]).T
     weights, chosen = confidence.topk(min(surest, len(embeds)), dim=-1)
     mass = weights.sum(-1, keepdim=True)
     means = torch.stack([weight @ embeds[rows] for weight, rows in zip(weights, chosen, strict=True)])

@@ -791,8 +791,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     ) -> VS2CLIPOutput:
         """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`].
 
-        With `method="vs2++"`, and methods that score by a label set, the texts are the classes: one prompt a class. It may need `retrieval_embeds=` and `exclude=`: see
-        [`RetrievalInputs`].
+        With `method="vs2++"`, and methods that score by a label set, the texts are the classes: one prompt a class. The former may
+        need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
         """
         retrieval = pop_retrieval_inputs(kwargs)
         text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}

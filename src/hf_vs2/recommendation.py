@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch.nn.functional import normalize
 
 from .atomic import replace_text
+from .calibration import TensorRows, batches
 from .domain import SKETCH_ROWS, measure_statistics
-from .evaluation import Rows, check_replayable, check_rows, paired_bootstrap, replay_batches
+from .evaluation import Rows, check_replayable, check_rows, paired_bootstrap
 from .label_free import (
     balanced_mean,
     fit_balanced_prototypes,
@@ -25,6 +26,7 @@ from .label_free import (
 )
 from .modeling_vs2_clip import VS2CLIPForZeroShot
 from .tail import clip_embeds
+from .training_rows import LayerRows
 
 
 # The rule. Put there by eye on development halves of three data sets and their shifts; what came of it is in docs/recommend.md.
@@ -223,13 +225,15 @@ def recommend(
     check_rows(model, rows, "rows")
     target = None if labels is None else _checked_labels(labels, len(rows), len(class_embeds))
     classes = normalize(class_embeds.float(), dim=-1).cpu()
-    own = torch.cat([batch.float().cpu() for batch in replay_batches(model, rows, batch_size, "rows")])
-    drawn = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
-    shown = _inside(model, own[drawn])
-    drift, noise = _drift(model, own[drawn], classes, batch_size)
+    source = TensorRows(rows.cpu()) if isinstance(rows, torch.Tensor) else LayerRows(rows, -1)
+    # Only the rows that are looked at are read: a store may be larger than memory.
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
+    own = torch.cat([*batches(source, drawn.sort().values, batch_size)])
+    shown = _inside(model, own)
+    drift, noise = _drift(model, own, classes, batch_size)
     shown |= {} if drift is None else {"drift": drift}
     strange = _strange(model, shown, noise)
-    trial = _trial(model, own, drawn, bool(strange), seed)
+    trial = _trial(model, own if strange else None, seed)
     known = trial.domain_statistics
     assert known is not None and known.rows is not None
     embeds = _embeds(model, known.rows, batch_size)
@@ -240,7 +244,7 @@ def recommend(
     candidates = []
     if target is not None and (target >= 0).any():
         chosen = (target >= 0).nonzero().squeeze(-1)
-        candidates = _compare(trial, own[chosen], target[chosen], classes, batch_size, seed)
+        candidates = _compare(trial, batches(source, chosen, batch_size), target[chosen], classes, seed)
         method, told = _reconsider(method, candidates)
         reasons.append(told)
     return Recommendation(method, reasons, bool(strange), shown | asdict(evidence), candidates)
@@ -302,13 +306,11 @@ def _strange(model: VS2CLIPForZeroShot, shown: dict[str, float], noise: float) -
     return ""
 
 
-def _trial(
-    model: VS2CLIPForZeroShot, rows: torch.Tensor, drawn: torch.Tensor, fresh: bool, seed: int
-) -> VS2CLIPForZeroShot:
-    """The model with the statistics that the recommendation is about: its own, or fresh ones of the rows given."""
+def _trial(model: VS2CLIPForZeroShot, rows: torch.Tensor | None, seed: int) -> VS2CLIPForZeroShot:
+    """The model with the statistics that the recommendation is about: fresh ones of the rows given, or its own."""
     sae = copy.deepcopy(model.sae)
-    if fresh:
-        sae.set_domain_statistics(measure_statistics(sae, rows, drawn, clip=model.clip, seed=seed))
+    if rows is not None:
+        sae.set_domain_statistics(measure_statistics(sae, rows, clip=model.clip, seed=seed))
     now = model.steering_settings
     trial = VS2CLIPForZeroShot(model.clip, sae, gamma=now.gamma, lambda_=now.lambda_)  # type: ignore[arg-type]
     return trial.eval()
@@ -330,22 +332,22 @@ def _checked_labels(labels: Any, num_rows: int, num_classes: int) -> torch.Tenso
 
 def _compare(
     model: VS2CLIPForZeroShot,
-    rows: torch.Tensor,
+    blocks: Iterable[torch.Tensor],
     target: torch.Tensor,
     classes: torch.Tensor,
-    batch_size: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    def right(method: str) -> torch.Tensor:
-        with model.steering(method=method, gate=None):
-            batches = (model.image_features_from_cls(batch) for batch in rows.split(batch_size))
-            scores = [model.class_logits(images, classes.to(model.clip.device)).argmax(-1).cpu() for images in batches]
-        return torch.cat(scores) == target
-
-    plain, n = right("none"), len(target)
+    answers: dict[str, list[torch.Tensor]] = {method: [] for method in ("none", *CANDIDATES)}
+    classes = classes.to(model.clip.device)
+    for block in blocks:
+        for method, given in answers.items():
+            with model.steering(method=method, gate=None):
+                given.append(model.class_logits(model.image_features_from_cls(block), classes).argmax(-1).cpu())
+    right = {method: torch.cat(given) == target for method, given in answers.items()}
+    plain, n = right["none"], len(target)
     candidates: list[dict[str, Any]] = [{"method": "none", "top1": 100 * plain.double().mean().item(), "n": n}]
     for method in CANDIDATES:
-        found = right(method)
+        found = right[method]
         fixed, broken = int((found & ~plain).sum()), int((plain & ~found).sum())
         gain = 100 * (fixed - broken) / n
         candidates.append(

@@ -89,14 +89,14 @@ def add_class_names_flag(parser: Parser) -> None:
     )
 
 
-def add_label_flags(parser: Parser) -> None:
-    """What an image may be, and how CLIP is asked."""
+def add_label_flags(parser: Parser, otherwise: str = "") -> None:
+    """What an image may be, and how CLIP is asked; `otherwise`: where labels come from when none are given."""
     parser.flag(
         "--labels",
         nargs="+",
-        required=True,
+        required=not otherwise,
         metavar="NAME",
-        help="Labels to choose from, or a text file with one a line.",
+        help="Labels to choose from, or a text file with one a line" + (f" [{otherwise}]." if otherwise else "."),
     )
     parser.flag(
         "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."

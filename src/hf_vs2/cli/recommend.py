@@ -10,6 +10,7 @@ from .common import (
     add_checkpoint_flags,
     add_dataset_flags,
     add_extraction_flags,
+    add_label_flags,
     add_progress_flag,
     extract,
     join_processes,
@@ -39,15 +40,7 @@ How often it is right, and what it costs when it is not: docs/recommend.md."""
 def add_flags(parser: Parser) -> None:
     parser.section("what to recommend for")
     add_checkpoint_flags(parser)
-    parser.flag(
-        "--labels",
-        nargs="+",
-        metavar="NAME",
-        help="Labels to choose from, or a text file with one a line [those of --label_column].",
-    )
-    parser.flag(
-        "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."
-    )
+    add_label_flags(parser, "those of --label_column")
     parser.section("images")
     add_dataset_flags(parser)
     parser.flag(

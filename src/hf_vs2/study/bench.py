@@ -38,6 +38,7 @@ from ..prompts import class_embeddings
 from ..registry import DatasetInfo
 from ..retrieval import embed_images
 from ..store import request_key, request_of
+from ..tail import clip_embeds
 from ..trainer import LOG_NAME, SAETrainer
 from ..training_args import SAETrainingArguments
 from ..vision_tower import best_device
@@ -193,9 +194,7 @@ class Bench:
 
     def embed(self, encoder: str, rows: torch.Tensor) -> torch.Tensor:
         """Unit image embeddings of plain CLIP from CLS rows of the last layer."""
-        clip = self.encoder(encoder).clip
-        rows = rows.to(clip.device, clip.dtype)
-        return normalize(clip.visual_projection(clip.vision_model.post_layernorm(rows)).float(), dim=-1)
+        return normalize(clip_embeds(self.encoder(encoder).clip, rows), dim=-1)
 
     # Prompts
 
