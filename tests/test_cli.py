@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_vs2 import ActivationStore, SAEConfig, SAEModel, VS2CLIPForZeroShot, __v
 from hf_vs2.activations import extract_activations
 from hf_vs2.cli import COMMANDS, main
 from hf_vs2.cli.parsing import Parser, dataclass_from
+from hf_vs2.cli.recommend import _next_lines
 from hf_vs2.data import load_images
 from hf_vs2.evaluation import EVALUATION_METHODS, evaluate
 from hf_vs2.training_args import SAETrainingArguments
@@ -369,7 +371,12 @@ def test_recommend_says_what_to_run(checkpoint, images_path, tmp_path, capsys):
     assert out.startswith("Recommended: ") and str(target) in out and advice["candidates"] == []
     with_labels = run(capsys, *given, "--label_column", "label")
     assert "On 24 labelled images:" in with_labels and "| balanced_prototypes |" in with_labels
-    for line in (line for line in out.splitlines() if line.startswith(("First: ", "Next: "))):
+    # And for images that are not the checkpoint's, from another column.
+    shutil.copytree(checkpoint, tmp_path / "sae")
+    args = Namespace(checkpoint=f"{tmp_path / 'sae'}/", dataset=str(images_path), split="test", image_column="image")
+    foreign = _next_lines(args, "balanced_prototypes", True)
+    assert len(foreign) == 2 and _next_lines(args, "none", True) == _next_lines(args, "none", False)
+    for line in (line for line in [*out.splitlines(), *foreign] if line.startswith(("First: ", "Next: "))):
         words = line.partition(": ")[2].replace("IMAGE", str(images_path / "test" / "red" / "00.png"))
         command = words.replace("--labels ...", "--labels " + " ".join(COLOURS)).split()
         run(capsys, *command[1:])
