@@ -23,8 +23,8 @@ from PIL import Image
 from transformers import CLIPModel
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas
-from hf_vs2.demo_data import DIGIT_NAMES
-from hf_vs2.processing import load_processing
+from hf_vs2.demo.data import DIGIT_NAMES
+from hf_vs2.encoders.processing import load_processing
 
 
 def made_up_images(number: int) -> Iterator[dict]:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch.nn.functional import normalize
 
-from hf_vs2 import neighbors
+from hf_vs2.functional import neighbors
 
 
 def timed(index, queries, k):

@@ -34,8 +34,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, pipeli
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot
-from hf_vs2.base_model import describe_base_model
 from hf_vs2.data import IMAGE_EXTENSIONS
+from hf_vs2.encoders.base_model import describe_base_model
 
 
 TASK = "zero-shot-image-classification"

@@ -21,9 +21,9 @@ from common import SIZES, clip_model, finish, make_parser, parse, ratio, seconds
 from torch.nn.functional import normalize
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot
+from hf_vs2.evaluation.grid import steering_grid
 from hf_vs2.functional import steer
-from hf_vs2.grid import steering_grid
-from hf_vs2.sparse_ops import sparse_decode
+from hf_vs2.functional.sparse_ops import sparse_decode
 
 
 BATCH_SIZE = 1024

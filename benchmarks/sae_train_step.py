@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from common import finish, make_parser, parse, ratio, seconds_in_turn
 
 from hf_vs2 import SAEConfig, SAEModel
-from hf_vs2.graphed_step import GraphedStep
+from hf_vs2.training.graphed_step import GraphedStep
 
 
 SETTINGS = [

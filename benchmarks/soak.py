@@ -20,7 +20,7 @@ from transformers import CLIPModel
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot
-from hf_vs2.base_model import describe_base_model
+from hf_vs2.encoders.base_model import describe_base_model
 
 
 def resident_mb() -> float:

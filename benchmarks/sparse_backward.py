@@ -6,7 +6,7 @@
     python benchmarks/sparse_backward.py --dtype bfloat16
 
 Both sides compute the same gradients of encoder and decoder for the same code. Prints the milliseconds of both, their ratio (above 1:
-sparse is faster), what `hf_vs2.sparse_ops.sparse_limit` chooses, and how much slower that is than the faster side.
+sparse is faster), what `hf_vs2.functional.sparse_ops.sparse_limit` chooses, and how much slower that is than the faster side.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from common import finish, make_parser, parse, ratio, seconds_in_turn
 
-from hf_vs2 import sparse_ops
+from hf_vs2.functional import sparse_ops
 
 
 SHARES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08)

@@ -19,17 +19,11 @@ from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, extract_activations
-from hf_vs2.label_free import (
-    balanced_mean,
-    fit_balanced_prototypes,
-    fit_prototypes,
-    label_scores,
-    norm_fit,
-)
-from hf_vs2.recommendation import decide, gather_evidence, recommend
+from hf_vs2.encoders.tail import clip_embeds
+from hf_vs2.evaluation.recommendation import decide, gather_evidence, recommend
+from hf_vs2.functional.label_free import balanced_mean, fit_balanced_prototypes, fit_prototypes, label_scores, norm_fit
 from hf_vs2.study import StudyConfig
 from hf_vs2.study.bench import Bench, SAESpec
-from hf_vs2.tail import clip_embeds
 
 
 ROWS, DRAWN = 4096, 1000

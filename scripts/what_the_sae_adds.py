@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch.nn.functional import normalize
 from transformers.utils import logging
 
-from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments, label_free
-from hf_vs2.functional import fvu_per_sample, keep_norm
-from hf_vs2.modeling_sae import SAEOutput
+from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
+from hf_vs2.functional import fvu_per_sample, keep_norm, label_free
+from hf_vs2.sae.modeling import SAEOutput
 from hf_vs2.study.bench import Bench, SAESpec
 from hf_vs2.study.config import StudyConfig
 
@@ -317,7 +317,7 @@ def controls(rule: Rule, recipe: Recipe) -> list[Method]:
 
 
 def resampled(delta: np.ndarray, seed: int, num_resamples: int = 10_000) -> np.ndarray:
-    """Means in points of paired bootstrap resamples over images. As `hf_vs2.evaluation.paired_bootstrap`, which knows differences
+    """Means in points of paired bootstrap resamples over images. As `hf_vs2.evaluation.comparison.paired_bootstrap`, which knows differences
     of -1, 0 and 1; these are means over SAE seeds, so there are a few values more."""
     values, counts = np.unique(delta.round(9), return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(delta), counts / len(delta), size=num_resamples)

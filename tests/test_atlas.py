@@ -17,11 +17,11 @@ from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate, steering_grid
-from hf_vs2.activations import extract_activations
 from hf_vs2.atlas.flips import movers
 from hf_vs2.atlas.statistics import NUM_BINS, LatentStatistics, gather, histograms, nearest_latents
-from hf_vs2.images import UnreadableImageError, open_image
-from hf_vs2.prompts import class_embeddings
+from hf_vs2.data.activations import extract_activations
+from hf_vs2.data.images import UnreadableImageError, open_image
+from hf_vs2.data.prompts import class_embeddings
 
 
 CLASSES = ["dog", "<script>alert(1)</script>", 'cat" onmouseover="x', "bird & fish", "tree"]

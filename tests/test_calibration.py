@@ -6,16 +6,10 @@ import pytest
 import torch
 from toy import clip_like_rows, make_rows, make_sae
 
-from hf_vs2 import (
-    SAEConfig,
-    SAETrainer,
-    SAETrainingArguments,
-    VS2CLIPForZeroShot,
-    calibrate,
-    calibration,
-    functional,
-)
-from hf_vs2.calibration import activation_statistics, as_rows, batches, conformal_quantiles, split_rows
+from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, calibrate
+from hf_vs2.functional import equations as functional
+from hf_vs2.training import calibration
+from hf_vs2.training.calibration import activation_statistics, as_rows, batches, conformal_quantiles, split_rows
 
 
 HIDDEN = 48

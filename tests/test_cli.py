@@ -25,13 +25,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, VS2CLIPForZeroShot, __version__
-from hf_vs2.activations import extract_activations
 from hf_vs2.cli import COMMANDS, main
+from hf_vs2.cli.commands.recommend import _next_lines
 from hf_vs2.cli.parsing import Parser, dataclass_from
-from hf_vs2.cli.recommend import _next_lines
 from hf_vs2.data import load_images
-from hf_vs2.evaluation import EVALUATION_METHODS, evaluate
-from hf_vs2.training_args import SAETrainingArguments
+from hf_vs2.data.activations import extract_activations
+from hf_vs2.evaluation.comparison import EVALUATION_METHODS, evaluate
+from hf_vs2.training.arguments import SAETrainingArguments
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -145,7 +145,7 @@ def test_train_again_uses_the_activations_that_are_there(
     checkpoint, clip_path, images_path, tmp_path, capsys, monkeypatch
 ):
     """Extraction takes most of the time: a second run with other settings must not read one image."""
-    monkeypatch.setattr("hf_vs2.image_batches.open_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_: pytest.fail("an image was read"))
     cache = checkpoint / "activations"
     arguments = [*source(clip_path, images_path), "--output_dir", tmp_path, "--activations_dir", cache, *TRAIN]
     out = run(capsys, "train", *arguments, "--top_k", 4, "--activation", "absolute", "--seed", 1)
@@ -271,7 +271,7 @@ def test_evaluate_gives_the_figures_of_the_library(checkpoint, clip_path, images
 def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, images_path, tmp_path, capsys, monkeypatch):
     """Other templates, names, methods and gates cost seconds; the training rows serve as reference without being read again."""
     run(capsys, *with_checkpoint("evaluate", checkpoint, images_path))
-    monkeypatch.setattr("hf_vs2.image_batches.open_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_: pytest.fail("an image was read"))
     templates, names = tmp_path / "templates.txt", tmp_path / "names.txt"
     templates.write_text("a {} square.\na {} patch.\n", encoding="utf-8")
     names.write_text("navy\nlime\nscarlet\n", encoding="utf-8")
@@ -667,7 +667,7 @@ def test_debug_shows_where_an_error_comes_from(capsys):
 
 def test_a_bug_is_not_dressed_up_as_a_mistake(monkeypatch, tmp_path):
     """Unexpected exceptions keep their traceback: users can report them, and we can find them."""
-    monkeypatch.setattr("hf_vs2.cli.train._activations", lambda args: {}["missing"])
+    monkeypatch.setattr("hf_vs2.cli.commands.train._activations", lambda args: {}["missing"])
     with pytest.raises(KeyError):
         main(["train", "--output_dir", str(tmp_path)])
 
@@ -678,7 +678,7 @@ def test_ctrl_c_says_what_is_kept(monkeypatch, tmp_path, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_vs2.cli.train._activations", interrupted)
+    monkeypatch.setattr("hf_vs2.cli.commands.train._activations", interrupted)
     assert main(["train", "--output_dir", str(tmp_path)]) == 130
     assert "run the same command again" in capsys.readouterr().err
     (tmp_path / "checkpoint-20").mkdir()

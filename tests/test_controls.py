@@ -7,7 +7,7 @@ from conftest import make_tiny_clip
 from test_modeling_vs2_clip import HIDDEN, LATENTS, cls_rows, fitted_sae, make_inputs
 
 from hf_vs2 import VS2CLIPForZeroShot
-from hf_vs2.controls import control_model
+from hf_vs2.evaluation.controls import control_model
 
 
 @pytest.fixture(scope="module")

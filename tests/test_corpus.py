@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from toy import make_sae
 from transformers import CLIPModel
 
-from hf_vs2 import VS2CLIPForZeroShot, functional, push_to_hub
-from hf_vs2.base_model import vision_fingerprint
-from hf_vs2.corpus import CorpusSearch, RetrievalCorpus
-from hf_vs2.neighbors import nearest_neighbors, pseudo_labels, select_positives
+from hf_vs2 import VS2CLIPForZeroShot, push_to_hub
+from hf_vs2.encoders.base_model import vision_fingerprint
+from hf_vs2.functional import equations as functional
+from hf_vs2.functional.neighbors import nearest_neighbors, pseudo_labels, select_positives
+from hf_vs2.steering.corpus import CorpusSearch, RetrievalCorpus
 
 
 HIDDEN = 32
@@ -155,7 +156,7 @@ def test_an_interrupted_save_leaves_the_old_corpus(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_vs2.corpus.save_file", full_disk)
+    monkeypatch.setattr("hf_vs2.steering.corpus.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         RetrievalCorpus(draw(30, HIDDEN)).save_pretrained(tmp_path)
     same_corpus(RetrievalCorpus.from_pretrained(tmp_path), corpus)
@@ -219,7 +220,7 @@ def test_computed_once(tiny_clip, monkeypatch):
     ask(search, sae, draw(3, HIDDEN))
     calls = []
     monkeypatch.setattr(type(sae), "encode", lambda *args: calls.append("encode"))
-    monkeypatch.setattr("hf_vs2.corpus.NeighborIndex", lambda *args: calls.append("index"))
+    monkeypatch.setattr("hf_vs2.steering.corpus.NeighborIndex", lambda *args: calls.append("index"))
     ask(search, sae, draw(3, HIDDEN))
     assert not calls
 

@@ -12,12 +12,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from hf_vs2 import ActivationStore, EvaluationResult, SAEModel, VS2CLIPForZeroShot  # noqa: E402
-from hf_vs2 import demo as demo_module  # noqa: E402
-from hf_vs2.demo import run_demo  # noqa: E402
-from hf_vs2.demo_data import DIGIT_NAMES, foreign_images, load_handwriting, prepare_digit  # noqa: E402
-from hf_vs2.demo_folds import pool_folds, samples_of  # noqa: E402
-from hf_vs2.evaluation import evaluate  # noqa: E402
-from hf_vs2.evaluation_methods import EVALUATION_METHODS
+from hf_vs2.demo import run as demo_module  # noqa: E402
+from hf_vs2.demo.data import DIGIT_NAMES, foreign_images, load_handwriting, prepare_digit  # noqa: E402
+from hf_vs2.demo.folds import pool_folds, samples_of  # noqa: E402
+from hf_vs2.demo.run import run_demo  # noqa: E402
+from hf_vs2.evaluation.comparison import evaluate  # noqa: E402
+from hf_vs2.evaluation.methods import EVALUATION_METHODS
 
 
 FIGURES = {"top1", "top5", "gain", "coverage", "mean_fvu", "n", "gamma", "lambda", "tau"}

@@ -22,8 +22,8 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
 import hf_vs2
 from hf_vs2 import cli
-from hf_vs2.demo_data import DIGIT_NAMES, load_handwriting
-from hf_vs2.training_args import SAETrainingArguments
+from hf_vs2.demo.data import DIGIT_NAMES, load_handwriting
+from hf_vs2.training.arguments import SAETrainingArguments
 
 
 pytest.importorskip("sklearn")
@@ -99,8 +99,8 @@ def twelve_layers(clip: CLIPModel) -> CLIPModel:
 def few_steps(patch: pytest.MonkeyPatch) -> None:
     steps = SAETrainingArguments.num_steps
     patch.setattr(SAETrainingArguments, "num_steps", lambda *arguments: min(MOST_STEPS, steps(*arguments)))
-    patch.setattr("hf_vs2.demo.NUM_FOREIGN", 30)
-    patch.setattr("hf_vs2.demo.MAX_STEPS", MOST_STEPS)
+    patch.setattr("hf_vs2.demo.run.NUM_FOREIGN", 30)
+    patch.setattr("hf_vs2.demo.run.MAX_STEPS", MOST_STEPS)
     patch.setenv("HF_TOKEN", LoopbackHub.org)  # who writes for "lab"
 
 

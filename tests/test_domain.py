@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import measure_statistics
-from hf_vs2.label_free import row_distance
-from hf_vs2.tail import clip_embeds
+from hf_vs2.encoders.tail import clip_embeds
+from hf_vs2.functional.label_free import row_distance
 
 
 class Counting:
@@ -82,7 +82,7 @@ def test_a_large_mean_costs_no_digits():
 
 def test_many_rows_are_a_random_choice(monkeypatch):
     """Of a million rows not all are read, and not the first ones: data sets are often sorted."""
-    monkeypatch.setattr("hf_vs2.domain._MOST_ROWS", 400)
+    monkeypatch.setattr("hf_vs2.training.domain._MOST_ROWS", 400)
     rows = make_rows(4000) + torch.arange(4000)[:, None] / 4000
     store = Counting(rows)
     found = measure_statistics(make_sae(16), store, sketch_rows=50)

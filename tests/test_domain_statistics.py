@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy import make_rows, make_sae
 
-from hf_vs2 import SAEModel, calibrate, hub_push, measure_statistics, push_to_hub
-from hf_vs2.checkpoint_folder import CheckpointFolder
+from hf_vs2 import SAEModel, calibrate, measure_statistics, push_to_hub
+from hf_vs2.files import hub_push
+from hf_vs2.files.checkpoint_folder import CheckpointFolder
 
 
 NAME = "statistics.safetensors"
@@ -123,7 +124,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_vs2.weight_files.save_file", full_disk)
+    monkeypatch.setattr("hf_vs2.files.weight_files.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         with_statistics(seed=5).save_pretrained(tmp_path)
     found = SAEModel.from_pretrained(tmp_path)

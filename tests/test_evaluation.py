@@ -15,20 +15,15 @@ from test_prompts import NAMES, make_word_tokenizer
 from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil
 
-from hf_vs2.activations import extract_activations
-from hf_vs2.configuration_sae import SAEConfig
-from hf_vs2.controls import control_model
-from hf_vs2.domain import measure_statistics
-from hf_vs2.evaluation import (
-    EVALUATION_METHODS,
-    EvaluationResult,
-    evaluate,
-    paired_bootstrap,
-)
-from hf_vs2.label_free import distribution_norm_scores
-from hf_vs2.modeling_sae import SAEModel
-from hf_vs2.modeling_vs2_clip import VS2CLIPForZeroShot
-from hf_vs2.prompts import class_embeddings
+from hf_vs2.clip.modeling import VS2CLIPForZeroShot
+from hf_vs2.config.sae import SAEConfig
+from hf_vs2.data.activations import extract_activations
+from hf_vs2.data.prompts import class_embeddings
+from hf_vs2.evaluation.comparison import EVALUATION_METHODS, EvaluationResult, evaluate, paired_bootstrap
+from hf_vs2.evaluation.controls import control_model
+from hf_vs2.functional.label_free import distribution_norm_scores
+from hf_vs2.sae.modeling import SAEModel
+from hf_vs2.training.domain import measure_statistics
 
 
 N = 50

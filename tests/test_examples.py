@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 import hf_vs2
 from hf_vs2 import SAEModel
-from hf_vs2.processing import load_processing
+from hf_vs2.encoders.processing import load_processing
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

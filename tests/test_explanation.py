@@ -13,10 +13,10 @@ from transformers import CLIPModel
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot
-from hf_vs2.base_model import describe_base_model
-from hf_vs2.corpus import RetrievalCorpus
-from hf_vs2.explanation_inputs import resolve_names
-from hf_vs2.processing import load_processing
+from hf_vs2.encoders.base_model import describe_base_model
+from hf_vs2.encoders.processing import load_processing
+from hf_vs2.explain.inputs import resolve_names
+from hf_vs2.steering.corpus import RetrievalCorpus
 
 
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")

@@ -12,7 +12,7 @@ from hf_vs2 import VS2CLIPForZeroShot
 
 figure_module = pytest.importorskip("matplotlib.figure")
 
-from hf_vs2.explanation_figure import draw_explanation, leading_labels  # noqa: E402
+from hf_vs2.explain.figure import draw_explanation, leading_labels  # noqa: E402
 
 
 @pytest.fixture()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_activations import contents, make_dataset, make_processor
 
-from hf_vs2.activations import ActivationStore, extract_activations
-from hf_vs2.extraction import Extraction, even_shard_size
-from hf_vs2.image_batches import Columns, ImageReader
-from hf_vs2.store import read_index, write_shard
-from hf_vs2.vision_tower import VisionTower
+from hf_vs2.data.activations import ActivationStore, extract_activations
+from hf_vs2.data.batches import Columns, ImageReader
+from hf_vs2.data.extraction import Extraction, even_shard_size
+from hf_vs2.data.store import read_index, write_shard
+from hf_vs2.encoders.vision_tower import VisionTower
 
 
 def plans(tower, folder, dataset, batch_size, shard_size, world_size, done=()):

@@ -19,9 +19,9 @@ from test_survives_hub import serve
 from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, calibrate
-from hf_vs2.calibration import activation_statistics, as_rows
 from hf_vs2.cli import main
-from hf_vs2.foreign import checkpoint, detect
+from hf_vs2.files.foreign import checkpoint, detect
+from hf_vs2.training.calibration import activation_statistics, as_rows
 
 
 REPOSITORY = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import make_rows, make_sae
 
-from hf_vs2 import functional
+from hf_vs2.functional import equations as functional
 
 
 GAMMA, LAMBDA = 1.5, 2.1

@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from toy import clip_like_rows
 
 from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments
-from hf_vs2.graphed_step import GraphedStep
+from hf_vs2.training.graphed_step import GraphedStep
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,8 +10,9 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import make_rows, make_sae
 
-from hf_vs2 import VS2CLIPForZeroShot, grid
-from hf_vs2.grid import _direction, fold_tail, scores_along, steering_grid
+from hf_vs2 import VS2CLIPForZeroShot
+from hf_vs2.evaluation import grid
+from hf_vs2.evaluation.grid import _direction, fold_tail, scores_along, steering_grid
 
 
 NUM_CLASSES = 7

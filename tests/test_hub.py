@@ -18,9 +18,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, push_to_hub
-from hf_vs2.base_model import describe_base_model, loaded_revision
 from hf_vs2.cli import main
-from hf_vs2.processing import load_processing
+from hf_vs2.encoders.base_model import describe_base_model, loaded_revision
+from hf_vs2.encoders.processing import load_processing
 
 
 # A real (if tiny) CLIP with its tokenizer and image processor files.

@@ -9,8 +9,7 @@ from numpy_reference import steer as reference_steer
 from torch.nn.functional import normalize
 from toy import clip_like_rows, make_rows, make_sae
 
-from hf_vs2.domain import measure_statistics
-from hf_vs2.label_free import (
+from hf_vs2.functional.label_free import (
     RowStatistics,
     balanced_mean,
     centred_classes,
@@ -25,6 +24,7 @@ from hf_vs2.label_free import (
     row_distance,
     score_scale,
 )
+from hf_vs2.training.domain import measure_statistics
 
 
 DIM = 12
@@ -96,7 +96,7 @@ def test_balanced_mean_agrees_with_numpy(classes, embeds, surest):
 def test_balanced_mean_does_not_depend_on_its_blocks(classes, embeds, monkeypatch):
     """Thousands of labels and rows are taken in blocks so that memory stays flat."""
     whole = balanced_mean(embeds, classes)
-    monkeypatch.setattr("hf_vs2.label_free._BLOCK", 7 * len(classes))
+    monkeypatch.setattr("hf_vs2.functional.label_free._BLOCK", 7 * len(classes))
     torch.testing.assert_close(balanced_mean(embeds, classes), whole)
 
 

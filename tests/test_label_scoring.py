@@ -23,11 +23,12 @@ from toy import make_sae
 from transformers import CLIPModel, pipeline
 
 import hf_vs2
-from hf_vs2 import VS2CLIPForZeroShot, calibrate, label_scoring, measure_statistics, push_to_hub
-from hf_vs2.checkpoint_folder import CheckpointFolder
-from hf_vs2.configuration_vs2_clip import METHODS
-from hf_vs2.latent_edits import LatentEdits
-from hf_vs2.prompts import class_embeddings
+from hf_vs2 import VS2CLIPForZeroShot, calibrate, measure_statistics, push_to_hub
+from hf_vs2.config.latent_edits import LatentEdits
+from hf_vs2.config.vs2_clip import METHODS
+from hf_vs2.data.prompts import class_embeddings
+from hf_vs2.files.checkpoint_folder import CheckpointFolder
+from hf_vs2.steering import label_sets as label_scoring
 
 
 # A real (if tiny) CLIP with its tokenizer and image processor files: 28-pixel images, 96 wide, 3 layers.

@@ -6,9 +6,10 @@ from conftest import make_tiny_clip
 from test_modeling_vs2_clip import LATENTS, cls_rows, fitted_sae, make_inputs
 from transformers import CLIPModel
 
-from hf_vs2 import VS2CLIPConfig, VS2CLIPForZeroShot, functional
-from hf_vs2.corpus import RetrievalCorpus
-from hf_vs2.latent_edits import LatentEdits
+from hf_vs2 import VS2CLIPConfig, VS2CLIPForZeroShot
+from hf_vs2.config.latent_edits import LatentEdits
+from hf_vs2.functional import equations as functional
+from hf_vs2.steering.corpus import RetrievalCorpus
 
 
 @pytest.fixture()

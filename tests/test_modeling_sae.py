@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import make_rows, make_sae, sparse_rows
 from transformers import AutoModel
 
-from hf_vs2 import SAEConfig, SAEModel, modeling_sae, sparse_ops
+from hf_vs2 import SAEConfig, SAEModel
+from hf_vs2.functional import sparse_ops
+from hf_vs2.sae import modeling as modeling_sae
 
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_pre")

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from toy import make_sae
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPModel
 
-from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate, functional, measure_statistics
-from hf_vs2.base_model import describe_base_model
-from hf_vs2.configuration_vs2_clip import METHODS
-from hf_vs2.corpus import RetrievalCorpus
+from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
+from hf_vs2.config.vs2_clip import METHODS
+from hf_vs2.encoders.base_model import describe_base_model
+from hf_vs2.functional import equations as functional
+from hf_vs2.steering.corpus import RetrievalCorpus
 
 
 HIDDEN, LATENTS, LAST = 32, 128, 2

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_vs2 import neighbors
-from hf_vs2.neighbors import NeighborIndex, nearest_neighbors, pseudo_labels, select_positives
+from hf_vs2.functional import neighbors
+from hf_vs2.functional.neighbors import NeighborIndex, nearest_neighbors, pseudo_labels, select_positives
 
 
 def brute_force(queries, corpus, k, exclude=None):

@@ -19,10 +19,10 @@ from transformers.utils import is_torchvision_available
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, VS2ZeroShotImageClassificationPipeline
-from hf_vs2.base_model import describe_base_model
-from hf_vs2.corpus import RetrievalCorpus
-from hf_vs2.images import UnreadableImageError
-from hf_vs2.processing import load_processing
+from hf_vs2.data.images import UnreadableImageError
+from hf_vs2.encoders.base_model import describe_base_model
+from hf_vs2.encoders.processing import load_processing
+from hf_vs2.steering.corpus import RetrievalCorpus
 
 
 # A real (if tiny) CLIP with its tokenizer and image processor files: 28-pixel images, 96 wide, 3 layers.

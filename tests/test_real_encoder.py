@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, evaluate
 from hf_vs2.cli import main
-from hf_vs2.processing import load_processing
+from hf_vs2.encoders.processing import load_processing
 
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,10 @@ import torch
 from test_evaluation import NAMES, make_model
 from torch.nn.functional import normalize
 
-from hf_vs2.base_model import vision_fingerprint
-from hf_vs2.label_free import balanced_mean, label_scores, norm_fit
-from hf_vs2.recommendation import CANDIDATES, Evidence, decide, gather_evidence, recommend
-from hf_vs2.tail import clip_embeds
+from hf_vs2.encoders.base_model import vision_fingerprint
+from hf_vs2.encoders.tail import clip_embeds
+from hf_vs2.evaluation.recommendation import CANDIDATES, Evidence, decide, gather_evidence, recommend
+from hf_vs2.functional.label_free import balanced_mean, label_scores, norm_fit
 
 
 SURE = Evidence(4096, 40.0, confidence=0.8, evenness=0.97, largest_share=0.1, agreement=0.8, stability=0.98)
@@ -121,7 +121,7 @@ def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path, mo
     with torch.no_grad(), model.steering(method="prototypes"):
         truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     labels = torch.where(torch.arange(60) < 50, truth, -1)
-    monkeypatch.setattr("hf_vs2.recommendation.LEAST_CONFIDENCE", 1.1)  # without labels: plain CLIP
+    monkeypatch.setattr("hf_vs2.evaluation.recommendation.LEAST_CONFIDENCE", 1.1)  # without labels: plain CLIP
     assert recommend(model, rows, classes).method == "none"
     found = recommend(model, rows, classes, labels)
     by_method = {one["method"]: one for one in found.candidates}
@@ -204,7 +204,7 @@ def test_a_store_is_read_where_it_is_looked_at(rows, classes, tmp_path, monkeypa
     store.metadata["base_model_fingerprint"] = vision_fingerprint(model.clip)
     expected = recommend(model, rows, classes)
     assert recommend(model, store, classes).evidence == pytest.approx(expected.evidence, rel=1e-5)
-    monkeypatch.setattr("hf_vs2.recommendation.SKETCH_ROWS", 10)
+    monkeypatch.setattr("hf_vs2.evaluation.recommendation.SKETCH_ROWS", 10)
     asked = []
     take = type(store).take
     monkeypatch.setattr(

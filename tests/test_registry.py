@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from hf_vs2.prompts import clean_class_names, resolve_templates
-from hf_vs2.registry import DatasetInfo, available, dataset_info
+from hf_vs2.data.prompts import clean_class_names, resolve_templates
+from hf_vs2.data.registry import DatasetInfo, available, dataset_info
 
 
 DOCS = Path(__file__).parents[1] / "docs" / "datasets.md"

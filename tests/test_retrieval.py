@@ -11,8 +11,8 @@ from toy import make_sae
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_vs2 import VS2CLIPForZeroShot, extract_activations
-from hf_vs2.images import UnreadableImageError
-from hf_vs2.retrieval import (
+from hf_vs2.data.images import UnreadableImageError
+from hf_vs2.steering.retrieval import (
     RetrievalCorpus,
     contrastive_embedding_steer,
     embed_images,

@@ -21,7 +21,7 @@ from transformers import CLIPModel
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, extract_activations
-from hf_vs2.processing import load_processing
+from hf_vs2.encoders.processing import load_processing
 
 
 pytest.importorskip("sklearn")
@@ -41,7 +41,7 @@ def file_of(image):
 
 @pytest.fixture(scope="module")
 def digits():
-    from hf_vs2.demo_data import load_handwriting
+    from hf_vs2.demo.data import load_handwriting
 
     return load_handwriting().select(range(240))
 
@@ -337,7 +337,7 @@ def test_without_settings_it_makes_the_demos_checkpoint_once(tmp_path):
     """The one command of its README; nobody wants to wait for it a second time."""
     from gradio_client import Client, handle_file
 
-    from hf_vs2.demo_data import load_handwriting
+    from hf_vs2.demo.data import load_handwriting
 
     load_handwriting()[94]["image"].save(tmp_path / "digit.png")
     for start in range(2):

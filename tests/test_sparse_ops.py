@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_vs2 import sparse_ops
+from hf_vs2.functional import sparse_ops
 
 
 BATCH, HIDDEN, LATENTS, TOP_K = 7, 12, 40, 5

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_vs2 import SAEConfig, SAEModel, sparse_ops
+from hf_vs2 import SAEConfig, SAEModel
+from hf_vs2.functional import sparse_ops
 
 
 sparse_triton = pytest.importorskip("hf_vs2.sparse_triton", reason="Triton is not installed", exc_type=ImportError)
@@ -55,7 +56,7 @@ def test_training_with_the_kernels_has_the_gradients_of_training_without(kernels
     dead = torch.arange(60, device=DEVICE) % 3 == 0
     inputs = [x, *sae.parameters()]
     with monkeypatch.context() as gpu:
-        gpu.setattr("hf_vs2.modeling_sae._counting_is_free", lambda device: False)
+        gpu.setattr("hf_vs2.sae.modeling._counting_is_free", lambda device: False)
         found = torch.autograd.grad(sae(x, dead_latents=dead).loss, inputs)
     monkeypatch.setattr(sparse_ops, "_kernels_for", lambda tensor: None)
     expected = torch.autograd.grad(sae(x, dead_latents=dead).loss, inputs)

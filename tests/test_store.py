@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from hf_vs2.calibration import activation_statistics
-from hf_vs2.store import (
+from hf_vs2.data.store import (
     FORMAT,
     FORMAT_VERSION,
     ROW_DTYPES,
@@ -25,6 +24,7 @@ from hf_vs2.store import (
     write_index,
     write_shard,
 )
+from hf_vs2.training.calibration import activation_statistics
 
 
 def finish_store(folder, rows_per_shard, hidden, layers, dtype="float32"):

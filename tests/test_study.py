@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot
 from hf_vs2.data import load_images
-from hf_vs2.evaluation import evaluate
+from hf_vs2.evaluation.comparison import evaluate
 from hf_vs2.study import StudyConfig, StudyResult, run_study
 from hf_vs2.study.bench import Bench
 from hf_vs2.study.catalog import METHODS

@@ -19,8 +19,8 @@ import torch
 from toy import make_sae
 
 from hf_vs2 import SAEModel
-from hf_vs2.atomic import replace_file, replace_files, replace_folder
-from hf_vs2.weight_files import WeightFiles
+from hf_vs2.files.atomic import replace_file, replace_files, replace_folder
+from hf_vs2.files.weight_files import WeightFiles
 
 
 TRIES = 20
@@ -41,7 +41,7 @@ def extract(material: Path, folder: Path, layers: tuple[int, ...] = (-1,)):
     import datasets
     from transformers import CLIPImageProcessorPil, CLIPModel
 
-    from hf_vs2.activations import extract_activations
+    from hf_vs2.data.activations import extract_activations
 
     return extract_activations(
         CLIPModel.from_pretrained(material / "clip"),
@@ -109,7 +109,7 @@ def member(rank: int, port: int, job: str, material: Path, folder: Path) -> None
     if job == "training":
         train(folder, torch.load(material / "rows.pt"), pause=0.02, per_device_train_batch_size=8, max_steps=40)
         return
-    from hf_vs2 import image_batches
+    from hf_vs2.data import batches as image_batches
 
     torch.distributed.init_process_group("gloo")
     open_image = image_batches.open_image
@@ -130,7 +130,7 @@ def train_anew(folder: Path, rows_of: Path, changed: dict) -> None:
 
 def poll_store(folder: Path, stop) -> None:
     """Opens the store again and again while others make it: refused as unfinished, or whole."""
-    from hf_vs2.activations import ActivationStore, StoreError
+    from hf_vs2.data.activations import ActivationStore, StoreError
 
     seen = {"refused": 0, "whole": 0}
     sums = set()
@@ -228,7 +228,7 @@ def undisturbed(material, tmp_path_factory):
 def assert_nothing_torn(folder: Path, undisturbed: tuple) -> None:
     """Whatever has the name of a whole thing is whole, and what it is in the undisturbed run."""
     from hf_vs2 import SAEModel
-    from hf_vs2.activations import ActivationStore
+    from hf_vs2.data.activations import ActivationStore
 
     reference, trained, *_ = undisturbed
     whole = visible(reference)
@@ -332,7 +332,7 @@ def test_who_loses_its_partner_says_so_and_both_go_on(material, tmp_path, job, t
             one.join(200)
             assert one.exitcode == 0
         if job == "extraction":
-            from hf_vs2.activations import ActivationStore
+            from hf_vs2.data.activations import ActivationStore
 
             assert ActivationStore.open(folder / "activations").image_indices.tolist() == list(range(60))
     if job == "training":

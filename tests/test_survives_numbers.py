@@ -16,11 +16,11 @@ from test_prompts import NAMES, make_word_tokenizer
 from toy import make_rows, make_sae
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate
-from hf_vs2.corpus import RetrievalCorpus
-from hf_vs2.evaluation import evaluate
+from hf_vs2.evaluation.comparison import evaluate
 from hf_vs2.functional import fvu_per_sample, steer
-from hf_vs2.neighbors import pseudo_labels
-from hf_vs2.retrieval import linear_probe
+from hf_vs2.functional.neighbors import pseudo_labels
+from hf_vs2.steering.corpus import RetrievalCorpus
+from hf_vs2.steering.retrieval import linear_probe
 
 
 HIDDEN = 32

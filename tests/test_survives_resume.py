@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 from toy import sparse_rows
 
-from hf_vs2.training_progress import COUNTERS_NAME, STATE_NAME, _file_digest, _state_digest
+from hf_vs2.training.progress import COUNTERS_NAME, STATE_NAME, _file_digest, _state_digest
 
 
 TRIES, MANY_TRIES = 25, 300

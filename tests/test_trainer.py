@@ -17,14 +17,15 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import clip_like_rows, make_sae, sparse_rows
 
-from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments, modeling_sae
-from hf_vs2.calibration import activation_statistics, as_rows
+from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
+from hf_vs2.data.rows import UnionRows, read_ahead, training_rows
+from hf_vs2.data.store import read_shard_header, write_index, write_shard
 from hf_vs2.functional import prototype_alignment
-from hf_vs2.label_free import row_distance
-from hf_vs2.label_losses import PrototypeAlignment
-from hf_vs2.store import read_shard_header, write_index, write_shard
-from hf_vs2.trainer import BatchPlan
-from hf_vs2.training_rows import UnionRows, read_ahead, training_rows
+from hf_vs2.functional.label_free import row_distance
+from hf_vs2.sae import modeling as modeling_sae
+from hf_vs2.training.calibration import activation_statistics, as_rows
+from hf_vs2.training.label_losses import PrototypeAlignment
+from hf_vs2.training.trainer import BatchPlan
 
 
 HIDDEN = 24

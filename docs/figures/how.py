@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, class_embeddings, steering_grid
-from hf_vs2.demo import GATE, NUM_FOLDS, run_demo
-from hf_vs2.demo_data import DIGIT_NAMES
+from hf_vs2.demo.data import DIGIT_NAMES
+from hf_vs2.demo.run import GATE, NUM_FOLDS, run_demo
+from hf_vs2.encoders.processing import load_processing
 from hf_vs2.functional import steering_vector
-from hf_vs2.processing import load_processing
 
 
 IMAGES = Path(__file__).parents[1] / "images"

@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 from playground import SHOWN_LATENTS, Playground, demo_checkpoint, read_labels  # noqa: E402
 
 from hf_vs2 import load_images  # noqa: E402
-from hf_vs2.images import open_image  # noqa: E402
+from hf_vs2.data.images import open_image  # noqa: E402
 
 
 HOUR, DAY = 3600, 86400
@@ -28,7 +28,7 @@ def make_playground() -> tuple[Playground, str, list[Image.Image]]:
     """The playground, the labels to begin with and a few images to try."""
     checkpoint, images, labels = (os.environ.get(f"VS2_{name}") for name in ("CHECKPOINT", "IMAGES", "LABELS"))
     if checkpoint is None:
-        from hf_vs2.demo_data import DIGIT_NAMES, load_handwriting
+        from hf_vs2.demo.data import DIGIT_NAMES, load_handwriting
 
         digits = load_handwriting()
         folder = Path(os.environ.get("VS2_DEMO_FOLDER", Path(HF_HOME) / "hf_vs2_space"))

@@ -12,8 +12,8 @@ from PIL import Image
 
 import hf_vs2
 from hf_vs2 import VS2Explanation
-from hf_vs2.images import UnreadableImageError, open_image
-from hf_vs2.pipeline_inputs import NamedImage
+from hf_vs2.data.images import UnreadableImageError, open_image
+from hf_vs2.data.inputs import NamedImage
 
 
 MOST_LABELS = 200
@@ -151,7 +151,7 @@ def read_labels(text: str) -> tuple[str, ...]:
 def demo_checkpoint(folder: Path) -> Path:
     """The checkpoint that `hf-vs2 demo` makes, offline and in half a minute; the one in `folder` if it is there."""
     if not (folder / "results.json").is_file():  # the last thing that it writes
-        from hf_vs2.demo import run_demo
+        from hf_vs2.demo.run import run_demo
 
         print(f"Making the demo's checkpoint in {folder} (once) ...", flush=True)
         run_demo(folder, progress=False)

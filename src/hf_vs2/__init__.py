@@ -4,75 +4,76 @@ Importing the package registers its models with transformers' Auto classes, and 
 are imported when first used. The command line puts the registration off until a command runs, so that its help needs no torch.
 """
 
-__version__ = "0.1.0.dev0"  # first: the modules below record it in what they write
-
 import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import moved
+from .version import __version__ as __version__
+
 
 if TYPE_CHECKING:
-    from .activations import ActivationStore, extract_activations
     from .atlas import build_atlas
-    from .calibration import calibrate
-    from .configuration_sae import SAEConfig
-    from .configuration_vs2_clip import Steering, VS2CLIPConfig
-    from .corpus import RetrievalCorpus
-    from .data import load_images
-    from .domain import measure_statistics
-    from .domain_statistics import DomainStatistics
-    from .evaluation import EvaluationResult, evaluate
-    from .explanation import VS2Explanation
-    from .grid import steering_grid
-    from .hub import push_to_hub
-    from .label_losses import PrototypeAlignment
-    from .latent_edits import LatentEdits
-    from .model_card import create_model_card, write_model_card
-    from .modeling_sae import SAEModel, SAEOutput
-    from .modeling_vs2_clip import VS2CLIPForZeroShot
-    from .pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
-    from .prompts import class_embeddings
-    from .recommendation import Recommendation, recommend
-    from .registry import DatasetInfo, dataset_info
-    from .trainer import SAETrainer
-    from .training_args import SAETrainingArguments
-    from .vs2_outputs import VS2CLIPOutput
+    from .clip.modeling import VS2CLIPForZeroShot
+    from .clip.pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
+    from .config.latent_edits import LatentEdits
+    from .config.sae import SAEConfig
+    from .config.vs2_clip import Steering, VS2CLIPConfig
+    from .data.activations import ActivationStore, extract_activations
+    from .data.load import load_images
+    from .data.prompts import class_embeddings
+    from .data.registry import DatasetInfo, dataset_info
+    from .evaluation.comparison import EvaluationResult, evaluate
+    from .evaluation.grid import steering_grid
+    from .evaluation.recommendation import Recommendation, recommend
+    from .explain.explanation import VS2Explanation
+    from .files.hub import push_to_hub
+    from .files.model_card import create_model_card, write_model_card
+    from .sae.modeling import SAEModel, SAEOutput
+    from .sae.statistics import DomainStatistics
+    from .steering.corpus import RetrievalCorpus
+    from .steering.outputs import VS2CLIPOutput
+    from .training.arguments import SAETrainingArguments
+    from .training.calibration import calibrate
+    from .training.domain import measure_statistics
+    from .training.label_losses import PrototypeAlignment
+    from .training.trainer import SAETrainer
 
 _HOMES = {
-    "ActivationStore": "activations",
-    "extract_activations": "activations",
+    "ActivationStore": "data.activations",
+    "extract_activations": "data.activations",
     "build_atlas": "atlas",
-    "calibrate": "calibration",
-    "SAEConfig": "configuration_sae",
-    "Steering": "configuration_vs2_clip",
-    "VS2CLIPConfig": "configuration_vs2_clip",
-    "RetrievalCorpus": "corpus",
+    "calibrate": "training.calibration",
+    "SAEConfig": "config.sae",
+    "Steering": "config.vs2_clip",
+    "VS2CLIPConfig": "config.vs2_clip",
+    "RetrievalCorpus": "steering.corpus",
     "load_images": "data",
-    "measure_statistics": "domain",
-    "DomainStatistics": "domain_statistics",
+    "measure_statistics": "training.domain",
+    "DomainStatistics": "sae.statistics",
     "EvaluationResult": "evaluation",
     "evaluate": "evaluation",
-    "VS2Explanation": "explanation",
-    "steering_grid": "grid",
-    "push_to_hub": "hub",
-    "PrototypeAlignment": "label_losses",
-    "LatentEdits": "latent_edits",
-    "create_model_card": "model_card",
-    "write_model_card": "model_card",
-    "SAEModel": "modeling_sae",
-    "SAEOutput": "modeling_sae",
-    "VS2CLIPForZeroShot": "modeling_vs2_clip",
-    "VS2CLIPOutput": "vs2_outputs",
-    "VS2ZeroShotImageClassificationPipeline": "pipeline",
-    "zero_shot_classifier": "pipeline",
-    "class_embeddings": "prompts",
-    "Recommendation": "recommendation",
-    "recommend": "recommendation",
-    "DatasetInfo": "registry",
-    "dataset_info": "registry",
-    "SAETrainer": "trainer",
-    "SAETrainingArguments": "training_args",
+    "VS2Explanation": "explain.explanation",
+    "steering_grid": "evaluation.grid",
+    "push_to_hub": "files.hub",
+    "PrototypeAlignment": "training.label_losses",
+    "LatentEdits": "config.latent_edits",
+    "create_model_card": "files.model_card",
+    "write_model_card": "files.model_card",
+    "SAEModel": "sae.modeling",
+    "SAEOutput": "sae.modeling",
+    "VS2CLIPForZeroShot": "clip.modeling",
+    "VS2CLIPOutput": "steering.outputs",
+    "VS2ZeroShotImageClassificationPipeline": "clip.pipeline",
+    "zero_shot_classifier": "clip.pipeline",
+    "class_embeddings": "data.prompts",
+    "Recommendation": "evaluation.recommendation",
+    "recommend": "evaluation.recommendation",
+    "DatasetInfo": "data.registry",
+    "dataset_info": "data.registry",
+    "SAETrainer": "training.trainer",
+    "SAETrainingArguments": "training.arguments",
 }
 
 __all__ = [
@@ -114,7 +115,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        import_module(".auto_classes", __name__)  # if the command line has put it off
+        import_module(".clip.auto_classes", __name__)  # if the command line has put it off
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -139,5 +140,6 @@ def _is_command_line() -> bool:
     return started == sys.argv[0] and os.path.basename(started) in ("hf-vs2", "hf-vs2.exe")
 
 
+moved.install()
 if not _is_command_line():
-    import_module(".auto_classes", __name__)
+    import_module(".clip.auto_classes", __name__)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
-from ..evaluation import Rows, check_replayable, check_rows
-from ..modeling_vs2_clip import VS2CLIPForZeroShot
-from ..report import Results
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..evaluation.comparison import Rows, check_replayable, check_rows
+from ..evaluation.report import Results
+from ..version import __version__
 from .material import Material, names_of, replay_of, results_table, training_curves, truth_of
 from .pages import detail_pages, index_page, machine_readable, overview_page, short, shown_rows
 from .statistics import gather, histograms, nearest_latents

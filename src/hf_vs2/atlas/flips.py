@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from ..evaluation import Rows
-from ..explanation import explain_rows
-from ..modeling_vs2_clip import VS2CLIPForZeroShot
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..evaluation.comparison import Rows
+from ..explain.explanation import explain_rows
 from .statistics import blocks
 
 

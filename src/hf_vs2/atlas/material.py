@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..evaluation import Rows, class_labels
-from ..grid import steering_grid
-from ..latent_names import LatentNames, name_latents
-from ..modeling_vs2_clip import VS2CLIPForZeroShot
-from ..prompts import class_embeddings, clean_class_names
-from ..report import EvaluationResult, Results, row_label
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..data.prompts import class_embeddings, clean_class_names
+from ..evaluation.comparison import Rows, class_labels
+from ..evaluation.grid import steering_grid
+from ..evaluation.report import EvaluationResult, Results, row_label
+from ..explain.latent_names import LatentNames, name_latents
 from .flips import Mover, Predictions, class_gains, clearest_changes, movers, predict
 from .statistics import LatentStatistics
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from ..evaluation import Rows, replay_batches
-from ..modeling_vs2_clip import VS2CLIPForZeroShot
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..evaluation.comparison import Rows, replay_batches
 
 
 NUM_BINS = 24

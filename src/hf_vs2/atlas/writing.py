@@ -19,10 +19,10 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import __version__
-from ..atomic import failing_as, remove_folder
-from ..data import undecoded
-from ..images import open_image
+from ..data.images import open_image
+from ..data.load import undecoded
+from ..files.atomic import failing_as, remove_folder
+from ..version import __version__
 from .pages import thumbnail_path
 
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             _without_command(argv)
-        command = import_module(f".{name}", __name__)
+        command = import_module(f".commands.{name}", __name__)
         args = _parser(prog, command).parse(argv[1:])
         _run(command, args)
     except SystemExit as finished:  # --help and --version
@@ -84,7 +84,7 @@ def _parser(prog: str, command: Any) -> Parser:
 
 def _without_command(argv: Sequence[str]) -> None:
     """`hf-vs2 --help` and `--version`; everything else names no command."""
-    from .. import __version__
+    from ..version import __version__
 
     listed = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
     parser = Parser(
@@ -104,7 +104,7 @@ def _without_command(argv: Sequence[str]) -> None:
 def _run(command: Any, args: Namespace) -> None:
     from transformers.utils import logging
 
-    from .. import auto_classes  # noqa: F401  `import hf_vs2` has left it to us
+    from ..clip import auto_classes  # noqa: F401  `import hf_vs2` has left it to us
 
     # Loading a model of one file takes a moment; bars for it are noise between the ones that matter.
     logging.disable_progress_bar()

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
 
-    from ..activations import ActivationStore
-    from ..modeling_vs2_clip import VS2CLIPForZeroShot
-    from ..pipeline import VS2ZeroShotImageClassificationPipeline
+    from ..clip.modeling import VS2CLIPForZeroShot
+    from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
+    from ..data.activations import ActivationStore
 
 
 # Output
@@ -152,7 +152,7 @@ def open_dataset(args: argparse.Namespace) -> Any:
     """The data set that the flags describe. Processes of one launch may do so at once: `datasets` locks its cache."""
     import datasets
 
-    from ..data import load_images
+    from ..data.load import load_images
 
     if args.disable_tqdm or not join_processes().is_main_process:
         datasets.disable_progress_bars()
@@ -176,7 +176,7 @@ def extract(
     **options: Any,
 ) -> ActivationStore:
     """`extract_activations` with the flags of [`add_extraction_flags`]. Several processes share the work."""
-    from ..activations import extract_activations
+    from ..data.activations import extract_activations
 
     return extract_activations(
         model,
@@ -207,7 +207,7 @@ def activations_beside(args: argparse.Namespace) -> Path:
 
 def load_classifier(args: argparse.Namespace) -> VS2ZeroShotImageClassificationPipeline:
     """The model of [`add_checkpoint_flags`] with its tokenizer and image processor, on the best device there is."""
-    from ..pipeline import zero_shot_classifier
+    from ..clip.pipeline import zero_shot_classifier
 
     options = {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
     if args.clip is not None:
@@ -221,7 +221,7 @@ def load_steered_clip(args: argparse.Namespace) -> tuple[VS2CLIPForZeroShot, Pre
     Raises:
         ValueError: the checkpoint is a plain CLIP.
     """
-    from ..modeling_vs2_clip import VS2CLIPForZeroShot
+    from ..clip.modeling import VS2CLIPForZeroShot
 
     classifier = load_classifier(args)
     if not isinstance(classifier.model, VS2CLIPForZeroShot):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from ..domain import SKETCH_ROWS
+from ..training.domain import SKETCH_ROWS
 from . import published
 from .markdown import distinct, mean, spread, table
 from .result_view import ResultView, common_seeds, gate_as_asked, gate_note, seeds_note

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation import paired_bootstrap
+from ..evaluation.comparison import paired_bootstrap
 from .results import Outputs
 
 

@@ -20,28 +20,28 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPModel
 
-from ..activations import ActivationStore, extract_activations
-from ..atomic import replace_file
-from ..calibration import activation_statistics, split_rows
-from ..configuration_sae import SAEConfig
-from ..controls import control_model
-from ..domain import measure_statistics
-from ..domain_statistics import DomainStatistics
-from ..fingerprint import dataset_fingerprint
-from ..image_batches import Columns, ImageReader, Normalizer, read_batches, spans_of_dataset
-from ..label_losses import PrototypeAlignment
-from ..modeling_sae import SAEModel
-from ..modeling_vs2_clip import VS2CLIPForZeroShot
-from ..neighbors import nearest_neighbors, pseudo_labels
-from ..processing import load_processing
-from ..prompts import class_embeddings
-from ..registry import DatasetInfo
-from ..retrieval import embed_images
-from ..store import request_key, request_of
-from ..tail import clip_embeds
-from ..trainer import LOG_NAME, SAETrainer
-from ..training_args import SAETrainingArguments
-from ..vision_tower import best_device
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..config.sae import SAEConfig
+from ..data.activations import ActivationStore, extract_activations
+from ..data.batches import Columns, ImageReader, Normalizer, read_batches, spans_of_dataset
+from ..data.fingerprint import dataset_fingerprint
+from ..data.prompts import class_embeddings
+from ..data.registry import DatasetInfo
+from ..data.store import request_key, request_of
+from ..encoders.processing import load_processing
+from ..encoders.tail import clip_embeds
+from ..encoders.vision_tower import best_device
+from ..evaluation.controls import control_model
+from ..files.atomic import replace_file
+from ..functional.neighbors import nearest_neighbors, pseudo_labels
+from ..sae.modeling import SAEModel
+from ..sae.statistics import DomainStatistics
+from ..steering.retrieval import embed_images
+from ..training.arguments import SAETrainingArguments
+from ..training.calibration import activation_statistics, split_rows
+from ..training.domain import measure_statistics
+from ..training.label_losses import PrototypeAlignment
+from ..training.trainer import LOG_NAME, SAETrainer
 from .config import StudyConfig
 from .results import Cell
 from .views import AugmentedView

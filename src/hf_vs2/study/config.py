@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from ..configuration_sae import SAEConfig
-from ..configuration_vs2_clip import Steering
-from ..registry import DatasetInfo, dataset_info
-from ..training_args import SAETrainingArguments
+from ..config.sae import SAEConfig
+from ..config.vs2_clip import Steering
+from ..data.registry import DatasetInfo, dataset_info
+from ..training.arguments import SAETrainingArguments
 from .catalog import METHODS
 
 

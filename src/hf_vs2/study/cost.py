@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 from transformers import initialization as init
 
-from ..configuration_sae import SAEConfig
-from ..modeling_sae import SAEModel
-from ..modeling_vs2_clip import VS2CLIPForZeroShot
-from ..sparse_ops import torch_operations_only
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..config.sae import SAEConfig
+from ..functional.sparse_ops import torch_operations_only
+from ..sae.modeling import SAEModel
 
 
 WARM_UP = 3

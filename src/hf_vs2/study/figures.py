@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import replace_file
+from ..files.atomic import replace_file
 from . import figure_cells, figure_images
 from .figure_sheets import StudyReader, file_word
 from .results import StudyResult

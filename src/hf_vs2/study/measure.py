@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ..evaluation import paired_bootstrap, row_figures
-from ..grid import steering_grid
-from ..report import SampleOutputs
+from ..evaluation.comparison import paired_bootstrap, row_figures
+from ..evaluation.grid import steering_grid
+from ..evaluation.report import SampleOutputs
 from .analysis import mean_per_class_accuracy
 from .bench import BATCH, Bench
 from .catalog import METHODS

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from ..functional import centroid_steer, contrastive_direction, steer
-from ..label_free import distribution_norm_scores
-from ..modeling_sae import SAEModel
-from ..neighbors import select_positives
-from ..retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
+from ..functional.equations import centroid_steer, contrastive_direction, steer
+from ..functional.label_free import distribution_norm_scores
+from ..functional.neighbors import select_positives
+from ..sae.modeling import SAEModel
+from ..steering.retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
 from .results import Cell
 
 

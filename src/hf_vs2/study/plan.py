@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ..domain import SKETCH_ROWS
+from ..training.domain import SKETCH_ROWS
 from .catalog import METHODS
 from .config import StudyConfig
 from .results import Cell

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..atomic import replace_file, replace_text
+from ..files.atomic import replace_file, replace_text
 
 
 FORMAT = "hf_vs2.study"

@@ -13,9 +13,9 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from .. import __version__
-from ..atomic import replace_text
-from ..registry import available
+from ..data.registry import available
+from ..files.atomic import replace_text
+from ..version import __version__
 from .bench import Bench
 from .catalog import METHODS
 from .config import StudyConfig

@@ -1,0 +1,152 @@
+"""`hf-vs2 atlas`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common import (
+    activations_beside,
+    add_checkpoint_flags,
+    add_class_names_flag,
+    add_dataset_flags,
+    add_extraction_flags,
+    add_progress_flag,
+    add_steering_flags,
+    extract,
+    join_processes,
+    labels_from,
+    load_steered_clip,
+    open_dataset,
+    say,
+    say_written,
+    steering_from,
+)
+from ..parsing import Parser
+
+
+if TYPE_CHECKING:
+    from ...data.activations import ActivationStore
+
+USAGE = "--checkpoint O --dataset D [--split S] --output DIR [options]"
+DESCRIPTION = """\
+Writes a folder of static HTML in which a person browses the latents of an SAE: their strongest images, histograms, classes, nearest
+latents and names, and an overview of training, gate, results and of the images that steering fixed and broke. It opens from disk,
+without a server or a network. What lacks its input (labels, a training log, results) is left out."""
+EXAMPLES = """\
+examples:
+  hf-vs2 atlas --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
+      --image_column img --label_column fine_label --output atlas-cifar100
+  hf-vs2 atlas --checkpoint outputs/sae --dataset photos/ --vocabulary words.txt --output atlas
+
+Open DIR/index.html in a browser; DIR/latents.json holds the same for programs."""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to show")
+    add_checkpoint_flags(parser)
+    parser.flag(
+        "--vocabulary", type=Path, metavar="FILE", help="Words to name latents with, one a line [the classes]."
+    )
+    parser.flag(
+        "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."
+    )
+    parser.flag(
+        "--results",
+        type=Path,
+        metavar="JSON",
+        help="What `hf-vs2 evaluate` wrote [CHECKPOINT/results.json, if there].",
+    )
+    parser.flag("--top_images", type=int, default=24, help="Images of each latent.")
+    parser.section("images")
+    add_dataset_flags(parser)
+    parser.flag("--label_column", metavar="NAME", help="Column of integer labels [label, if there].")
+    add_class_names_flag(parser)
+    add_steering_flags(parser)
+    parser.section("output")
+    parser.flag(
+        "--output", type=Path, required=True, metavar="DIR", help="Folder to write; an earlier atlas is replaced."
+    )
+    add_progress_flag(parser)
+    parser.section("extraction of activations")
+    parser.flag(
+        "--activations", type=Path, metavar="STORE", help="Activations of these images that are there already."
+    )
+    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+
+
+def run(args: Namespace) -> None:
+    from ...atlas import build_atlas
+    from ...atlas.writing import check_output
+    from ...data.prompts import clean_class_names, resolve_templates
+    from ...explain.latent_names import read_vocabulary
+    from ...files.checkpoint_folder import RESULTS_NAME, TRAINING_LOG_NAME
+
+    # Mistakes are refused before anything long begins.
+    check_output(args.output)
+    resolve_templates(args.templates)
+    vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
+    labels = labels_from(args.labels)
+    if labels is not None:
+        clean_class_names(labels)
+    model, tokenizer, image_processor = load_steered_clip(args)
+    model.set_steering(**steering_from(args))
+    dataset = open_dataset(args)
+    store = _activations(args, model.clip, dataset, image_processor)
+    if not join_processes().is_main_process:  # they have shared the extraction
+        return
+    page = build_atlas(
+        model,
+        tokenizer,
+        store,
+        dataset,
+        args.output,
+        image_column=args.image_column,
+        class_names=labels,
+        vocabulary=vocabulary,
+        templates=args.templates,
+        results=args.results or _beside(args, RESULTS_NAME),
+        training_log=_beside(args, TRAINING_LOG_NAME),
+        top_images=args.top_images,
+        meta={"checkpoint": args.checkpoint, "dataset": _dataset_name(args)},
+        progress=not args.disable_tqdm,
+    )
+    say_written({"atlas": page, "for programs": page.with_name("latents.json"), "activations": store.path})
+    say("", f"Open it in a browser: {page.absolute().as_uri()}")
+
+
+def _activations(args: Namespace, clip: Any, dataset: Any, image_processor: Any) -> ActivationStore:
+    """The store that a flag names, if it is of these images, or one extracted when needed."""
+    from ...data.activations import ActivationStore, StoreError
+    from ...data.fingerprint import dataset_fingerprint
+
+    column = args.label_column
+    if column is None and "label" in (dataset.features or {}):
+        column = "label"
+    if args.activations is None:
+        cache = activations_beside(args)
+        return extract(args, clip, dataset, cache, label_column=column, image_processor=image_processor)
+    store = ActivationStore.open(args.activations)
+    made_from = store.metadata["dataset"]["fingerprint"]
+    if dataset_fingerprint(dataset, args.image_column, store.metadata["columns"]["label"]) != made_from:
+        raise StoreError(
+            f"The activations in {store.path} are not of these images, or of others by now: give --dataset and --split as they were "
+            "extracted with, or leave out --activations"
+        )
+    return store
+
+
+def _beside(args: Namespace, name: str) -> Path | None:
+    """A file of the checkpoint's folder, if it is there."""
+    path = Path(args.checkpoint, name)
+    return path if path.is_file() else None
+
+
+def _dataset_name(args: Namespace) -> str:
+    name = Path(args.dataset).name if Path(args.dataset).exists() else args.dataset
+    return " ".join(part for part in (name, args.split) if part)
+
+
+def kept(args: Namespace) -> str:
+    return f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to continue."

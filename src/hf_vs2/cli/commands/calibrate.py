@@ -1,0 +1,119 @@
+"""`hf-vs2 calibrate`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common import (
+    activations_beside,
+    add_checkpoint_flags,
+    add_dataset_flags,
+    add_extraction_flags,
+    add_progress_flag,
+    extract,
+    join_processes,
+    load_steered_clip,
+    open_dataset,
+    say,
+    say_written,
+)
+from ..parsing import Parser, UsageError
+
+
+if TYPE_CHECKING:
+    from ...sae.modeling import SAEModel
+
+USAGE = "--checkpoint O --dataset D [--split S] [options]"
+DESCRIPTION = """\
+Measures the gate's FVU quantiles on unlabelled images that the SAE was not trained on, and the statistics that methods beyond VS2
+need (means, principal components, a sketch of rows), and writes them into the checkpoint. `hf-vs2 train` has done so already; do it
+again for images from where the model will be used."""
+EXAMPLES = """\
+examples:
+  hf-vs2 calibrate --checkpoint outputs/sae-cifar100 --dataset my_photos/
+  hf-vs2 calibrate --checkpoint user/sae-cifar100 --dataset my_photos/ --output_dir outputs/sae-recalibrated"""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to calibrate")
+    add_checkpoint_flags(parser)
+    parser.flag("--output_dir", type=Path, help="Write the calibrated checkpoint here, not into the one given.")
+    parser.flag(
+        "--sketch_rows",
+        type=int,
+        default=4096,
+        help="Rows of activations that the checkpoint keeps for methods that fit prototypes to labels; 0 keeps none.",
+    )
+    parser.section("images")
+    add_dataset_flags(parser)
+    parser.section("extraction of activations")
+    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+    add_progress_flag(parser)
+
+
+def run(args: Namespace) -> None:
+    from ...training.calibration import calibrate, split_rows
+    from ...training.domain import measure_statistics
+
+    local = Path(args.checkpoint, args.subfolder or "")
+    if args.output_dir is None and not local.is_dir():
+        raise UsageError(
+            "a checkpoint on the Hub cannot be written to: say where the calibrated one goes with --output_dir"
+        )
+    model, _, image_processor = load_steered_clip(args)
+    if len(model.saes) != 1:
+        raise UsageError(f"{args.checkpoint} holds {len(model.saes)} SAEs: calibrate each one's own checkpoint")
+    sae = model.sae
+    layers = [int(layer) for layer in model.saes]
+    store = extract(
+        args, model.clip, open_dataset(args), activations_beside(args), layers=layers, image_processor=image_processor
+    )
+    trained_on = sae.config.training_data or {}
+    parts = trained_on.get("parts") or [trained_on]  # of a union of data sets
+    if store.metadata["dataset"]["fingerprint"] in [part.get("fingerprint") for part in parts]:
+        raise UsageError(
+            "these are the images that the SAE was trained on, which it reconstructs better than fresh ones: "
+            "calibrate on others"
+        )
+    if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
+        return
+    metrics = calibrate(sae, store)
+    if layers[0] == model.num_layers - 1:  # what methods beyond VS2 score
+        measured, held_out = split_rows(len(store), 0.2, seed=0)
+        sae.set_domain_statistics(
+            measure_statistics(sae, store, measured, held_out, clip=model.clip, sketch_rows=args.sketch_rows)
+        )
+    target = args.output_dir or local
+    _save(sae, local, target)
+    say(
+        f"On {sae.config.num_calibration_rows:,} rows: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f};"
+        f" default gate: {sae.config.gate or 'none'}.",
+        *([] if sae.domain_statistics is None else [f"{sae.domain_statistics}."]),
+    )
+    say_written({"SAE checkpoint": target, "activations": store.path})
+
+
+def _save(sae: SAEModel, checkpoint: Path, target: Path) -> None:
+    from ...training.calibration import is_converted
+
+    if target.resolve() != checkpoint.resolve() or is_converted(sae.config):  # whose mean has changed, too
+        sae.save_pretrained(target)
+        return
+    from transformers.utils import CONFIG_NAME
+
+    from ...files.atomic import replace_files
+    from ...files.model_card import write_model_card
+
+    def write(scratch: Path) -> None:
+        sae.config.save_pretrained(scratch)
+        sae.save_beside(scratch)
+
+    # In place, the weights have not changed, and may be mapped from the very file that would be written.
+    replace_files(target, write, CONFIG_NAME)
+    write_model_card(target)
+
+
+def kept(args: Namespace) -> str:
+    return "The checkpoint is unchanged; files of activations finished so far are kept."

@@ -1,0 +1,30 @@
+"""`hf-vs2 demo`."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..common import add_progress_flag, say
+from ..parsing import Parser
+
+
+USAGE = "[--output_dir DIR]"
+DESCRIPTION = """\
+The whole way on bundled material: a tiny CLIP that has only seen typefaces meets real handwritten digits. Extracts, trains,
+calibrates, compares every method on images that the SAE has not seen, and draws a picture. Needs the demo extra; no network."""
+EXAMPLES = """\
+examples:
+  hf-vs2 demo
+  hf-vs2 demo --output_dir outputs/demo --seed 1"""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("demo")
+    parser.flag("--output_dir", type=Path, default=Path("hf_vs2_demo"), help="Where everything goes.")
+    parser.flag("--seed", type=int, default=0, help="Of the folds, the SAEs and the foreign images.")
+    add_progress_flag(parser)
+
+
+def run(args: Namespace) -> None:
+    from ...demo.run import run_demo
+
+    say(str(run_demo(args.output_dir, seed=args.seed, progress=not args.disable_tqdm)))

@@ -1,0 +1,169 @@
+"""`hf-vs2 evaluate`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common import (
+    activations_beside,
+    add_checkpoint_flags,
+    add_class_names_flag,
+    add_dataset_flags,
+    add_extraction_flags,
+    add_progress_flag,
+    add_steering_flags,
+    extract,
+    join_processes,
+    labels_from,
+    load_steered_clip,
+    open_dataset,
+    say,
+    say_written,
+    steering_from,
+)
+from ..parsing import Parser, UsageError
+
+
+if TYPE_CHECKING:
+    from ...clip.modeling import VS2CLIPForZeroShot
+    from ...data.activations import ActivationStore
+
+USAGE = "--checkpoint O --dataset D [--split S] [--label_column NAME] [options]"
+DESCRIPTION = """\
+Compares plain CLIP, the controls (centroid, distribution norm, other dictionaries), VS2 and label-free methods beyond it on labelled
+images, which should not be those the SAE was trained on. Prints a table with the gain over plain CLIP and its 95 % interval, and writes every figure as JSON."""
+EXAMPLES = """\
+examples:
+  hf-vs2 evaluate --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
+      --image_column img --label_column fine_label --reference_split train
+  hf-vs2 evaluate --checkpoint outputs/sae --dataset photos/ --templates ensemble --gate 0.95 \\
+      --output results.json
+
+Activations are extracted once: other templates, methods or steering settings take seconds."""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to compare")
+    add_checkpoint_flags(parser)
+    parser.flag(
+        "--method",
+        nargs="+",
+        metavar="NAME",
+        help="Rows of the table, such as vs2, vs2+gate, prototypes (docs/label-free.md); plain CLIP is always there [the usual ones].",
+    )
+    parser.section("images")
+    add_dataset_flags(parser)
+    parser.flag("--label_column", default="label", metavar="NAME", help="Column of integer labels.")
+    parser.flag(
+        "--reference_dataset",
+        metavar="D",
+        help="Unlabelled images for distribution norm's image mean [the checkpoint's].",
+    )
+    parser.flag(
+        "--reference_split",
+        metavar="S",
+        help="Their split. Without both flags: the checkpoint's mean, or else that of the evaluated images.",
+    )
+    parser.section("prompts")
+    parser.flag(
+        "--templates",
+        nargs="+",
+        default=["single", "ensemble"],
+        metavar="T",
+        help="single, ensemble or text files, one prompt a line.",
+    )
+    add_class_names_flag(parser)
+    add_steering_flags(parser)
+    parser.section("output")
+    parser.flag("--output", type=Path, metavar="JSON", help="Result file [CHECKPOINT/results.json].")
+    add_progress_flag(parser)
+    parser.section("extraction of activations")
+    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+
+
+def run(args: Namespace) -> None:
+    import torch
+
+    from ...evaluation.comparison import EVALUATION_METHODS, evaluate
+    from ...files.checkpoint_folder import RESULTS_NAME
+    from ...files.model_card import write_model_card
+
+    methods = args.method or EVALUATION_METHODS
+    _check_prompts(args, methods)
+    model, tokenizer, image_processor = load_steered_clip(args)
+    model.set_steering(**steering_from(args))
+    # One row through the tail: what cannot be replayed on cached rows is refused before hours of extraction.
+    with torch.inference_mode():
+        model.image_features_from_cls(torch.zeros(1, model.clip.config.vision_config.hidden_size))
+    dataset = open_dataset(args)
+    _check_names(args, dataset)
+    cache = activations_beside(args)
+    store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
+    reference = _reference(args, model, image_processor, cache)
+    if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
+        return
+    result = evaluate(
+        model,
+        store,
+        None,
+        labels_from(args.labels),
+        tokenizer,
+        templates=args.templates,
+        methods=methods,
+        reference_rows=reference,
+        meta={"checkpoint": args.checkpoint},
+        progress=not args.disable_tqdm,
+    )
+    say(result.table())
+    places = {"results": result.to_json(_result_path(args)), "activations": store.path}
+    if places["results"] == Path(args.checkpoint, RESULTS_NAME):
+        places["model card"] = write_model_card(args.checkpoint)  # which shows them from now on
+    say_written(places)
+
+
+def _check_prompts(args: Namespace, methods: Any) -> None:
+    """Refuse unknown methods, templates and doubled class names before anything long begins."""
+    from ...data.prompts import clean_class_names, resolve_templates
+    from ...evaluation.methods import EVALUATION_METHODS, unknown_methods
+
+    unknown = unknown_methods(methods)
+    if unknown:
+        raise ValueError(f"--method {unknown[0]} is not known: use some of {', '.join(EVALUATION_METHODS)}")
+    for templates in args.templates:
+        resolve_templates(templates)
+    labels = labels_from(args.labels)
+    if labels is not None:
+        clean_class_names(labels)
+
+
+def _check_names(args: Namespace, dataset: Any) -> None:
+    features = dataset.features or {}
+    if args.labels is None and args.label_column in features and not hasattr(features[args.label_column], "names"):
+        raise UsageError(f"column {args.label_column!r} has no class names: give them in label order with --labels")
+
+
+def _reference(
+    args: Namespace, model: VS2CLIPForZeroShot, image_processor: Any, cache: Path
+) -> ActivationStore | None:
+    """Activations of unlabelled training images, if flags name some."""
+    if args.reference_dataset is None and args.reference_split is None:
+        return None
+    wanted = Namespace(**vars(args))
+    wanted.split = args.reference_split
+    if args.reference_dataset is not None:
+        wanted.dataset, wanted.dataset_config, wanted.dataset_revision = args.reference_dataset, None, None
+    return extract(wanted, model.clip, open_dataset(wanted), cache, image_processor=image_processor)
+
+
+def _result_path(args: Namespace) -> Path:
+    from ...files.checkpoint_folder import RESULTS_NAME
+
+    if args.output is not None:
+        return args.output
+    return Path(args.checkpoint if Path(args.checkpoint).is_dir() else "", RESULTS_NAME)
+
+
+def kept(args: Namespace) -> str:
+    return f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to continue."

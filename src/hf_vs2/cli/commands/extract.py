@@ -1,0 +1,69 @@
+"""`hf-vs2 extract`."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..common import (
+    add_dataset_flags,
+    add_extraction_flags,
+    add_model_flags,
+    add_progress_flag,
+    extract,
+    local_or_id,
+    open_dataset,
+    say,
+    say_written,
+)
+from ..parsing import Parser
+
+
+USAGE = "--model M --dataset D [--split S] --output_dir O [options]"
+DESCRIPTION = """\
+CLS activations of a set of images, at one or several layers of a frozen CLIP, on disk. A second run with the same request finds
+them and reads no image; an interrupted one continues."""
+EXAMPLES = """\
+examples:
+  hf-vs2 extract --model openai/clip-vit-base-patch32 --dataset uoft-cs/cifar100 --split train \\
+      --image_column img --output_dir outputs/activations
+  hf-vs2 extract --model M --dataset photos/ --layers -1 -2 -3 --num_workers 8 --on_error skip \\
+      --output_dir outputs/activations
+
+OUTPUT_DIR holds one folder a request: use the same one for several splits, models and layers."""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to read")
+    add_model_flags(parser)
+    add_dataset_flags(parser)
+    parser.flag("--label_column", metavar="NAME", help="Column of integer labels to keep beside the activations.")
+    parser.section("activations")
+    parser.flag("--output_dir", type=Path, required=True, help="Cache root for activations.")
+    parser.flag(
+        "--layers", type=int, nargs="+", default=[-1], help="Encoder layers from 0; negative ones from the last."
+    )
+    add_extraction_flags(parser)
+    add_progress_flag(parser)
+
+
+def run(args: Namespace) -> None:
+    dataset = open_dataset(args)
+    store = extract(
+        args,
+        local_or_id(args.model),
+        dataset,
+        args.output_dir,
+        layers=args.layers,
+        label_column=args.label_column,
+        revision=args.revision,
+    )
+    skipped = len(store.metadata["skipped"])
+    say(
+        f"{len(store):,} rows of width {store.hidden_size}, layers {' '.join(map(str, store.layers))}, {store.metadata['dtype']}"
+        + (f"; {skipped} unreadable images skipped" if skipped else "")
+    )
+    say_written({"activations": store.path})
+    say("", f'In Python: hf_vs2.ActivationStore.open("{store.path}")')
+
+
+def kept(args: Namespace) -> str:
+    return f"The files finished so far are kept in {args.output_dir}: run the same command again to continue."

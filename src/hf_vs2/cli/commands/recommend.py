@@ -1,0 +1,99 @@
+"""`hf-vs2 recommend`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..common import (
+    activations_beside,
+    add_checkpoint_flags,
+    add_dataset_flags,
+    add_extraction_flags,
+    add_label_flags,
+    add_progress_flag,
+    extract,
+    join_processes,
+    labels_from,
+    load_steered_clip,
+    open_dataset,
+    say,
+    say_written,
+)
+from ..parsing import Parser, UsageError
+
+
+USAGE = "--checkpoint O --dataset D --labels NAME... [options]"
+DESCRIPTION = """\
+Recommends a method for your images and labels, and says why; "keep plain CLIP" is among the answers. It needs no labelled image: it
+goes by how sure CLIP is, whether the images are spread over the labels, and how far answers depend on which images were seen. With
+labels of some images (--label_column), methods are compared on them."""
+EXAMPLES = """\
+examples:
+  hf-vs2 recommend --checkpoint outputs/sae-photos --dataset photos/ --labels cat dog horse
+  hf-vs2 recommend --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
+      --image_column img --label_column fine_label --output recommendation.json
+
+How often it is right, and what it costs when it is not: docs/recommend.md."""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to recommend for")
+    add_checkpoint_flags(parser)
+    add_label_flags(parser, "those of --label_column")
+    parser.section("images")
+    add_dataset_flags(parser)
+    parser.flag(
+        "--label_column",
+        metavar="NAME",
+        help="Column of integer labels, -1 where there is none. Without it no label is read.",
+    )
+    parser.section("output")
+    parser.flag(
+        "--output", type=Path, metavar="JSON", help="Write the recommendation and its evidence to this file, too."
+    )
+    add_progress_flag(parser)
+    parser.section("extraction of activations")
+    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+
+
+def run(args: Namespace) -> None:
+    from ...data.prompts import class_embeddings, clean_class_names, resolve_templates
+    from ...evaluation.recommendation import recommend
+
+    if args.labels is None and args.label_column is None:
+        raise UsageError("name the labels to choose from with --labels")
+    labels = labels_from(args.labels)
+    if labels is not None:
+        labels = clean_class_names(labels)
+    resolve_templates(args.templates)
+    model, tokenizer, image_processor = load_steered_clip(args)
+    dataset, cache = open_dataset(args), activations_beside(args)
+    store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
+    if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
+        return
+    names = store.class_names if labels is None else labels
+    if names is None:
+        raise UsageError(f"column {args.label_column!r} has no class names: give them in label order with --labels")
+    classes = class_embeddings(model.clip, tokenizer, names, args.templates)
+    found = recommend(model, store, classes, store.labels)
+    say(str(found))
+    places = {"activations": store.path}
+    if args.output is not None:
+        places = {"recommendation": found.to_json(args.output), **places}
+    say_written(places)
+    say("", *_next_lines(args, found.method, found.calibrate_first))
+
+
+def _next_lines(args: Namespace, method: str, calibrate_first: bool) -> list[str]:
+    checkpoint, lines = args.checkpoint, []
+    if calibrate_first and method != "none":
+        checkpoint = f"{checkpoint.rstrip('/')}-calibrated"
+        data = f"--dataset {args.dataset}" + (f" --split {args.split}" if args.split else "")
+        data += f" --image_column {args.image_column}" if args.image_column != "image" else ""
+        lines.append(f"First: hf-vs2 calibrate --checkpoint {args.checkpoint} {data} --output_dir {checkpoint}")
+    return [*lines, f"Next: hf-vs2 classify IMAGE --checkpoint {checkpoint} --method {method} --labels ..."]
+
+
+def kept(args: Namespace) -> str:
+    return f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to continue."

@@ -1,0 +1,207 @@
+"""`hf-vs2 train`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...training.arguments import SAETrainingArguments
+from ..common import (
+    add_dataset_flags,
+    add_extraction_flags,
+    add_model_flags,
+    extract,
+    join_processes,
+    local_or_id,
+    open_dataset,
+    say,
+    say_written,
+)
+from ..parsing import Parser, UsageError, dataclass_from
+
+
+if TYPE_CHECKING:
+    from ...config.sae import SAEConfig
+    from ...data.activations import ActivationStore
+    from ...training.label_losses import PrototypeAlignment
+    from ...training.trainer import SAETrainer
+
+USAGE = "--model M --dataset D [--split S] --output_dir O [options]"
+DESCRIPTION = """\
+Trains a sparse autoencoder on the CLS activations of unlabelled images: extracts them (once), trains, and calibrates the gate on
+rows held out from training. Runs on one process, or on many with `accelerate launch -m hf_vs2.cli train ...` or torchrun. Labels
+are used with --pass_weight only (PASS)."""
+EXAMPLES = """\
+examples:
+  hf-vs2 train --model openai/clip-vit-base-patch32 --dataset uoft-cs/cifar100 --split train \\
+      --image_column img --output_dir outputs/sae-cifar100 --top_k 64
+  hf-vs2 train --config examples/configs/cifar100.yaml --learning_rate 1e-3
+  hf-vs2 train --activations_dir outputs/activations/0123456789abcdef --layer -2 \\
+      --output_dir outputs/sae-layer-10
+  hf-vs2 train --activations_dir outputs/rows-cifar100 outputs/rows-cub --output_dir outputs/sae-both
+  hf-vs2 train --config examples/configs/cifar100.yaml --pass_weight 0.8 --label_column fine_label \\
+      --output_dir outputs/sae-pass
+  accelerate launch --config_file examples/accelerate/one_node_8_gpus.yaml \\
+      -m hf_vs2.cli train --config examples/configs/cifar100.yaml"""
+CHECKPOINTS_AND_LOG = (
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "report_to",
+    "disable_cuda_graphs",
+    "disable_tqdm",
+)
+
+
+def add_flags(parser: Parser) -> None:
+    parser.section("what to train on")
+    add_model_flags(parser, required=False)
+    add_dataset_flags(parser, required=False)
+    parser.flag("--label_column", metavar="NAME", help="Column of integer labels to keep beside the activations.")
+    parser.flag("--layer", type=int, default=-1, help="Encoder layer from 0; negative ones from the last.")
+    parser.section("output and configuration")
+    parser.dataclass_flags(SAETrainingArguments, ["output_dir"])
+    parser.flag(
+        "--config", type=Path, metavar="YAML", help="File of flags (top_k: 64); those on the command line win."
+    )
+    parser.section("sparse autoencoder")
+    parser.flag("--top_k", type=int, default=64, help="Latents active for one input.")
+    parser.flag("--expansion_factor", type=int, default=4, help="Latents per feature of the activations.")
+    parser.flag(
+        "--activation",
+        choices=("relu", "absolute"),
+        default="relu",
+        help="Which latents stay: ReLU's largest, or |largest|.",
+    )
+    parser.section("training")
+    others = {"output_dir", *CHECKPOINTS_AND_LOG}
+    parser.dataclass_flags(
+        SAETrainingArguments, [f.name for f in fields(SAETrainingArguments) if f.name not in others]
+    )
+    parser.alternatives.append({"--max_steps", "--num_train_epochs"})
+    parser.flag(
+        "--pass_weight",
+        type=float,
+        metavar="X",
+        help="Weight of PASS, which uses labels in training (the paper's 0.8). Without it no label is used.",
+    )
+    parser.section("checkpoints and log")
+    parser.dataclass_flags(SAETrainingArguments, CHECKPOINTS_AND_LOG)
+    parser.section("extraction of activations")
+    parser.flag(
+        "--activations_dir",
+        type=Path,
+        nargs="+",
+        help="Cache root, shared by any number of runs [OUTPUT_DIR/activations]. Without --dataset: the activations to train on; "
+        "several are trained on as one set.",
+    )
+    add_extraction_flags(parser)
+
+
+def run(args: Namespace) -> None:
+    from ...training.sharding import refuse_unfit_fsdp
+    from ...training.trainer import SAETrainer
+
+    refuse_unfit_fsdp()  # before the extraction, which it would spoil
+    arguments = dataclass_from(SAETrainingArguments, args)
+    label_loss = _label_loss(args)
+    processes = join_processes()
+    stores = _activations(args)
+    config, layer = _sae_config(args, stores[0].hidden_size, stores[0].metadata["num_layers"])
+    trainer = SAETrainer(config, arguments, stores, layer=layer, label_loss=label_loss)
+    metrics = trainer.train()
+    _report(args, trainer, stores, metrics)
+    processes.destroy_process_group()
+
+
+def _label_loss(args: Namespace) -> PrototypeAlignment | None:
+    from ...training.label_losses import PrototypeAlignment
+
+    if args.label_column is not None and args.dataset is None:
+        raise UsageError(
+            "--label_column names a column of --dataset: activations keep the labels they were extracted with"
+        )
+    if args.pass_weight is None:
+        return None
+    if args.dataset is not None and args.label_column is None:
+        raise UsageError("--pass_weight trains with labels: name their column with --label_column")
+    return PrototypeAlignment(args.pass_weight)
+
+
+def _activations(args: Namespace) -> list[ActivationStore]:
+    """The rows to train on: stores that are there, or that of a model and a data set, extracted when needed."""
+    from transformers import AutoConfig, CLIPConfig
+
+    from ...data.activations import ActivationStore
+
+    if args.dataset is None and args.activations_dir is not None:
+        return [ActivationStore.open(path) for path in args.activations_dir]
+    missing = [f"--{name}" for name in ("model", "dataset") if getattr(args, name) is None]
+    if missing:
+        raise UsageError(f"give {' and '.join(missing)}, or --activations_dir with activations to train on")
+    if len(args.activations_dir or ()) > 1:
+        raise UsageError(
+            "--activations_dir with --dataset is one cache root; several are for training without --dataset"
+        )
+    model = local_or_id(args.model)
+    # Settings that cannot work are refused before hours of extraction.
+    found = AutoConfig.from_pretrained(model, revision=args.revision or "main", trust_remote_code=False)
+    if not isinstance(found, CLIPConfig):
+        raise ValueError(f"{args.model} holds a model of type {found.model_type!r}: expected a CLIP ('clip')")
+    vision = found.vision_config
+    _, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
+    dataset = open_dataset(args)
+    cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"
+    options = {"layers": [layer], "label_column": args.label_column, "revision": args.revision}
+    return [extract(args, model, dataset, cache, **options)]
+
+
+def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAEConfig, int]:
+    from ...config.sae import SAEConfig
+    from ...encoders.base_model import resolve_layer
+
+    config = SAEConfig(
+        hidden_size=hidden_size,
+        expansion_factor=args.expansion_factor,
+        top_k=args.top_k,
+        activation=args.activation,
+    )
+    return config, resolve_layer(args.layer, num_layers)
+
+
+def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore], metrics: dict[str, float]) -> None:
+    from ...training.trainer import LOG_NAME
+
+    output = trainer.args.output_path
+    config = trainer.model.config
+    lines = [
+        f"{metrics['steps']} steps on {metrics['train_rows']:,} rows in {metrics['seconds']:.1f} s:"
+        f" {config.num_latents} latents, {metrics['dead_share']:.1%} of them dead."
+    ]
+    if metrics["held_out_rows"]:
+        gate = "none" if config.gate is None else f"{config.gate}, FVU {config.fvu_threshold(config.gate):.4f}"
+        lines.append(
+            f"On {metrics['held_out_rows']:,} rows held out: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f}; default gate: {gate}."
+        )
+    say(*lines)
+    say_written(
+        {
+            "SAE checkpoint": output,
+            "training log": output / LOG_NAME,
+            "activations": " ".join(str(store.path) for store in stores),
+        }
+    )
+    if config.layer != stores[0].metadata["num_layers"] - 1:
+        return  # `evaluate` replays the last layer only
+    columns = f"--image_column {args.image_column} --label_column {args.label_column or 'label'}"
+    say("", f"Next: hf-vs2 evaluate --checkpoint {output} --dataset {args.dataset or 'D'} --split test {columns}")
+
+
+def kept(args: Namespace) -> str:
+    text = "Files of activations finished so far are kept: run the same command again to continue."
+    if any(Path(args.output_dir).glob("checkpoint-*")):
+        text = f"Training checkpoints are kept in {args.output_dir}: add --resume_from_checkpoint latest to continue."
+    return text

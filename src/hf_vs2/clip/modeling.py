@@ -1,0 +1,855 @@
+"""CLIP with Visual Sparse Steering plugged in: any `CLIPModel` plus one SAE a steered layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from ..config.latent_edits import EditTable, LatentEdits
+from ..config.sae import SAEConfig
+from ..config.vs2_clip import METHODS, Steering, VS2CLIPConfig
+from ..data.inputs import DEFAULT_TEMPLATES
+from ..data.prompts import class_embeddings
+from ..encoders.base_model import loaded_revision, resolve_layer
+from ..encoders.processing import save_processing
+from ..encoders.tail import logits_of
+from ..explain.explanation import VS2Explanation, explain_rows
+from ..explain.inputs import check_labels, explain_images, processing_of, resolve_names
+from ..files.checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
+from ..files.hub import HubMixin
+from ..files.weight_files import HUB_ARGUMENTS, at_one_commit
+from ..functional.equations import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
+from ..functional.label_free import corrected_steer, label_scores, latent_view, pca_view, row_distance
+from ..sae.modeling import SAEModel
+from ..sae.statistics import DomainStatistics
+from ..steering.corpus import CorpusSearch, NeighborCodes, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
+from ..steering.label_sets import FittedLabels, LabelScoring, statistics_of
+from ..steering.latent_step import LatentStep, latent_step
+from ..steering.outputs import SteeredRows, VS2CLIPOutput, VS2ImageFeatures, per_image
+from .loading import (
+    at_layer,
+    check_widths,
+    layer_of,
+    load_clip,
+    load_corpus,
+    load_full,
+    load_saes,
+    saes_by_layer,
+    without_attention,
+)
+
+
+class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
+    """
+    Wraps a CLIP and the SAEs trained on it; everything that CLIP computes from an image is steered.
+
+    Steering touches the CLS row alone. For the last layer that is the input of `vision_model.post_layernorm`; for
+    others, the output of the encoder layer. The CLIP given is used as it is: no hook, no copy, no weight changed, so it goes
+    on giving its own results when called directly.
+
+    Args:
+        clip (`CLIPModel`): the model to steer.
+        sae (`SAEModel` or `dict[int, SAEModel]`): the SAE, for the layer that its config names (the last one if it names
+            none), or one SAE a layer.
+        gamma (`float` or one a latent), lambda_ (`float`), gate (`float`, *optional*), method (`str`), fvu_threshold
+            (`float`, *optional*), num_neighbors (`int`), positives (`str`): see [`Steering`].
+
+    Raises:
+        `ValueError`: if an SAE was trained on another CLIP, or settings exclude each other.
+
+    Example:
+
+    ```python
+    >>> model = VS2CLIPForZeroShot(clip, sae, gamma=1.5, lambda_=2.1, gate=0.99)
+    >>> out = model(**processor(text=prompts, images=images, return_tensors="pt", padding=True))
+    >>> out.logits_per_image, out.fvu, out.steered
+    >>> with model.steering(enabled=False):
+    ...     plain = model(**inputs)  # CLIP's own result, bit for bit
+    ```
+    """
+
+    config_class = VS2CLIPConfig
+    base_model_prefix = "vs2"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "SAEModel"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    config: VS2CLIPConfig
+
+    def __init__(
+        self,
+        clip: CLIPModel | VS2CLIPConfig,
+        sae: SAEModel | Mapping[int, SAEModel] | None = None,
+        gamma: float | torch.Tensor | list[float] = 1.5,
+        lambda_: float = 2.1,
+        gate: float | None = None,
+        method: str = "vs2",
+        fvu_threshold: float | None = None,
+        num_neighbors: int = 50,
+        positives: str = "majority",
+    ):
+        clip_or_config = clip
+        if isinstance(clip, VS2CLIPConfig):
+            config = clip
+            clip = CLIPModel._from_config(config.clip_config)
+            saes = {layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
+            check_widths(saes, clip)
+            steering = config.steering()
+        else:
+            saes = saes_by_layer(clip, sae)
+            settings = *map(_plain, (gamma, lambda_, gate, fvu_threshold)), True, num_neighbors, positives
+            steering = Steering(method, *settings)
+            config = VS2CLIPConfig(
+                clip_config=clip.config,
+                sae_configs=[saes[layer].config for layer in sorted(saes)],
+                base_model_name_or_path=clip.config._name_or_path or None,
+                base_model_revision=loaded_revision(clip),
+                dtype=clip.dtype,
+            )
+        super().__init__(config)
+        self.clip = clip
+        self.saes = nn.ModuleDict({str(layer): saes[layer] for layer in sorted(saes)})
+        self._search: CorpusSearch | None = None
+        self._scoring = LabelScoring()
+        self.post_init()
+        self._set(steering, complete=not isinstance(clip_or_config, VS2CLIPConfig))
+        self.training = clip.training  # `self.train(...)` would set the mode of each part of the CLIP
+
+    @property
+    def sae(self) -> SAEModel:
+        """The SAE of the deepest steered layer."""
+        return list(self.sae_by_layer.values())[-1]
+
+    @property
+    def sae_by_layer(self) -> dict[int, SAEModel]:
+        """The SAEs by layer index, ascending."""
+        return {int(layer): cast(SAEModel, sae) for layer, sae in self.saes.items()}
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the vision tower."""
+        return self.clip.vision_model.config.num_hidden_layers
+
+    # Settings
+
+    def set_steering(self, **settings: Any) -> None:
+        """Change settings of [`Steering`] (`method`, `gamma`, `lambda_`, `gate`, ...); what is not named stays.
+
+        Giving `gate` drops an earlier `fvu_threshold`, and the other way round. Written to the config, so that
+        `save_pretrained` keeps it.
+
+        Raises:
+            `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
+        """
+        self._set(self._changed(settings))
+
+    def _set(self, chosen: Steering, complete: bool = True) -> None:
+        self._use(chosen, complete)
+        self.config.method, self.config.lambda_ = chosen.method, chosen.lambda_
+        self.config.gamma = list(chosen.gamma) if isinstance(chosen.gamma, tuple) else chosen.gamma
+        self.config.gate, self.config.fvu_threshold = chosen.gate, chosen.fvu_threshold
+        self.config.num_neighbors, self.config.positives = chosen.num_neighbors, chosen.positives
+        self.config.edits = None if chosen.edits is None else chosen.edits.to_dict()
+
+    @contextmanager
+    def steering(self, **settings: Any) -> Iterator[VS2CLIPForZeroShot]:
+        """The same for the length of a `with` block: `with model.steering(enabled=False): ...` is plain CLIP."""
+        before = self._steering
+        self._use(self._changed(settings))
+        try:
+            yield self
+        finally:
+            self._use(before)
+
+    def editing(
+        self,
+        amplify: Mapping[int, float] | None = None,
+        suppress: Iterable[int] = (),
+        set: Mapping[int, float] | None = None,
+    ) -> AbstractContextManager[VS2CLIPForZeroShot]:
+        """Latents changed by hand for the length of a `with` block, in place of any other edits.
+
+        ```python
+        >>> with model.editing(amplify={17: 3.0}, suppress=[4, 9], set={23: 1.5}):
+        ...     model(**inputs)
+        ```
+
+        They come on top of the steering in force (`model.set_steering(gamma=1)` leaves the edits alone at work), the norm is kept,
+        and an image that the gate holds back has plain CLIP's result. `set_steering(edits=...)` keeps edits, in checkpoints too.
+
+        Args:
+            amplify, suppress, set: see [`LatentEdits`].
+        """
+        return self.steering(edits=LatentEdits(amplify or {}, tuple(suppress), set or {}))
+
+    @property
+    def steering_settings(self) -> Steering:
+        """The settings in force."""
+        return self._steering
+
+    @property
+    def fvu_thresholds(self) -> dict[int, float | None]:
+        """The gate's threshold tau at each steered layer; `None` where nothing is gated."""
+        return dict(self._thresholds)
+
+    @property
+    def corpus(self) -> RetrievalCorpus | None:
+        """The corpus that `method="vs2++"` takes neighbours from."""
+        return None if self._search is None else self._search.corpus
+
+    def set_corpus(self, corpus: RetrievalCorpus | None) -> None:
+        """Give the model an unlabelled corpus for `method="vs2++"`, or with `None` take it away. `save_pretrained` keeps it.
+
+        Raises:
+            `ValueError`: if it was made with another CLIP.
+        """
+        if corpus is not None:
+            corpus.check_base_model(self.clip)
+        self._search = None if corpus is None else CorpusSearch(corpus)
+
+    @property
+    def domain_statistics(self) -> DomainStatistics | None:
+        """What is known of the unlabelled images that the SAE is for; the methods beyond VS2 need it."""
+        return self.sae.domain_statistics
+
+    def set_domain_statistics(self, statistics: DomainStatistics | None) -> None:
+        """Give the SAE of the deepest steered layer other [`DomainStatistics`], as [`measure_statistics`] makes them, or with `None`
+        take them away. What was fitted for label sets is dropped. `save_pretrained` keeps them.
+
+        Raises:
+            `ValueError`: if they are of rows of another width or number of latents, or do not serve the settings in force.
+        """
+        if statistics is None and self._steering.parts.needs_statistics:
+            raise ValueError(f"method={self._steering.method!r} is in force and needs them. Set another method first.")
+        before = self.domain_statistics
+        self.sae.set_domain_statistics(statistics)
+        try:
+            self._use(self._steering)
+        except ValueError:
+            self.sae.set_domain_statistics(before)
+            raise
+        self._scoring.clear()
+
+    def _changed(self, settings: dict[str, Any]) -> Steering:
+        settings = {name: _plain(value) for name, value in settings.items()}
+        if settings.get("gate") is not None:
+            settings.setdefault("fvu_threshold", None)
+        elif settings.get("fvu_threshold") is not None:
+            settings.setdefault("gate", None)
+        return replace(getattr(self, "_steering", Steering()), **settings)
+
+    def _use(self, steering: Steering, complete: bool = True) -> None:
+        """`complete=False`: statistics are still to come, [`set_domain_statistics`] brings them."""
+        parts = steering.parts
+        last_alone = parts.step == "vs2++" or parts.needs_statistics
+        if last_alone and list(self.saes) != [str(self.num_layers - 1)]:
+            raise ValueError(
+                f"method={steering.method!r} steers the last layer alone ({self.num_layers - 1}); this model holds SAEs for layers "
+                f"{list(self.sae_by_layer)}."
+            )
+        if complete and parts.needs_statistics and self.domain_statistics is None:
+            raise ValueError(
+                f"method={steering.method!r} needs statistics of unlabelled images, and this checkpoint holds none. Measure them: "
+                "hf-vs2 calibrate --checkpoint O --dataset D, or model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, rows))."
+            )
+        self._check_image_mean(steering)
+        edited = [] if steering.edits is None else steering.edits.latents
+        if edited and len(self.saes) > 1:
+            raise ValueError(
+                f"edits name latents of one SAE; this model holds SAEs for layers {list(self.sae_by_layer)}. Set edits=None, or give "
+                "a gamma for each latent."
+            )
+        thresholds: dict[int, float | None] = {}
+        for layer, sae in self.sae_by_layer.items():
+            if isinstance(steering.gamma, tuple) and len(steering.gamma) != sae.config.num_latents:
+                raise ValueError(
+                    f"gamma holds {len(steering.gamma)} factors, but the SAE of layer {layer} has {sae.config.num_latents} "
+                    "latents. Give one number, or one factor a latent."
+                )
+            beyond = [one for one in edited if one >= len(sae.W_dec)]
+            if beyond:
+                raise ValueError(f"edits names the latent {beyond[0]}; the SAE has {len(sae.W_dec)}, counted from 0.")
+            quantile = steering.gate if steering.measures_fvu else None
+            thresholds[layer] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
+        distance_threshold = None
+        if not steering.measures_fvu and steering.gate is not None and self.domain_statistics is not None:
+            distance_threshold = self.domain_statistics.distance_threshold(steering.gate)
+        self._steering = steering
+        self._thresholds = thresholds
+        self._distance_threshold: float | None = distance_threshold
+        self._gamma: torch.Tensor | None = None
+        self._edits: EditTable | None = None
+
+    def _check_image_mean(self, steering: Steering) -> None:
+        mean = None if self.domain_statistics is None else self.domain_statistics.image_mean
+        width = self.clip.config.projection_dim
+        if steering.parts.needs_statistics and mean is not None and tuple(mean.shape) != (width,):
+            raise ValueError(
+                f"The mean image of the statistics is {tuple(mean.shape)}, and embeddings of this CLIP are ({width},): they were "
+                "measured with another one. Calibrate the checkpoint again."
+            )
+
+    # Steering
+
+    @property
+    def _is_steering(self) -> bool:
+        return self._steering.enabled and self._steering.method != "none" and len(self.saes) > 0
+
+    def steer_cls(self, rows: torch.Tensor, layer: int = -1, **retrieval: Unpack[RetrievalInputs]) -> SteeredRows:
+        """Steer CLS rows `(batch, hidden_size)` of one layer (algorithm 1): encode, gate on FVU, move, keep the norm.
+
+        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        """
+        index = resolve_layer(layer, self.num_layers)
+        sae = self.sae_by_layer.get(index)
+        if sae is None:
+            raise ValueError(f"No SAE for layer {index}: this model holds SAEs for layers {list(self.sae_by_layer)}.")
+        # Half-precision rows are steered in float32; the result goes back to where and what it came from.
+        x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
+        settings = self._steering
+        code = sae(x) if settings.measures_fvu else None
+        moved = rows
+        if code is not None and (settings.parts.step != "none" or settings.edits is not None):
+            moved = self._move(sae, x, code, rows, retrieval).to(device=rows.device, dtype=rows.dtype)
+        # A row that its dtype can't hold once moved, or whose squares overflow in the LayerNorm that follows, stays as it was.
+        steered = moved.to(x.dtype).square().sum(-1).isfinite().to(x.device)
+        distance = None if code is not None else row_distance(x, self._known(x.device).of_rows)
+        measure = distance if code is None else code.fvu
+        threshold = self._distance_threshold if code is None else self._thresholds[index]
+        if threshold is not None and measure is not None:
+            steered = steered & gate(measure, threshold)
+        if moved is not rows:
+            moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
+        views = self._views(x, code) if settings.parts.views else None
+        if code is None:
+            return SteeredRows(moved, None, steered, distance=distance, views=views)
+        return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices, views=views)
+
+    def _known(self, device: torch.device) -> DomainStatistics:
+        return statistics_of(self).on(device)
+
+    def _views(self, x: torch.Tensor, code: Any) -> tuple[torch.Tensor, ...]:
+        known = self._known(x.device)
+        made = []
+        for name in self._steering.parts.views:
+            if name == "pca":
+                made.append(pca_view(x, known.of_rows))
+            else:
+                made.append(
+                    latent_view(code.latent_values, code.latent_indices, known.latent_mean, known.latent_frequency)
+                )
+        return tuple(made)
+
+    def _move(
+        self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
+    ) -> torch.Tensor:
+        step, lambda_ = self._steering.parts.step, self._steering.lambda_
+        values, indices = code.latent_values, code.latent_indices
+        gamma = self._gamma_on(x.device)
+        if self._steering.edits is not None:
+            return self._latent_step(sae, x, code, rows, retrieval).move(x, sae.W_dec)
+        if step == "vs2":
+            return steer(x, steering_vector(values, indices, sae.W_dec, gamma).to(x.dtype), lambda_)
+        if step == "vs2++":
+            found = self._neighbors(sae, rows, retrieval)
+            return steer(x, contrastive_direction(*found, sae.W_dec, gamma).to(x.dtype), lambda_)
+        if step in ("centroid", "corrected"):
+            alpha = lambda_ * (self._steering.gamma_factors[0] - 1)
+            if step == "centroid":
+                return centroid_steer(x, sae.mean, alpha)
+            known = self._known(x.device)
+            return corrected_steer(x, known.mean, values, indices, known.latent_mean, sae.W_dec, alpha)
+        if step == "reconstruct":
+            return code.reconstruction
+        return sae.decode(amplify(values, indices, gamma), indices)  # "amplify"
+
+    def _neighbors(self, sae: SAEModel, rows: torch.Tensor, retrieval: RetrievalInputs) -> NeighborCodes:
+        if self._search is None:
+            raise ValueError(
+                "method='vs2++' needs a corpus to find neighbours in: model.set_corpus(RetrievalCorpus...)."
+            )
+        settings = self._steering
+        return self._search.neighbors(self.clip, sae, rows, settings.num_neighbors, settings.positives, **retrieval)
+
+    def _latent_step(
+        self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
+    ) -> LatentStep:
+        """The movement of each row, latent by latent: for edits and explanations."""
+        step, mean, offset = self._steering.parts.step, sae.mean, None
+        found = self._neighbors(sae, rows, retrieval) if step == "vs2++" else None
+        if step == "corrected":
+            known = self._known(x.device)
+            mean, offset = known.mean, known.latent_mean.to(x.dtype) @ sae.W_dec.to(x.dtype)
+        edits = self._steering.edits
+        if edits is not None and (self._edits is None or self._edits.latents.device != x.device):
+            self._edits = edits.table(x.device)
+        return latent_step(self._steering, x, code, mean, self._gamma_on(x.device), found, self._edits, offset)
+
+    def _gamma_on(self, device: torch.device) -> float | torch.Tensor:
+        """gamma as the equations take it; one factor a latent is put on the device once, when first needed."""
+        if not isinstance(self._steering.gamma, tuple):
+            return self._steering.gamma
+        if self._gamma is None or self._gamma.device != device:
+            self._gamma = torch.tensor(self._steering.gamma, device=device)
+        return self._gamma
+
+    def _steered_vision(
+        self, pixel_values: torch.Tensor | None, retrieval: RetrievalInputs, **kwargs: Any
+    ) -> tuple[Any, dict[int, SteeredRows]]:
+        """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each layer."""
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")  # as CLIPModel says it
+        vision = self.clip.vision_model
+        last = len(vision.encoder.layers) - 1
+        done: dict[int, SteeredRows] = {}
+        if list(self.saes) == [str(last)]:
+            outputs = vision(pixel_values=pixel_values, **kwargs)
+            hidden = outputs.last_hidden_state
+        else:
+            hidden = self._steered_encoder(pixel_values, done, **kwargs)
+            outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
+        cls_rows = hidden[:, 0, :]
+        if str(last) in self.saes:
+            done[last] = self.steer_cls(cls_rows, last, **retrieval)
+            cls_rows = done[last].rows
+        outputs.pooler_output = vision.post_layernorm(cls_rows)
+        return outputs, done
+
+    def _steered_encoder(
+        self,
+        pixel_values: torch.Tensor,
+        done: dict[int, SteeredRows],
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The encoder layer by layer, with the CLS row steered after each inner layer that has an SAE."""
+        unsupported = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, None)]
+        if unsupported:
+            raise ValueError(
+                f"{unsupported[0]}=True is supported when only the last layer is steered; SAEs: {list(self.saes)}."
+            )
+        kwargs.pop("return_dict", None)
+        vision = self.clip.vision_model
+        hidden = vision.pre_layrnorm(
+            vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        )
+        last = len(vision.encoder.layers) - 1
+        for index, layer in enumerate(vision.encoder.layers):
+            hidden = layer(hidden, None, **kwargs)
+            if index < last and str(index) in self.saes:
+                done[index] = self.steer_cls(hidden[:, 0, :], index)
+                hidden = torch.cat([done[index].rows.unsqueeze(1), hidden[:, 1:, :]], dim=1)
+        return hidden
+
+    # Checkpoints
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        clip: CLIPModel | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> VS2CLIPForZeroShot:
+        """
+        Load a VS2 checkpoint, light or full, or a bare SAE checkpoint: one id or path is enough.
+
+        A light VS2 checkpoint and an SAE checkpoint name their CLIP, which is loaded from its own repository at the recorded
+        revision. An SAE checkpoint brings its default steering with it; if it is not calibrated it is used without a gate.
+
+        Args:
+            pretrained_model_name_or_path (`str` or path): Hub id or folder.
+            clip (`CLIPModel` or `str`, *optional*): the CLIP to use instead of the one named, as a model, an id or a path.
+            kwargs: settings of [`Steering`] to use instead of the stored ones; and, as for any transformers model,
+                `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`, `dtype`, `device_map`,
+                `attn_implementation`. `revision` and `subfolder` belong to the checkpoint, not to the CLIP it names.
+
+        Raises:
+            `ValueError`: if the checkpoint is something else, names no CLIP, or `clip` is not the one it was trained on.
+            `OSError`: if files are missing or can't be reached.
+        """
+        found = kwargs.pop("config", None)
+        place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
+        place = at_one_commit(pretrained_model_name_or_path, place)
+        config_dict, _ = VS2CLIPConfig.get_config_dict(pretrained_model_name_or_path, **place)
+        model_type = config_dict.get("model_type")
+        if model_type == SAEConfig.model_type:
+            sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **without_attention(kwargs))
+            defaults = sae.config
+            model = cls(
+                load_clip(clip, defaults, place, kwargs),
+                sae,
+                gamma=defaults.gamma,
+                lambda_=defaults.lambda_,
+                gate=defaults.gate if defaults.fvu_quantiles else None,
+            )
+        elif model_type != VS2CLIPConfig.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; expected a VS2 checkpoint "
+                f"({VS2CLIPConfig.model_type!r}) or an SAE checkpoint ({SAEConfig.model_type!r}). To steer a CLIP you need an "
+                "SAE trained on it: VS2CLIPForZeroShot(clip, sae)."
+            )
+        elif config_dict.get("holds_clip") and clip is None:
+            config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
+            model = load_full(super().from_pretrained, pretrained_model_name_or_path, config, place, kwargs)
+        else:
+            config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
+            # The dtype of the checkpoint, not of the repository its CLIP lies in: as if the weights were here. Older Auto classes
+            # hand on a dtype that was asked for in the config alone.
+            asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
+            model = cls(
+                load_clip(clip, config, place, kwargs | asked),
+                load_saes(pretrained_model_name_or_path, config, place, kwargs),
+            )
+            model._set(config.steering(), complete=False)
+        if config_dict.get("holds_corpus"):
+            model.set_corpus(load_corpus(pretrained_model_name_or_path, place))
+        if model_type == VS2CLIPConfig.model_type and config_dict.get("holds_statistics"):
+            statistics = DomainStatistics.load(pretrained_model_name_or_path, place)
+            if statistics is not None:
+                num_latents, hidden_size = model.sae.config.weight_shape
+                statistics.check_fits(hidden_size, num_latents, str(pretrained_model_name_or_path))
+            model.sae.set_domain_statistics(statistics)
+        if config_dict.get("holds_label_sets"):
+            model._scoring = LabelScoring.load(pretrained_model_name_or_path, place, model)
+        try:
+            model.set_steering(**settings)  # without any, a look at whether those stored can be used
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool = False, **kwargs: Any) -> None:
+        """
+        Save a VS2 checkpoint: light (the SAEs, the settings and the name of the CLIP) or `full` (the CLIP's weights too).
+        The CLIP's tokenizer and image processor are saved beside, so that `pipeline(...)` needs no other id; and the corpus, if
+        there is one, in the subfolder `corpus`.
+
+        Raises:
+            `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named.
+        """
+        if not full and self.config.base_model_name_or_path is None:
+            raise ValueError(
+                "A light checkpoint names its CLIP, but this CLIP was not loaded from a Hub id or a path. "
+                "Save it with full=True, or load the CLIP by from_pretrained first."
+            )
+        self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
+        self.config.holds_statistics = self.domain_statistics is not None
+        self.config.holds_label_sets = bool(self._scoring.named_now(self))
+        # As they are now (calibrated since, perhaps), each with the layer that it steers.
+        self.config.sae_configs = [at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        if not full:
+            state = {name: tensor for name, tensor in state.items() if name.startswith("saes.")}
+        name = self.config.base_model_name_or_path
+        if name is not None and kwargs.get("is_main_process", True):
+            save_processing(name, self.config.base_model_revision, save_directory, token=kwargs.get("token"))
+        if kwargs.get("is_main_process", True):
+            self._save_beside(Path(save_directory))
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+
+    def _save_beside(self, folder: Path) -> None:
+        """What is kept in files of its own. A file that an earlier save left and this one has nothing for is removed."""
+        if self.corpus is not None:
+            self.corpus.save_pretrained(folder / CORPUS_FOLDER)
+        if self.domain_statistics is not None:
+            self.domain_statistics.save(folder)
+        else:
+            (folder / STATISTICS_NAME).unlink(missing_ok=True)
+        if self.config.holds_label_sets:
+            self._scoring.save(folder)
+        else:
+            (folder / LABEL_SETS_NAME).unlink(missing_ok=True)
+
+    # Label sets
+
+    def fit_label_set(
+        self, labels: Sequence[str], *, processor: Any = None, templates: str | Path | Sequence[str] | None = None
+    ) -> FittedLabels:
+        """
+        What the method in force makes of a label set, fitted on the unlabelled rows of the statistics and kept: the next call with
+        these labels and templates, also of the pipeline, finds it, and `save_pretrained` saves it.
+
+        It need not be called: any label set is fitted when it is first scored. Without rows the prototypes are those of distribution
+        norm.
+
+        Args:
+            labels (`list[str]`): the labels.
+            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are read from where
+                the checkpoint, or else its CLIP, was loaded from.
+            templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
+
+        Returns:
+            [`FittedLabels`], with `rows_per_label`.
+
+        Raises:
+            `ValueError`: if the method fits nothing, or labels are missing, empty or given twice.
+        """
+        if self._steering.parts.scores == "cosine":
+            fitting = [name for name, parts in METHODS.items() if parts.scores != "cosine"]
+            raise ValueError(f"method={self._steering.method!r} fits nothing to labels; these do: {fitting}.")
+        check_labels(labels)
+        tokenizer, _ = processing_of(self, processor)
+        templates = DEFAULT_TEMPLATES if templates is None else templates
+        embeds = class_embeddings(self.clip, tokenizer, labels, templates, clean=False)
+        return self._scoring.fitted(self, embeds, tuple(labels))
+
+    def fit_classes(self, class_embeds: torch.Tensor) -> FittedLabels:
+        """[`fit_label_set`] of class embeddings `(num_classes, projection_dim)`; kept for the next call, but not saved."""
+        return self._scoring.fitted(self, class_embeds)
+
+    @property
+    def fitted_label_sets(self) -> tuple[FittedLabels, ...]:
+        """What [`fit_label_set`] fitted, or a checkpoint brought, of the weights and statistics that the model has now."""
+        return self._scoring.named_now(self)
+
+    def image_mean(self) -> torch.Tensor:
+        """Mean unit embedding of the statistics' images under the step in force, `(projection_dim,)`.
+
+        Raises:
+            `ValueError`: without statistics.
+        """
+        if self.domain_statistics is None:
+            raise ValueError("There are no statistics to take a mean image from: see set_domain_statistics.")
+        return self._scoring.image_mean(self)
+
+    def class_logits(self, images: VS2ImageFeatures, class_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of images for classes under the method in force, float32 `(batch, num_classes)`.
+
+        Cosines with the classes, times `logit_scale`, for methods that change image features alone; for `"distribution_norm"`,
+        `"balanced_norm"` and `"prototypes"` see [`label_scores`], on the same scale. An image that the gate held back has plain CLIP's.
+
+        Args:
+            images ([`VS2ImageFeatures`]): of [`image_features`] or [`image_features_from_cls`] under the same settings.
+            class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length, see [`class_embeddings`].
+        """
+        assert images.features is not None
+        embeds = F.normalize(images.features.float(), dim=-1).to(class_embeds.device)
+        scores = embeds @ class_embeds.T
+        if images.steered is not None and self._is_steering and self._steering.parts.scores != "cosine":
+            fit = self.fit_classes(class_embeds).fit.on(class_embeds.device)
+            views = [view.to(class_embeds.device) for view in images.views or ()]
+            steered = images.steered.to(class_embeds.device).unsqueeze(-1)
+            scores = torch.where(steered, label_scores(embeds, fit, views), scores)
+        return logits_of(self.clip, scores)
+
+    # CLIP's interface
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`CLIPModel.get_image_features`, steered: `pooler_output` `(batch, projection_dim)` is projected, not normalised.
+
+        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        """
+        retrieval = pop_retrieval_inputs(kwargs)
+        kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        if not self._is_steering:
+            return self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
+        outputs, _ = self._steered_vision(pixel_values, retrieval, **kwargs)
+        outputs.pooler_output = self.clip.visual_projection(outputs.pooler_output)
+        return outputs
+
+    def get_text_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`CLIPModel.get_text_features`, untouched: steering moves images only."""
+        return self.clip.get_text_features(*args, **kwargs)
+
+    def image_features(
+        self, pixel_values: torch.Tensor, *, with_plain: bool = False, **kwargs: Any
+    ) -> VS2ImageFeatures:
+        """`get_image_features` with what steering did to each image; shapes as in [`VS2CLIPOutput`] for several SAEs.
+
+        `with_plain=True` adds plain CLIP's features, bit for bit. They cost nothing while only the last layer is steered,
+        since they start from the same CLS row, and a second pass through the vision tower otherwise. `class_embeds=` and the
+        other [`RetrievalInputs`] are for `method="vs2++"`.
+        """
+        retrieval = pop_retrieval_inputs(kwargs)
+        if not self._is_steering:
+            features = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+            nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+            return VS2ImageFeatures(features, steered=nothing, plain_features=features if with_plain else None)
+        outputs, done = self._steered_vision(pixel_values, retrieval, **kwargs)
+        features, plain = self.clip.visual_projection(outputs.pooler_output), None
+        if with_plain and len(done) == 1 and len(self.clip.vision_model.encoder.layers) - 1 in done:
+            plain = self.clip.visual_projection(self.clip.vision_model.post_layernorm(outputs.last_hidden_state[:, 0]))
+        elif with_plain:
+            plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+        views = next(iter(done.values())).views
+        return VS2ImageFeatures(features, plain_features=plain, views=views, **per_image(done))
+
+    def image_features_from_cls(self, rows: torch.Tensor, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
+        """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
+
+        Equal to running the whole model on the images those rows came from. `features` is `(batch, projection_dim)`.
+        `class_embeds=` and the other [`RetrievalInputs`] are for `method="vs2++"`.
+
+        Raises:
+            `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other widths.
+        """
+        vision = self.clip.vision_model
+        last = len(vision.encoder.layers) - 1
+        inner = [layer for layer in self.saes if layer != str(last)]
+        if inner and self._is_steering:
+            raise ValueError(
+                f"Layers {inner} are steered too; only the last layer's steering can be replayed on cached rows."
+            )
+        width = vision.config.hidden_size
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(
+                f"CLS rows of this CLIP are (batch, {width}); these are {tuple(rows.shape)}. "
+                "Extract them again with the CLIP that this model wraps."
+            )
+        rows = rows.to(device=vision.post_layernorm.weight.device, dtype=vision.post_layernorm.weight.dtype)
+        steered = self.steer_cls(rows, last, **retrieval) if self._is_steering else None
+        pooled = vision.post_layernorm(rows if steered is None else steered.rows)
+        features = self.clip.visual_projection(pooled)
+        if steered is None:
+            return VS2ImageFeatures(features, steered=torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
+        return VS2ImageFeatures(features, *steered[1:])
+
+    # Explanations
+
+    def explain(
+        self,
+        images: Any,
+        labels: Sequence[str] | torch.Tensor,
+        *,
+        processor: Any = None,
+        templates: str | Path | Sequence[str] | None = None,
+        names: Any = None,
+        vocabulary: Sequence[str] | None = None,
+        retrieval_embeds: torch.Tensor | None = None,
+        exclude: torch.Tensor | None = None,
+    ) -> VS2Explanation:
+        """
+        Which latents moved which label's score by how much, for each image, under the settings in force.
+
+        For many images or calls use the pipeline with `explain=True`, which keeps the labels' embeddings.
+
+        Args:
+            images: one image or a list, as the pipeline takes them; or `pixel_values` `(batch, channels, height, width)`.
+            labels (`list[str]`): the labels to choose from; or their embeddings `(num_labels, projection_dim)`.
+            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are read from where
+                the checkpoint, or else its CLIP, was loaded from; not at all where images and labels are tensors.
+            templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
+            names (*optional*): of latents: a mapping, a sequence, [`LatentNames`], or the path of a `latents.json` of an atlas.
+            vocabulary (`list[str]`, *optional*): words to name the latents by, see [`name_latents`].
+            retrieval_embeds, exclude (`torch.Tensor`, *optional*): for `method="vs2++"`, see [`RetrievalInputs`].
+
+        Raises:
+            `ValueError`: if steering does not go through latents of the last layer alone, or something that is needed is missing.
+        """
+        retrieval = RetrievalInputs(retrieval_embeds=retrieval_embeds, exclude=exclude)
+        return explain_images(self, images, labels, processor, templates, names, vocabulary, retrieval)
+
+    def explain_from_cls(
+        self,
+        rows: torch.Tensor,
+        class_embeds: torch.Tensor,
+        labels: Sequence[str] | None = None,
+        *,
+        names: Any = None,
+        retrieval_embeds: torch.Tensor | None = None,
+        exclude: torch.Tensor | None = None,
+    ) -> VS2Explanation:
+        """[`VS2CLIPForZeroShot.explain`] of cached CLS rows `(batch, hidden_size)` of the last layer and label embeddings
+        `(num_labels, projection_dim)`."""
+        retrieval = RetrievalInputs(class_embeds=class_embeds, retrieval_embeds=retrieval_embeds, exclude=exclude)
+        return explain_rows(self, rows, class_embeds, labels, resolve_names(names), retrieval)
+
+    def cls_rows(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Plain CLIP's CLS rows of the last layer, `(batch, hidden_size)`: what [`image_features_from_cls`] takes."""
+        return self.clip.vision_model(pixel_values=pixel_values, **kwargs).last_hidden_state[:, 0]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> VS2CLIPOutput:
+        """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`].
+
+        With `method="vs2++"`, and methods that score by a label set, the texts are the classes: one prompt a class. The former may
+        need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        """
+        retrieval = pop_retrieval_inputs(kwargs)
+        text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        image_inputs: dict[str, Any] = {
+            "pixel_values": pixel_values,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+        }
+        if not self._is_steering:
+            plain = self.clip(**text_inputs, **image_inputs, return_loss=return_loss, **kwargs)
+            nothing = torch.zeros(len(plain.image_embeds), dtype=torch.bool, device=plain.image_embeds.device)
+            return VS2CLIPOutput(**plain, steered=nothing)
+
+        text_outputs = None
+        if self._steering.method == "vs2++":
+            text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
+            retrieval.setdefault("class_embeds", text_outputs.pooler_output)
+        vision_outputs, done = self._steered_vision(**image_inputs, retrieval=retrieval, **kwargs)
+        vision_outputs.pooler_output = self.clip.visual_projection(vision_outputs.pooler_output)
+        if text_outputs is None:
+            text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
+        image_embeds = _unit(vision_outputs.pooler_output)
+        text_embeds = _unit(text_outputs.pooler_output)
+        # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out bit-identical.
+        logits_per_text = torch.matmul(text_embeds, image_embeds.t().to(text_embeds.device))
+        logits_per_text = logits_per_text * self.clip.logit_scale.exp().to(text_embeds.device)
+        if self._steering.parts.scores != "cosine":
+            (made,) = done.values()
+            images = VS2ImageFeatures(vision_outputs.pooler_output, steered=made.steered, views=made.views)
+            scored = self.class_logits(images, text_embeds.float()).t().to(logits_per_text.dtype)
+            logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)
+        return VS2CLIPOutput(
+            loss=_contrastive_loss(logits_per_text) if return_loss else None,
+            logits_per_image=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_outputs,
+            vision_model_output=vision_outputs,
+            **per_image(done),
+        )
+
+
+def _unit(embeds: torch.Tensor) -> torch.Tensor:
+    # Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit. Where it divides by 0, this gives 0.
+    length = embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
+    return embeds / torch.where(length > 0, length, 1)
+
+
+def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
+    target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+    return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
+
+
+def _plain(setting: Any) -> Any:
+    """A setting as Python numbers: tensors and arrays become a number or a tuple of them."""
+    setting = setting.tolist() if hasattr(setting, "tolist") else setting
+    return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting
+
+
+__all__ = ["VS2CLIPForZeroShot"]

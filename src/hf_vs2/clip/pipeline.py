@@ -1,0 +1,468 @@
+"""Zero-shot image classification with steering: transformers' pipeline, with prompts encoded once and answers about steering."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
+from transformers import AutoModelForZeroShotImageClassification, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.pt_utils import PipelineIterator
+from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
+
+from ..config.sae import SAEConfig
+from ..config.vs2_clip import VS2CLIPConfig
+from ..data.batches import Normalizer, read_together, uint8_pixels
+from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
+from ..data.prompts import resolve_templates
+from ..encoders.processing import knows_words
+from ..encoders.tail import logits_of
+from ..explain.explanation import VS2Explanation, check_explainable
+from ..explain.inputs import resolve_names
+from ..files.weight_files import at_one_commit
+from ..steering.outputs import VS2ImageFeatures
+from .loading import find_processing
+from .modeling import VS2CLIPForZeroShot
+from .prompt_cache import PromptCache
+
+
+TASK = "vs2-zero-shot-image-classification"
+
+_STEERING_OPTIONS = ("gamma", "lambda_", "gate", "fvu_threshold", "method", "num_neighbors", "positives", "edits")
+_OPTIONS = (
+    *("candidate_labels", "hypothesis_template", "templates", "top_k", "return_details", "timeout", "steer"),
+    *("explain", "top_latents", "latent_names"),
+    *_STEERING_OPTIONS,
+)
+_EXPLAINED = "explanation."  # a batch goes through transformers' pipeline as named tensors
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_MODEL_OPTIONS = ("dtype", "device_map", "attn_implementation", "clip")
+
+
+class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+    """
+    transformers' zero-shot image classification pipeline for [`VS2CLIPForZeroShot`], and for a plain `CLIPModel`.
+
+    Against the stock pipeline, whose scores it gives (to float32 rounding) for the same checkpoint:
+
+    - a label set is encoded once, for any number of images and calls, not once a batch;
+    - a list or data set is taken in batches without asking, each read and resized by several threads;
+    - template ensembles, `top_k`, and `candidate_labels` (or any other option) fixed at construction;
+    - steering options for one call, which no other user of the model sees;
+    - on request what steering did to each image, with plain CLIP's scores beside the steered ones;
+    - images as bytes, `{"bytes": ..., "path": ...}` dicts and arrays too; errors that name the image.
+
+    Three ways to it:
+
+    ```python
+    >>> import hf_vs2
+    >>> classifier = hf_vs2.zero_shot_classifier("user/vs2-or-sae-or-clip")
+    >>> classifier = pipeline("vs2-zero-shot-image-classification", model="user/vs2-clip-vit-base-patch32-cifar100")
+    >>> classifier = pipeline(
+    ...     "zero-shot-image-classification", model=..., pipeline_class=VS2ZeroShotImageClassificationPipeline
+    ... )
+    >>> classifier("cat.png", candidate_labels=["cat", "dog"])
+    [{'score': 0.98, 'label': 'cat'}, {'score': 0.02, 'label': 'dog'}]
+    ```
+
+    Raises:
+        `TypeError`: for another model than these two. `ValueError`: without tokenizer or image processor.
+    """
+
+    max_cached_floats = 2**24
+    """How many numbers the kept class embeddings may have together (64 MB); the least recently used go first."""
+
+    default_batch_size = 16
+    """Images per forward pass where many are given and nobody said how many to take: on a CPU the fastest for ViT-B/32."""
+
+    def __init__(self, **kwargs: Any):
+        model = kwargs.get("model")
+        if not isinstance(model, (VS2CLIPForZeroShot, CLIPModel)):
+            kind = getattr(getattr(model, "config", None), "model_type", None)
+            raise TypeError(
+                f"This pipeline runs VS2CLIPForZeroShot and CLIPModel, not {type(model).__name__}"
+                f"{f' (model type {kind!r})' if kind else ''}. For SigLIP and other families use transformers' own "
+                'pipeline("zero-shot-image-classification").'
+            )
+        for part in ("tokenizer", "image_processor"):
+            if kwargs.get(part) is None:
+                raise ValueError(
+                    f"This pipeline needs {part}=; hf_vs2.zero_shot_classifier(model) finds it by itself."
+                )
+        if not knows_words(kwargs["tokenizer"]):
+            raise ValueError(
+                "This tokenizer knows no words, so that all labels would look alike: transformers makes such a one where the "
+                "checkpoint has no tokenizer.json. Save the CLIP's tokenizer there, or give it with tokenizer=."
+            )
+        kwargs.pop("local_files_only", None)  # `pipeline()` has used it and passes it on
+        self._prompts = PromptCache(self.max_cached_floats)
+        super().__init__(**kwargs)
+
+    @property
+    def clip(self) -> CLIPModel:
+        """The CLIP that is run."""
+        return self.model.clip if isinstance(self.model, VS2CLIPForZeroShot) else self.model
+
+    def clear_cache(self) -> None:
+        """Forget the class embeddings. Only needed after a change that leaves the text tower's weights as they are, such as
+        switching an adapter off; changed weights are noticed."""
+        self._prompts.clear()
+
+    # The signature is transformers' with `candidate_labels` optional, since they may have been given at construction.
+    def __call__(self, image: Any, candidate_labels: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """
+        Classify one image, or many.
+
+        Args:
+            image: a path, URL, base64 string, encoded bytes, a `{"bytes": ..., "path": ...}` dict, a PIL image, or an array
+                or tensor of one image; or a list, tuple or `datasets` column of these; or a data set (`KeyDataset`) or any
+                iterable of them, such as a generator.
+            candidate_labels (`list[str]`): the labels to choose from.
+            hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): the prompt, as in
+                transformers. The same for plain CLIP and for VS2, so that their scores can be compared.
+            templates (*optional*): in its place `"single"` (`"a photo of a {}."`, the paper's), `"ensemble"` (OpenAI's seven),
+                a text file with one template a line, or a list of templates.
+            top_k (`int`, *optional*): how many of the best labels to return; all by default.
+            steer (`bool`, *optional*): `False` gives plain CLIP, `True` steers a model whose steering is off.
+            gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives, edits (*optional*): see [`Steering`]; by default the
+                model's own settings. `gate=None` steers every image. `method="vs2++"` needs a checkpoint with a corpus.
+            return_details (`bool`, *optional*, defaults to `False`): return for each image a dict instead of the list.
+            explain (`bool`, *optional*, defaults to `False`): add to each label's result an `"explanation"`: which latents moved its
+                score by how much, as [`VS2Explanation.parts`] gives it. Images are encoded once all the same.
+            top_latents (`int`, *optional*, defaults to 5): how many latents an explanation lists.
+            latent_names (*optional*): names for them, as [`VS2CLIPForZeroShot.explain`] takes them.
+            timeout (`float`, *optional*): seconds to wait for an image from the web.
+            batch_size (`int`, *optional*): images per forward pass, here or at construction; scores do not depend on it beyond
+                float rounding. By default 16 for images that can be counted (a list, tuple, column or data set), and 1 for
+                others: in a stream no answer waits for an image that may come much later. Give it for a long generator.
+            num_workers (`int`, *optional*): as in every pipeline, processes that read and resize images. Without them several
+                threads (`torch.get_num_threads()`) do so for each batch of images that can be counted.
+
+        Returns:
+            For one image a list of `{"score": float, "label": str}`, best first; for a list, tuple or column of images a list
+            of those; for a data set or another iterable an iterator over them, which reads images as it goes.
+
+            With `return_details=True`, `{"predictions": [...], "plain": [...], "fvu": float or None, "steered": bool}` takes
+            the place of each such list. `plain` holds plain CLIP's scores. `fvu` is `None` where steering is off, and from methods that
+            do not read the SAE, which give `distance` in its place ([`row_distance`]). With several SAEs `fvu` and `steered` are
+            lists, layers ascending.
+
+        Raises:
+            `ValueError`: for labels that are missing, empty or given twice, settings that can't be used, and images that can't
+                be read (then an [`UnreadableImageError`], which names the image).
+            `TypeError`: for things of another type, and unknown options.
+        """
+        if candidate_labels is not None:
+            kwargs["candidate_labels"] = candidate_labels
+        elif "candidate_labels" not in self._postprocess_params:
+            raise ValueError("candidate_labels is missing: give the list of labels to choose from.")
+        # Two classes up: the stock `__call__` insists on labels, and does nothing else.
+        call = super(ZeroShotImageClassificationPipeline, self).__call__
+        if isinstance(image, SINGLE_IMAGE):
+            return call(NamedImage(image, "the image"), **kwargs)
+        if hasattr(image, "__len__") and hasattr(image, "__getitem__"):
+            if kwargs.get("batch_size") is None and self._batch_size is None:
+                kwargs["batch_size"] = self.default_batch_size
+            results = call(NamedImages(image), **kwargs)
+            return list(results) if isinstance(image, Sequence) else results
+        if isinstance(image, Iterable):
+            return call(NamedStream(image), **kwargs)
+        raise TypeError(f"One image or several expected; {describe_type(image)} is neither.")
+
+    def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            raise TypeError(f"Unknown option {unknown[0]!r}. The options are {', '.join(_OPTIONS)}.")
+        preprocess: dict[str, Any] = {name: options[name] for name in options if name == "timeout"}
+        forward: dict[str, Any] = {name: options[name] for name in options if name == "return_details"}
+        postprocess = dict(forward)
+        if "explain" in options:
+            forward["explain"] = self._check_explain(options["explain"])
+        for name in ("top_k", "top_latents"):
+            if name in options:
+                postprocess[name] = _check_count(name, options[name])
+        if "latent_names" in options:
+            postprocess["latent_names"] = resolve_names(options["latent_names"])
+        if "candidate_labels" in options:
+            forward["candidate_labels"] = postprocess["candidate_labels"] = _check_labels(options["candidate_labels"])
+        if options.get("templates") is not None or options.get("hypothesis_template") is not None:
+            forward["templates"] = _check_templates(options.get("templates"), options.get("hypothesis_template"))
+        steering = self._check_steering(options)
+        if steering:
+            forward["steering"] = steering
+        return preprocess, forward, postprocess
+
+    def _check_explain(self, explain: Any) -> bool:
+        if explain and not isinstance(self.model, VS2CLIPForZeroShot):
+            raise ValueError("explain=True needs latents, and this is a plain CLIP. Load a VS2 or an SAE checkpoint.")
+        return bool(explain)
+
+    def _check_steering(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's settings on top of the pipeline's own, tried out so that a bad one fails before the first image."""
+        given = {name: options[name] for name in _STEERING_OPTIONS if name in options}
+        if options.get("steer") is not None:
+            if given and not options["steer"]:
+                raise ValueError(
+                    f"steer=False and {next(iter(given))}= exclude each other: plain CLIP has no settings."
+                )
+            given["enabled"] = bool(options["steer"])
+        if not isinstance(self.model, VS2CLIPForZeroShot):
+            if given not in ({}, {"enabled": False}):
+                raise ValueError(
+                    f"Steering was asked for ({', '.join(name for name in options if name in ('steer', *_STEERING_OPTIONS))}), "
+                    "but this is a plain CLIP without SAE. Load a VS2 or an SAE checkpoint."
+                )
+            return {}
+        if not given:
+            return {}
+        settings = dict(getattr(self, "_forward_params", {}).get("steering", {}))
+        for name, other in (("gate", "fvu_threshold"), ("fvu_threshold", "gate")):
+            if given.get(name) is not None:
+                settings.pop(other, None)
+        settings.update(given)
+        with copy.copy(self.model).steering(**settings):
+            pass
+        return settings
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> PipelineIterator:
+        """transformers' own, except that several threads read the images of a batch where nothing else does."""
+        if num_workers > 0 or not isinstance(inputs, NamedImages):
+            # The images of a stream are read one by one, as they come: it may hand out the same object again, changed.
+            return super().get_iterator(
+                inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+            )
+        batches = DataLoader(inputs, batch_size, collate_fn=partial(self._preprocess_batch, **preprocess_params))
+        outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
+
+    def _preprocess_batch(self, images: Sequence[NamedImage], **options: Any) -> dict[str, torch.Tensor]:
+        def read(image: Any, name: str) -> torch.Tensor:
+            return self.preprocess(NamedImage(image, name), **options)["pixel_values"]
+
+        found = read_together(read, [named.image for named in images], [named.name for named in images])
+        return {"pixel_values": torch.cat(found)}
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, torch.Tensor]:
+        """uint8 `(1, channels, height, width)`: a quarter of the memory, and normalised on the device."""
+        named = image if isinstance(image, NamedImage) else NamedImage(image, "the image")
+        return {"pixel_values": uint8_pixels(named.read(timeout), self.image_processor)[None]}
+
+    def _forward(
+        self,
+        model_inputs: dict[str, torch.Tensor],
+        candidate_labels: tuple[str, ...],
+        templates: tuple[str, ...] = DEFAULT_TEMPLATES,
+        steering: Mapping[str, Any] | None = None,
+        return_details: bool = False,
+        explain: bool = False,
+    ) -> dict[str, torch.Tensor | None]:
+        classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates)
+        pixels = model_inputs["pixel_values"]
+        pixels = Normalizer(self.image_processor, pixels.device)(pixels).to(self.clip.dtype)
+        images, logits, explanation = self._image_features(pixels, classes, steering or {}, return_details, explain)
+        outputs: dict[str, torch.Tensor | None] = {"logits": logits}
+        if return_details:
+            outputs |= {
+                "plain_logits": self._logits(images.plain_features, classes),
+                "fvu": images.fvu,
+                "distance": images.distance,
+                "steered": images.steered,
+            }
+        if explanation is not None:
+            outputs |= {_EXPLAINED + name: getattr(explanation, name) for name in VS2Explanation.tensor_fields}
+        return outputs
+
+    def _image_features(
+        self,
+        pixel_values: torch.Tensor,
+        classes: torch.Tensor,
+        steering: Mapping[str, Any],
+        with_plain: bool,
+        explain: bool,
+    ) -> tuple[VS2ImageFeatures, torch.Tensor, VS2Explanation | None]:
+        if not isinstance(self.model, VS2CLIPForZeroShot):
+            features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
+            nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+            return (
+                VS2ImageFeatures(features, steered=nothing, plain_features=features),
+                self._logits(features, classes),
+                None,
+            )
+        # A shallow copy: the same weights, but settings of its own. The model itself is never set to this call's options, so
+        # other threads, an exception or a generator left half-way can't leave them behind.
+        with copy.copy(self.model).steering(**steering) as model:
+            if not explain:
+                images = model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes)
+                return images, model.class_logits(images, classes), None
+            check_explainable(model)
+            rows = model.cls_rows(pixel_values)
+            images = model.image_features_from_cls(rows, class_embeds=classes)
+            if with_plain:
+                with copy.copy(model).steering(enabled=False) as plain:
+                    images.plain_features = plain.image_features_from_cls(rows).features
+            return images, model.class_logits(images, classes), model.explain_from_cls(rows, classes)
+
+    def _logits(self, features: Any, classes: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `(batch, num_classes)`, also of a model in half precision."""
+        return logits_of(self.clip, normalize(features.float(), dim=-1).to(classes.device) @ classes.T)
+
+    def postprocess(
+        self,
+        model_outputs: dict[str, Any],
+        candidate_labels: tuple[str, ...],
+        top_k: int | None = None,
+        return_details: bool = False,
+        top_latents: int | None = 5,
+        latent_names: Mapping[int, str] | None = None,
+    ) -> Any:
+        predictions = _ranked(model_outputs["logits"][0], candidate_labels, top_k)
+        if _EXPLAINED + "contributions" in model_outputs:
+            tensors = {name: model_outputs[_EXPLAINED + name] for name in VS2Explanation.tensor_fields}
+            explanation = VS2Explanation(**tensors, labels=candidate_labels, names=dict(latent_names or {}))
+            for prediction in predictions:
+                parts = explanation.parts(prediction["label"], top=top_latents)
+                del parts["label"]
+                prediction["explanation"] = parts
+        if not return_details:
+            return predictions
+        fvu = model_outputs["fvu"]
+        details = {
+            "predictions": predictions,
+            "plain": _ranked(model_outputs["plain_logits"][0], candidate_labels, top_k),
+            "fvu": None if fvu is None else fvu[0].tolist(),
+            "steered": model_outputs["steered"][0].tolist(),
+        }
+        if model_outputs.get("distance") is not None:
+            details["distance"] = model_outputs["distance"][0].tolist()
+        return details
+
+
+def _ranked(logits: torch.Tensor, labels: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
+    scores = zip(logits.softmax(-1).tolist(), labels, strict=True)
+    return [{"score": score, "label": label} for score, label in sorted(scores, key=lambda pair: -pair[0])[:top_k]]
+
+
+def _check_labels(labels: Any) -> tuple[str, ...]:
+    """Labels go into prompts as they are, as in transformers' pipeline."""
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        hint = " For text with commas: labels.split(',')." if isinstance(labels, str) else ""
+        raise TypeError(f"candidate_labels must be a list of strings, not {labels!r}.{hint}")
+    first_index: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise TypeError(f"candidate_labels[{index}] is {label!r}, a {type(label).__name__}: expected a string.")
+        if not label.strip():
+            raise ValueError(f"candidate_labels[{index}] is empty: every label needs a name to make a prompt of.")
+        if label in first_index:
+            raise ValueError(
+                f"candidate_labels has {label!r} twice (at {first_index[label]} and {index}): each would get half of the "
+                "score. Give it once."
+            )
+        first_index[label] = index
+    if not first_index:
+        raise ValueError("candidate_labels is empty: give the list of labels to choose from.")
+    return tuple(first_index)
+
+
+def _check_count(name: str, count: Any) -> int | None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f"{name}={count!r} must be a positive whole number.")
+    return count
+
+
+def _check_templates(templates: Any, hypothesis_template: Any) -> tuple[str, ...]:
+    if templates is None:
+        return resolve_templates([hypothesis_template])
+    if hypothesis_template is not None:
+        raise ValueError("hypothesis_template= and templates= exclude each other: give one of them.")
+    return resolve_templates(templates)
+
+
+def zero_shot_classifier(
+    model: str | os.PathLike | VS2CLIPForZeroShot | CLIPModel,
+    *,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    **kwargs: Any,
+) -> VS2ZeroShotImageClassificationPipeline:
+    """
+    A ready [`VS2ZeroShotImageClassificationPipeline`] from one id, path or model.
+
+    ```python
+    >>> classifier = hf_vs2.zero_shot_classifier("user/sae-clip-vit-base-patch32-cifar100", batch_size=32)
+    >>> classifier(images, ["cat", "dog"])
+    ```
+
+    Args:
+        model: a VS2 checkpoint, an SAE checkpoint (the CLIP that it names is loaded) or a plain CLIP, by Hub id or path; or a
+            model that is already loaded.
+        tokenizer, image_processor (*optional*): by default those of the checkpoint, or else of the CLIP it names.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `dtype`, `device_map`,
+            `attn_implementation` and `clip` go to `from_pretrained`; everything else (`device`, `batch_size`, `top_k`, `gamma`,
+            ...) to the pipeline.
+
+    Raises:
+        `ValueError`: if the checkpoint is of another kind, or a loaded model does not say where its tokenizer is.
+        `OSError`: if files are missing.
+    """
+    place = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    if isinstance(model, (str, os.PathLike)):
+        loading = {name: kwargs.pop(name) for name in _MODEL_OPTIONS if name in kwargs}
+        source = os.fspath(model)
+        # Model, tokenizer and image processor of one commit, whatever happens to the branch meanwhile.
+        place = at_one_commit(source, place)
+        model = _load_model(source, place, loading)
+    else:
+        source = None
+        if place:
+            raise ValueError(f"{next(iter(place))}= is for a model given by its id; this one is already loaded.")
+    if tokenizer is None or image_processor is None:
+        found = find_processing(model, source, place)
+        tokenizer = found[0] if tokenizer is None else tokenizer
+        image_processor = found[1] if image_processor is None else image_processor
+    return VS2ZeroShotImageClassificationPipeline(
+        model=model, tokenizer=tokenizer, image_processor=image_processor, task=TASK, **kwargs
+    )
+
+
+def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> PreTrainedModel:
+    config, _ = PreTrainedConfig.get_config_dict(source, **place)
+    model_type = config.get("model_type")
+    if model_type in (VS2CLIPConfig.model_type, SAEConfig.model_type):
+        return VS2CLIPForZeroShot.from_pretrained(source, **place, **loading)
+    if model_type != "clip":
+        raise ValueError(
+            f"{source} holds a model of type {model_type!r}; expected a VS2 checkpoint ({VS2CLIPConfig.model_type!r}), an SAE "
+            f"checkpoint ({SAEConfig.model_type!r}) or a CLIP ('clip')."
+        )
+    if "clip" in loading:
+        raise ValueError(f"clip= is for a VS2 or SAE checkpoint; {source} is a CLIP itself.")
+    return CLIPModel.from_pretrained(source, **place, **loading)
+
+
+PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)  # a reload of this module is no reason for a warning
+PIPELINE_REGISTRY.register_pipeline(
+    TASK,
+    pipeline_class=VS2ZeroShotImageClassificationPipeline,
+    pt_model=AutoModelForZeroShotImageClassification,
+    type="multimodal",
+)
+# With this mark `save_pretrained` would copy this file into the checkpoint and list it as remote code, and from then on
+# transformers would refuse the checkpoint without `trust_remote_code=True`.
+del VS2ZeroShotImageClassificationPipeline._registered_impl
+
+__all__ = ["TASK", "VS2ZeroShotImageClassificationPipeline", "zero_shot_classifier"]

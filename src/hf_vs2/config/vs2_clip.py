@@ -1,0 +1,242 @@
+"""Configuration of a CLIP with sparse autoencoders plugged in, and the steering settings they share."""
+
+import copy
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPConfig, PreTrainedConfig
+
+from ..functional.neighbors import POSITIVES
+from .checks import CheckpointConfig
+from .latent_edits import LatentEdits
+from .sae import SAEConfig, is_finite
+
+
+class MethodParts(NamedTuple):
+    """What a method does to a CLS row, and what it makes of the embedding and the class embeddings."""
+
+    step: str = "none"
+    """`"none"`, or what takes the row's place: `"centroid"`, `"reconstruct"`, `"amplify"`, `"vs2"`, `"vs2++"`, `"corrected"`."""
+    scores: str = "cosine"
+    """`"cosine"`, as in CLIP, `"distribution_norm"`, `"balanced_norm"`, `"prototypes"` or `"balanced_prototypes"`."""
+    views: tuple[str, ...] = ()
+    """Of `"prototypes"`: `"pca"`, `"sae"`."""
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether it needs the SAE, whose FVU then is the gate's measure; else that is the distance to the training rows."""
+        return self.step != "none" or "sae" in self.views
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.scores != "cosine" or self.step == "corrected"
+
+
+METHODS = {
+    "none": MethodParts(),
+    "centroid": MethodParts("centroid"),
+    "reconstruct": MethodParts("reconstruct"),
+    "amplify": MethodParts("amplify"),
+    "vs2": MethodParts("vs2"),
+    "vs2++": MethodParts("vs2++"),
+    "corrected": MethodParts("corrected"),
+    "distribution_norm": MethodParts(scores="distribution_norm"),
+    "vs2+distribution_norm": MethodParts("vs2", "distribution_norm"),
+    "corrected+distribution_norm": MethodParts("corrected", "distribution_norm"),
+    "balanced_norm": MethodParts(scores="balanced_norm"),
+    "balanced_prototypes": MethodParts(scores="balanced_prototypes"),
+    "prototypes": MethodParts(scores="prototypes"),
+    "prototypes+pca": MethodParts(scores="prototypes", views=("pca",)),
+    "prototypes+sae": MethodParts(scores="prototypes", views=("sae",)),
+    "prototypes+pca+sae": MethodParts(scores="prototypes", views=("pca", "sae")),
+}
+"""Every method, and what it is made of. No other combination has a meaning here."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How CLS rows are steered. Immutable: change one with `dataclasses.replace`.
+
+    Args:
+        method (`str`): `"vs2"` (eq. 2-3), `"centroid"` (the control of proposition 3.1: away from the training mean, no
+            SAE), `"reconstruct"` (the paper's REC-F: the reconstruction takes the row's place), `"amplify"`
+            (REC-F+gamma: `D(gamma c)` does), `"vs2++"` (section 4.2: towards the latents that an image's neighbours in a
+            corpus share, see `VS2CLIPForZeroShot.set_corpus`) or `"none"`. Beyond the paper, with [`DomainStatistics`]:
+            `"corrected"` (see [`corrected_steer`]); `"distribution_norm"` (mean image and text subtracted), alone or after a
+            step, `"vs2+distribution_norm"` and `"corrected+distribution_norm"`; `"balanced_norm"` (the mean in which each
+            label counts alike, see [`balanced_mean`]); `"balanced_prototypes"` (see [`fit_balanced_prototypes`]); `"prototypes"`
+            (KM-MAP, see [`fit_prototypes`]), with views of the row `"prototypes+pca"`, `"prototypes+sae"`,
+            `"prototypes+pca+sae"`. These change scores, not image features: see
+            `VS2CLIPForZeroShot.class_logits`.
+        gamma (`float` or one a latent): amplification of the active latents.
+        lambda_ (`float`): size of the step.
+        gate (`float`, *optional*): quantile above which a row is left alone: of the FVU, or of [`row_distance`] for methods that
+            do not read the SAE.
+        fvu_threshold (`float`, *optional*): the gate's threshold tau itself, instead of a quantile.
+        enabled (`bool`): off means plain CLIP, bit for bit.
+        num_neighbors (`int`): of `"vs2++"`, the paper's N.
+        positives (`str`): of `"vs2++"`, whose latents are amplified: those of the neighbours with the `"majority"` pseudo-label,
+            or with the `"query"`'s own (eq. 4).
+        edits ([`LatentEdits`] or `dict` of its fields, *optional*): latents changed by hand, on top of any method; for edits alone
+            use `gamma=1`. The gate holds for them too.
+    """
+
+    method: str = "vs2"
+    gamma: float | tuple[float, ...] = 1.5
+    lambda_: float = 2.1
+    gate: float | None = None
+    fvu_threshold: float | None = None
+    enabled: bool = True
+    num_neighbors: int = 50
+    positives: str = "majority"
+    edits: LatentEdits | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", LatentEdits.of(self.edits))
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not known. Use one of {list(METHODS)}.")
+        if self.positives not in POSITIVES:
+            raise ValueError(f"positives={self.positives!r} is not known. Use one of {list(POSITIVES)}.")
+        if isinstance(self.num_neighbors, bool) or not isinstance(self.num_neighbors, int) or self.num_neighbors < 1:
+            raise ValueError(f"num_neighbors={self.num_neighbors!r} must be a positive whole number.")
+        for name, value in (("lambda_", self.lambda_), *(("gamma", factor) for factor in self.gamma_factors)):
+            if not isinstance(value, Real) or not is_finite(value):
+                raise ValueError(f"{name} must be made of finite numbers, not {value!r}.")
+        if self.gate is not None and self.fvu_threshold is not None:
+            raise ValueError(
+                f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude each "
+                "other. Give one; set the other to None."
+            )
+        if self.gate is not None and not 0 < self.gate < 1:
+            raise ValueError(
+                f"gate={self.gate} must be a quantile between 0 and 1. To give the FVU threshold itself, use fvu_threshold=."
+            )
+        if self.fvu_threshold is not None and not self.fvu_threshold >= 0:
+            raise ValueError(f"fvu_threshold={self.fvu_threshold} must not be negative.")
+        if self.parts.step in ("centroid", "corrected") and isinstance(self.gamma, tuple):
+            raise ValueError(
+                f"method={self.method!r} steers along one direction: gamma must be one number, not one a latent."
+            )
+        if self.fvu_threshold is not None and not self.measures_fvu:
+            raise ValueError(
+                f"method={self.method!r} does not read the SAE, so it has no FVU to compare with fvu_threshold={self.fvu_threshold}. "
+                "Give gate=, a quantile of the distance to the training rows."
+            )
+
+    @property
+    def parts(self) -> MethodParts:
+        """What the method is made of."""
+        return METHODS[self.method]
+
+    @property
+    def measures_fvu(self) -> bool:
+        """Whether the SAE is asked, so that the gate goes by FVU."""
+        return self.method == "none" or self.parts.reads_latents or self.edits is not None
+
+    @property
+    def gamma_factors(self) -> tuple[float, ...]:
+        """gamma as a tuple: one number, or one a latent."""
+        return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
+
+
+@strict
+class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
+    r"""
+    Configuration of [`VS2CLIPForZeroShot`].
+
+    Args:
+        clip_config (`CLIPConfig` or `dict`, *optional*): the CLIP.
+        sae_configs (`list[SAEConfig]` or list of `dict`, *optional*): one SAE a steered layer, ascending.
+        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives, edits: see [`Steering`]. `edits` is a `dict` here, and
+            not written where there are none.
+        base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): where the CLIP comes from.
+        holds_clip (`bool`, *optional*, defaults to `False`): whether the checkpoint holds the CLIP's weights too (full) or only
+            names it (light).
+        holds_corpus (`bool`, *optional*, defaults to `False`): whether the checkpoint has a [`RetrievalCorpus`] in its
+            subfolder `corpus`.
+        holds_statistics (`bool`, *optional*, defaults to `False`), holds_label_sets (`bool`, *optional*, defaults to `False`):
+            whether it has [`DomainStatistics`] beside the weights, and what was fitted for label sets.
+    """
+
+    model_type = "vs2_clip"
+    required_fields: ClassVar[tuple[str, ...]] = (
+        "model_type",
+        "clip_config",
+        "sae_configs",
+        "method",
+        "gamma",
+        "lambda_",
+        "holds_clip",
+    )
+    sub_configs: ClassVar[dict[str, Any]] = {"clip_config": CLIPConfig}
+
+    clip_config: dict | CLIPConfig | None = None
+    sae_configs: list = field(default_factory=list)
+    method: str = "vs2"
+    gamma: int | float | list[float] = 1.5
+    lambda_: int | float = 2.1
+    gate: float | None = None
+    fvu_threshold: int | float | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    holds_clip: bool = False
+    num_neighbors: int = 50
+    positives: str = "majority"
+    holds_corpus: bool = False
+    holds_statistics: bool = False
+    holds_label_sets: bool = False
+    edits: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.clip_config is None:
+            self.clip_config = CLIPConfig()
+        elif isinstance(self.clip_config, dict):
+            self.clip_config = CLIPConfig(**self.clip_config)
+        else:
+            # A composite config sets the attention implementation of its parts: never on a config that a live model uses.
+            self.clip_config = copy.deepcopy(self.clip_config)
+        self.sae_configs = [
+            SAEConfig(**sae) if isinstance(sae, dict) else copy.deepcopy(sae) for sae in self.sae_configs
+        ]
+        super().__post_init__(**kwargs)
+        self.steering()  # refuses settings that exclude each other
+
+    @classmethod
+    def check_fields(cls, config_dict: Any) -> None:
+        super().check_fields(config_dict)
+        if config_dict["model_type"] != cls.model_type:
+            raise ValueError(f"model_type={config_dict['model_type']!r} is not {cls.model_type!r}.")
+        if not isinstance(config_dict["sae_configs"], list):
+            raise ValueError("sae_configs must be a list.")
+        for number, sae in enumerate(config_dict["sae_configs"]):
+            if not isinstance(sae, SAEConfig):
+                try:
+                    SAEConfig.check_fields(sae)
+                except ValueError as error:
+                    raise ValueError(f"sae_configs[{number}]: {error}") from error
+
+    def steering(self) -> Steering:
+        """The steering settings, validated."""
+        gamma = tuple(self.gamma) if isinstance(self.gamma, list) else self.gamma
+        return Steering(
+            self.method,
+            gamma,
+            self.lambda_,
+            self.gate,
+            self.fvu_threshold,
+            num_neighbors=self.num_neighbors,
+            positives=self.positives,
+            edits=LatentEdits.of(self.edits),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["sae_configs"] = [sae if isinstance(sae, dict) else sae.to_dict() for sae in self.sae_configs]
+        if output.get("edits") is None:
+            output.pop("edits", None)
+        return output
+
+
+__all__ = ["METHODS", "MethodParts", "Steering", "VS2CLIPConfig"]

@@ -1,0 +1,190 @@
+"""Images to CLS activations: one pass through a frozen CLIP vision tower, cached in an [`ActivationStore`]."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..encoders.base_model import resolve_layer
+from ..encoders.vision_tower import VisionTower
+from ..version import __version__
+from .batches import Columns, ImageReader, describe_processor
+from .extraction import Extraction
+from .fingerprint import dataset_fingerprint as fingerprint_of_dataset
+from .images import UnreadableImageError
+from .load import undecoded
+from .store import FORMAT, FORMAT_VERSION, ROW_DTYPES, ActivationStore, StoreError, request_key, request_of
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+__all__ = ["ActivationStore", "StoreError", "extract_activations"]
+
+
+def extract_activations(
+    model: nn.Module | str | os.PathLike,
+    dataset: Dataset | IterableDataset,
+    output_dir: str | os.PathLike,
+    *,
+    layers: Sequence[int] = (-1,),
+    image_column: str = "image",
+    label_column: str | None = None,
+    image_processor: Any = None,
+    revision: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    dtype: str = "float32",
+    on_error: str = "raise",
+    shard_size: int = 4096,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    dataset_id: str | None = None,
+    dataset_fingerprint: str | None = None,
+) -> ActivationStore:
+    """
+    CLS rows of every image of `dataset`, in its order, on disk.
+
+    The row of the last layer is what `vision_model.post_layernorm` receives (`last_hidden_state[:, 0]`); that of
+    another layer is the CLS token in the output of `vision_model.encoder.layers[layer]`. The tower is run up to the
+    deepest layer asked for, in eval mode and inference mode; the model given is left exactly as it was.
+
+    `output_dir` is a cache root: each request gets its own subfolder, named after a hash of everything that decides
+    the rows (model and weights, layers, preprocessing, images and labels, columns, dtype), and returned as
+    `store.path`. Train and test split, several layers or several models can so share one `output_dir`, a changed
+    request can never be answered with old rows, and processes that extract different things at once do not meet. A
+    second call with the same request opens the finished store and decodes no image; after an interruption it continues
+    with the first unfinished shard and ends with the files an uninterrupted run would have written. Processes that
+    make the same request at once wait for each other; with `torch.distributed` initialised they share the work, a
+    shard each (`output_dir` must be on a file system they all see).
+
+    Args:
+        model: a `CLIPModel` (or its vision model), a Hub id or a local path. Passed as an object it is used on the
+            device and in the dtype it has.
+        dataset: from [`load_images`], or any map-style or streaming data set with a column of images.
+        output_dir: cache root, made when needed.
+        layers (`Sequence[int]`): layers from 0, negative ones counted from the last.
+        image_column (`str`): paths, encoded bytes, PIL images or arrays; see [`~hf_vs2.data.open_image`].
+        label_column (`str`, *optional*): integer labels to keep beside the rows.
+        image_processor (*optional*): default: that of the CLIP. Only resizing and cropping run in it; rescaling and
+            normalisation follow on the device, with the same result to 1e-6.
+        revision (`str`, *optional*): of a Hub model given by id.
+        batch_size (`int`): images per forward pass.
+        num_workers (`int`): processes that decode, resize and crop; 0 does it in this one. Rows do not depend on it.
+        dtype (`str`): of the rows on disk, "float32", "bfloat16" or "float16".
+        on_error (`str`): "raise" stops at an image that cannot be read, "skip" leaves it out; what was skipped is
+            logged and listed in `store.metadata["skipped"]`.
+        shard_size (`int`): images per file, the step in which an interrupted extraction continues. Several processes
+            make smaller files where that gives each as many images as the others.
+        device (*optional*): default: the model's own; for a model given by name, a GPU if there is one.
+        progress (`bool`): show a progress bar, on the main process only.
+        dataset_id (`str`, *optional*): name of the data set, for the records only.
+        dataset_fingerprint (`str`, *optional*): stands for the images instead of the one worked out from the data;
+            needed for streams whose source cannot be seen (see [`~hf_vs2.data.fingerprint.dataset_fingerprint`]).
+
+    Returns:
+        [`ActivationStore`]
+
+    Raises:
+        UnreadableImageError: (a `ValueError`) naming the row and path of an image that cannot be read.
+        ValueError: an argument that does not fit, a NaN or infinite row (the message names the image), no image left.
+        TypeError: a model without a CLIP vision tower, or a data set of another library.
+        StoreError: (an `OSError`) files in the way that are not a store.
+    """
+    _check_choice("dtype", dtype, ROW_DTYPES)
+    _check_choice("on_error", on_error, ("raise", "skip"))
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("shard_size", shard_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    tower = VisionTower.of(model, revision, device)
+    numbers = sorted({resolve_layer(layer, tower.num_layers) for layer in layers})
+    if not numbers:
+        raise ValueError("layers is empty: name at least one, such as layers=(-1,)")
+    processor = image_processor if image_processor is not None else tower.image_processor()
+    processor = getattr(processor, "image_processor", processor)  # of a CLIPProcessor
+    columns = Columns(image_column, label_column)
+    dataset = _prepare_dataset(dataset, image_column, label_column)
+    fingerprint = dataset_fingerprint or fingerprint_of_dataset(dataset, image_column, label_column)
+    index = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": tower.identity(),
+        "layers": numbers,
+        "site": "cls",
+        "preprocessing": describe_processor(processor),
+        "dataset": {"fingerprint": fingerprint, "split": str(dataset.split) if dataset.split else None},
+        "columns": columns._asdict(),
+        "dtype": dtype,
+        "dataset_id": dataset_id,
+        "class_names": getattr((dataset.features or {}).get(label_column), "names", None),
+        "hidden_size": tower.hidden_size,
+        "num_layers": tower.num_layers,
+        "base_model_fingerprint": tower.sae_fingerprint(),
+        "shard_size": shard_size,
+        "made_with": _versions(tower.device),
+        "complete": False,
+    }
+    folder = Path(output_dir).expanduser() / request_key(request_of(index))
+    reader = ImageReader(dataset, columns, processor)
+    store = Extraction(tower, reader, index, folder, batch_size, num_workers, on_error == "skip", progress).run()
+    if on_error == "raise" and store.metadata["skipped"]:
+        skipped = store.metadata["skipped"]
+        raise UnreadableImageError(
+            f"The store {store.path} was made with on_error='skip' and lacks {len(skipped)} images; the first: "
+            f"{skipped[0]['error']}. Mend the images, or accept it with on_error='skip'"
+        )
+    return store
+
+
+def _prepare_dataset(dataset: Any, image_column: str, label_column: str | None) -> Any:
+    """Checked, undecoded, without a format and without the columns that are not needed."""
+    import datasets
+
+    if isinstance(dataset, (dict, str, os.PathLike)):
+        raise TypeError(
+            f"Expected one split as a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}: "
+            "open it with `hf_vs2.load_images(source, split=...)`"
+        )
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise TypeError(f"Expected a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}")
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        return dataset  # `with_transform`: what the user's function returns is what is read
+    dataset = undecoded(dataset, image_column)
+    features = dataset.features
+    if features is not None and label_column is not None:
+        if label_column not in features:
+            raise ValueError(f"The data set has no column {label_column!r}; it has {', '.join(features)}")
+        kind = getattr(features[label_column], "dtype", "")
+        if "int" not in kind and kind != "bool":
+            raise ValueError(
+                f"Column {label_column!r} holds {features[label_column]}, labels must be integers: turn names into "
+                f"numbers with `dataset.class_encode_column({label_column!r})`"
+            )
+    if isinstance(dataset, datasets.Dataset):
+        dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
+    return dataset.with_format(None)
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    import transformers
+
+    return {
+        "hf_vs2": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "device": device.type,
+    }

@@ -1,0 +1,300 @@
+"""One extraction on its way to a finished store: what is missing, making it, agreeing with other processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers.utils import logging
+
+from ..encoders.vision_tower import VisionTower, best_device
+from ..files.atomic import remove_leftovers
+from .batches import ImageBatch, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
+from .images import UnreadableImageError
+from .store import (
+    INDEX_NAME,
+    ROW_DTYPES,
+    ActivationStore,
+    StoreError,
+    differences,
+    read_index,
+    read_shard_header,
+    request_of,
+    write_index,
+    write_shard,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Extraction:
+    """One request on its way to a finished store."""
+
+    tower: VisionTower
+    reader: ImageReader
+    index: dict[str, Any]
+    folder: Path
+    batch_size: int
+    num_workers: int
+    skip_unreadable: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.world_size = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+        self.normalize = Normalizer(self.reader.processor, self.tower.device)
+        self.num_images = _length(self.reader.dataset)
+        self.spans: Iterable[Span] = ()
+        self.total: int | None = None
+        self.store: ActivationStore | None = None
+
+    def run(self) -> ActivationStore:
+        """The finished store, from the disk where it is there, else made now.
+
+        Raises:
+            StoreError, UnreadableImageError, ValueError: see [`~hf_vs2.data.activations.extract_activations`].
+        """
+        with self._lock():
+            self._together(lambda: None)  # nobody looks before the main process holds the lock
+            self._together(self._look)
+            if self.store is None:
+                self._together(self._begin, main_only=True)
+                self.index["shard_size"] = read_index(self.folder)["shard_size"]
+                self._together(self._plan)  # everybody counts what is missing before anybody adds to it
+                self._together(self._extract)
+                self._together(self._finish, main_only=True)
+                self.store = ActivationStore.open(self.folder, request_of(self.index))
+        return self.store
+
+    # -- agreement between processes ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Held by the main process: others that want the same store wait. The system drops it when a process dies."""
+        if self.rank != 0:
+            yield
+            return
+        from huggingface_hub.utils import WeakFileLock
+
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(self.folder.with_name(f".{self.folder.name}.lock")):
+            yield
+
+    def _together(self, step: Callable[[], None], main_only: bool = False) -> None:
+        """Runs a step on every process (or the main one) and waits for all; if one fails, all raise."""
+        failure: Exception | None = None
+        if self.rank == 0 or not main_only:
+            try:
+                step()
+            except Exception as error:
+                failure = error
+        if self.world_size > 1:
+            device = "cpu" if distributed.get_backend() == "gloo" else best_device()
+            failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+            with naming_lost_partners():
+                distributed.all_reduce(failed)
+            if failure is None and failed.item():
+                raise StoreError("The extraction failed on another process: see its message")
+        if failure is not None:
+            raise failure
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Opens the store, if it is there and whole."""
+        if not (self.folder / INDEX_NAME).exists():
+            return
+        there = read_index(self.folder)
+        if lines := differences(request_of(self.index), request_of(there)):
+            raise StoreError(f"{self.folder} holds another store than its name says: {'; '.join(lines)}")
+        if there["complete"]:
+            try:
+                self.store = ActivationStore.open(self.folder)
+            except StoreError as error:
+                logger.warning(f"{error}: the missing rows are extracted now.")
+
+    def _begin(self) -> None:
+        if self.num_images == 0:
+            raise ValueError("The data set is empty: there is nothing to extract")
+        self.folder.mkdir(exist_ok=True)
+        remove_leftovers(self.folder)
+        if (self.folder / INDEX_NAME).exists():
+            self.index["shard_size"] = read_index(self.folder)["shard_size"]
+        else:
+            self._log_nearest()
+            if self.num_images is not None:
+                self.index["shard_size"] = even_shard_size(
+                    self.num_images, self.index["shard_size"], self.batch_size, self.world_size
+                )
+        write_index(self.folder, self.index)
+
+    def _log_nearest(self) -> None:
+        """Says why no store fits, for whoever expected that one does."""
+        others = []
+        for path in self.folder.parent.glob(f"*/{INDEX_NAME}"):
+            with contextlib.suppress(StoreError):  # a folder of someone else
+                others.append((differences(request_of(self.index), request_of(read_index(path.parent))), path.parent))
+        if others:
+            lines, nearest = min(others, key=lambda item: len(item[0]))
+            logger.info(f"No store fits this request; the nearest, {nearest}, differs in {'; '.join(lines)}")
+
+    def _plan(self) -> None:
+        """The batches this process has to make, and how many images they are where that is known."""
+        size = self.index["shard_size"]
+        if self.num_images is None:
+            stream, self.reader.dataset = self.reader.dataset, None  # its rows travel with the spans
+            self.spans = StreamSpans(stream, self.reader.columns, self.batch_size, size, self._is_missing_in_stream)
+            return
+        missing = [number for number in range(-(-self.num_images // size)) if self._is_missing(number)]
+        mine = set(missing[self.rank :: self.world_size])
+        self.spans = list(spans_of_dataset(self.num_images, self.batch_size, size, mine.__contains__))
+        self.total = sum(span.stop - span.start for span in self.spans)
+
+    def _is_missing(self, number: int) -> bool:
+        start, size = number * self.index["shard_size"], self.index["shard_size"]
+        stop = start + size if self.num_images is None else min(start + size, self.num_images)
+        header = read_shard_header(self.folder, number)
+        return header is None or (header["start"], header["stop"], header["store"]) != (start, stop, self.folder.name)
+
+    def _is_missing_in_stream(self, number: int) -> bool:
+        """The length being unknown, shards go round by number, and the last, shorter one is always made again."""
+        return number % self.world_size == self.rank and self._is_missing(number)
+
+    def _extract(self) -> None:
+        from tqdm.auto import tqdm
+
+        hidden = not self.progress or self.rank != 0
+        bar = tqdm(total=self.total, unit=" images", desc="CLS activations", disable=hidden)
+        shard: _Shard | None = None
+        with bar, self.tower.inference():
+            for batch in read_batches(self.reader, self.spans, self.num_workers, self.tower.device):
+                number = batch.start // self.index["shard_size"]
+                if shard is not None and shard.number != number:
+                    self._write(shard)
+                    shard = None
+                shard = shard or _Shard(number, self.index["layers"])
+                self._add(shard, batch)
+                bar.update(batch.stop - batch.start)
+            if shard is not None:
+                self._write(shard)
+        if isinstance(self.spans, StreamSpans):
+            self.num_images = self.spans.num_images
+
+    def _add(self, shard: _Shard, batch: ImageBatch) -> None:
+        for item in batch.unreadable:
+            if not self.skip_unreadable:
+                raise UnreadableImageError(
+                    f"{item['error']}. Mend or remove it, or leave such images out with on_error='skip'"
+                )
+            logger.warning(f"Skipped: {item['error']}")
+        if batch.pixels is not None:
+            rows = self.tower.cls_rows(self.normalize(batch.pixels), self.index["layers"])
+            for layer, values in rows.items():
+                shard.rows[layer].append(_checked(values, ROW_DTYPES[self.index["dtype"]], layer, batch.names))
+        shard.indices += batch.indices
+        shard.labels += batch.labels
+        shard.skipped += batch.unreadable
+        shard.stop = batch.stop
+
+    def _write(self, shard: _Shard) -> None:
+        empty = torch.empty(0, self.tower.hidden_size, dtype=ROW_DTYPES[self.index["dtype"]])
+        tensors = {f"layer_{layer}": torch.cat([empty, *rows]) for layer, rows in shard.rows.items()}
+        tensors["image_index"] = torch.tensor(shard.indices, dtype=torch.int64)
+        if self.index["columns"]["label"] is not None:
+            tensors["label"] = torch.tensor(shard.labels, dtype=torch.int64)
+        start = shard.number * self.index["shard_size"]
+        header = {"store": self.folder.name, "start": start, "stop": shard.stop, "skipped": shard.skipped}
+        write_shard(self.folder, shard.number, tensors, header)
+
+    def _finish(self) -> None:
+        """Gathers what the shards say and declares the store complete."""
+        if not self.num_images:
+            raise ValueError("The data set is empty: there is nothing to extract")
+        headers = []
+        for number in range(-(-self.num_images // self.index["shard_size"])):
+            header = read_shard_header(self.folder, number)
+            if header is None:
+                raise StoreError(f"Shard {number} of {self.folder} disappeared during the extraction: run it again")
+            headers.append(header)
+        skipped = [item for header in headers for item in header["skipped"]]
+        num_rows = sum(header["rows"] for header in headers)
+        if num_rows == 0:
+            raise ValueError(f"None of the {self.num_images} images can be read; the first: {skipped[0]['error']}")
+        if skipped:
+            logger.warning(f"{len(skipped)} of {self.num_images} images could not be read and were skipped.")
+        self.index |= {
+            "num_images": self.num_images,
+            "num_rows": num_rows,
+            "skipped": skipped,
+            "shards": [{"rows": header["rows"], "bytes": header["bytes"]} for header in headers],
+            "complete": True,
+        }
+        write_index(self.folder, self.index)
+
+
+@contextlib.contextmanager
+def naming_lost_partners() -> Iterator[None]:
+    """Says that another process has died or hangs where torch says which socket was closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain ones; their text begins with the place in its source.
+        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise OSError(
+            "Another process of this job has died or does not answer: see its message, then start the job again; it goes on "
+            f"from what was saved. ({error})"
+        ) from error
+
+
+def even_shard_size(num_images: int, shard_size: int, batch_size: int, world_size: int) -> int:
+    """Images per shard, at most `shard_size`, of which each process gets as many as the others where there are enough images.
+
+    Whole batches where `shard_size` is: every image then is in the batch that it is in when one process does all.
+    """
+    if world_size == 1:
+        return shard_size
+    num_shards = -(-num_images // shard_size)
+    num_shards += -num_shards % world_size
+    size = -(-num_images // num_shards)
+    return min(shard_size, size + -size % batch_size)
+
+
+class _Shard:
+    """The rows of a shard while they come in."""
+
+    def __init__(self, number: int, layers: Sequence[int]):
+        self.number = number
+        self.stop = 0
+        self.rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        self.indices: list[int] = []
+        self.labels: list[int] = []
+        self.skipped: list[dict[str, Any]] = []
+
+
+def _checked(values: torch.Tensor, dtype: torch.dtype, layer: int, names: Sequence[str]) -> torch.Tensor:
+    """`values` (n, hidden) on the CPU in the store's dtype; raises where a row is not finite, naming its image."""
+    rows = values.to(dtype)
+    finite = rows.isfinite().all(dim=1)
+    if not finite.all():
+        bad = int((~finite).nonzero()[0])
+        if values[bad].isfinite().all():
+            reason = f"does not fit into {dtype}: store it with dtype='float32'"
+        else:
+            reason = f"is not finite: the model overflows in {values.dtype}, load it with dtype=torch.float32"
+        raise ValueError(f"The CLS activation of {names[bad]} after layer {layer} {reason}")
+    return rows.cpu()
+
+
+def _length(dataset: Any) -> int | None:
+    """None for a stream."""
+    import datasets
+
+    return None if isinstance(dataset, datasets.IterableDataset) else len(dataset)

@@ -1,0 +1,220 @@
+"""The rows that an SAE is trained on: a tensor, or one layer of one activation store or of several."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from ..encoders.base_model import resolve_layer
+from ..training.calibration import Rows, TensorRows
+from .store import ActivationStore, differences
+
+
+T = TypeVar("T")
+TrainRows: TypeAlias = "ActivationStore | Sequence[ActivationStore] | torch.Tensor"
+
+
+def training_rows(train_rows: TrainRows, layer: int | None) -> Rows:
+    """`train_rows` behind one interface.
+
+    Raises:
+        `ValueError`: if the stores do not fit together, or hold several layers and `layer` is not given.
+    """
+    if isinstance(train_rows, torch.Tensor):
+        return TensorRows(train_rows)
+    if isinstance(train_rows, ActivationStore):
+        return LayerRows(train_rows, layer)
+    stores = list(train_rows)
+    if not stores or not all(isinstance(store, ActivationStore) for store in stores):
+        found = ", ".join(type(store).__name__ for store in stores) or "nothing"
+        raise ValueError(f"train_rows must list activation stores, at least one; it lists {found}.")
+    parts = [LayerRows(store, layer) for store in stores]
+    return parts[0] if len(parts) == 1 else UnionRows(parts)
+
+
+class LayerRows:
+    """One layer of an activation store, and where its rows come from, as the SAE's config records it."""
+
+    def __init__(self, store: ActivationStore, layer: int | None):
+        if layer is None and len(store.layers) > 1:
+            raise ValueError(f"The store holds layers {list(store.layers)}: say which one to train on (layer=).")
+        self.store = store
+        self.layer = store.layers[0] if layer is None else resolve_layer(layer, store.metadata["num_layers"])
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def take(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.store.take(indices, layer=self.layer)
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        return self.store.labels
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The fields of [`SAEConfig`] that say which CLIP and layer the rows are from."""
+        found = self.store.metadata
+        return {
+            "base_model_name_or_path": found["model"]["id"],
+            "base_model_revision": found["model"]["revision"],
+            "base_model_num_layers": found["num_layers"],
+            "base_model_fingerprint": found["base_model_fingerprint"],
+            "layer": self.layer,
+        }
+
+    def data(self, chosen: torch.Tensor) -> dict[str, Any]:
+        """The images behind the rows `chosen`, for `SAEConfig.training_data`."""
+        found = self.store.metadata
+        return {
+            "num_rows": len(chosen),
+            "id": found["dataset_id"],
+            **found["dataset"],
+            "skipped": len(found["skipped"]),
+        }
+
+
+class UnionRows:
+    """The rows of several stores, one store after another; read when they are asked for.
+
+    Raises:
+        `ValueError`: if the stores are of different CLIPs, layers, widths or preprocessing, with both and the difference.
+    """
+
+    def __init__(self, parts: Sequence[LayerRows]):
+        self.parts = parts
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(
+            0
+        )  # part p holds rows _ends[p-1] up to _ends[p]
+        first = parts[0]
+        for other in parts[1:]:
+            lines = differences(_kind(first), _kind(other))
+            if lines:
+                raise ValueError(
+                    f"The stores {first.store.path} and {other.store.path} can't be trained on together: {'; '.join(lines)}. "
+                    "Extract both with the same CLIP, layer and image processor."
+                )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def take(self, indices: torch.Tensor) -> torch.Tensor:
+        part_of = torch.bucketize(indices, self._ends, right=True)
+        rows = torch.empty(len(indices), self.parts[0].store.hidden_size)
+        for number in part_of.unique().tolist():
+            places = (part_of == number).nonzero().squeeze(1)
+            rows[places] = self.parts[number].take(indices[places] - self._start(number))
+        return rows
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """Labels of all parts, -1 for those without. Classes of different stores are different classes, unless the stores have
+        the same class names."""
+        found = [part.labels for part in self.parts]
+        if all(labels is None for labels in found):
+            return None
+        names = [part.store.class_names for part in self.parts]
+        one_numbering = names[0] is not None and all(other == names[0] for other in names)
+        numbered, offset = [], 0
+        for part, labels in zip(self.parts, found, strict=True):
+            if labels is None:
+                labels = torch.full((len(part),), -1)
+            numbered.append(torch.where(labels >= 0, labels + offset, -1))
+            if not one_numbering:
+                offset = max(offset, int(numbered[-1].max()) + 1)
+        return torch.cat(numbered)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return self.parts[0].origin
+
+    def data(self, chosen: torch.Tensor) -> dict[str, Any]:
+        """One record a store, in order."""
+        part_of = torch.bucketize(chosen, self._ends, right=True)
+        parts = [part.data(chosen[part_of == number]) for number, part in enumerate(self.parts)]
+        return {"num_rows": len(chosen), "parts": parts}
+
+    def _start(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+
+def _kind(rows: LayerRows) -> dict[str, Any]:
+    """What rows must have in common to be rows of one distribution. Weights tell models apart, not their names."""
+    found = rows.store.metadata
+    same = {name: found[name] for name in ("hidden_size", "num_layers", "site", "preprocessing")}
+    return {"model": {"fingerprint": found["model"]["fingerprint"]}, "layer": rows.layer, **same}
+
+
+def chosen_rows(indices: torch.Tensor | Sequence[int] | None, num_rows: int) -> torch.Tensor:
+    """Row numbers to use, in ascending order `(n,)`; all of them for `None`.
+
+    Raises:
+        `ValueError`: on anything but different integers in `[0, num_rows)`.
+    """
+    if indices is None:
+        return torch.arange(num_rows)
+    chosen = torch.as_tensor(indices).cpu()
+    if chosen.ndim != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise ValueError(
+            f"indices must be a vector of row numbers, not {chosen.dtype} of shape {tuple(chosen.shape)}."
+        )
+    chosen = chosen.long().sort().values
+    if len(chosen) and not (chosen[0] >= 0 and chosen[-1] < num_rows):
+        raise ValueError(
+            f"indices must lie in [0, {num_rows}), the rows there are; they reach from {chosen[0]} to {chosen[-1]}."
+        )
+    if (chosen.diff() == 0).any():
+        raise ValueError(
+            "indices names a row twice: it could end up in training and in calibration. Give each row once."
+        )
+    return chosen
+
+
+def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> torch.Tensor:
+    """One label a row `(rows,)` int64, -1 where unknown: those given, else the stores'.
+
+    Raises:
+        `ValueError`: if there are none, or they do not fit the rows.
+    """
+    found = getattr(rows, "labels", None) if labels is None else torch.as_tensor(labels).cpu()
+    if found is None:
+        raise ValueError(
+            "label_loss needs labels, and the rows have none. Give labels=, or extract the activations with label_column=."
+        )
+    if found.shape != (len(rows),) or found.is_floating_point() or found.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be one integer a row, ({len(rows)},), not {found.dtype} of shape {tuple(found.shape)}."
+        )
+    found = found.long()
+    if found.min() < -1:
+        raise ValueError(
+            f"labels must be class numbers from 0, or -1 where the class is unknown; the lowest is {found.min()}."
+        )
+    if not (found >= 0).any():
+        raise ValueError("All labels are -1 (unknown): label_loss has nothing to learn from.")
+    return found
+
+
+def read_ahead(read: Callable[[int], T], numbers: Iterable[int]) -> Generator[T, None, None]:
+    """
+    `read(number)` for each of `numbers`, in order. While the caller works on one, a thread reads the next.
+
+    What `read` raises is raised where its result was due. Close the iterator (`contextlib.closing`) to end the thread, for which it
+    waits.
+    """
+    processors = torch.get_num_threads()
+    with ThreadPoolExecutor(1, "hf_vs2-rows") as pool:
+        # One for the reader: a team of processors of its own would get in the way of the caller's. The setting is a thread's own,
+        # but threads to come begin with the last one made.
+        pool.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(processors)
+        upcoming = iter(numbers)
+        ahead = [pool.submit(read, number) for number in itertools.islice(upcoming, 1)]
+        while ahead:
+            current = ahead.pop()
+            ahead = [pool.submit(read, number) for number in itertools.islice(upcoming, 1)]
+            yield current.result()

@@ -1,0 +1,150 @@
+"""A frozen CLIP vision tower as the extraction uses it: read, never changed, run only as deep as needed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..data.fingerprint import model_fingerprint
+from .base_model import loaded_revision, vision_fingerprint
+
+
+logger = logging.get_logger(__name__)
+
+
+class VisionTower:
+    """
+    The vision tower of a model, read and never changed.
+
+    Attributes:
+        module (`nn.Module`): with `embeddings`, `pre_layrnorm`, `encoder.layers` and `post_layernorm`.
+        name (`str`, *optional*): Hub id or path of the model it belongs to.
+        revision (`str`, *optional*): its commit where known, else the revision asked for.
+    """
+
+    def __init__(self, module: Any, name: str | None, revision: str | None):
+        self.module = module
+        self.name = name
+        self.revision = revision
+        self.num_layers = len(module.encoder.layers)
+        self.hidden_size: int = module.config.hidden_size
+        parameter = next(module.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | str | os.PathLike,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> VisionTower:
+        """
+        Args:
+            model: a `CLIPModel`, a CLIP vision model, a model that holds one as `.clip`, or a Hub id or path.
+            revision: only for an id.
+            device: where to run; a model on another device is not moved, its tower is copied.
+
+        Raises:
+            TypeError: no CLIP vision tower in there (SigLIP, for one, has no CLS token).
+            ValueError: a revision together with a model that is already loaded.
+        """
+        if isinstance(model, (str, os.PathLike)):
+            from transformers import AutoModel  # `CLIPModel` would load any other model type with random weights
+
+            # Said outright, since by default transformers asks on the terminal, and `yes |` would answer.
+            model = AutoModel.from_pretrained(os.fspath(model), revision=revision or "main", trust_remote_code=False)
+            device = device or best_device()
+        elif revision is not None:
+            raise ValueError(f"revision={revision!r} is for a model given by its Hub id, this one is already loaded")
+        owner: Any = getattr(model, "clip", model)
+        module: Any = getattr(owner, "vision_model", owner)
+        parts = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+        if not isinstance(module, nn.Module) or not all(hasattr(module, part) for part in parts):
+            raise TypeError(
+                f"{type(owner).__name__} has no CLIP vision tower: expected a CLIPModel (vision_model with "
+                f"{', '.join(parts)} and a CLS token), or the Hub id or path of one"
+            )
+        config = owner.config
+        if device is not None and torch.device(device) != next(module.parameters()).device:
+            module = copy.deepcopy(module).to(device)
+        loaded_from = loaded_revision(SimpleNamespace(config=config, vision_model=module))
+        return cls(module, config._name_or_path or None, loaded_from or revision)
+
+    def identity(self) -> dict[str, Any]:
+        """What a store is keyed by: id, revision, weights, and the dtype they run in."""
+        return {
+            "id": self.name,
+            "revision": self.revision,
+            "fingerprint": model_fingerprint(self.module),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def sae_fingerprint(self) -> list[float]:
+        """What an SAE trained on these rows records of the tower (`SAEConfig.base_model_fingerprint`)."""
+        return vision_fingerprint(SimpleNamespace(vision_model=self.module))
+
+    def image_processor(self) -> Any:
+        """The image processor saved with the model; OpenAI's, with a warning, for a model without a name."""
+        from transformers import CLIPImageProcessorPil
+
+        if self.name is not None:
+            try:
+                return CLIPImageProcessorPil.from_pretrained(self.name, revision=self.revision or "main")
+            except OSError as error:
+                raise ValueError(
+                    f"{self.name} has no image processor that can be loaded ({error}): pass image_processor=..."
+                ) from error
+        size = self.module.config.image_size
+        logger.warning(
+            f"The model has no name to load its image processor by: images are resized to {size} and normalised as in "
+            "OpenAI's CLIP. Pass image_processor=... to choose."
+        )
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+    def cls_rows(self, pixel_values: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """
+        The CLS token after each of `layers`; the last layer's is the input of `post_layernorm`.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            layers: indices from 0.
+
+        Returns:
+            {layer: (batch, hidden) in the tower's dtype}.
+        """
+        vision = self.module
+        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        rows = {}
+        for number, layer in enumerate(vision.encoder.layers[: max(layers) + 1]):
+            hidden = layer(hidden, None)
+            if number in layers:
+                rows[number] = hidden[:, 0]
+        return rows
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Eval mode, no autograd, no autocast; every submodule's mode is put back afterwards."""
+        modes = {module: module.training for module in self.module.modules()}
+        self.module.eval()
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def best_device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        return torch.device(kind.type, torch.accelerator.current_device_index())  # type: ignore[union-attr]
+    return torch.device("cpu")

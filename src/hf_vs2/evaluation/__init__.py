@@ -1,0 +1,6 @@
+"""Methods compared on labelled images, recommended for unlabelled ones, and drawn."""
+
+from .comparison import EvaluationResult, evaluate, paired_bootstrap
+
+
+__all__ = ["EvaluationResult", "evaluate", "paired_bootstrap"]

@@ -1,0 +1,168 @@
+"""Accuracy over a grid of gamma and lambda in closed form: a cell costs a few operations a class score, no projection.
+
+With one gamma, VS2 moves a row `x` along one direction, `r = W_dec^T c`, by `alpha = lambda (gamma - 1)`; the norm is kept:
+
+    y = s (x + alpha r),  s = ||x|| / ||x + alpha r||
+
+What follows is linear but for one number a row, the standard deviation in `post_layernorm` (weight `g`, bias `b`). With `W` the
+projection, `C` the class embeddings and a bar for a row less its own mean, the class scores are, but for the positive norm of the
+image embedding, which changes no order,
+
+    C W LN(y) = (P + alpha Q) s / sqrt(s^2 var(x + alpha r) + eps) + C W b,  P = C W (g * x_bar),  Q = C W (g * r_bar)
+
+and `||x + alpha r||^2` and `var(x + alpha r)` are quadratic in alpha. So `P` and `Q`, `(n, num_classes)`, and six numbers a row serve
+every cell, and cells of equal alpha are one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..encoders.tail import Tail, fold_tail
+from ..functional.sparse_ops import sparse_decode
+from .comparison import Rows, check_replayable, check_rows, class_labels, replay_batches
+
+
+SCORES_AT_ONCE = 2**20
+"""Several steps in one operation: thousands of small ones would wait for each other's threads, or for a GPU to start them."""
+
+
+class SteeringGrid(NamedTuple):
+    """Top-1 accuracy in percent."""
+
+    top1: torch.Tensor
+    """`(len(gammas), len(lambdas))` float64, on the CPU."""
+    plain: float
+    """Plain CLIP's, which every cell with gamma 1 or lambda 0 has too."""
+
+
+@torch.no_grad()
+def steering_grid(
+    model: VS2CLIPForZeroShot,
+    rows: Rows,
+    labels: torch.Tensor | Sequence[int] | None,
+    class_embeds: torch.Tensor,
+    gammas: Sequence[float],
+    lambdas: Sequence[float],
+    *,
+    batch_size: int = 1024,
+) -> SteeringGrid:
+    """
+    Accuracy of VS2 for each gamma and lambda, without a gate; the module's docstring has the equation.
+
+    The predictions are those of [`VS2CLIPForZeroShot.image_features_from_cls`] in each cell, up to float rounding where two classes
+    tie; plain CLIP's are its very own. Scores are summed in float64 and held in float32, whatever the CLIP's dtype.
+
+    Args:
+        model: the wrapper, with one SAE, on the last layer. Its own gamma and lambda do not matter; it is left as it was found.
+        rows: CLS rows of the last layer `(n, hidden_size)`, before `post_layernorm`: a tensor or an activation store.
+        labels: the class of each row, `(n,)`; `None` takes the store's.
+        class_embeds: unit class embeddings `(num_classes, projection_dim)`, see [`class_embeddings`].
+        gammas, lambdas: the axes.
+        batch_size: rows at a time. Memory does not grow with the number of rows.
+
+    Raises:
+        ValueError, TypeError: on a model whose steering is not ungated `"vs2"` or whose tail was replaced, on an axis that is empty
+            or not finite, on class embeddings of another shape, and on rows and labels as [`evaluate`] does.
+    """
+    check_replayable(model)
+    _check_steering(model)
+    check_rows(model, rows, "rows")
+    tail = fold_tail(model, class_embeds)
+    target = class_labels(rows, labels, len(class_embeds))
+    lambdas = _axis("lambdas", lambdas)
+    alphas = [[_alpha(gamma, lambda_) for lambda_ in lambdas] for gamma in _axis("gammas", gammas)]
+    steps = sorted({alpha for line in alphas for alpha in line} - {0.0})
+    device = tail.weight.device
+    steps_on_device = torch.tensor(steps, dtype=torch.float64, device=device)
+    right = torch.zeros(1 + len(steps), dtype=torch.int64, device=device)  # of plain CLIP, then of each step
+    start = 0
+    for block in replay_batches(model, rows, batch_size, "rows"):
+        truth = target[start : start + len(block)].to(device)
+        start += len(block)
+        x = block.to(device, model.clip.dtype)
+        steered = scores_along(x, _direction(model, x), tail, steps_on_device)
+        all_scores = chain([_plain_scores(model, x, class_embeds).unsqueeze(0)], steered)
+        right += torch.cat([(scores.argmax(-1) == truth).sum(-1) for scores in all_scores])
+    percent = 100 * right.cpu().double() / len(target)
+    place = {0.0: 0} | {alpha: number for number, alpha in enumerate(steps, 1)}
+    return SteeringGrid(
+        percent[torch.tensor([[place[alpha] for alpha in line] for line in alphas])], percent[0].item()
+    )
+
+
+def scores_along(x: torch.Tensor, direction: torch.Tensor, tail: Tail, alphas: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Class scores of `x + alpha direction`, norm kept, for a few alphas at a time: `(some, batch, num_classes)`, float32.
+
+    `x` and `direction` are `(batch, hidden_size)`, `alphas` `(steps,)` float64; in their order. A score is that of the projected row
+    before it is normalised.
+    """
+    x, direction = x.double(), direction.double()
+    length = _quadratic(x, direction)
+    x_bar, direction_bar = x - x.mean(-1, keepdim=True), direction - direction.mean(-1, keepdim=True)
+    variance = [part / x.shape[-1] for part in _quadratic(x_bar, direction_bar)]
+    p, q, bias = (part.float() for part in (x_bar @ tail.weight.T, direction_bar @ tail.weight.T, tail.bias))
+    for some in alphas.unsqueeze(-1).split(max(1, SCORES_AT_ONCE // p.numel())):
+        moved = _at(length, some)
+        squared = torch.where(moved > 0, length[0] / moved, 0)  # s^2; a row moved to 0 stays 0, as `keep_norm` has it
+        scale = (squared / (squared * _at(variance, some) + tail.eps)).sqrt().float()
+        yield torch.addcmul(p, q, some.float().unsqueeze(-1)).mul_(scale.unsqueeze(-1)).add_(bias)
+
+
+def _quadratic(x: torch.Tensor, direction: torch.Tensor) -> list[torch.Tensor]:
+    """Coefficients of `||x + alpha direction||^2` in alpha, lowest power first, each `(batch,)`."""
+    return [x.square().sum(-1), 2 * (x * direction).sum(-1), direction.square().sum(-1)]
+
+
+def _at(coefficients: list[torch.Tensor], alpha: torch.Tensor) -> torch.Tensor:
+    """Its value at each alpha `(some, 1)`: `(some, batch)`."""
+    constant, linear, square = coefficients
+    return (constant + alpha * linear + alpha**2 * square).clamp_(min=0)  # rounding may take it below
+
+
+def _direction(model: VS2CLIPForZeroShot, x: torch.Tensor) -> torch.Tensor:
+    """`W_dec^T c` of each row, in at least float32, on the row's device."""
+    sae = model.sae
+    values, indices = sae.encode(x.to(sae.b_pre.device, torch.promote_types(x.dtype, torch.float32)))
+    return sparse_decode(values, indices, sae.W_dec).to(x.device)
+
+
+def _plain_scores(model: VS2CLIPForZeroShot, x: torch.Tensor, class_embeds: torch.Tensor) -> torch.Tensor:
+    with model.steering(enabled=False):
+        features = model.image_features_from_cls(x).features
+    assert features is not None
+    return normalize(features.float(), dim=-1) @ class_embeds.to(features.device).float().T
+
+
+def _alpha(gamma: float, lambda_: float) -> float:
+    """`lambda (gamma - 1)`, without the last digits, in which equal products may differ."""
+    return float(f"{lambda_ * (gamma - 1):.9g}")
+
+
+def _check_steering(model: VS2CLIPForZeroShot) -> None:
+    now = model.steering_settings
+    if now.edits is not None:
+        raise ValueError("The grid is of VS2 alone; drop the latents' edits with model.set_steering(edits=None).")
+    if now.method != "vs2" or not now.enabled or any(tau is not None for tau in model.fvu_thresholds.values()):
+        raise ValueError(
+            "The grid is of method='vs2' without a gate; set it with model.set_steering(method='vs2', enabled=True, gate=None, "
+            f"fvu_threshold=None). Now: method={now.method!r}, enabled={now.enabled}, gate={now.gate}, "
+            f"fvu_threshold={now.fvu_threshold}."
+        )
+
+
+def _axis(name: str, values: Sequence[float]) -> list[float]:
+    numbers = [float(value) for value in values]
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} must be one or more finite numbers, not {numbers}.")
+    return numbers
+
+
+__all__ = ["SteeringGrid", "Tail", "fold_tail", "scores_along", "steering_grid"]

@@ -1,0 +1,347 @@
+"""Result files, and the tables and pictures drawn from them, for a terminal, a model card or a paper.
+
+[`EvaluationResult`] is what [`hf_vs2.evaluation`] measured. The pictures need the `report` extra (matplotlib), which is
+imported when the first one is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from ..files.atomic import replace_text
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+COLUMNS = ("method", "prompts", "top-1", "top-5", "gain [95 % interval]", "steered", "FVU", "seconds")
+# Okabe and Ito's palette, and a marker for each, so that colour never carries the meaning alone.
+STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass
+class SampleOutputs:
+    """What one evaluated row decided for each image; each tensor is `(n,)`, on the CPU."""
+
+    predictions: torch.Tensor
+    """int64: the class chosen."""
+    fvu: torch.Tensor | None
+    """float32: per-sample FVU; `None` for methods that do not ask the SAE."""
+    steered: torch.Tensor
+    """bool: whether the method touched the image."""
+
+
+@dataclass
+class EvaluationResult:
+    """
+    Evaluated rows, and what is needed to read them.
+
+    Args:
+        rows (`list[dict]`): one a method and prompt set. `top1`, `top5` (%, `None` for five classes or fewer, where it says
+            nothing), `gain` over plain CLIP with the same prompts (points) with `gain_ci`, its 95 % paired bootstrap
+            interval, `fixed` and `broken` (images that plain CLIP got wrong and this method right, and the other way round),
+            `coverage` (share of images the method touched), `mean_fvu` (mean per-sample FVU over all images, steered or
+            not), `n`, `gamma`, `lambda`, `tau`, `seconds` (steering and classifying; prompts and reading rows left out).
+            Distribution normalisation adds `coefficient`, `score` and `reference` (`"train"` or `"evaluated"`: where its
+            image mean comes from).
+        meta (`dict`): versions, model, data, templates, class names, seed.
+        per_class (`dict`): `class_names`, `support` (images a class) and `accuracy`: for each row a list of one percentage a
+            class, `None` for a class without images.
+        labels (`torch.Tensor`, *optional*), samples (`list[SampleOutputs]`, *optional*): per-image outcomes, in the order
+            of `rows`. Not written to the result file.
+    """
+
+    rows: list[dict[str, Any]]
+    meta: dict[str, Any]
+    per_class: dict[str, Any] = field(default_factory=dict)
+    labels: torch.Tensor | None = None
+    samples: list[SampleOutputs] | None = None
+
+    def table(self) -> str:
+        """The rows as an aligned Markdown table, for a terminal or a model card."""
+        return format_table(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def index(self, method: str, prompts: str = "single", coefficient: float | None = None) -> int:
+        """Where the row of a method stands in `rows` and `samples`.
+
+        Raises:
+            KeyError: there is no such row.
+        """
+        for index, row in enumerate(self.rows):
+            if (row["method"], row["prompts"]) == (method, prompts) and coefficient in (None, row.get("coefficient")):
+                return index
+        raise KeyError(f"no row for method {method!r} with prompts {prompts!r}; there are {sorted(self._names())}.")
+
+    def row(self, method: str, prompts: str = "single", coefficient: float | None = None) -> dict[str, Any]:
+        """The row of a method; see [`EvaluationResult.index`]."""
+        return self.rows[self.index(method, prompts, coefficient)]
+
+    def _names(self) -> set[tuple[str, str]]:
+        return {(row["method"], row["prompts"]) for row in self.rows}
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write the result file, whole or not at all."""
+        target = Path(path)
+        content = {"meta": self.meta, "rows": self.rows, "per_class": self.per_class}
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        replace_text(target, text + "\n")
+        return target
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> EvaluationResult:
+        """Read a result file.
+
+        Raises:
+            ValueError: it is not one. OSError: it cannot be read.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = [dict(row, method=row["method"], prompts=row["prompts"]) for row in content["rows"]]
+            result = cls(rows, dict(content["meta"]), dict(content.get("per_class", {})))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is not a result file of hf_vs2: JSON with 'meta' and 'rows' was expected."
+            ) from error
+        for number, row in enumerate(rows):
+            wrong = [name for name, value in row.items() if not _is_usable(name, value)]
+            wrong += [name for name in _needed(row) if name not in row]
+            if wrong:
+                raise ValueError(
+                    f"{path} is not a result file of hf_vs2, or damaged: {wrong[0]} of row {number} is {row.get(wrong[0])!r}."
+                )
+        return result
+
+
+_TEXTS = ("method", "prompts")
+_NUMBERS = (
+    "top1",
+    "top5",
+    "gain",
+    "coverage",
+    "mean_fvu",
+    "n",
+    "gamma",
+    "lambda",
+    "tau",
+    "seconds",
+    "coefficient",
+    "fixed",
+    "broken",
+)
+
+
+def _needed(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the tables and pictures show of every row."""
+    return ("n", "top1") if row["method"] == "clip" else ("n", "top1", "gain", "gain_ci")
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Whether a value of a row can be shown; of names that are not ours anything can."""
+    if name in _TEXTS:
+        return isinstance(value, str)
+    if name == "gain_ci":
+        return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+    if name in ("n", "gain") and value is None:
+        return False
+    return name not in _NUMBERS or value is None or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+Results: TypeAlias = EvaluationResult | str | Path
+"""A result, or the path of its file."""
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """The evaluated rows.
+
+    Raises:
+        ValueError: there is no row, or the path is that of something else. OSError: it cannot be read.
+    """
+    result = results if isinstance(results, EvaluationResult) else EvaluationResult.from_json(results)
+    if not result.rows:
+        raise ValueError("there is no evaluated row to show.")
+    return result.rows
+
+
+def row_label(row: Mapping[str, Any]) -> str:
+    """What tells a row's method apart: its name, and for distribution normalisation the coefficient."""
+    coefficient = row.get("coefficient")
+    return row["method"] if coefficient is None else f"{row['method']} {coefficient:g}"
+
+
+def format_table(results: Results) -> str:
+    """The rows as an aligned Markdown table that also reads well in a terminal, and a line that explains them."""
+    rows = rows_of(results)
+    cells = [list(COLUMNS), *(_cells(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
+
+    def line(row: list[str]) -> str:
+        aligned = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(aligned) + " |"
+
+    # Markdown aligns a column to the right where its rule ends in a colon.
+    rule = "|" + "|".join("-" * (w + 2) if c < 2 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
+    return "\n".join([line(cells[0]), rule, *(line(row) for row in cells[1:]), "", _caption(rows)])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def number(key: str, template: str) -> str:
+        value = row.get(key)
+        return "-" if value is None else template.format(value)
+
+    gain = "-" if row["method"] == "clip" else "{:+.2f} [{:+.2f}, {:+.2f}]".format(row["gain"], *row["gain_ci"])
+    return [
+        row_label(row),
+        row["prompts"],
+        number("top1", "{:.2f}"),
+        number("top5", "{:.2f}"),
+        gain,
+        number("coverage", "{:.1%}"),
+        number("mean_fvu", "{:.3f}"),
+        number("seconds", "{:.3f}"),
+    ]
+
+
+def _caption(rows: list[dict[str, Any]]) -> str:
+    parts = [f"{rows[0]['n']} images; gain over plain CLIP with the same prompts in points, 95 % paired bootstrap"]
+    for key in ("gamma", "lambda", "tau"):
+        values = list(dict.fromkeys(f"{row[key]:.4g}" for row in rows if row.get(key) is not None))
+        if values:
+            parts.append(f"{key} {', '.join(values)}")
+    if any(row.get("reference") == "evaluated" for row in rows):
+        parts.append("distribution_norm took its image mean from the evaluated images themselves")
+    return "; ".join(parts) + "."
+
+
+def draw_gains(axes: Axes, results: Results) -> None:
+    """Each method's gain over plain CLIP with its 95 % interval, one colour and marker a prompt set, on `axes`."""
+    rows = rows_of(results)
+    gains = [row for row in rows if row["method"] != "clip"]
+    if not gains:
+        raise ValueError("there is no method but plain CLIP in these results, so there is no gain to draw.")
+    labels = list(dict.fromkeys(row_label(row) for row in gains))
+    prompt_sets = list(dict.fromkeys(row["prompts"] for row in gains))
+    plain = {row["prompts"]: row["top1"] for row in rows if row["method"] == "clip"}
+    for index, prompts in enumerate(prompt_sets):
+        colour, marker = STYLES[index % len(STYLES)]
+        shift = (index - (len(prompt_sets) - 1) / 2) * 0.26
+        chosen = [row for row in gains if row["prompts"] == prompts]
+        x = np.array([row["gain"] for row in chosen])
+        interval = np.array([row["gain_ci"] for row in chosen])
+        axes.errorbar(
+            x,
+            np.array([labels.index(row_label(row)) for row in chosen]) + shift,
+            # A percentile interval need not hold the gain itself, but matplotlib wants lengths that are not negative.
+            xerr=np.stack([x - interval[:, 0], interval[:, 1] - x]).clip(min=0),
+            fmt=marker,
+            color=colour,
+            markersize=5,
+            capsize=3,
+            elinewidth=1.4,
+            label=prompts if prompts not in plain else f"{prompts} (CLIP {plain[prompts]:.1f} %)",
+        )
+    axes.axvline(0, color="0.35", linewidth=1)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel("top-1 gain over plain CLIP, points (95 % paired bootstrap)")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(title="prompts", frameon=False, fontsize="small", title_fontsize="small")
+
+
+def draw_fvu_histogram(axes: Axes, fvu: Mapping[str, Any], threshold: float | None = None, bins: int = 40) -> None:
+    """Per-sample FVU of one or several sets of images (label -> values), and the gate's threshold, on `axes`.
+
+    Each set's bars add up to 100 %, so that sets of different size compare. The last bar also counts everything beyond it.
+    """
+    groups = {label: np.asarray(values, dtype=np.float64) for label, values in fvu.items()}
+    groups = {label: values[~np.isnan(values)] for label, values in groups.items()}
+    if not groups or not all(len(values) for values in groups.values()):
+        raise ValueError("fvu must map a label to at least one per-sample FVU that is not NaN.")
+    # One far outlier, or an infinite FVU, must not squeeze everything else into one bar.
+    top = max(float(np.quantile(values, 0.99, method="lower")) for values in groups.values())
+    limit = max(top if math.isfinite(top) else 1.0, 1.3 * (threshold or 0.0), 1e-6)
+    edges = np.linspace(0, limit, bins + 1)
+    for index, (label, values) in enumerate(groups.items()):
+        axes.hist(
+            values.clip(max=limit),
+            bins=list(edges),
+            weights=np.full(len(values), 100 / len(values)),
+            histtype="stepfilled",
+            alpha=0.45,
+            edgecolor=STYLES[index % len(STYLES)][0],
+            facecolor=STYLES[index % len(STYLES)][0],
+            linewidth=1.4,
+            label=label if threshold is None else f"{label}: {100 * np.mean(values <= threshold):.3g} % steered",
+        )
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"gate, tau = {threshold:.3g}")
+    axes.set_xlabel("per-sample FVU")
+    axes.set_ylabel("images, %")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def plot_gains(results: Results, path: str | Path, title: str | None = None) -> Path:
+    """Draw [`draw_gains`] into a file, PNG, SVG or PDF by its suffix.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: another suffix, or no row to draw.
+    """
+    labels = {row_label(row) for row in rows_of(results)}
+    figure, axes = _new_figure(path, height=1.3 + 0.42 * len(labels))
+    draw_gains(axes, results)
+    return _save(figure, axes, path, title)
+
+
+def plot_fvu_histogram(
+    fvu: Mapping[str, Any], path: str | Path, threshold: float | None = None, title: str | None = None
+) -> Path:
+    """Draw [`draw_fvu_histogram`] into a file; errors as in [`plot_gains`]."""
+    figure, axes = _new_figure(path, height=3.4)
+    draw_fvu_histogram(axes, fvu, threshold)
+    return _save(figure, axes, path, title)
+
+
+def _new_figure(path: str | Path, height: float) -> tuple[Figure, Axes]:
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"cannot draw to {path}: its suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Drawing needs matplotlib: pip install 'hf_vs2[report]'.") from error
+    # Not pyplot: no window, no global state, and nothing left open in a notebook or a server.
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, axes: Axes, path: str | Path, title: str | None) -> Path:
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title, loc="left")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=150)
+    return target

@@ -1,0 +1,316 @@
+"""Which latents moved which score by how much.
+
+A score is a logit: the cosine of image and label times CLIP's logit scale, the number that goes into the softmax. Steering adds a
+weighted sum of decoder directions to the CLS row; what follows is affine but for two numbers of a row, LayerNorm's deviation and the
+length of the embedding. With those of the steered row held fixed,
+
+    steered = plain + normalisation + replacement + sum of the latents' contributions
+
+holds exactly; [`hf_vs2.functional.score_parts`] has the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+from transformers.utils import ModelOutput
+
+from ..encoders.tail import fold_tail
+from ..functional.equations import ScoreParts, score_parts
+
+
+if TYPE_CHECKING:
+    from ..clip.modeling import VS2CLIPForZeroShot
+    from ..steering.corpus import RetrievalInputs
+
+_NUMBERS_AT_ONCE = 2**23
+
+
+@dataclass
+class VS2Explanation(ModelOutput):
+    """
+    For each image and label the score before and after steering, and what each latent did to it. Tensors are on the CPU, scores in
+    float64, so that the parts add up: `plain_scores + normalisation + replacement + contributions.sum(-1) == steered_scores`.
+
+    Args:
+        plain_scores, steered_scores (`torch.Tensor` of shape `(batch, num_labels)`): logits, as in `logits_per_image`.
+        contributions (`torch.Tensor` of shape `(batch, num_labels, m)`): of each latent to each score.
+        normalisation (`torch.Tensor` of shape `(batch, num_labels)`): what `post_layernorm` and the unit length of the embedding,
+            set by the steered row, do to the score of the plain one. It belongs to no single latent.
+        replacement (`torch.Tensor` of shape `(batch, num_labels)`): with `method="amplify"` what the SAE's reconstruction does in the
+            place of the row; 0 otherwise.
+        latent_indices (`torch.Tensor` of shape `(batch, m)`): the latents that are active or changed. Where an image has fewer than
+            another, others with value and change 0 fill its row.
+        latent_values (`torch.Tensor` of shape `(batch, m)`): their values in the image's own code, 0 where not active.
+        latent_changes (`torch.Tensor` of shape `(batch, m)`): what steering adds to those values.
+        fvu (`torch.Tensor` of shape `(batch,)`): per-sample FVU.
+        steered (`torch.BoolTensor` of shape `(batch,)`): which images were steered; the others have changes and contributions of 0.
+        labels (`tuple[str, ...]`): the labels.
+        names (`dict[int, str]`): names of latents, of those that have one.
+    """
+
+    plain_scores: torch.Tensor = None  # type: ignore[assignment]
+    steered_scores: torch.Tensor = None  # type: ignore[assignment]
+    contributions: torch.Tensor = None  # type: ignore[assignment]
+    normalisation: torch.Tensor = None  # type: ignore[assignment]
+    replacement: torch.Tensor = None  # type: ignore[assignment]
+    latent_indices: torch.Tensor = None  # type: ignore[assignment]
+    latent_values: torch.Tensor = None  # type: ignore[assignment]
+    latent_changes: torch.Tensor = None  # type: ignore[assignment]
+    fvu: torch.Tensor = None  # type: ignore[assignment]
+    steered: torch.Tensor = None  # type: ignore[assignment]
+    labels: tuple[str, ...] = None  # type: ignore[assignment]
+    names: dict[int, str] = None  # type: ignore[assignment]
+
+    tensor_fields: ClassVar[tuple[str, ...]] = (
+        *("plain_scores", "steered_scores", "contributions", "normalisation", "replacement"),
+        *("latent_indices", "latent_values", "latent_changes", "fvu", "steered"),
+    )
+
+    def parts(
+        self,
+        label: str | int,
+        image: int = 0,
+        top: int | None = 5,
+        *,
+        against: str | int | None = None,
+        raw: bool = False,
+    ) -> dict[str, Any]:
+        """
+        One score of one image taken apart, as plain numbers.
+
+        A change that all labels share changes no probability, and steering's is mostly such. So every number is by default that of
+        the label less the mean of all labels', which sums just as well.
+
+        Args:
+            label: a label or its place.
+            image: which of the batch.
+            top: how many latents to list, those of the largest contribution by size first; `None` for all.
+            against: another label to take instead of the mean: then the numbers are of the margin between the two.
+            raw: take the label's numbers as they are; so are those of a single label.
+
+        Returns:
+            `dict`: `label`, `relative_to` (`"mean"`, the other label, or `None`), `plain`, `steered`, `normalisation`, `replacement`,
+            `latents` (a list of `{"latent", "name", "value", "change", "contribution"}`) and `others`, the sum of the latents not
+            listed. `plain + normalisation + replacement + others + sum of the contributions` is `steered`.
+
+        Raises:
+            `ValueError`: for a label that is not among the labels, and for `raw` with `against`.
+        """
+        if raw and against is not None:
+            raise ValueError("raw=True and against= exclude each other: give one of them.")
+        place = self._place(label)
+        other = None if against is None else self._place(against)
+        relative = "mean" if other is None else self.labels[other]
+
+        def of(scores: torch.Tensor) -> torch.Tensor:
+            scores = scores[image]
+            if raw or len(self.labels) == 1:
+                return scores[place]
+            return scores[place] - (scores.mean(0) if other is None else scores[other])
+
+        contributions, names = of(self.contributions), self.names
+        latents, values, changes = (
+            column[image].tolist() for column in (self.latent_indices, self.latent_values, self.latent_changes)
+        )
+        ranked = contributions.abs().argsort(descending=True, stable=True)
+        order = ranked[self.latent_changes[image, ranked] != 0].tolist()
+        listed, rest = (order, []) if top is None else (order[:top], order[top:])
+        return {
+            "label": self.labels[place],
+            "relative_to": None if raw or len(self.labels) == 1 else relative,
+            "plain": of(self.plain_scores).item(),
+            "steered": of(self.steered_scores).item(),
+            "normalisation": of(self.normalisation).item(),
+            "replacement": of(self.replacement).item(),
+            "latents": [
+                {
+                    "latent": latents[one],
+                    "name": names.get(latents[one]),
+                    "value": values[one],
+                    "change": changes[one],
+                    "contribution": contributions[one].item(),
+                }
+                for one in listed
+            ],
+            "others": contributions[rest].sum().item(),
+        }
+
+    def top(self, label: str | int, n: int = 5, image: int = 0, **options: Any) -> list[dict[str, Any]]:
+        """The `n` latents that moved a label's score most, up or down; options as in [`VS2Explanation.parts`]."""
+        return self.parts(label, image, n, **options)["latents"]
+
+    def to_dict(self, top: int | None = None, *, raw: bool = False) -> list[dict[str, Any]]:
+        """For each image `fvu`, `steered`, `active_latents` and for each label its probabilities, `plain_probability` and
+        `steered_probability`, and its [`parts`]: ready for JSON."""
+        probabilities = [scores.softmax(-1).tolist() for scores in (self.plain_scores, self.steered_scores)]
+        return [
+            {
+                "fvu": self.fvu[image].item(),
+                "steered": self.steered[image].item(),
+                "active_latents": int((self.latent_values[image] != 0).sum()),
+                "labels": [
+                    {
+                        **self.parts(place, image, top, raw=raw),
+                        "plain_probability": probabilities[0][image][place],
+                        "steered_probability": probabilities[1][image][place],
+                    }
+                    for place in range(len(self.labels))
+                ],
+            }
+            for image in range(len(self.plain_scores))
+        ]
+
+    def _place(self, label: str | int) -> int:
+        if isinstance(label, str):
+            if label not in self.labels:
+                raise ValueError(f"{label!r} is not among the labels {list(self.labels)[:20]}.")
+            return self.labels.index(label)
+        if not -len(self.labels) <= label < len(self.labels):
+            raise ValueError(f"There are {len(self.labels)} labels; number {label} is not among them.")
+        return label % len(self.labels)
+
+
+@torch.no_grad()
+def explain_rows(
+    model: VS2CLIPForZeroShot,
+    rows: torch.Tensor,
+    class_embeds: torch.Tensor,
+    labels: Sequence[str] | None,
+    names: Mapping[int, str],
+    retrieval: RetrievalInputs,
+) -> VS2Explanation:
+    """The explanation of CLS rows `(batch, hidden_size)` of the last layer; class embeddings may have any length.
+
+    Raises:
+        `ValueError`: if steering does not go through latents of the last layer alone, or on labels of another number.
+    """
+    check_explainable(model)
+    class_embeds = class_embeds.detach()
+    labels = tuple(map(str, range(len(class_embeds)))) if labels is None else tuple(labels)
+    if len(labels) != len(class_embeds):
+        raise ValueError(f"There are {len(labels)} labels for {len(class_embeds)} class embeddings: give one each.")
+    tail = _DoubleTail(model, normalize(class_embeds.double().cpu(), dim=-1))
+    moves, fvu, steered = _moves(model, rows, class_embeds, retrieval)
+    at_once = max(1, _NUMBERS_AT_ONCE // max(1, moves.change.shape[1] * moves.x.shape[1]))
+    batches = [tail.parts(_Moves(*batch)) for batch in zip(*(part.split(at_once) for part in moves), strict=True)]
+    parts = ScoreParts(*(torch.cat(part) for part in zip(*batches, strict=True)))
+    return VS2Explanation(
+        plain_scores=parts.plain,
+        steered_scores=parts.steered,
+        contributions=parts.contributions,
+        normalisation=parts.normalisation,
+        replacement=parts.replacement,
+        latent_indices=moves.latents,
+        latent_values=moves.values,
+        latent_changes=moves.change,
+        fvu=fvu.cpu(),
+        steered=steered.cpu(),
+        labels=labels,
+        names=dict(names),
+    )
+
+
+class _Moves(NamedTuple):
+    """What steering does to each row, in float64 on the CPU."""
+
+    x: torch.Tensor
+    start: torch.Tensor
+    """Both `(batch, hidden_size)`; see [`LatentStep`]."""
+    latents: torch.Tensor
+    values: torch.Tensor
+    change: torch.Tensor
+    """`(batch, m)`, each latent once."""
+    keeps_norm: torch.Tensor
+    """bool `(batch,)`."""
+
+
+def _moves(
+    model: VS2CLIPForZeroShot, rows: torch.Tensor, class_embeds: torch.Tensor, retrieval: RetrievalInputs
+) -> tuple[_Moves, torch.Tensor, torch.Tensor]:
+    """The moves, the FVU and which rows are steered. Those that are not move by nothing."""
+    sae, norm = model.sae, model.clip.vision_model.post_layernorm
+    rows = rows.to(norm.weight.device, norm.weight.dtype)
+    x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
+    code = sae(x)
+    values = _by_latent(code.latent_values, code.latent_indices, len(sae.W_dec))
+    if not model._is_steering:
+        steered = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        start, change, keeps_norm = x, torch.zeros_like(values), False
+    else:
+        retrieval["class_embeds"] = class_embeds
+        steered = model.steer_cls(rows, -1, **retrieval).steered.to(x.device)
+        step = model._latent_step(sae, x, code, rows, retrieval)
+        start = torch.where(steered.unsqueeze(-1), step.start, x)
+        change = _by_latent(step.change, step.latents, len(sae.W_dec)) * steered.unsqueeze(-1)
+        keeps_norm = step.keeps_norm
+    size = values.abs() + change.abs()
+    latents = size.topk(int((size != 0).sum(-1).max()) if len(size) else 0, dim=-1).indices
+    moves = (
+        *(x, start),
+        *(latents, values.gather(1, latents), change.gather(1, latents)),
+        steered & keeps_norm,
+    )
+    return (
+        _Moves(*(part.cpu() if part.dtype in (torch.bool, torch.int64) else part.cpu().double() for part in moves)),
+        code.fvu,
+        steered,
+    )
+
+
+def _by_latent(entries: torch.Tensor, latents: torch.Tensor, num_latents: int) -> torch.Tensor:
+    """The entries of a sparse code in a row of all latents, `(batch, num_latents)`; a latent that comes twice is summed."""
+    dense = entries.new_zeros(len(entries), num_latents)
+    return dense.scatter_add(1, latents, entries)
+
+
+class _DoubleTail:
+    """The way from rows to scores, in float64 on the CPU: sums come out exact, and not every device has float64."""
+
+    def __init__(self, model: VS2CLIPForZeroShot, class_embeds: torch.Tensor):
+        norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection.weight.double().cpu()
+        self.tail = fold_tail(model, class_embeds, "cpu")
+        self.length = projection * norm.weight.double().cpu(), projection @ norm.bias.double().cpu()
+        self.logit_scale = model.clip.logit_scale.double().exp().cpu()
+        self.decoder = model.sae.W_dec
+
+    def parts(self, moves: _Moves) -> ScoreParts:
+        """The logits of some rows, taken apart."""
+        directions = self.decoder[moves.latents.to(self.decoder.device)].double().cpu()
+        moved = moves.start + torch.einsum("bm,bmh->bh", moves.change, directions)
+        length = moved.norm(dim=-1)
+        # As `keep_norm`: a row moved to exactly 0 stays 0.
+        kept = torch.where(length > 0, moves.x.norm(dim=-1) / length, 0)
+        scale = torch.where(moves.keeps_norm, kept, 1)
+        found = score_parts(moves.x, moves.start, moves.change, directions, scale, self.tail, self.length)
+        return ScoreParts(*(self.logit_scale * part for part in found))
+
+
+def check_explainable(model: VS2CLIPForZeroShot) -> None:
+    """Refuse, by a `ValueError`, a model whose scores are no sums over latents."""
+    last, layers = model.num_layers - 1, list(model.sae_by_layer)
+    if layers != [last]:
+        raise ValueError(
+            f"Scores are sums over latents where the last layer ({last}) alone is steered; this model steers layers {layers}, and what "
+            "the layers above make of that is no sum. Explain VS2CLIPForZeroShot(clip, sae) with the last layer's SAE."
+        )
+    settings = model.steering_settings
+    if not model._is_steering:
+        return
+    if settings.parts.scores != "cosine":
+        raise ValueError(
+            f"The scores of method={settings.method!r} are not cosines of the steered embedding, so they are no sums over latents. "
+            "Explain 'vs2', 'vs2++', 'amplify' or 'corrected', as in model.steering(method='vs2')."
+        )
+    if settings.edits is None and settings.parts.step in ("centroid", "reconstruct"):
+        raise ValueError(
+            f"method={settings.method!r} changes no latent, so none of them moved a score. Explain 'vs2', 'vs2++' or 'amplify', "
+            "as in model.steering(method='vs2')."
+        )
+
+
+__all__ = ["VS2Explanation", "check_explainable", "explain_rows"]

@@ -1,0 +1,206 @@
+"""An explanation as a picture: the image, the probabilities before and after, and what moved the scores."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..evaluation.report import STYLES, SUFFIXES
+from ..files.atomic import failing_as, replace_file
+from .explanation import VS2Explanation
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
+
+UP, DOWN = STYLES[0][0], STYLES[1][0]
+GREY = "0.6"
+TOTAL = "0.25"
+NO_LATENT = ("reconstruction", "normalisation")
+COLUMN_INCHES, UPPER_INCHES, ROW_INCHES = 3.3, 3.1, 0.26
+MAX_BARS = 8
+
+
+def leading_labels(explanation: VS2Explanation, number: int, image: int = 0) -> list[int]:
+    """Places of the labels to look at: steered CLIP's best, plain CLIP's best, and then steered CLIP's next."""
+    order = explanation.steered_scores[image].argsort(descending=True, stable=True).tolist()
+    first = [order[0], int(explanation.plain_scores[image].argmax())]
+    return list(dict.fromkeys(first + order))[: max(1, number)]
+
+
+def draw_explanation(
+    explanation: VS2Explanation,
+    picture: Image,
+    path: str | Path,
+    *,
+    image: int = 0,
+    title: str = "",
+    num_labels: int = 3,
+    num_latents: int = 6,
+) -> Path:
+    """
+    Write the picture of one image's explanation; the suffix of `path` says in which format (`.png`, `.svg` or `.pdf`).
+
+    Args:
+        explanation: of a batch.
+        picture: the image itself.
+        path: where to; its folder is made when needed.
+        image: which of the batch.
+        title: of the image.
+        num_labels: labels whose scores are taken apart.
+        num_latents: latents drawn for each of them; the others are one bar.
+
+    Raises:
+        `ImportError`: matplotlib is missing (the `report` extra). `ValueError`: another suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Pictures need matplotlib: pip install "hf_vs2[report]".') from error
+    labels = leading_labels(explanation, num_labels, image)
+    steps = [explanation.parts(label, image, num_latents) for label in labels] if explanation.steered[image] else []
+    lower = 0.9 + ROW_INCHES * (num_latents + 5) if steps else 0.0
+    figure = Figure(
+        figsize=(max(9.0, COLUMN_INCHES * len(steps)), UPPER_INCHES + lower + 0.35), layout="constrained", dpi=130
+    )
+    figure.supxlabel(_caption(steps), fontsize=9, color="0.25", x=0.015, ha="left")
+    shares = [UPPER_INCHES, lower] if steps else [UPPER_INCHES]
+    panels: Any = figure.subfigures(len(shares), 1, height_ratios=shares, squeeze=False)[:, 0]
+    upper, *below = panels
+    left, right = upper.subplots(1, 2, width_ratios=[1, 2])
+    _draw_image(left, picture, explanation, image, title)
+    _draw_probabilities(right, explanation, image, labels)
+    for panel in below:
+        places = panel.subplots(1, len(steps), squeeze=False)[0]
+        for axes, parts in zip(places, steps, strict=True):
+            _draw_steps(axes, parts)
+        _same_width(places)
+    with failing_as(path):
+        # By name: the temporary file has another suffix.
+        replace_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:].lower()))
+    return path
+
+
+def _caption(steps: Sequence[dict[str, Any]]) -> str:
+    if not steps:
+        return "This image was not steered: its scores are plain CLIP's, and no latent moved them."
+    score = "logit" if steps[0]["relative_to"] is None else "logit less the mean of all labels' logits"
+    return (
+        f"Lower row: a label's score ({score}), from plain CLIP's to the steered one; each bar is what a latent added to it.\n"
+        "Normalisation is what the LayerNorm and unit length of the steered row do to the plain score; it belongs to no single latent."
+    )
+
+
+def _draw_image(axes: Axes, picture: Image, explanation: VS2Explanation, image: int, title: str) -> None:
+    small = min(picture.size) < 100
+    axes.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest" if small else "antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color("0.8")
+    active = int((explanation.latent_values[image] != 0).sum())
+    state = "steered" if explanation.steered[image] else "not steered"
+    axes.set_xlabel(f"{state}, FVU {explanation.fvu[image]:.2f}\n{active} active latents", fontsize=9, color="0.25")
+    axes.set_title("\n".join(textwrap.wrap(title, 22)), fontsize=11, fontweight="bold", loc="left")
+
+
+def _draw_probabilities(axes: Axes, explanation: VS2Explanation, image: int, labels: Sequence[int]) -> None:
+    """Two bars a label, plain above steered, the best first; labels beyond the first few are left out."""
+    before, after = (
+        scores[image].softmax(-1).tolist() for scores in (explanation.plain_scores, explanation.steered_scores)
+    )
+    order = sorted(range(len(before)), key=lambda one: -max(before[one], after[one]))
+    shown = sorted({*order[:MAX_BARS], *labels}, key=lambda one: -after[one])
+    places = np.arange(len(shown))
+    for offset, values, colour, name in ((-0.2, before, GREY, "plain CLIP"), (0.2, after, UP, "steered")):
+        numbers = [values[one] for one in shown]
+        axes.barh(places + offset, numbers, height=0.38, color=colour, label=name)
+        for place, number in zip(places + offset, numbers, strict=True):
+            text = f"{number:.1%}" if number >= 0.0005 else "<0.1%"
+            axes.annotate(text, (number, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+    axes.set_yticks(places, [_short(explanation.labels[one], 26) for one in shown], fontsize=9)
+    for tick, one in zip(axes.get_yticklabels(), shown, strict=True):
+        tick.set_fontweight("bold" if one in labels else "normal")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(before + after))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.legend(loc="lower right", frameon=False, fontsize="small")
+    left_out = len(before) - len(shown)
+    axes.set_xlabel("probability" + (f" ({left_out:,} labels left out)" if left_out else ""), fontsize=9)
+    _finish(axes, "Before and after")
+
+
+def _draw_steps(axes: Axes, parts: dict[str, Any]) -> None:
+    """From plain CLIP's score down to the steered one, one bar a part, each beginning where the last one ended."""
+    rows = [(f"{_name(latent)}", latent["contribution"]) for latent in parts["latents"]]
+    rows += [("other latents", parts["others"]), (NO_LATENT[0], parts["replacement"])]
+    rows = [row for row in rows if row[1] != 0] + [(NO_LATENT[1], parts["normalisation"])]
+    at = parts["plain"]
+    names, ends = ["plain CLIP"], [at]
+    for place, (name, size) in enumerate(rows, 1):
+        colour = GREY if name in NO_LATENT else UP if size > 0 else DOWN
+        axes.barh(place, size, left=at, height=0.62, color=colour)
+        axes.vlines(at, place - 1, place, color="0.7", linewidth=0.8, zorder=0)
+        edge = max(at, at + size)
+        axes.annotate(_signed(size), (edge, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        at += size
+        names.append(name)
+        ends.append(at)
+    axes.vlines(at, len(rows), len(rows) + 1, color="0.7", linewidth=0.8, zorder=0)
+    names.append("steered")
+    ends.append(at)
+    for place, score in ((0, parts["plain"]), (len(rows) + 1, parts["steered"])):
+        axes.plot([score], [place], "D", color=TOTAL, markersize=6)
+        axes.annotate(
+            _signed(score), (score, place), (7, 0), textcoords="offset points", va="center", fontsize=8, weight="bold"
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(min(ends), max(ends))
+    axes.set_xlabel("score", fontsize=9)
+    _finish(axes, "\n".join(textwrap.wrap(_short(parts["label"], 38), 20)))
+
+
+def _same_width(places: Sequence[Axes]) -> None:
+    """Scores of all labels on scales of one width, with room for the numbers: bars can be compared across labels."""
+    width = 1.35 * max(0.02, *(high - low for low, high in (axes.get_xlim() for axes in places)))
+    for axes in places:
+        low, high = axes.get_xlim()
+        middle = (low + high) / 2 + 0.06 * width
+        axes.set_xlim(middle - width / 2, middle + width / 2)
+
+
+def _name(latent: dict[str, Any]) -> str:
+    name = "" if latent["name"] is None else f"{_short(latent['name'], 16)} "
+    return f"{name}#{latent['latent']}"
+
+
+def _signed(number: float) -> str:
+    return f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _short(text: str, length: int) -> str:
+    """The beginning and the end: what tells labels apart may stand in either."""
+    if len(text) <= length:
+        return text
+    tail = length // 3
+    return text[: length - tail - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}" + text[-tail:].lstrip()
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(title, loc="left", fontsize=11)
+
+
+__all__ = ["draw_explanation", "leading_labels"]

@@ -1,0 +1,156 @@
+"""What people give to be explained: images and labels, and names for latents."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..clip.loading import find_processing
+from ..data.batches import Normalizer, read_together, uint8_pixels
+from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage
+from ..data.prompts import class_embeddings, clean_class_names
+from .explanation import VS2Explanation, explain_rows
+
+
+if TYPE_CHECKING:
+    from ..clip.modeling import VS2CLIPForZeroShot
+    from ..steering.corpus import RetrievalInputs
+
+
+@torch.no_grad()
+def explain_images(
+    model: VS2CLIPForZeroShot,
+    images: Any,
+    labels: Sequence[str] | torch.Tensor,
+    processor: Any,
+    templates: str | Path | Sequence[str] | None,
+    names: Any,
+    vocabulary: Sequence[str] | None,
+    retrieval: RetrievalInputs,
+) -> VS2Explanation:
+    """See [`VS2CLIPForZeroShot.explain`]."""
+    if names is not None and vocabulary is not None:
+        raise ValueError("names= and vocabulary= exclude each other: give one of them.")
+    given = isinstance(labels, torch.Tensor) and _is_batch(images) and vocabulary is None
+    tokenizer, image_processor = (None, None) if given else processing_of(model, processor)
+    templates = DEFAULT_TEMPLATES if templates is None else templates
+    if isinstance(labels, torch.Tensor):
+        embeds, words = labels, None
+    else:
+        check_labels(labels)
+        embeds, words = class_embeddings(model.clip, tokenizer, labels, templates, clean=False), labels
+    if vocabulary is not None:
+        from .latent_names import name_latents
+
+        names = name_latents(model, tokenizer, vocabulary, top=1)
+    pixels = images if _is_batch(images) else _pixels(images, image_processor, model.clip.device)
+    rows = model.cls_rows(pixels.to(model.clip.device, model.clip.dtype))
+    return explain_rows(model, rows, embeds, words, resolve_names(names), retrieval)
+
+
+def resolve_names(names: Any) -> dict[int, str]:
+    """
+    Names of latents by number, of those that have one.
+
+    Args:
+        names: a mapping `latent -> name`, a sequence with one name (or `None`) a latent, [`LatentNames`], the path of a JSON file of
+            the first two, or of the `latents.json` of an atlas, of which each latent's first name is taken; `None` for no names.
+
+    Raises:
+        `ValueError`, `TypeError`: on anything else. `OSError`: if the file can't be read.
+    """
+    source = "names"
+    if isinstance(names, (str, os.PathLike)):
+        source = os.fspath(names)
+        names = _read_json(source)
+    if names is None:
+        return {}
+    if hasattr(names, "words") and hasattr(
+        names, "indices"
+    ):  # `LatentNames`, whose module imports the model, which imports this
+        return {latent: names.words[best] for latent, best in enumerate(names.indices[:, 0].tolist())}
+    if isinstance(names, Mapping) and isinstance(names.get("latents"), Sequence):
+        return _atlas_names(names["latents"], source)
+    if isinstance(names, Sequence):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping):
+        raise TypeError(f"{source} must map latents to their names, not be a {type(names).__name__}.")
+    found = {}
+    for latent, name in names.items():
+        if name is None:
+            continue
+        if not isinstance(name, str) or not str(latent).isdigit():
+            raise ValueError(f"{source} has {latent!r}: {name!r}; expected the number of a latent and its name.")
+        found[int(latent)] = name
+    return found
+
+
+def _read_json(path: str) -> Any:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a JSON file ({error}); expected the latents.json of an atlas, or names by latent."
+        ) from error
+    if not isinstance(found, (dict, list)):
+        raise ValueError(f"{path} holds neither a JSON object nor a list: expected names by latent.")
+    return found
+
+
+def _atlas_names(latents: Sequence[Any], source: str) -> dict[int, str]:
+    found = {}
+    for number, latent in enumerate(latents):
+        try:
+            if latent.get("names"):
+                found[int(latent["index"])] = str(latent["names"][0]["name"])
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{source}: latents[{number}] is not as an atlas writes it: {latent!r}.") from error
+    return found
+
+
+def _is_batch(images: Any) -> bool:
+    """Whether these are pixel values already."""
+    return isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point()
+
+
+def check_labels(labels: Any) -> None:
+    """Refuse labels that are missing, empty or given twice, as the pipeline does."""
+    try:
+        clean_class_names(labels)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("class_names", "labels")) from error
+
+
+def processing_of(model: VS2CLIPForZeroShot, processor: Any) -> tuple[Any, Any]:
+    """Tokenizer and image processor: those given, or those of where the model was loaded from."""
+    if processor is None:
+        return find_processing(model, model.config._name_or_path or None, {})
+    if isinstance(processor, (tuple, list)) and len(processor) == 2:
+        return processor[0], processor[1]
+    if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
+        return processor.tokenizer, processor.image_processor
+    raise TypeError(
+        f"processor must be a CLIPProcessor or a pair of tokenizer and image processor, not a {type(processor).__name__}."
+    )
+
+
+def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Tensor:
+    """Pixel values `(batch, channels, height, width)`, as the pipeline makes them."""
+    single = isinstance(images, SINGLE_IMAGE)
+    images = [images] if single else list(images)
+    if not images:
+        raise ValueError("images is empty: give one image or several.")
+
+    def read(image: Any, name: str) -> torch.Tensor:
+        return uint8_pixels(NamedImage(image, name).read(timeout=60), image_processor)
+
+    names = ["the image"] if single else [f"image {number}" for number in range(len(images))]
+    return Normalizer(image_processor, device)(torch.stack(read_together(read, images, names)))
+
+
+__all__ = ["explain_images", "processing_of", "resolve_names"]

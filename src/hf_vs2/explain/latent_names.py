@@ -1,0 +1,138 @@
+"""Names for latents: the words whose text embeddings a decoder direction moves an image towards.
+
+A decoder direction `d_i` lives in the space of CLS rows, before `post_layernorm`; words live in the projected space. What joins
+them is the model's own tail: moving a row `x` a little along `d_i` moves its unit image embedding `e(x)` along the derivative
+`J(x) d_i`, through LayerNorm, projection and normalisation, taken here at the mean of the training rows. LayerNorm's affine part
+and the projection alone would keep what the tail takes away: the component along the row itself, which changes no score. (With the ViT-Ti of docs/atlas.md the two
+name nearly alike; the derivative at the rows that activate the latent, in place of the mean, names them worse.)
+
+Text embeddings share a large common part (the modality gap), to which a direction is near or far whatever it means. So the
+vocabulary's mean embedding is subtracted from each word before the cosine: a name says what sets a word apart from the others in the
+vocabulary, and a score depends on the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+
+from ..clip.modeling import VS2CLIPForZeroShot
+from ..data.prompts import class_embeddings, clean_class_names
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LatentNames(NamedTuple):
+    """The words of each latent, best first."""
+
+    words: list[str]
+    """The vocabulary, as it was read in the prompts."""
+    indices: torch.Tensor
+    """Which words they are, int64 `(num_latents, top)`, on the CPU."""
+    scores: torch.Tensor
+    """Their cosines with the latent's direction, float32 `(num_latents, top)`, on the CPU."""
+
+    def of(self, latent: int) -> list[tuple[str, float]]:
+        """The words of one latent with their scores, best first."""
+        pairs = zip(self.indices[latent].tolist(), self.scores[latent].tolist(), strict=True)
+        return [(self.words[index], score) for index, score in pairs]
+
+
+@torch.no_grad()
+def name_latents(
+    model: VS2CLIPForZeroShot,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Sequence[str],
+    *,
+    templates: str | Path | Sequence[str] = "single",
+    top: int = 5,
+    progress: bool = False,
+) -> LatentNames:
+    """
+    The words of a vocabulary that each latent of the last layer's SAE points to.
+
+    A latent that only ever has positive values (`activation="relu"`) moves images towards its words; of one that may be negative the
+    words are those of its positive side. A zero direction has scores of 0.
+
+    Args:
+        model: the wrapper, with an SAE on the last layer. It is left as it was found.
+        tokenizer: the tokenizer of its CLIP.
+        vocabulary: two or more different words, such as class names, or the lines of a file ([`read_vocabulary`]).
+        templates: prompts around a word, anything [`resolve_templates`] takes.
+        top: words a latent, at most as many as there are.
+        progress: show a progress bar while words are encoded.
+
+    Raises:
+        ValueError, TypeError: fewer than two words, or a fault in the words or templates.
+    """
+    words = clean_class_names(vocabulary)
+    if len(words) < 2:
+        raise ValueError(
+            f"a vocabulary of one word, {words[0]!r}, gives every latent the same name: give two or more words."
+        )
+    embeds = class_embeddings(model.clip, tokenizer, words, templates, progress=progress)
+    indices, scores = closest_words(embedding_directions(model), embeds, top)
+    return LatentNames(words, indices.cpu(), scores.cpu())
+
+
+@torch.no_grad()
+def embedding_directions(model: VS2CLIPForZeroShot, at: torch.Tensor | None = None) -> torch.Tensor:
+    """Where each latent moves the unit image embedding: `J(at) d_i`, float32 `(num_latents, projection_dim)`, on the CLIP's device.
+
+    `at` is the row `(hidden_size,)` at which the derivative is taken, by default the mean of the SAE's training rows.
+    """
+    clip, sae = model.clip, model.sae
+    # In float32 whatever the CLIP's dtype; the tail is small.
+    norm = copy.deepcopy(clip.vision_model.post_layernorm).float()
+    projection = copy.deepcopy(clip.visual_projection).float()
+    directions = sae.W_dec.detach().to(clip.device, torch.float32)
+    # Not expanded: forward-mode differentiation writes beside each row.
+    point = (sae.mean if at is None else at).to(directions).repeat(len(directions), 1)
+    found = torch.func.jvp(lambda x: normalize(projection(norm(x)), dim=-1), (point,), (directions,))
+    return found[1]
+
+
+def closest_words(
+    directions: torch.Tensor, word_embeds: torch.Tensor, top: int, block: int = 1024
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top` words of largest cosine with each direction, as `(indices, scores)`, each `(n, min(top, num_words))`.
+
+    Args:
+        directions: `(n, projection_dim)`, of any length.
+        word_embeds: unit text embeddings `(num_words, projection_dim)`; their mean is subtracted here.
+        top: at least 1.
+        block: directions at a time, so that a large vocabulary takes little memory.
+    """
+    centred = normalize(word_embeds - word_embeds.mean(0), dim=-1)
+    found = [
+        (normalize(some, dim=-1) @ centred.T).topk(min(top, len(centred)), dim=-1) for some in directions.split(block)
+    ]
+    return torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
+
+
+def read_vocabulary(path: str | PathLike) -> list[str]:
+    """The words of a UTF-8 text file, one a line; empty lines are skipped, and a word that comes again counts once.
+
+    Raises:
+        ValueError: the file is not text, or holds no word. OSError: it cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the vocabulary {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    words = dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines)
+    words.pop("", None)
+    if not words:
+        raise ValueError(f"the vocabulary {path} is empty: it needs one word a line.")
+    return list(words)
+
+
+__all__ = ["LatentNames", "closest_words", "embedding_directions", "name_latents", "read_vocabulary"]

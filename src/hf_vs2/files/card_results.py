@@ -1,0 +1,210 @@
+"""What a model card takes from a result file: the table, per-class gains and losses, and the entries the Hub understands."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+from transformers.utils import logging
+
+from ..config.sae import SAEConfig
+from ..evaluation.report import EvaluationResult, Results, format_table
+from .checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
+
+
+logger = logging.get_logger(__name__)
+
+_NUM_CLASSES_SHOWN = 5
+_METHOD_NAMES = {"vs2+gate": "VS2 with gate", "vs2": "VS2"}
+
+
+def read_results(folder: CheckpointFolder, results: Results | ResultFacts | None = None) -> ResultFacts | None:
+    """
+    The result file given, or the one that lies in the folder.
+
+    Raises:
+        `ValueError`: if the one given is no result file, or was measured with an SAE of other size or training data. One
+            that merely lies there is then left out, with a warning.
+    """
+    if isinstance(results, ResultFacts):
+        return results
+    saes = [SAEConfig(**config) for config in folder.sae_configs.values()]
+    if results is not None:
+        facts = ResultFacts.from_file(results)
+        facts.check(saes)
+        return facts
+    place = folder.path / RESULTS_NAME
+    if not place.is_file():
+        return None
+    try:
+        facts = ResultFacts.from_file(place)
+        facts.check(saes)
+    except ValueError as error:
+        logger.warning(f"{place} was left out of the model card. {error}")
+        return None
+    return facts
+
+
+@dataclass(frozen=True)
+class ResultFacts:
+    """
+    A result file, as cards show it.
+
+    Args:
+        result ([`EvaluationResult`]): the result file.
+    """
+
+    result: EvaluationResult
+
+    @classmethod
+    def from_file(cls, results: Results) -> ResultFacts:
+        """From a result, or the path of its file."""
+        result = results if isinstance(results, EvaluationResult) else EvaluationResult.from_json(results)
+        if not result.rows:
+            raise ValueError(f"{results} holds no evaluated row.")
+        return cls(result)
+
+    def check(self, saes: list[SAEConfig]) -> None:
+        """Raise `ValueError` if what was measured can't be one of these SAEs."""
+        measured, data = self.result.meta.get("sae"), self.result.meta.get("sae_training_data")
+        if measured is None:
+            return
+        theirs = [({name: getattr(sae, name, None) for name in measured}, sae.training_data) for sae in saes]
+        if (measured, data) not in theirs:
+            raise ValueError(
+                f"These results were measured with another SAE: {measured}, trained on {data}; in the checkpoint there is "
+                f"{' and '.join(f'{shape}, trained on {origin}' for shape, origin in theirs)}. Evaluate this checkpoint, and give that "
+                "result file."
+            )
+
+    @property
+    def content(self) -> bytes:
+        """The result file, as it lies beside the checkpoint: without the place where that was found."""
+        meta = {name: value for name, value in self.result.meta.items() if name != "checkpoint"}
+        with tempfile.TemporaryDirectory() as folder:
+            return replace(self.result, meta=meta).to_json(Path(folder) / RESULTS_NAME).read_bytes()
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.result.per_class.get("class_names", [])
+
+    @property
+    def data_set(self) -> dict[str, Any]:
+        """`id`, `split` and what else the evaluation recorded of its images."""
+        meta = self.result.meta
+        found = meta.get("dataset")
+        found = {"id": found} if isinstance(found, str) else dict(found or {})
+        return {"id": meta.get("dataset_id")} | {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def data_set_name(self) -> str:
+        name = self.data_set.get("id")
+        if not name:
+            return "images whose name was not recorded"
+        return name if looks_like_hub_id(name) else Path(name).name
+
+    @property
+    def setting(self) -> str:
+        """One sentence: on what, and how many."""
+        split = self.data_set.get("split")
+        trained = "label_loss" in (self.result.meta.get("sae_training_data") or {})
+        return (
+            f"Measured with hf_vs2 {self.result.meta.get('hf_vs2_version', '(version not recorded)')} on {self.data_set_name}"
+            f"{f', split `{split}`' if split else ''}: {self.result.rows[0]['n']:,} images, {len(self.class_names)} classes. "
+            f"Labels were used to count right answers{', and in training the SAE' if trained else ' only'}."
+        )
+
+    @property
+    def table(self) -> str:
+        return format_table(self.result)
+
+    @property
+    def prompts(self) -> list[tuple[str, str]]:
+        """Prompt set -> its templates, in one line."""
+        sets = self.result.meta.get("templates") or {}
+        return [(name, ", ".join(f"`{template}`" for template in templates)) for name, templates in sets.items()]
+
+    @property
+    def own_rows(self) -> list[int]:
+        """Rows of the method that the checkpoint stands for: VS2 with its gate, or without where it has none."""
+        for method in _METHOD_NAMES:
+            rows = [index for index, row in enumerate(self.result.rows) if row["method"] == method]
+            if rows:
+                return rows
+        return []
+
+    @property
+    def classes(self) -> dict[str, Any] | None:
+        """The classes that gain and lose most, with the last prompt set; `None` without figures by class."""
+        accuracy = self.result.per_class.get("accuracy")
+        if not accuracy or not self.own_rows:
+            return None
+        index = self.own_rows[-1]
+        row = self.result.rows[index]
+        plain = accuracy[self.result.index("clip", row["prompts"])]
+        support = self.result.per_class["support"]
+        everything = [
+            one for one in zip(self.class_names, support, plain, accuracy[index], strict=True) if None not in one
+        ]
+        ranked = sorted(everything, key=lambda one: one[3] - one[2], reverse=True)
+        gains = [one for one in ranked if one[3] > one[2]]
+        losses = [one for one in ranked if one[3] < one[2]]
+        same = len(everything) - len(gains) - len(losses)
+        return {
+            "method": _METHOD_NAMES[row["method"]],
+            "rows": gains[:_NUM_CLASSES_SHOWN] + losses[-_NUM_CLASSES_SHOWN:],
+            "summary": (
+                f"With the `{row['prompts']}` prompts, {len(gains)} of {len(everything)} classes gain, {len(losses)} lose and {same} stay "
+                f"as they are under {_METHOD_NAMES[row['method']]}. Accuracy in %, up to {_NUM_CLASSES_SHOWN} of each kind; with few images a "
+                "class, expect chance to do much of this."
+            ),
+        }
+
+    @property
+    def eval_results(self) -> list[EvalResult]:
+        """For `model-index`, accuracy as a fraction."""
+        results = []
+        for row in (self.result.rows[index] for index in self.own_rows):
+            for key, name in (("top1", "Top-1"), ("top5", "Top-5")):
+                if row.get(key) is None:
+                    continue
+                results.append(
+                    EvalResult(
+                        task_type="zero-shot-image-classification",
+                        task_name="Zero-Shot Image Classification",
+                        dataset_type=self.data_set_name,
+                        dataset_name=self.data_set_name,
+                        dataset_split=self.data_set.get("split"),
+                        metric_type="accuracy",
+                        metric_name=f"{name} accuracy, {_METHOD_NAMES[row['method']]}, {row['prompts']} prompts",
+                        metric_value=round(row[key] / 100, 6),
+                    )
+                )
+        return results
+
+    @property
+    def leaderboard_entry(self) -> str | None:
+        """Content of an `.eval_results/*.yaml` file, for the leaderboard of a benchmark on the Hub.
+
+        Only where the result's `meta` names the benchmark's task (`task_id`) and the data set is one of the Hub: entries for
+        data sets that are not registered as benchmarks are errors there.
+        """
+        task, data_set = self.result.meta.get("task_id"), self.data_set.get("id")
+        if not task or not looks_like_hub_id(data_set) or not self.own_rows:
+            return None
+        row = self.result.rows[self.own_rows[-1]]
+        entry = EvalResultEntry(
+            dataset_id=str(data_set),
+            task_id=task,
+            value=row["top1"],
+            date=self.result.meta.get("date"),
+            notes=f"zero-shot top-1 accuracy in %, {_METHOD_NAMES[row['method']]}, {row['prompts']} prompts",
+        )
+        return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+
+
+__all__ = ["ResultFacts", "read_results"]

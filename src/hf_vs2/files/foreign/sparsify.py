@@ -1,0 +1,116 @@
+"""Checkpoints of EleutherAI's `sparsify`: `cfg.json` and `sae.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..atomic import failing_as, replace_files
+from .checkpoint import CFG_NAME, ForeignCheckpoint
+from .parts import Parts, build
+
+
+if TYPE_CHECKING:
+    from ...sae.modeling import SAEModel
+
+WEIGHTS_NAME = "sae.safetensors"
+_HOOKPOINT = re.compile(r"(?:.*\.)?layers\.(\d+)")
+
+
+def load(
+    name_or_path: str | os.PathLike,
+    *,
+    layer: int | None = None,
+    base_model_name_or_path: str | None = None,
+    base_model_revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    **place: Any,
+) -> SAEModel:
+    """See [`SAEModel.from_sparsify`]."""
+    checkpoint = ForeignCheckpoint.find("sparsify", name_or_path, place, CFG_NAME, WEIGHTS_NAME)
+    setting = checkpoint.setting
+    if setting("transcode", bool, False):
+        checkpoint.refuse("transcode", "a transcoder reads one place and predicts another")
+    if setting("skip_connection", bool, False):
+        checkpoint.refuse("skip_connection", "a skip connection adds what is not in the code")
+    if setting("activation", str, "topk") != "topk":
+        checkpoint.refuse("activation", "only top-k picks the largest latents of all")
+    hidden_size = setting("d_in", int)
+    # Defaults are those of its own reader.
+    num_latents = setting("num_latents", int, 0) or hidden_size * setting("expansion_factor", int, 32)
+    tensors = checkpoint.tensors()
+    checkpoint.check(
+        tensors,
+        {
+            "encoder.weight": (num_latents, hidden_size),
+            "encoder.bias": (num_latents,),
+            "W_dec": (num_latents, hidden_size),
+            "b_dec": (hidden_size,),
+        },
+    )
+    parts = Parts(
+        W_enc=tensors["encoder.weight"],
+        b_enc=tensors["encoder.bias"],
+        W_dec=tensors["W_dec"],
+        b_pre=tensors["b_dec"],
+        top_k=setting("k", int, 32),
+        # Of releases before 1.0: the largest by absolute value, without ReLU.
+        activation="absolute" if setting("signed", bool, False) else "relu",
+    )
+    if layer is None:  # its folders are named after the module whose output they read
+        hookpoint = _HOOKPOINT.fullmatch(Path(checkpoint.config_path).parent.name)
+        layer = int(hookpoint[1]) if hookpoint else None
+    return build(
+        parts,
+        checkpoint,
+        layer=layer,
+        base_model_name_or_path=base_model_name_or_path,
+        base_model_revision=base_model_revision,
+        dtype=dtype,
+    )
+
+
+def save(sae: SAEModel, folder: str | os.PathLike) -> None:
+    """See [`SAEModel.save_sparsify`]."""
+    config = sae.config
+    if config.activation != "relu":
+        raise ValueError(
+            f"activation={config.activation!r} can't be saved for sparsify, whose encoder ends in a ReLU. SAELens has it: save_sae_lens."
+        )
+    num_latents, hidden_size = config.weight_shape
+    norms = sae.W_dec.detach().float().norm(dim=-1)
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": config.expansion_factor,
+        "normalize_decoder": torch.allclose(norms, torch.ones_like(norms), atol=1e-3),  # of further training
+        "num_latents": num_latents,
+        "k": config.top_k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": hidden_size,
+    }
+    tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_pre}
+    write_files(Path(folder), tensors, WEIGHTS_NAME, cfg)
+
+
+def write_files(folder: Path, tensors: Mapping[str, torch.Tensor], weights_name: str, cfg: dict[str, Any]) -> None:
+    """Weights and `cfg.json`, whole or not at all."""
+
+    def write(scratch: Path) -> None:
+        save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, scratch / weights_name)
+        (scratch / CFG_NAME).write_text(json.dumps(cfg, indent=1) + "\n", encoding="utf-8")
+
+    with failing_as(folder, SafetensorError):
+        replace_files(folder, write, CFG_NAME)
+
+
+__all__ = ["load", "save"]

@@ -1,0 +1,453 @@
+"""The unlabelled corpus of VS2++ (arXiv 2506.01247, sections 3.3 and 4.2): kept on disk, and asked for neighbours.
+
+A saved corpus is `corpus.safetensors` (`rows`, and `embeddings` where another encoder finds the neighbours) and `corpus.json`,
+which says what they were made from and is repeated in the header of the former. No label is stored: pseudo-labels are CLIP's
+guesses among the classes of the call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, cast
+
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPModel
+from transformers.utils import cached_file
+
+from ..encoders.base_model import describe_base_model, same_fingerprint, vision_fingerprint
+from ..encoders.tail import clip_embeds
+from ..files.atomic import replace_file, replace_text
+from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
+from ..files.weight_files import LARGEST, check_token, opened
+from ..files.weight_state import weights_state
+from ..functional.neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
+from ..sae.modeling import SAEModel
+
+
+FORMAT = "hf_vs2.corpus"
+FORMAT_VERSION = 1
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalCorpus:
+    """
+    CLS rows of unlabelled images, the neighbours of VS2++ are taken from.
+
+    Args:
+        rows (`torch.Tensor` of shape `(n, hidden_size)`): of the CLIP's last layer, before `post_layernorm`; float32 or
+            bfloat16. Latents and CLIP embeddings are computed from them.
+        embeddings (`torch.Tensor` of shape `(n, d)`, *optional*): of the same images by another encoder, in whose space
+            neighbours are looked for. Without it that is the CLIP's own.
+        encoder (`str`, *optional*), encoder_revision (`str`, *optional*): that encoder.
+        base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*), base_model_fingerprint
+            (`list[float]`, *optional*): the CLIP, as an [`SAEConfig`] records it.
+
+    Raises:
+        `ValueError`: on shapes that do not fit, other dtypes, or rows with NaN or infinity.
+    """
+
+    rows: torch.Tensor
+    embeddings: torch.Tensor | None = None
+    encoder: str | None = None
+    encoder_revision: str | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_fingerprint: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._tensors().items():
+            if tensor.ndim != 2 or tensor.dtype not in _DTYPES.values() or not tensor.numel():
+                raise ValueError(
+                    f"The {name} of a corpus are a matrix with a row an image, float32 or bfloat16; these are "
+                    f"{tuple(tensor.shape)}, {tensor.dtype}."
+                )
+            for start in range(0, len(tensor), BLOCK_ROWS):
+                usable = tensor[start : start + BLOCK_ROWS].abs().amax(-1) <= LARGEST  # not with NaN
+                if not usable.all():
+                    row = start + int((~usable).nonzero()[0])
+                    raise ValueError(
+                        f"Row {row} of the corpus' {name} holds NaN, infinity or a number beyond {LARGEST:g}: leave that image out."
+                    )
+        if (self.embeddings is None) != (self.encoder is None):
+            raise ValueError(
+                "embeddings= and encoder= go together: the embeddings, and the id of the model that made them."
+            )
+        if self.embeddings is not None and len(self.embeddings) != len(self.rows):
+            raise ValueError(
+                f"{len(self.embeddings)} embeddings for {len(self.rows)} rows: they must be of the same images, in one order."
+            )
+
+    @classmethod
+    def from_store(
+        cls,
+        store_or_rows: Any,
+        *,
+        clip: CLIPModel | None = None,
+        embeddings: torch.Tensor | None = None,
+        encoder: str | None = None,
+        encoder_revision: str | None = None,
+        dtype: str = "float32",
+    ) -> RetrievalCorpus:
+        """
+        A corpus from an activation store, or from CLS rows in memory.
+
+        Args:
+            store_or_rows ([`ActivationStore`] or `torch.Tensor` of shape `(n, hidden_size)`): with the last layer's rows.
+            clip (`CLIPModel`, *optional*): the CLIP that made a tensor of rows; a store has it on record. Without it nothing
+                tells later that the corpus belongs to another CLIP.
+            embeddings, encoder, encoder_revision (*optional*): to look for neighbours in another encoder's space; see
+                [`embed_images`].
+            dtype (`str`): `"float32"`, or `"bfloat16"` to halve the corpus.
+
+        Raises:
+            `ValueError`: if the store lacks the last layer or is of another CLIP; and see the class.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not one of {list(_DTYPES)}.")
+        base: dict[str, Any] = {}
+        if isinstance(store_or_rows, torch.Tensor):
+            rows = store_or_rows
+            if clip is not None:
+                base = describe_base_model(clip)
+                del base["base_model_num_layers"]
+        else:
+            model = store_or_rows.metadata["model"]
+            rows = store_or_rows.tensor(-1)
+            base = {
+                "base_model_name_or_path": model["id"],
+                "base_model_revision": model["revision"],
+                "base_model_fingerprint": store_or_rows.metadata.get("base_model_fingerprint"),
+            }
+        corpus = cls(
+            rows.detach().cpu().to(_DTYPES[dtype]),
+            None if embeddings is None else unit_rows(embeddings.detach().cpu()).to(_DTYPES[dtype]),
+            encoder,
+            encoder_revision,
+            **base,
+        )
+        if clip is not None:
+            corpus.check_base_model(clip)
+        return corpus
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        space = "the CLIP's own space" if self.encoder is None else f"the space of {self.encoder}"
+        return f"RetrievalCorpus({len(self)} rows of {self.base_model_name_or_path or 'a CLIP without a name'}, searched in {space})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RetrievalCorpus:
+        return self  # never changed, and large
+
+    def check_base_model(self, clip: CLIPModel) -> None:
+        """Refuse a CLIP that these rows are not of.
+
+        Raises:
+            `ValueError`: naming both and the difference.
+        """
+        theirs = self.base_model_name_or_path or "a CLIP without a name"
+        both = f"This corpus was made with {theirs}; the CLIP given is {clip.config._name_or_path or 'one without a name'}."
+        width = clip.vision_model.config.hidden_size
+        if self.rows.shape[1] != width:
+            raise ValueError(
+                f"{both} Its rows have {self.rows.shape[1]} features, the vision tower gives {width}. Extract the images again "
+                "with this CLIP."
+            )
+        recorded = self.base_model_fingerprint
+        if recorded is not None and not same_fingerprint(vision_fingerprint(clip), recorded):
+            raise ValueError(
+                f"{both} They have the same shape but not the same weights. Extract the images again with this CLIP."
+            )
+
+    # On disk
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `corpus.safetensors` and `corpus.json` into a folder, made when needed; each file appears whole or not at all."""
+        folder = Path(save_directory).expanduser()
+        description = self._description()
+        text = json.dumps(description, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        metadata = {"hf_vs2": json.dumps(description, sort_keys=True)}
+        replace_file(folder / CORPUS_ROWS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
+        replace_text(folder / CORPUS_CONFIG_NAME, text)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, subfolder: str = "", **kwargs: Any
+    ) -> RetrievalCorpus:
+        """
+        Load a corpus from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path (`str` or path): Hub id or folder.
+            subfolder (`str`): `"corpus"` for the one in a VS2 checkpoint.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            `OSError`: if files are missing or can't be reached. `ValueError`: if they are something else, or damaged.
+        """
+        check_token(kwargs.get("token"))
+        source = os.fspath(pretrained_model_name_or_path)
+        place = {"subfolder": subfolder, **kwargs}
+        description_path = cached_file(source, CORPUS_CONFIG_NAME, **place)
+        description = _read_description(Path(description_path))
+        rows_path = cached_file(source, CORPUS_ROWS_NAME, **place)
+        with opened(rows_path) as file:
+            header = (file.metadata() or {}).get("hf_vs2", "null")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            stored = json.loads(header)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{rows_path} is damaged ({error}). Save or download the corpus again.") from error
+        names = {"rows"} if description["encoder"] is None else {"rows", "embeddings"}
+        if stored != description or set(tensors) != names or len(tensors["rows"]) != description["num_rows"]:
+            raise ValueError(
+                f"{rows_path} and {CORPUS_CONFIG_NAME} beside it are not of one corpus (a save that was cut off?): save it again."
+            )
+        base, encoder = description["base_model"], description["encoder"] or {}
+        try:
+            return cls(
+                tensors["rows"],
+                tensors.get("embeddings"),
+                encoder.get("name_or_path"),
+                encoder.get("revision"),
+                **{f"base_model_{name}": base[name] for name in ("name_or_path", "revision", "fingerprint")},
+            )
+        except ValueError as error:
+            raise ValueError(f"{rows_path} can't be used. {error}") from error
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"rows": self.rows} | ({} if self.embeddings is None else {"embeddings": self.embeddings})
+
+    def _description(self) -> dict[str, Any]:
+        encoder = None
+        if self.encoder is not None:
+            encoder = {"name_or_path": self.encoder, "revision": self.encoder_revision}
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "base_model": {
+                "name_or_path": self.base_model_name_or_path,
+                "revision": self.base_model_revision,
+                "fingerprint": self.base_model_fingerprint,
+            },
+            "encoder": encoder,
+            "num_rows": len(self),
+        }
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a corpus ({error}): save the corpus again.") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{path} does not describe a corpus: it does not say format {FORMAT!r}.")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {description.get('format_version')}, this hf_vs2 reads version {FORMAT_VERSION}: use the "
+            "version that wrote it, or make the corpus again."
+        )
+    base, encoder = description.get("base_model"), description.get("encoder")
+    fields = {
+        "num_rows": isinstance(description.get("num_rows"), int),
+        "base_model": isinstance(base, dict) and {"name_or_path", "revision", "fingerprint"} <= base.keys(),
+        "encoder": "encoder" in description
+        and (encoder is None or (isinstance(encoder, dict) and isinstance(encoder.get("name_or_path"), str))),
+    }
+    numbers = base.get("fingerprint") if isinstance(base, dict) else None
+    if numbers is not None:
+        fields["base_model.fingerprint"] = isinstance(numbers, list) and all(isinstance(one, float) for one in numbers)
+    wrong = [name for name, right in fields.items() if not right]
+    if wrong:
+        raise ValueError(f"{path} does not describe a corpus: {wrong[0]} is missing or of the wrong type.")
+    return description
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Asked for neighbours
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RetrievalInputs(TypedDict, total=False):
+    """What VS2++ needs to know of a batch of images beside the images."""
+
+    class_embeds: torch.Tensor | None
+    """`(num_classes, projection_dim)`: text embeddings of the classes that pseudo-labels are chosen from."""
+    retrieval_embeds: torch.Tensor | None
+    """`(batch, d)`: the images in the space of the corpus' encoder, where that is not the CLIP itself."""
+    exclude: torch.Tensor | None
+    """int64 `(batch,)`: for images that are in the corpus their row there, -1 for others."""
+
+
+def pop_retrieval_inputs(kwargs: dict[str, Any]) -> RetrievalInputs:
+    """Takes the arguments of [`RetrievalInputs`] out of `kwargs`."""
+    found = {name: kwargs.pop(name) for name in RetrievalInputs.__annotations__ if name in kwargs}
+    return cast(RetrievalInputs, found)
+
+
+class NeighborCodes(NamedTuple):
+    """The neighbours of a batch, as eq. 5 takes them."""
+
+    values: torch.Tensor
+    """`(batch, N, top_k)`."""
+    indices: torch.Tensor
+    """`(batch, N, top_k)` int64."""
+    positive: torch.Tensor
+    """`(batch, N)` bool."""
+
+
+class _LabelledClasses(NamedTuple):
+    class_embeds: torch.Tensor
+    labels: torch.Tensor
+
+
+class CorpusSearch:
+    """
+    A corpus at work in a model: its latents and embeddings are computed once for a state of the weights, its pseudo-labels once a
+    class matrix. Safe to use from several threads; a copy, and what another process receives, computes them anew.
+
+    Args:
+        corpus ([`RetrievalCorpus`]): not copied.
+    """
+
+    max_label_sets = 8
+    """How many class matrices the pseudo-labels are kept for; the least recently used go first."""
+
+    def __init__(self, corpus: RetrievalCorpus):
+        self.corpus = corpus
+        self._lock = threading.Lock()
+        self._codes: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+        self._embeds: tuple[Any, NeighborIndex] | None = None
+        self._other: tuple[torch.device, NeighborIndex] | None = None  # in the other encoder's space
+        self._labels: list[_LabelledClasses] = []
+
+    def __reduce__(self) -> tuple[type[CorpusSearch], tuple[RetrievalCorpus]]:
+        return type(self), (self.corpus,)
+
+    @torch.compiler.disable  # a compiled model breaks its graph here: locks, caches and a search are nothing to trace
+    @torch.no_grad()
+    def neighbors(
+        self,
+        clip: CLIPModel,
+        sae: SAEModel,
+        rows: torch.Tensor,
+        num_neighbors: int,
+        positives: str,
+        *,
+        class_embeds: torch.Tensor | None = None,
+        retrieval_embeds: torch.Tensor | None = None,
+        exclude: torch.Tensor | None = None,
+    ) -> NeighborCodes:
+        """
+        The neighbours of CLS rows `(batch, hidden_size)`, found by their plain CLIP embedding or by `retrieval_embeds`.
+
+        Args:
+            clip, sae: the model's; the corpus' embeddings and latents are made with them.
+            num_neighbors: N of section 4.2.
+            positives: the rule, see [`select_positives`].
+            class_embeds, retrieval_embeds, exclude: see [`RetrievalInputs`].
+
+        Raises:
+            `ValueError`: if the classes are missing, or the embeddings that the corpus' encoder calls for; on shapes that do not
+                fit; or if the corpus has too few rows.
+        """
+        classes = self._check(clip, rows, class_embeds, retrieval_embeds)
+        # Kept tensors may serve a training step after an inference: they must not be inference tensors. Leaving the mode switches
+        # gradients on, and a graph must not be kept either.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            embeds = self._embeddings(clip)
+            values, indices = self._latents(sae)
+            labels = self._pseudo_labels(embeds, classes)
+            index = embeds if self.corpus.embeddings is None else self._other_index(sae.device)
+        queries = clip_embeds(clip, rows)
+        found = index.search(
+            queries if retrieval_embeds is None else retrieval_embeds, num_neighbors, exclude=exclude
+        )[1]
+        own = pseudo_labels(queries, classes).to(labels.device) if positives == "query" else None
+        positive = select_positives(labels[found.to(labels.device)], positives, own)
+        found = found.to(values.device)
+        return NeighborCodes(values[found], indices[found].long(), positive.to(values.device))
+
+    def _check(
+        self,
+        clip: CLIPModel,
+        rows: torch.Tensor,
+        class_embeds: torch.Tensor | None,
+        retrieval_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if class_embeds is None:
+            raise ValueError(
+                "method='vs2++' labels the neighbours itself and needs to know the classes: give class_embeds=, a text embedding a "
+                "class, as hf_vs2.data.prompts.class_embeddings(clip, tokenizer, names) makes them. (The model called with input_ids "
+                "takes those.)"
+            )
+        width = clip.config.projection_dim
+        if class_embeds.ndim != 2 or class_embeds.shape[1] != width or not len(class_embeds):
+            raise ValueError(f"class_embeds must be (num_classes, {width}), not {tuple(class_embeds.shape)}.")
+        if self.corpus.embeddings is None and retrieval_embeds is not None:
+            raise ValueError(
+                "retrieval_embeds= is for a corpus with embeddings of another encoder; this one is searched in the CLIP's own space."
+            )
+        if self.corpus.embeddings is not None:
+            shape = (len(rows), self.corpus.embeddings.shape[1])
+            if retrieval_embeds is None or retrieval_embeds.shape != shape:
+                got = "none were given" if retrieval_embeds is None else f"these are {tuple(retrieval_embeds.shape)}"
+                raise ValueError(
+                    f"This corpus is searched in the space of {self.corpus.encoder}: give the images' embeddings by that model in "
+                    f"retrieval_embeds=, {shape}; {got}. hf_vs2.steering.retrieval.embed_images makes them."
+                )
+        return class_embeds
+
+    # What is kept
+
+    def _embeddings(self, clip: CLIPModel) -> NeighborIndex:
+        """Plain CLIP embeddings of the corpus."""
+        state = weights_state([*clip.vision_model.post_layernorm.parameters(), *clip.visual_projection.parameters()])
+        if self._embeds is None or self._embeds[0] != state:
+            blocks = [clip_embeds(clip, block) for block in self.corpus.rows.split(BLOCK_ROWS)]
+            self._embeds = state, NeighborIndex(torch.cat(blocks))
+            self._labels = []
+        return self._embeds[1]
+
+    def _latents(self, sae: SAEModel) -> tuple[torch.Tensor, torch.Tensor]:
+        """values `(n, top_k)` and indices `(n, top_k)` int32."""
+        state = weights_state([sae.W_enc, sae.b_enc, sae.b_pre]), sae.config.top_k, sae.config.activation
+        if self._codes is None or self._codes[0] != state:
+            values, indices = zip(
+                *(sae.encode(block.to(sae.device).float()) for block in self.corpus.rows.split(BLOCK_ROWS)),
+                strict=True,
+            )
+            self._codes = state, torch.cat(values), torch.cat([block.int() for block in indices])
+        return self._codes[1:]
+
+    def _other_index(self, device: torch.device) -> NeighborIndex:
+        assert self.corpus.embeddings is not None
+        if self._other is None or self._other[0] != device:
+            self._other = device, NeighborIndex(self.corpus.embeddings.to(device))
+        return self._other[1]
+
+    def _pseudo_labels(self, embeds: NeighborIndex, class_embeds: torch.Tensor) -> torch.Tensor:
+        for place, known in enumerate(self._labels):
+            same = known.class_embeds.shape == class_embeds.shape and known.class_embeds.device == class_embeds.device
+            if same and torch.equal(known.class_embeds, class_embeds):
+                self._labels.append(self._labels.pop(place))
+                return known.labels
+        labels = pseudo_labels(embeds.units, class_embeds)
+        self._labels = [*self._labels, _LabelledClasses(class_embeds.clone(), labels)][-self.max_label_sets :]
+        return labels
+
+
+__all__ = [
+    "CorpusSearch",
+    "NeighborCodes",
+    "RetrievalCorpus",
+    "RetrievalInputs",
+    "pop_retrieval_inputs",
+]

@@ -1,0 +1,182 @@
+"""Calibration: what the gate needs to know about an SAE, measured on unlabelled rows that it was not trained on."""
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from transformers.utils import logging
+
+from ..config.sae import SAEConfig
+from ..functional.equations import fvu_per_sample
+from ..sae.modeling import SAEModel
+
+
+logger = logging.get_logger(__name__)
+
+LEVELS = tuple(percent / 100 for percent in range(1, 100)) + (0.995, 0.999)
+"""Quantile levels stored with an SAE; the paper uses 0.90, 0.95, 0.99 and 0.995."""
+
+# More rows at once are no faster.
+_BATCH = 1024
+# Numbers that a block's latents may take before the top-k, 256 MB: fewer rows at once for a very wide SAE.
+_PRE_ACTIVATIONS = 2**26
+
+
+class Rows(Protocol):
+    """Activations by index: an [`ActivationStore`], or [`TensorRows`]."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: torch.Tensor) -> torch.Tensor: ...
+
+
+class TensorRows:
+    """A `(rows, hidden_size)` tensor behind the interface of an activation store."""
+
+    def __init__(self, tensor: torch.Tensor):
+        if tensor.ndim != 2 or not len(tensor):
+            raise ValueError(
+                f"Activations must be a (rows, hidden_size) tensor with at least one row, not {tuple(tensor.shape)}."
+            )
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def take(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.tensor[indices].float()
+
+
+def as_rows(rows: Rows | torch.Tensor) -> Rows:
+    """`rows` as something with `len` and `take`."""
+    return TensorRows(rows) if isinstance(rows, torch.Tensor) else rows
+
+
+def batches(rows: Rows, indices: torch.Tensor, batch_size: int = _BATCH) -> Iterator[torch.Tensor]:
+    """The rows of `indices` in blocks, so that memory stays flat.
+
+    Raises:
+        `ValueError`: if a row is not finite, with its number.
+    """
+    for chosen in indices.split(batch_size):
+        block = rows.take(chosen)
+        broken = ~block.isfinite().all(dim=1)
+        if broken.any():
+            raise ValueError(
+                f"Activation row {int(chosen[broken][0])} holds NaN or infinite values. Extract the activations again in float32 "
+                "or bfloat16 (float16 overflows in some CLIP models)."
+            )
+        yield block
+
+
+def split_rows(num_rows: int, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers for training and for calibration, disjoint, drawn at random.
+
+    `share` of the rows are held out, but at least 200, so that the 0.99 quantile of a small set means something, and at
+    most a fifth. `share=0` holds none out.
+    """
+    held_out = 0 if share == 0 else min(max(round(share * num_rows), 200), num_rows // 5)
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Mean `(hidden_size,)` and total variance (mean squared distance to the mean) in one pass of float64 sums.
+
+    The sums are taken around the first row: with CLIP's large mean, `E x^2 - (E x)^2` would lose digits.
+    """
+    origin = rows.take(indices[:1])[0].double()
+    total = torch.zeros_like(origin)
+    squares = 0.0
+    for block in batches(rows, indices):
+        centred = block.double() - origin
+        total += centred.sum(0)
+        squares += centred.square().sum().item()
+    shift = total / len(indices)
+    return (origin + shift).float(), squares / len(indices) - shift.square().sum().item()
+
+
+def conformal_quantiles(fvu: torch.Tensor, levels: tuple[float, ...] = LEVELS) -> dict[str, float]:
+    """Thresholds under which a fresh row of the same kind falls with probability at least `level`, for each level.
+
+    The threshold for level q is the `ceil((n + 1) q)`-th smallest of the n held-out FVUs (split conformal prediction), not
+    the plain sample quantile, which passes too few fresh rows when n is small. Levels that n rows can't vouch for, above
+    `n / (n + 1)`, are left out.
+    """
+    ordered = fvu.double().sort().values.tolist()
+    # The tolerance keeps (n + 1) q = 198.00000000000003 from asking for the 199th.
+    ranks = {level: math.ceil((len(ordered) + 1) * level - 1e-9) for level in levels}
+    # An infinite threshold (of a row that sits on the mean) is no gate, and JSON can't hold it.
+    known = {level: ordered[rank - 1] for level, rank in ranks.items() if 1 <= rank <= len(ordered)}
+    return {str(level): threshold for level, threshold in known.items() if math.isfinite(threshold)}
+
+
+def is_converted(config: SAEConfig) -> bool:
+    """Whether another library trained the SAE, so that the mean of its training rows is not known."""
+    return "converted_from" in (config.training_data or {})
+
+
+@torch.no_grad()
+def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | None = None) -> dict[str, float]:
+    """
+    Store per-sample FVU quantiles in `sae.config`, from unlabelled rows that the SAE was NOT trained on.
+
+    In-sample rows are reconstructed better than fresh ones; with about 1,000 training rows their 0.99 quantile steers only
+    87-90 % of fresh in-domain images. A model that wraps the SAE with a gate in force goes on with the old threshold until its
+    `set_steering(gate=...)` is called again.
+
+    The mean of an SAE that another library trained is not in its files. It is measured on these rows, with the total variance.
+
+    Args:
+        sae (`SAEModel`): the SAE; its `mean` must be set. Its config's `fvu_quantiles`, `num_calibration_rows` and, if the rows
+            are too few for it, default `gate` are changed.
+        rows (`ActivationStore` or `torch.Tensor` of shape `(rows, hidden_size)`): CLS activations.
+        indices (`torch.LongTensor`, *optional*): use only these rows.
+
+    Returns:
+        `dict`: `fvu` (of the whole set: squared error over squared distance to the training mean, in float64 sums) and
+        `l0` (mean number of active latents), measured on these rows.
+
+    Raises:
+        `ValueError`: on no rows, rows of another width, rows that are not finite, or none off the training mean.
+    """
+    rows = as_rows(rows)
+    indices = torch.arange(len(rows)) if indices is None else indices
+    if not len(indices):
+        raise ValueError(
+            "There are no rows to calibrate on. Give unlabelled activations that the SAE was not trained on."
+        )
+    if is_converted(sae.config):
+        mean, sae.config.total_variance = activation_statistics(rows, indices)
+        sae.mean.copy_(mean)
+        sae.config.training_data = {**(sae.config.training_data or {}), "statistics_rows": len(indices)}
+    error = spread = active = 0.0
+    fvus = []
+    for block in batches(rows, indices, max(1, min(_BATCH, _PRE_ACTIVATIONS // sae.config.weight_shape[0]))):
+        block = block.to(sae.device)
+        values, latents = sae.encode(block)
+        reconstruction = sae.decode(values, latents).float()
+        error += (block - reconstruction).double().square().sum().item()
+        spread += (block - sae.mean).double().square().sum().item()
+        active += (values != 0).sum().item()
+        fvus.append(fvu_per_sample(block, reconstruction, sae.mean).cpu())
+    if not spread:
+        raise ValueError(
+            "All rows to calibrate on lie on the mean of the training rows: they have no variance, so no FVU. Check how they were "
+            "extracted."
+        )
+    config = sae.config
+    config.fvu_quantiles = conformal_quantiles(torch.cat(fvus))
+    config.num_calibration_rows = len(indices)
+    highest = max((float(level) for level in config.fvu_quantiles), default=None)
+    if config.gate is not None and (highest is None or config.gate > highest):
+        logger.warning(
+            f"{len(indices)} held-out rows can't vouch for the {config.gate} quantile; the default gate is set to {highest}. "
+            "Calibrate on more rows for a higher one (in training: calibration_share)."
+        )
+        config.gate = highest
+    return {"fvu": error / spread, "l0": active / len(indices)}
+
+
+__all__ = ["calibrate", "conformal_quantiles"]

@@ -1,0 +1,468 @@
+"""SAE training with accelerate: cached activations in, a calibrated checkpoint out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import get_linear_schedule_with_warmup
+from transformers.utils import logging
+
+from ..config.sae import SAEConfig
+from ..data.extraction import naming_lost_partners
+from ..data.rows import LayerRows, TrainRows, UnionRows, chosen_rows, read_ahead, training_labels, training_rows
+from ..files.atomic import failing_as, remove_folder, remove_leftovers, replace_folder, replace_text
+from ..files.model_card import write_model_card
+from ..sae.modeling import SAEModel, SAEOutput
+from ..version import __version__
+from .arguments import SAETrainingArguments
+from .calibration import activation_statistics, batches, calibrate, split_rows
+from .domain import measure_statistics
+from .label_losses import LabelLoss, describe_label_loss
+from .progress import TrainingProgress
+from .sharding import apply_fsdp, refuse_unfit_fsdp, whole_model
+from .step import Batch, GraphedTrainingStep, Meter, TrainingStep
+
+
+logger = logging.get_logger(__name__)
+
+LOG_NAME = "training_log.json"
+_CHECKPOINT_PREFIX = "checkpoint-"
+_LOCK_NAME = ".training.lock"
+# What must not change between a training checkpoint and the run that continues it.
+_PLANNED_CONFIG = ("num_latents", "top_k", "activation", "aux_k", "aux_k_coefficient")
+_PLANNED_ARGUMENTS = (
+    "seed",
+    "learning_rate",
+    "warmup_ratio",
+    "max_grad_norm",
+    "dead_latent_threshold",
+    "calibration_share",
+)
+
+
+class BatchPlan:
+    """Which rows make up each batch: consecutive slices of an endless chain of seeded permutations.
+
+    A pure function of the batch number, so that resuming needs no sampler state, and that any number of processes see the same
+    global batches. Every row comes once an epoch; a batch may span two epochs.
+    """
+
+    def __init__(self, rows: torch.Tensor, batch_size: int, seed: int):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self._cached: tuple[int, torch.Tensor] = (-1, rows)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        start, needed, parts = number * self.batch_size, self.batch_size, []
+        while needed:
+            epoch, offset = divmod(start, len(self.rows))
+            part = self._epoch(epoch)[offset : offset + needed]
+            parts.append(part)
+            start, needed = start + len(part), needed - len(part)
+        return torch.cat(parts)
+
+    def _epoch(self, epoch: int) -> torch.Tensor:
+        if self._cached[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._cached = (epoch, self.rows[torch.randperm(len(self.rows), generator=generator)])
+        return self._cached[1]
+
+
+class SAETrainer:
+    """
+    Trains a [`SAEModel`] on cached CLS activations, calibrates it and saves it.
+
+    Works on one process or many (`accelerate launch`, `torchrun`); for the same global batch the result is the same up to
+    float error. Under an FSDP configuration of accelerate each process keeps a part of the latents, and of their gradients
+    and optimizer state; after training, `trainer.model` is whole again on every process. No labels are used unless a
+    `label_loss` is given.
+
+    Args:
+        model (`SAEModel` or `SAEConfig`): a model to go on training, or the configuration of a new one, which is copied
+            (`hidden_size` must be the activations'). The model's config takes over from the store which CLIP and layer the
+            rows come from.
+        args (`SAETrainingArguments`): how to train.
+        train_rows (`ActivationStore`, a list of them, or `torch.Tensor` of shape `(rows, hidden_size)`): the activations. The
+            rows of several stores, of one CLIP and preprocessing, are trained on as one set; none are copied.
+        layer (`int`, *optional*): which layer of a store that holds several.
+        indices (`torch.LongTensor` of shape `(n,)`, *optional*): use only these rows, for training and for calibration.
+        labels (`torch.LongTensor` of shape `(rows,)`, *optional*): for `label_loss`, the class of each row, -1 where unknown;
+            the stores' own by default, where classes of stores with different class names are different classes.
+        label_loss (`Callable`, *optional*): a term added to the loss, such as [`PrototypeAlignment`]. It is called with the
+            [`SAEOutput`] and the labels of what one process sees in one forward pass; the scalar it returns is divided by
+            `config.total_variance`, which gives it the units of the reconstruction loss (FVU). Labels are used in training
+            only; `config.training_data` records that they were.
+
+    Raises:
+        `ValueError`: on a width that differs from the model's, too few rows, stores that do not belong together, labels that
+            are missing or do not fit, or an accelerate configuration that an SAE can't be trained under.
+
+    Example:
+
+    ```python
+    >>> trainer = SAETrainer(SAEConfig(hidden_size=768, top_k=64), SAETrainingArguments(output_dir="sae"), store)
+    >>> trainer.train()
+    >>> model = VS2CLIPForZeroShot(clip, trainer.model, gate=0.99)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: SAEModel | SAEConfig,
+        args: SAETrainingArguments,
+        train_rows: TrainRows,
+        layer: int | None = None,
+        *,
+        indices: torch.Tensor | Sequence[int] | None = None,
+        labels: torch.Tensor | Sequence[int] | None = None,
+        label_loss: LabelLoss | None = None,
+    ):
+        self.args = args
+        refuse_unfit_fsdp()
+        self.accelerator = Accelerator(
+            # Without this, processes that torchrun starts on a machine without GPU would each train alone.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir,
+            kwargs_handlers=[
+                # The only buffer, the mean, never changes: nothing to broadcast at each step. And the gradients are kept where
+                # they are exchanged from, not twice.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
+        )
+        apply_fsdp(self.accelerator)
+        if args.report_to not in ("none", "all") and not self.accelerator.log_with:
+            raise ImportError(
+                f"report_to={args.report_to}: that tracker is not installed. Install it, or use report_to=none."
+            )
+        set_seed(args.seed)
+        self._is_new = isinstance(model, SAEConfig) or model.config.total_variance is None
+        self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model
+        self.rows = training_rows(train_rows, layer)
+        width = self.rows.take(torch.zeros(1, dtype=torch.int64)).shape[1]
+        if width != self.model.config.hidden_size:
+            raise ValueError(
+                f"The activations are {width} wide, the SAE reads {self.model.config.hidden_size}. Use SAEConfig(hidden_size={width})."
+            )
+        self.indices = chosen_rows(indices, len(self.rows))
+        train, held_out = split_rows(len(self.indices), args.calibration_share, args.seed)
+        if len(train) < 2:
+            raise ValueError(f"{len(self.indices)} activation rows are too few to train an SAE on.")
+        self.train_indices, self.held_out_indices = self.indices[train], self.indices[held_out]
+        if labels is not None and label_loss is None:
+            raise ValueError(
+                "labels are given, but no label_loss that would use them. Training is label-free without one."
+            )
+        self.label_loss = label_loss
+        self.labels = None if label_loss is None else training_labels(labels, self.rows)
+        self._record_origin()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of one forward pass over all processes."""
+        return self.args.per_device_train_batch_size * self.accelerator.num_processes
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.args.num_steps(len(self.train_indices), self.batch_size * self.args.gradient_accumulation_steps)
+
+    def train(self) -> dict[str, float]:
+        """
+        Train, calibrate on the held-out rows, save to `args.output_dir`.
+
+        Returns:
+            `dict`: `fvu` and `l0` on the held-out rows (missing if none were held out), `dead_share`, `steps`,
+            `train_rows`, `held_out_rows`, `seconds`. The same is written to `training_log.json`, with the log.
+
+        Raises:
+            `ValueError`: on rows that are not finite or all the same, a loss that is not finite, or a checkpoint to resume from
+                that is missing or was made with other rows or settings.
+            `OSError`: when another training writes to `args.output_dir`, on a full disk, or when another process of this
+                training has died.
+        """
+        with naming_lost_partners(), self._alone():
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
+        started = time.perf_counter()
+        self._set_statistics()
+        progress = self._optimize()
+        if self.accelerator.is_fsdp2:
+            self.accelerator.free_memory()  # the optimizer's state makes room for the weights
+            self.model = whole_model(self.model)
+        metrics: dict[str, Any] = self._calibrate()
+        metrics["dead_share"] = progress.dead(self.args.dead_latent_threshold).float().mean().item()
+        metrics |= {
+            "steps": progress.step,
+            "train_rows": len(self.train_indices),
+            "held_out_rows": len(self.held_out_indices),
+        }
+        self.model.config.training_metrics = metrics
+        if self.accelerator.is_main_process:
+            self._measure_domain()
+        self.save_model()
+        metrics = metrics | {"seconds": round(time.perf_counter() - started, 3)}
+        if self.accelerator.is_main_process:
+            log = {"metrics": metrics, "args": asdict(self.args), "log": progress.log}
+            replace_text(self.args.output_path / LOG_NAME, json.dumps(log, indent=2) + "\n")
+            write_model_card(self.args.output_path)  # again, now that the log tells the settings
+        self.accelerator.wait_for_everyone()
+        # Not `end_training()`: it would leave the process group too, which a second trainer in the same job still needs.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return metrics
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two trainings in one folder would tear each other's checkpoints. The system drops the lock when a process dies."""
+        from huggingface_hub.utils import WeakFileLock
+
+        with contextlib.ExitStack() as held:
+            taken = torch.zeros(1, device=self.accelerator.device)
+            if self.accelerator.is_main_process:
+                self.args.output_path.mkdir(parents=True, exist_ok=True)
+                try:
+                    held.enter_context(WeakFileLock(self.args.output_path / _LOCK_NAME, timeout=0.1))
+                    remove_leftovers(self.args.output_path)
+                except TimeoutError:
+                    taken += 1
+            if self.accelerator.reduce(taken, "sum").item():
+                raise OSError(
+                    f"Another training is writing to {self.args.output_dir}. Wait for it, or choose another output_dir. "
+                    f"If none is running (some file systems keep the lock of a process that died), remove {_LOCK_NAME} in it."
+                )
+            yield
+
+    def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
+        """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or none."""
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _set_statistics(self) -> None:
+        """Mean and total variance of the training rows into the model; a new one's `b_pre` starts at the mean."""
+        mean, total_variance = activation_statistics(self.rows, self.train_indices)
+        if not total_variance > 0:
+            raise ValueError(
+                "All training rows are the same: there is nothing to learn. Check how they were extracted."
+            )
+        for _ in batches(self.rows, self.held_out_indices):
+            pass  # refuses rows that are not finite now, not in the calibration after the training
+        if self._is_new:
+            self.model.set_statistics(mean, total_variance)
+        else:  # goes on from its own b_pre
+            self.model.mean.copy_(mean)
+            self.model.config.total_variance = total_variance
+        self._is_new = False
+        self.model.config.fvu_quantiles = self.model.config.num_calibration_rows = None
+        self.model.set_domain_statistics(None)
+
+    def _record_origin(self) -> None:
+        config = self.model.config
+        config.hf_vs2_version = __version__
+        earlier = None if self._is_new else config.training_data
+        data: dict[str, Any] = {"num_rows": len(self.indices), "seed": self.args.seed}
+        if isinstance(self.rows, (LayerRows, UnionRows)):
+            for name, value in self.rows.origin.items():
+                setattr(config, name, value)
+            data |= self.rows.data(self.indices)
+        if len(self.indices) < len(self.rows):
+            data["selected_from"] = len(self.rows)
+        if self.label_loss is not None:
+            data["label_loss"] = describe_label_loss(self.label_loss)
+        elif earlier and "label_loss" in earlier:
+            data["label_loss"] = earlier["label_loss"]  # the labels of that training are in the weights that go on
+        config.training_data = data
+
+    def _optimize(self) -> TrainingProgress:
+        args, accelerator = self.args, self.accelerator
+        accelerator.free_memory()  # of an earlier, perhaps interrupted, train()
+        # accelerate keeps one value a process: another trainer may have been made since.
+        accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        accelerator.step = 0  # micro batches: an earlier train() may have ended in the middle of a step
+        steps = self.num_steps
+        graphed = GraphedTrainingStep.suits(accelerator, args, with_labels=self.label_loss is not None)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True, capturable=graphed)
+        schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * steps), steps)
+        model, optimizer = accelerator.prepare(self.model, optimizer)
+        never = torch.zeros(self.model.config.weight_shape[0], dtype=torch.int64, device=accelerator.device)
+        progress = TrainingProgress(self._plan(), steps_since_active=never)
+        if args.resume_from_checkpoint:
+            progress.load(self._checkpoint_to_resume(), accelerator, self.model, optimizer, schedule)
+            accelerator.step = 0
+        if args.report_to != "none":
+            accelerator.init_trackers("hf_vs2", config=asdict(args))
+
+        meter = Meter(self.model.config.total_variance or 1.0, accelerator)
+        step_taker = TrainingStep(model, self.model, optimizer, accelerator, args, self._label_term, progress, meter)
+        take_step = GraphedTrainingStep(step_taker) if graphed else step_taker
+        model.train()
+        batches = self._batches(progress.step, steps)
+        # Between two log entries nothing here waits for a GPU.
+        with self._bar(progress.step, steps) as bar, contextlib.closing(batches):
+            for step in range(progress.step, steps):
+                can_be_dead = step >= args.dead_latent_threshold
+                parts = map(self._batch, itertools.islice(batches, args.gradient_accumulation_steps))
+                take_step(parts, revive=can_be_dead)
+                schedule.step()
+                progress.step = step + 1
+                bar.update()
+                if progress.step % args.logging_steps == 0 or progress.step == steps:
+                    self._log(progress, meter, schedule.get_last_lr()[0], bar)
+                if args.save_steps and progress.step % args.save_steps == 0 and progress.step < steps:
+                    self._save_checkpoint(progress)
+        # accelerate put mixed precision around the model's forward; what is calibrated and handed back is the model itself.
+        for name in ("forward", "_original_forward"):
+            self.model.__dict__.pop(name, None)
+        return progress
+
+    def _plan(self) -> dict[str, Any]:
+        args, config = self.args, self.model.config
+        plan: dict[str, Any] = {
+            "rows": len(self.indices),
+            "indices": _digest(self.indices) if len(self.indices) < len(self.rows) else None,
+            "steps": self.num_steps,
+            "global_batch_size": self.batch_size * args.gradient_accumulation_steps,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "sharding": "fsdp" if self.accelerator.is_fsdp2 else None,  # accelerate's files differ
+        }
+        plan |= {name: getattr(config, name) for name in _PLANNED_CONFIG}
+        plan |= {name: getattr(args, name) for name in _PLANNED_ARGUMENTS}
+        plan["label_loss"] = None if self.label_loss is None else describe_label_loss(self.label_loss)
+        plan["labels"] = None if self.labels is None else _digest(self.labels[self.indices])
+        # Last, so that a changed setting is named first: it stands for the rows themselves.
+        plan["total_variance"] = config.total_variance
+        return plan
+
+    def _batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """This process's part of each batch of the steps from `start` to `stop`, read while the one before is trained on."""
+        size, device = self.args.per_device_train_batch_size, self.accelerator.device
+        plan = BatchPlan(self.train_indices, self.batch_size, self.args.seed)
+
+        def read(number: int) -> Batch:
+            mine = plan[number][self.accelerator.process_index * size :][:size]
+            batch = self.rows.take(mine), None if self.labels is None else self.labels[mine]
+            if device.type != "cuda":
+                return batch
+            with torch.cuda.device(device):  # a thread starts on the first GPU
+                # From pinned memory a copy does not wait for the GPU.
+                return batch[0].pin_memory(), None if batch[1] is None else batch[1].pin_memory()
+
+        micro_batches = self.args.gradient_accumulation_steps
+        return read_ahead(read, range(start * micro_batches, stop * micro_batches))
+
+    def _batch(self, batch: Batch) -> Batch:
+        """A batch on this process's device."""
+        rows, labels = batch
+        device = self.accelerator.device
+        return rows.to(device, non_blocking=True), None if labels is None else labels.to(device, non_blocking=True)
+
+    def _label_term(self, out: SAEOutput, labels: torch.Tensor) -> torch.Tensor:
+        """What the labels of this process's part add to its loss, in units of the FVU."""
+        assert self.label_loss is not None and self.model.config.total_variance
+        return self.label_loss(out, labels) / self.model.config.total_variance
+
+    def _measure_domain(self) -> None:
+        """What methods beyond VS2 need. They score what comes out of the last layer: other layers' rows are of no use to them."""
+        layers, layer = self.model.config.base_model_num_layers, self.model.config.layer
+        if self.args.sketch_rows and (layer is None or layers is None or layer == layers - 1):
+            found = measure_statistics(
+                self.model,
+                self.rows,
+                self.train_indices,
+                self.held_out_indices,
+                sketch_rows=self.args.sketch_rows,
+                seed=self.args.seed,
+            )
+            self.model.set_domain_statistics(found)
+
+    def _calibrate(self) -> dict[str, float]:
+        self.model.eval()
+        if len(self.held_out_indices):
+            return calibrate(self.model, self.rows, self.held_out_indices)
+        logger.warning(
+            "calibration_share=0: no rows were held out, so the SAE has no gate. Calibrate it on fresh rows."
+        )
+        return {}
+
+    def _log(self, progress: TrainingProgress, meter: Meter, learning_rate: float, bar: tqdm) -> None:
+        dead_share = progress.dead(self.args.dead_latent_threshold).float().mean().item()
+        entry = {**meter.read(), "dead_share": dead_share, "learning_rate": learning_rate}
+        if not entry["loss"] < float("inf"):
+            raise ValueError(
+                f"The loss is {entry['loss']} at step {progress.step}. Lower learning_rate, or check the activations for NaN."
+            )
+        progress.log.append({"step": progress.step, **entry})
+        bar.set_postfix(loss=f"{entry['loss']:.4f}", fvu=f"{entry['fvu']:.4f}", dead=f"{dead_share:.1%}")
+        if self.args.report_to != "none":
+            self.accelerator.log(entry, step=progress.step)
+
+    def _bar(self, initial: int, total: int) -> tqdm:
+        hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
+        return tqdm(desc="Training SAE", initial=initial, total=total, unit="step", disable=hidden)
+
+    def _save_checkpoint(self, progress: TrainingProgress) -> None:
+        """Everything needed to continue exactly, under a temporary name until it is whole; older ones are removed."""
+        final = self.args.output_path / f"{_CHECKPOINT_PREFIX}{progress.step}"
+        partial = final.with_name(f".{final.name}.partial")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with failing_as(final, RuntimeError, SafetensorError):
+            self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            with failing_as(final, RuntimeError, SafetensorError):
+                progress.save(partial)
+                replace_folder(partial, final)
+            # An earlier run in this folder may have left checkpoints of later steps: the new one stays all the same.
+            others = [path for path in self._checkpoints() if path != final]
+            for old in others[: max(0, len(others) + 1 - self.args.save_total_limit)]:
+                remove_folder(old)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoints(self) -> list[Path]:
+        found = {}
+        for path in self.args.output_path.glob(f"{_CHECKPOINT_PREFIX}*"):
+            step = path.name.removeprefix(_CHECKPOINT_PREFIX)
+            if step.isdecimal() and path.is_dir():
+                found[int(step)] = path
+        return [found[step] for step in sorted(found)]
+
+    def _checkpoint_to_resume(self) -> Path:
+        wanted = self.args.resume_from_checkpoint
+        if wanted != "latest":
+            path = Path(str(wanted))
+            if not path.is_dir():
+                raise ValueError(f"resume_from_checkpoint={wanted}: there is no such folder.")
+            return path
+        found = self._checkpoints()
+        if not found:
+            raise ValueError(
+                f"resume_from_checkpoint=latest: {self.args.output_dir} holds no {_CHECKPOINT_PREFIX}* folder."
+            )
+        return found[-1]
+
+
+def _digest(numbers: torch.Tensor) -> str:
+    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
+
+
+__all__ = ["SAETrainer"]
