@@ -94,7 +94,7 @@ def source(clip_path: Path, images_path: Path, split: str = "train") -> list[str
 
 
 def parser_of(command: str) -> Parser:
-    module = import_module(f"hf_vs2.cli.{command}")
+    module = import_module(f"hf_vs2.cli.commands.{command}")
     parser = Parser(f"hf-vs2 {command}", module.USAGE, module.DESCRIPTION, module.EXAMPLES)
     module.add_flags(parser)
     return parser
@@ -769,7 +769,7 @@ def test_the_module_runs_as_a_program(tmp_path):
     result, modules = imported_by("-m", "hf_vs2.cli", "train", "--output_dir", str(tmp_path))
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.startswith("hf-vs2 train: error: give --model and --dataset")
-    assert "hf_vs2.auto_classes" in modules
+    assert "hf_vs2.clip.auto_classes" in modules
 
 
 @pytest.mark.slow

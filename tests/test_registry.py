@@ -247,9 +247,9 @@ def test_real_copies(shared_data):
 def test_documented_table_and_examples(capsys):
     """The page shows what the package holds, and its examples work when they are copied."""
     text = DOCS.read_text(encoding="utf-8")
-    with pytest.warns(RuntimeWarning, match="hf_vs2.registry"):  # it is imported already
-        runpy.run_module("hf_vs2.registry", run_name="__main__")
-    assert "python -m hf_vs2.registry" in text
+    with pytest.warns(RuntimeWarning, match="hf_vs2.data.registry"):  # it is imported already
+        runpy.run_module("hf_vs2.data.registry", run_name="__main__")
+    assert "python -m hf_vs2.data.registry" in text
     assert text.endswith(capsys.readouterr().out)
     examples = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
     infos = [dataset_info(example) for example in examples]

@@ -29,7 +29,7 @@ STEPS = 12
 FOLDER_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "datasets", "hf_vs2.trainer", "hf_vs2.activations", "hf_vs2.cli.calibrate", "transformers.models.clip.modeling_clip"]
+    ["torch", "datasets", "hf_vs2.training.trainer", "hf_vs2.data.activations", "hf_vs2.cli.commands.calibrate", "transformers.models.clip.modeling_clip"]
 )  # fmt: skip
 
 
