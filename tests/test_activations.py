@@ -71,9 +71,9 @@ def opened(monkeypatch):
     """Names of the images that were opened, in this process."""
     names = []
 
-    def spy(value, name):
+    def spy(value, name, **options):
         names.append(name)
-        return open_image(value, name)
+        return open_image(value, name, **options)
 
     monkeypatch.setattr(image_batches, "open_image", spy)
     return names
@@ -401,11 +401,11 @@ def test_opening_with_another_request_names_the_difference(extract, tmp_path):
 def job(out: Path, log: Path, delay: float = 0.0, streaming: bool = False) -> ActivationStore:
     """An extraction of 45 images in 6 shards that logs the images it opens; run here or as a process of its own."""
 
-    def slow(value, name):
+    def slow(value, name, **options):
         time.sleep(delay)
         with open(log, "a") as file:
             file.write(f"{name}\n")
-        return open_image(value, name)
+        return open_image(value, name, **options)
 
     dataset = make_dataset(45).to_iterable_dataset() if streaming else make_dataset(45)
     threads = torch.get_num_threads()

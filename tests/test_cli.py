@@ -145,7 +145,7 @@ def test_train_again_uses_the_activations_that_are_there(
     checkpoint, clip_path, images_path, tmp_path, capsys, monkeypatch
 ):
     """Extraction takes most of the time: a second run with other settings must not read one image."""
-    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read"))
     cache = checkpoint / "activations"
     arguments = [*source(clip_path, images_path), "--output_dir", tmp_path, "--activations_dir", cache, *TRAIN]
     out = run(capsys, "train", *arguments, "--top_k", 4, "--activation", "absolute", "--seed", 1)
@@ -271,7 +271,7 @@ def test_evaluate_gives_the_figures_of_the_library(checkpoint, clip_path, images
 def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, images_path, tmp_path, capsys, monkeypatch):
     """Other templates, names, methods and gates cost seconds; the training rows serve as reference without being read again."""
     run(capsys, *with_checkpoint("evaluate", checkpoint, images_path))
-    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read"))
     templates, names = tmp_path / "templates.txt", tmp_path / "names.txt"
     templates.write_text("a {} square.\na {} patch.\n", encoding="utf-8")
     names.write_text("navy\nlime\nscarlet\n", encoding="utf-8")

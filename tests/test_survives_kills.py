@@ -113,7 +113,7 @@ def member(rank: int, port: int, job: str, material: Path, folder: Path) -> None
 
     torch.distributed.init_process_group("gloo")
     open_image = image_batches.open_image
-    image_batches.open_image = lambda value, name: (time.sleep(0.03), open_image(value, name))[1]
+    image_batches.open_image = lambda *given, **options: (time.sleep(0.03), open_image(*given, **options))[1]
     extract(material, folder)
 
 

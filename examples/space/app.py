@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 from playground import SHOWN_LATENTS, Playground, demo_checkpoint, read_labels  # noqa: E402
 
 from hf_vs2 import load_images  # noqa: E402
-from hf_vs2.data.images import open_image  # noqa: E402
+from hf_vs2.data.inputs import NamedImages  # noqa: E402
 
 
 HOUR, DAY = 3600, 86400
@@ -35,7 +35,8 @@ def make_playground() -> tuple[Playground, str, list[Image.Image]]:
         examples = [digits[place]["image"] for place in (94, 0, 15, 31, 77)]
         return Playground(demo_checkpoint(folder), digits), labels or ", ".join(DIGIT_NAMES), examples
     shown = load_images(images, split="train[:1000]") if images else None
-    examples = [open_image(shown[place]["image"]) for place in range(min(5, len(shown)))] if shown else []
+    named = NamedImages(shown["image"] if shown else [])
+    examples = [named[place].read() for place in range(min(5, len(named)))]
     return Playground(checkpoint, shown), labels or "cat, dog, bird", examples
 
 

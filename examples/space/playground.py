@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from PIL import Image
 
 import hf_vs2
 from hf_vs2 import VS2Explanation
-from hf_vs2.data.images import UnreadableImageError, open_image
-from hf_vs2.data.inputs import NamedImage
+from hf_vs2.data.batches import Normalizer, read_pixels
+from hf_vs2.data.inputs import NamedImage, NamedImages
 
 
 MOST_LABELS = 200
@@ -85,16 +86,18 @@ class Playground:
         key = hashlib.sha256(image).digest()
         row = self._rows.get(key)
         if row is None:
-            row = self._cls_rows([read_image(image)])
+            row = self._cls_rows([NamedImage(image)])
             with self._lock:
                 while len(self._rows) >= KEPT_IMAGES:
                     self._rows.pop(next(iter(self._rows)))
                 self._rows[key] = row
         return row
 
-    def _cls_rows(self, images: list[Image.Image]) -> torch.Tensor:
-        pixels = self.classifier.image_processor(images, return_tensors="pt")["pixel_values"]
-        return self.model.cls_rows(pixels.to(self.model.clip.device, self.model.clip.dtype))
+    def _cls_rows(self, images: Sequence[NamedImage]) -> torch.Tensor:
+        """Rows of images that are read as the pipeline reads them."""
+        processor, clip = self.classifier.image_processor, self.model.clip
+        pixels = Normalizer(processor, clip.device)(read_pixels(images, processor))
+        return self.model.cls_rows(pixels.to(clip.dtype))
 
     def _encode_labels(self, labels: tuple[str, ...]) -> torch.Tensor:
         return hf_vs2.class_embeddings(self.model.clip, self.classifier.tokenizer, labels, "single", clean=False)
@@ -103,28 +106,17 @@ class Playground:
     def _strongest_images(self, images: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         num_latents = self.model.sae.W_dec.shape[0]
         codes = torch.zeros(len(images), num_latents)
-        for start in range(0, len(images), 64):
-            batch = [open_image(image) for image in images[start : start + 64]["image"]]
+        named = NamedImages(images["image"])
+        for start in range(0, len(named), 64):
+            batch = [named[place] for place in range(start, min(start + 64, len(named)))]
             values, indices = self.model.sae.encode(self._cls_rows(batch))
             codes[start : start + len(batch)].scatter_(1, indices.cpu(), values.float().cpu())
         return codes.topk(min(IMAGES_A_LATENT, len(images)), dim=0)
 
     def _make_thumbnail(self, place: int) -> Image.Image:
-        image = open_image(self.images[place]["image"])
+        image = NamedImages(self.images["image"])[place].read()
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         return image
-
-
-def read_image(image: bytes) -> Image.Image:
-    """An image as the pipeline reads it.
-
-    Raises:
-        `ValueError`: on one that cannot be read, in the words of `open_image`, which says why without a buffer's address.
-    """
-    try:
-        return NamedImage(image, "the image").read(timeout=None)
-    except UnreadableImageError:
-        return open_image(image)
 
 
 def read_labels(text: str) -> tuple[str, ...]:

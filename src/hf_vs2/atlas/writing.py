@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.images import open_image
-from ..data.load import undecoded
+from ..data.images import image_name, open_image
+from ..data.load import image_mode, undecoded
 from ..files.atomic import failing_as, remove_folder
 from ..version import __version__
 from .pages import thumbnail_path
@@ -109,11 +109,13 @@ def write_thumbnails(folder: Path, dataset: Any, image_column: str, wanted: Sequ
     Raises:
         UnreadableImageError: an image can't be read; the message names it.
     """
+    mode = image_mode(dataset, image_column)
     with tqdm(total=len(wanted), desc="Thumbnails", unit=" images", disable=not progress) as bar:
         for index, value in _values(dataset, image_column, wanted):
             path = folder / thumbnail_path(index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(thumbnail(open_image(value, f"image {index} of the data set")))
+            image = open_image(value, image_name(f"image {index} of the data set", value), mode=mode)
+            path.write_bytes(thumbnail(image))
             bar.update()
 
 

@@ -18,7 +18,7 @@ from transformers.pipelines.zero_shot_image_classification import ZeroShotImageC
 
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
-from ..data.batches import Normalizer, read_together, uint8_pixels
+from ..data.batches import Normalizer, read_pixels
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
 from ..data.prompts import resolve_templates
 from ..encoders.processing import knows_words
@@ -137,7 +137,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 score by how much, as [`VS2Explanation.parts`] gives it. Images are encoded once all the same.
             top_latents (`int`, *optional*, defaults to 5): how many latents an explanation lists.
             latent_names (*optional*): names for them, as [`VS2CLIPForZeroShot.explain`] takes them.
-            timeout (`float`, *optional*): seconds to wait for an image from the web.
+            timeout (`float`, *optional*, defaults to 60): seconds for an image from the web, its whole answer.
             batch_size (`int`, *optional*): images per forward pass, here or at construction; scores do not depend on it beyond
                 float rounding. By default 16 for images that can be counted (a list, tuple, column or data set), and 1 for
                 others: in a stream no answer waits for an image that may come much later. Give it for a long generator.
@@ -165,7 +165,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         # Two classes up: the stock `__call__` insists on labels, and does nothing else.
         call = super(ZeroShotImageClassificationPipeline, self).__call__
         if isinstance(image, SINGLE_IMAGE):
-            return call(NamedImage(image, "the image"), **kwargs)
+            return call(NamedImage(image), **kwargs)
         if hasattr(image, "__len__") and hasattr(image, "__getitem__"):
             if kwargs.get("batch_size") is None and self._batch_size is None:
                 kwargs["batch_size"] = self.default_batch_size
@@ -250,16 +250,12 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _preprocess_batch(self, images: Sequence[NamedImage], **options: Any) -> dict[str, torch.Tensor]:
-        def read(image: Any, name: str) -> torch.Tensor:
-            return self.preprocess(NamedImage(image, name), **options)["pixel_values"]
-
-        found = read_together(read, [named.image for named in images], [named.name for named in images])
-        return {"pixel_values": torch.cat(found)}
+        return {"pixel_values": read_pixels(images, self.image_processor, **options)}
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """uint8 `(1, channels, height, width)`: a quarter of the memory, and normalised on the device."""
-        named = image if isinstance(image, NamedImage) else NamedImage(image, "the image")
-        return {"pixel_values": uint8_pixels(named.read(timeout), self.image_processor)[None]}
+        named = image if isinstance(image, NamedImage) else NamedImage(image)
+        return {"pixel_values": read_pixels([named], self.image_processor, timeout)}
 
     def _forward(
         self,

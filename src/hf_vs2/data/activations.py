@@ -111,8 +111,8 @@ def extract_activations(
         raise ValueError("layers is empty: name at least one, such as layers=(-1,)")
     processor = image_processor if image_processor is not None else tower.image_processor()
     processor = getattr(processor, "image_processor", processor)  # of a CLIPProcessor
-    columns = Columns(image_column, label_column)
     dataset = _prepare_dataset(dataset, image_column, label_column)
+    columns = Columns.of(dataset, image_column, label_column)
     fingerprint = dataset_fingerprint or fingerprint_of_dataset(dataset, image_column, label_column)
     index = {
         "format": FORMAT,
@@ -122,7 +122,7 @@ def extract_activations(
         "site": "cls",
         "preprocessing": describe_processor(processor),
         "dataset": {"fingerprint": fingerprint, "split": str(dataset.split) if dataset.split else None},
-        "columns": columns._asdict(),
+        "columns": columns.description(),
         "dtype": dtype,
         "dataset_id": dataset_id,
         "class_names": getattr((dataset.features or {}).get(label_column), "names", None),

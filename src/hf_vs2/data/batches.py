@@ -13,20 +13,32 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from .images import UnreadableImageError, open_image
+from .images import UnreadableImageError, image_name, image_path, open_image
+from .inputs import NamedImage
+from .load import image_mode
 
 
 T = TypeVar("T")
+N = TypeVar("N")
 
 # Says nothing about the pixels: left out of what a store is keyed by.
 _PROCESSOR_NOISE = ("processor_class", "feature_extractor_type", "return_tensors", "transformers_version", "auto_map")
 
 
 class Columns(NamedTuple):
-    """Where a row has its image and, if wanted, its label."""
+    """Where a row has its image and, if wanted, its label; and what [`image_mode`] says of the images."""
 
     image: str
-    label: str | None
+    label: str | None = None
+    mode: str | None = None
+
+    @classmethod
+    def of(cls, dataset: Any, image: str, label: str | None = None) -> Columns:
+        return cls(image, label, image_mode(dataset, image))
+
+    def description(self) -> dict[str, str | None]:
+        """What a store is keyed by: a mode only where there is one."""
+        return {"image": self.image, "label": self.label} | ({} if self.mode is None else {"mode": self.mode})
 
 
 class Span(NamedTuple):
@@ -71,11 +83,8 @@ class ImageReader(TorchDataset):
         batch = ImageBatch(span.start, span.stop)
         rows = list(self._rows(span))
         values = [row[self.columns.image] for row in rows]
-        paths = [_path_of(value) for value in values]
-        names = [
-            f"image {index} ({path})" if path else f"image {index}"
-            for index, path in zip(range(span.start, span.stop), paths, strict=True)
-        ]
+        paths = [image_path(value) for value in values]
+        names = [image_name(f"image {index}", value) for index, value in enumerate(values, span.start)]
         pixels = []
         found = read_together(self._pixels_or_error, values, names)
         for index, row, path, name, image in zip(range(span.start, span.stop), rows, paths, names, found, strict=True):
@@ -104,21 +113,35 @@ class ImageReader(TorchDataset):
 
     def _pixels_or_error(self, value: Any, name: str) -> torch.Tensor | UnreadableImageError:
         try:
-            image = open_image(value, name)
-            _refuse_extreme_aspect(image, self.processor, name)
-            return uint8_pixels(image, self.processor)
+            return uint8_pixels(open_image(value, name, mode=self.columns.mode), self.processor, name)
         except UnreadableImageError as error:
             return error
 
 
-def uint8_pixels(image: Image.Image, processor: Any) -> torch.Tensor:
+def read_pixels(images: Sequence[NamedImage], processor: Any, timeout: float | None = None) -> torch.Tensor:
+    """
+    Opens the images, several at once, and gives them as `processor` resizes and crops them, (n, channels, height, width) uint8.
+
+    Raises:
+        UnreadableImageError: an image can't be read. TypeError: it is none, or the processor gives other than uint8.
+    """
+
+    def read(image: Any, named: NamedImage) -> torch.Tensor:
+        return uint8_pixels(named.read(timeout), processor, named.name)
+
+    return torch.stack(read_together(read, [named.image for named in images], images))
+
+
+def uint8_pixels(image: Image.Image, processor: Any, name: str) -> torch.Tensor:
     """
     The image as `processor` resizes and crops it, (channels, height, width) uint8. Rescaling and normalisation are left to
     [`Normalizer`]: one step for a whole batch, on the device.
 
     Raises:
+        UnreadableImageError: `processor` would make it huge and does not crop it.
         TypeError: a processor that gives other than uint8.
     """
+    image = _middle_of_a_thread(image, processor, name)
     pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
     if pixels.dtype != torch.uint8:
         raise TypeError(
@@ -128,7 +151,7 @@ def uint8_pixels(image: Image.Image, processor: Any) -> torch.Tensor:
     return pixels
 
 
-def read_together(read: Callable[[Any, str], T], images: Sequence[Any], names: Sequence[str]) -> list[T]:
+def read_together(read: Callable[[Any, N], T], images: Sequence[Any], names: Sequence[N]) -> list[T]:
     """
     `read(image, name)` of each image, in order, by as many threads as torch uses (in a DataLoader worker: one), for Pillow's
     decoders and its resizing let other threads run. The threads end before this returns; the first error in order is raised.
@@ -215,7 +238,7 @@ class StreamSpans:
         wanted: Callable[[int], bool],
     ):
         self.stream = stream
-        self.columns = {name for name in columns if name is not None}
+        self.columns = {name for name in (columns.image, columns.label) if name is not None}
         self.batch_size = batch_size
         self.shard_size = shard_size
         self.wanted = wanted
@@ -262,12 +285,6 @@ def _unchanged(batch: ImageBatch) -> ImageBatch:
     return batch
 
 
-def _path_of(value: Any) -> str | None:
-    if isinstance(value, dict):
-        return value.get("path")
-    return value if isinstance(value, str) else getattr(value, "filename", None) or None
-
-
 def _integer_label(label: Any, name: str) -> int:
     if label is None:
         return -1
@@ -279,12 +296,31 @@ def _integer_label(label: Any, name: str) -> int:
     return int(label)
 
 
-def _refuse_extreme_aspect(image: Image.Image, processor: Any, name: str) -> None:
-    """Resizing the shorter side of a threadlike image makes it huge: as bad as a decompression bomb."""
+def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.Image:
+    """
+    The image, or of a threadlike one the part around the middle that a centre crop looks at: resized whole, its long side would
+    make it huge, as bad as a decompression bomb.
+
+    Its length is chosen so that the crop shows what it would show of the whole image, to within a hundredth of a pixel.
+    """
     edge = dict(processor.size).get("shortest_edge") if processor.do_resize else None
     short, long = sorted(image.size)
-    if edge and Image.MAX_IMAGE_PIXELS and edge * edge * long / short > Image.MAX_IMAGE_PIXELS:
+    if not edge or not Image.MAX_IMAGE_PIXELS or edge * edge * long / short <= Image.MAX_IMAGE_PIXELS:
+        return image
+    if not processor.do_center_crop:
         raise UnreadableImageError(
             f"{name} is {image.width} x {image.height}: resized to a shorter side of {edge} it would have "
             f"{edge * edge * long // short / 1e6:.0f} million pixels"
         )
+    resized = edge * long // short
+    least = short * 16 * max(edge, *dict(processor.crop_size).values()) // edge
+
+    def misfit(length: int) -> tuple[int, float]:
+        new = edge * length // short
+        return (new - resized) % 2, abs(length / new - long / resized)
+
+    # Of the parity of the whole, before and after resizing, so that the middle of both is at the same place.
+    length = min(range(least + (long - least) % 2, 2 * least + 2, 2), key=misfit)
+    start = (long - length) // 2
+    box = (start, 0, start + length, short) if image.width == long else (0, start, short, start + length)
+    return image.crop(box)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,21 +143,31 @@ def _update_with_images(digest: Any, dataset: Dataset, column: str) -> bool:
     for place in range(len(sizes)) if whole else sorted({*_spread(sizes), *paths}):
         if place not in paths:
             digest.update(images.content(place))
-        elif whole and sizes[place] >= 0:
-            digest.update(Path(paths[place]).read_bytes())
-        else:  # a file of a large set, or none that is on this machine
+            continue
+        content = _read(paths[place]) if whole and sizes[place] >= 0 else None
+        if content is not None:
+            digest.update(content)
+        else:  # a file of a large set, one that may not be read, or none that is on this machine
             name = os.path.relpath(paths[place], root) if root else paths[place]
             digest.update(f"{name} {dates[place]}".encode())
     return True
 
 
 def _stat(path: str) -> tuple[int, int]:
-    """(size, modification time in ns), (-1, 0) where there is no such file: reading it will say so."""
+    """(size, modification time in ns), (-1, 0) where there is no such file, but a pipe, say: reading it will say so."""
     try:
         status = os.stat(path)
     except OSError:
         return -1, 0
-    return status.st_size, status.st_mtime_ns
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, 0)
+
+
+def _read(path: str) -> bytes | None:
+    """`None` for a file without permission: reading the images will say so."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return None
 
 
 def _spread(sizes: np.ndarray) -> list[int]:

@@ -1,8 +1,7 @@
-"""What people give a pipeline as images, read as transformers reads it, and named when it can't be read."""
+"""What people give to be classified or explained: one image or several, each with a name for messages."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
-from transformers.image_utils import load_image
 
-from .images import UnreadableImageError, open_image
+from .images import UnreadableImageError, image_name, open_image
+from .load import undecoded_column
 
 
 # transformers' own, so that a checkpoint scores the same in both pipelines.
@@ -26,16 +25,19 @@ SINGLE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, dict, Image.Imag
 
 @dataclass(frozen=True)
 class NamedImage:
-    """An image as it was given, and how messages name it."""
+    """An image as it was given, how messages name it, and the mode of [`image_mode`] that its data set asks for."""
 
     image: Any
-    name: str
+    name: str = "the image"
+    mode: str | None = None
 
-    def read(self, timeout: float | None) -> Image.Image:
-        """RGB, as transformers' pipeline reads it."""
-        name = self.name
-        if isinstance(self.image, (str, os.PathLike)):
-            name = f"{name} ({os.fspath(self.image)[:200]})"
+    def read(self, timeout: float | None = None) -> Image.Image:
+        """RGB, by [`open_image`].
+
+        Raises:
+            TypeError: it is no image. UnreadableImageError: it can't be read.
+        """
+        name = image_name(self.name, self.image)
         if not isinstance(self.image, SINGLE_IMAGE):
             raise TypeError(
                 f"{name} is {describe_type(self.image)}: expected a path, URL, bytes, PIL image, array or tensor."
@@ -45,30 +47,7 @@ class NamedImage:
                 f"{name} is a dict with {sorted(map(str, self.image))}, not one with 'bytes' or 'path'. To classify a column of "
                 "a data set, give KeyDataset(dataset, 'image') (transformers.pipelines.pt_utils) or dataset['image']."
             )
-        if isinstance(self.image, (np.ndarray, torch.Tensor)):
-            return open_image(self.image, name)
-        try:
-            return load_image(_as_transformers_takes_it(self.image), timeout)
-        # Pillow's decoders raise nearly every exception type on damaged files, and the web adds its own.
-        except Exception as error:
-            raise UnreadableImageError(f"{name} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _as_transformers_takes_it(image: Any) -> Any:
-    """A string or a PIL image."""
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        image = Image.open(io.BytesIO(image))
-    if isinstance(image, os.PathLike):
-        image = os.fspath(image)
-    if isinstance(image, str) and "://" in image and not image.startswith(("http://", "https://")):
-        return open_image(image)  # `datasets` knows other file systems and files inside archives
-    if isinstance(image, str) and os.path.isfile(image):
-        image = Image.open(image)
-    if isinstance(image, Image.Image) and (image.mode.startswith("I") or image.mode == "F"):
-        return open_image(image)  # transformers' conversion clips 16 bits to white
-    return image
+        return open_image(self.image, name, mode=self.mode, timeout=timeout)
 
 
 def describe_type(value: Any) -> str:
@@ -76,10 +55,10 @@ def describe_type(value: Any) -> str:
 
 
 class NamedImages(Dataset):
-    """Images that can be counted, each with its place in the order."""
+    """Images that can be counted, each with its place in the order. Those of a column of a data set are opened here, not there."""
 
     def __init__(self, images: Any):
-        self.images = images
+        self.images, self.mode = undecoded_column(images)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -89,7 +68,7 @@ class NamedImages(Dataset):
         if isinstance(self.images, (list, tuple)):
             return NamedImage(self.images[index], name)
         try:
-            return NamedImage(self.images[index], name)
+            return NamedImage(self.images[index], name, self.mode)
         # A data set that decodes images itself raises whatever Pillow does, and does not say where.
         except Exception as error:
             raise UnreadableImageError(f"{name} cannot be read ({type(error).__name__}: {error})") from error

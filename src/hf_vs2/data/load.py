@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import ImageMode
 
 from .images import UnreadableImageError, open_image
 
@@ -89,9 +92,41 @@ def undecoded(dataset: Any, image_column: str) -> Any:
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         hint = f"; pass image_column={images[0]!r}" if images else ""
         raise ValueError(f"The data set has no column {image_column!r}; it has {', '.join(features)}{hint}")
-    if isinstance(features[image_column], datasets.Image) and features[image_column].decode:
-        return dataset.cast_column(image_column, datasets.Image(decode=False))
+    feature = features[image_column]
+    if isinstance(feature, datasets.Image) and feature.decode:
+        return dataset.cast_column(image_column, datasets.Image(mode=feature.mode, decode=False))
     return dataset
+
+
+def image_mode(dataset: Any, image_column: str) -> str | None:
+    """
+    What `datasets.Image(mode=...)` asks for where that changes RGB pixels, as [`open_image`] takes it: `"L"` for all kinds of grey,
+    `"1"` or `"P"`. `None` for colour: it comes as 8-bit RGB anyway, and transparency lies on white, not dropped.
+
+    Raises:
+        ValueError: Pillow has no such mode.
+    """
+    mode = getattr((dataset.features or {}).get(image_column), "mode", None)
+    if mode is None or getattr(dataset, "format", {}).get("type") == "custom":  # a user's function has been given it
+        return None
+    try:
+        base = ImageMode.getmode(mode).basemode
+    except KeyError:
+        raise ValueError(f"Column {image_column!r} asks for mode={mode!r}, which Pillow does not have") from None
+    return mode if mode == "1" else {"RGB": None}.get(base, base)
+
+
+def undecoded_column(images: Any) -> tuple[Any, str | None]:
+    """A column of a data set (`dataset["image"]`, or transformers' `KeyDataset`) with its images [`undecoded`], and their
+    [`image_mode`]. Anything else as it is."""
+    rows: Any = getattr(images, "dataset", getattr(images, "source", None))
+    column: Any = getattr(images, "key", getattr(images, "column_name", None))
+    datasets = sys.modules.get("datasets")  # imported by whoever has a data set
+    if datasets is None or not isinstance(rows, datasets.Dataset) or rows.format["type"] == "custom":
+        return images, None
+    if not isinstance(rows.features.get(column), datasets.Image):
+        return images, None
+    return undecoded(rows, column).with_format(None)[column], image_mode(rows, column)
 
 
 def _looks_like_a_path(source: str) -> bool:

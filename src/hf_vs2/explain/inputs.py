@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..clip.loading import find_processing
-from ..data.batches import Normalizer, read_together, uint8_pixels
-from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage
+from ..data.batches import Normalizer, read_pixels
+from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages
 from ..data.prompts import class_embeddings, clean_class_names
 from .explanation import VS2Explanation, explain_rows
 
@@ -141,16 +141,14 @@ def processing_of(model: VS2CLIPForZeroShot, processor: Any) -> tuple[Any, Any]:
 
 def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Tensor:
     """Pixel values `(batch, channels, height, width)`, as the pipeline makes them."""
-    single = isinstance(images, SINGLE_IMAGE)
-    images = [images] if single else list(images)
-    if not images:
+    if isinstance(images, SINGLE_IMAGE):
+        named = [NamedImage(images)]
+    else:
+        several = NamedImages(images if hasattr(images, "__getitem__") else list(images))
+        named = [several[number] for number in range(len(several))]
+    if not named:
         raise ValueError("images is empty: give one image or several.")
-
-    def read(image: Any, name: str) -> torch.Tensor:
-        return uint8_pixels(NamedImage(image, name).read(timeout=60), image_processor)
-
-    names = ["the image"] if single else [f"image {number}" for number in range(len(images))]
-    return Normalizer(image_processor, device)(torch.stack(read_together(read, images, names)))
+    return Normalizer(image_processor, device)(read_pixels(named, image_processor))
 
 
 __all__ = ["explain_images", "processing_of", "resolve_names"]

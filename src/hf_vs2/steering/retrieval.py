@@ -72,8 +72,8 @@ def embed_images(
     processor = getattr(processor, "image_processor", processor)  # of a CLIPProcessor
     parameter = next(model.parameters())
     normalizer = Normalizer(processor, parameter.device)
-    dataset, spans, total = _spans_of(dataset, image_column, batch_size)
-    reader = ImageReader(dataset, Columns(image_column, None), processor)
+    dataset, columns, spans, total = _spans_of(dataset, image_column, batch_size)
+    reader = ImageReader(dataset, columns, processor)
     from tqdm.auto import tqdm
 
     rows = []
@@ -119,22 +119,22 @@ def _image_processor_of(model: Any, revision: str | None) -> Any:
     return cls.from_pretrained(name, trust_remote_code=False, **place)
 
 
-def _spans_of(dataset: Any, image_column: str, batch_size: int) -> tuple[Any, Iterable[Span], int | None]:
-    """The data set as the reader takes it, its batches, and its length where that is known."""
+def _spans_of(dataset: Any, image_column: str, batch_size: int) -> tuple[Any, Columns, Iterable[Span], int | None]:
+    """The data set as the reader takes it, its column, its batches, and its length where that is known."""
     import datasets
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise TypeError(f"Expected a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}")
-    columns = Columns(image_column, None)
+    columns = Columns.of(dataset, image_column)
     if isinstance(dataset, datasets.IterableDataset):
         stream = undecoded(dataset, image_column).with_format(None)
-        return None, StreamSpans(stream, columns, batch_size, batch_size, lambda shard: True), None
+        return None, columns, StreamSpans(stream, columns, batch_size, batch_size, lambda shard: True), None
     if dataset.format["type"] != "custom":  # `with_transform`: what the user's function returns is what is read
         dataset = undecoded(dataset, image_column).select_columns([image_column]).with_format(None)
     spans = list(spans_of_dataset(len(dataset), batch_size, max(1, len(dataset)), lambda shard: True))
-    return dataset, spans, len(dataset)
+    return dataset, columns, spans, len(dataset)
 
 
 @contextlib.contextmanager

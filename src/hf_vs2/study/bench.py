@@ -286,7 +286,7 @@ class Bench:
         model = VS2CLIPForZeroShot(clip, saes).eval()
         model.set_steering(method=method, gamma=settings.gamma, lambda_=settings.lambda_)
         images = self.images(dataset, "test", self.config.inner_layers.test_limit)
-        reader = ImageReader(images, Columns(self.config.dataset(dataset).image_column, None), processor)
+        reader = ImageReader(images, Columns.of(images, self.config.dataset(dataset).image_column), processor)
         normalizer = Normalizer(processor, clip.device)
         spans = spans_of_dataset(len(images), IMAGE_BATCH, len(images), lambda _: True)
         features, fvu = [], []

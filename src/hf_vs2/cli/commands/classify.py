@@ -112,11 +112,11 @@ class _Images:
     def __iter__(self) -> Iterator[Image]:
         from transformers.utils import logging
 
-        from ...data.images import UnreadableImageError
+        from ...data.images import UnreadableImageError, open_image
 
         for name in self.names:
             try:
-                image = _open(name)
+                image = open_image(name)
             except UnreadableImageError as error:
                 if not self.skip:
                     raise ValueError(f"{error}; leave such images out with --on_error skip") from error
@@ -126,16 +126,9 @@ class _Images:
             yield image
 
 
-def _open(name: str) -> Image:
-    from ...data.images import open_image
-    from ...data.inputs import NamedImage
-
-    if name.startswith(("http://", "https://")):
-        return NamedImage(name, "the image").read(timeout=60)
-    return open_image(name, name)
-
-
 def _table(results: Sequence[dict[str, Any]]) -> str:
+    from ...data.images import one_line
+
     by_distance = "distance" in results[0]
     rows = [["image", "label", "plain CLIP", "distance" if by_distance else "FVU", "steered"]]
     for result in results:
@@ -151,6 +144,7 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
                 " ".join("yes" if value else "no" for value in steered),
             ]
         )
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

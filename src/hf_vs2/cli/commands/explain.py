@@ -62,7 +62,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ...data.inputs import NamedImage
+    from ...data.images import open_image
     from ...data.prompts import clean_class_names, resolve_templates
     from ...explain.figure import draw_explanation, leading_labels
     from ...explain.latent_names import read_vocabulary
@@ -76,7 +76,7 @@ def run(args: Namespace) -> None:
     resolve_templates(args.templates)
     edits = _edits(args)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
-    picture = NamedImage(args.image, "the image").read(timeout=60)
+    picture = open_image(args.image)
     model, *processor = load_steered_clip(args)
     settings = steering_from(args) | ({} if edits is None else {"edits": edits})
     model.set_steering(**settings)

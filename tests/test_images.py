@@ -1,0 +1,478 @@
+"""One image is one image: at every door, turned or not, from every place that people name, and however thin it is."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import run
+from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers.pipelines.pt_utils import KeyDataset
+
+import hf_vs2
+from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, extract_activations, load_images
+from hf_vs2.atlas.writing import thumbnail, write_thumbnails
+from hf_vs2.data import UnreadableImageError, open_image
+from hf_vs2.data.batches import uint8_pixels
+from hf_vs2.data.images import heif_is_readable
+from hf_vs2.data.web import read_url
+from hf_vs2.encoders.base_model import describe_base_model
+from hf_vs2.encoders.processing import load_processing
+from hf_vs2.steering.retrieval import embed_images
+
+
+CLIP_PATH = Path(hf_vs2.__file__).parent / "demo_assets"
+SPACE = Path(__file__).parents[1] / "examples" / "space"
+LABELS = ["three", "nine"]
+
+
+def picture(width: int = 36, height: int = 24, seed: int = 0) -> np.ndarray:
+    """(height, width, 3) uint8: smooth, and different in every corner."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(image: Image.Image, file_format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Turned images
+# --------------------------------------------------------------------------------------------------------------------
+
+# What an image with this tag is to be shown as.
+UPRIGHT = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+}
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{}"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def turned(file_format: str, orientation: int) -> bytes:
+    image, tags = Image.fromarray(picture()), exif(orientation)
+    if file_format == "XMP":  # in a JPEG without EXIF
+        return encoded(image, "JPEG", quality=100, subsampling=0, xmp=XMP.format(orientation).encode())
+    options = {
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "MPO": {"quality": 100, "subsampling": 0, "save_all": True, "append_images": [Image.new("RGB", image.size)]},
+        "WEBP": {"lossless": True},
+    }
+    return encoded(image, file_format, exif=tags, **options.get(file_format, {}))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "XMP"])
+def test_a_turned_image_is_turned_once(file_format, tmp_path):
+    """`classify` turned each phone photo twice: what was upright lost its tag nowhere, and the next reader turned it again."""
+    for orientation, upright in UPRIGHT.items():
+        content = turned(file_format, orientation)
+        path = tmp_path / f"{orientation}.{file_format.lower()}"
+        path.write_bytes(content)
+        for value in (path, content, {"bytes": content, "path": None}, Image.open(path)):
+            opened = open_image(value)
+            found, expected = np.asarray(opened).astype(int), upright(picture()).astype(int)
+            assert found.shape == expected.shape and np.abs(found - expected).max() <= 12, (orientation, type(value))
+            assert not opened.info and not opened.getexif()
+            for again in (open_image(opened), open_image(np.asarray(opened)), open_image(encoded(opened, "PNG"))):
+                assert np.array_equal(np.asarray(again), np.asarray(opened))
+
+
+def test_an_opened_image_belongs_to_the_caller():
+    """A thumbnail made of it must not shrink the user's own image, nor what was set there be lost."""
+    mine = Image.fromarray(picture())
+    mine.info["note"] = "mine"
+    open_image(mine).thumbnail((4, 4))
+    assert mine.size == (36, 24) and mine.info == {"note": "mine"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Every door
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return np.asarray(
+        Image.alpha_composite(
+            Image.new("RGBA", alpha.shape[::-1], "white"), Image.fromarray(np.dstack([colours, alpha]))
+        ).convert("RGB")
+    )
+
+
+def strange_files(folder: Path) -> dict[Path, np.ndarray]:
+    """Files that two ways of opening read differently, and what is to be seen on them."""
+    colours = picture(40, 30)
+    alpha = np.linspace(0, 255, 40 * 30).reshape(30, 40).astype(np.uint8)
+    grey = colours[..., 0]
+    sixteen = grey.astype(np.uint16) * 257
+    palette = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) // 10, (30, 1)), "P")
+    palette.putpalette([255, 0, 0, 0, 99, 0, 0, 0, 255, 9, 9, 9])
+    seen = np.array([(255, 255, 255), (0, 99, 0), (0, 0, 255), (9, 9, 9)], dtype=np.uint8)[np.asarray(palette)]
+    thread = picture(4000, 1, seed=1)
+    standing = picture(1, 4000, seed=2)
+    files = {
+        "turned.webp": (
+            encoded(Image.fromarray(colours), "WEBP", lossless=True, exif=exif(5)),
+            colours.swapaxes(0, 1),
+        ),
+        "turned.tiff": (encoded(Image.fromarray(colours), "TIFF", exif=exif(8)), np.rot90(colours)),
+        "clear.png": (encoded(Image.fromarray(np.dstack([colours, alpha])), "PNG"), on_white(colours, alpha)),
+        "clear grey.png": (
+            encoded(Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha))), "PNG"),
+            on_white(np.repeat(grey[..., None], 3, -1), alpha),
+        ),
+        "palette.gif": (encoded(palette, "GIF", transparency=0), seen),
+        "deep.png": (encoded(Image.fromarray(sixteen), "PNG"), np.repeat(grey[..., None], 3, -1)),
+        "thread.png": (encoded(Image.fromarray(thread), "PNG"), thread),
+        "standing thread.png": (encoded(Image.fromarray(standing), "PNG"), standing),
+    }
+    for name, (content, _) in files.items():
+        (folder / name).write_bytes(content)
+    return {folder / name: shown for name, (_, shown) in sorted(files.items())}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32)
+    return VS2CLIPForZeroShot(
+        clip, SAEModel(SAEConfig(hidden_size=96, top_k=8, gate=None, **describe_base_model(clip)))
+    )
+
+
+@torch.no_grad()
+def test_the_same_file_has_the_same_pixels_at_every_door(model, tmp_path, capsys, monkeypatch):
+    """Training saw upright images on white while `classify` saw them lying on black: its answers were of other images. The FVU
+    tells: it is a number of the pixels alone, and every door gives it, or the rows to work it out."""
+    (tmp_path / "images").mkdir()
+    files = strange_files(tmp_path / "images")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)  # so that the threads are cut before they are resized
+    tokenizer, processor = load_processing(CLIP_PATH)
+    pixels = processor([Image.fromarray(shown) for shown in files.values()], return_tensors="pt")["pixel_values"]
+    expected = model.image_features(pixels, with_plain=True)
+    assert len({round(fvu, 6) for fvu in expected.fvu.tolist()}) == len(files), "the files must be told apart"
+    checkpoint = tmp_path / "checkpoint"
+    model.save_pretrained(checkpoint, full=True)
+    for part in (tokenizer, processor):
+        part.save_pretrained(checkpoint)
+
+    paths, names = list(files), list(map(str, files))
+    contents = [path.read_bytes() for path in paths]
+    columns = datasets.Dataset.from_dict({"image": names}).cast_column("image", datasets.Image())
+    rows = load_images(tmp_path / "images")
+    classifier = hf_vs2.zero_shot_classifier(model, tokenizer=tokenizer, image_processor=processor, device="cpu")
+
+    def classified(images) -> list[float]:
+        return [answer["fvu"] for answer in classifier(images, LABELS, return_details=True)]
+
+    def of_rows(store) -> torch.Tensor:
+        return model.image_features_from_cls(store.tensor()).fvu
+
+    def explained(images) -> torch.Tensor:
+        return model.explain(images, LABELS, processor=(tokenizer, processor)).fvu
+
+    def in_the_space() -> list[float]:
+        monkeypatch.syspath_prepend(str(SPACE))
+        from playground import Playground
+
+        page = Playground(checkpoint)
+        return [page.explain(content, tuple(LABELS), 1.5, 2.0, False).fvu.item() for content in contents]
+
+    def commanded(command: str, *given: object) -> list[float]:
+        flags = ["--checkpoint", checkpoint, "--labels", *LABELS, "--json"]
+        answers = json.loads(run(capsys, command, *given, *flags))
+        return [answer["fvu"] for answer in (answers if isinstance(answers, list) else [answers])]
+
+    doors = {
+        "pipeline: paths": lambda: classified(paths),
+        "pipeline: one after another": lambda: [
+            classifier(path, LABELS, return_details=True)["fvu"] for path in names
+        ],
+        "pipeline: stream": lambda: classified(iter(names)),
+        "pipeline: bytes": lambda: classified(contents),
+        "pipeline: base64": lambda: classified([base64.b64encode(content).decode() for content in contents]),
+        "pipeline: file addresses": lambda: classified([path.as_uri() for path in paths]),
+        "pipeline: rows of a data set": lambda: classified(rows["image"]),
+        "pipeline: column of a data set": lambda: classified(columns["image"]),
+        "pipeline: KeyDataset": lambda: classified(KeyDataset(columns, "image")),
+        "pipeline: PIL": lambda: classified([Image.open(path) for path in paths]),
+        "pipeline: opened before": lambda: classified([open_image(path) for path in paths]),
+        "pipeline: arrays": lambda: classified([np.asarray(open_image(path)) for path in paths]),
+        "explain: paths": lambda: explained(names),
+        "explain: column of a data set": lambda: explained(columns["image"]),
+        "explain: opened before": lambda: explained([open_image(path) for path in paths]),
+        "classify, files": lambda: commanded("classify", *paths),
+        "classify, folder": lambda: commanded("classify", tmp_path / "images"),
+        "extract": lambda: of_rows(extract_activations(model.clip, rows, tmp_path / "a", image_processor=processor)),
+        "extract, stream": lambda: of_rows(
+            extract_activations(
+                model.clip, rows.to_iterable_dataset(), tmp_path / "b", image_processor=processor, num_workers=1
+            )
+        ),
+        "the Space": in_the_space,
+    }
+    for door, read in doors.items():
+        assert torch.as_tensor(read()).tolist() == pytest.approx(expected.fvu.tolist(), rel=1e-3), door
+
+    embeddings = embed_images(model.clip, rows, image_processor=processor)
+    plain = torch.nn.functional.normalize(expected.plain_features, dim=-1)
+    assert torch.allclose(embeddings, plain, atol=1e-4), "embed_images"
+    write_thumbnails(tmp_path / "atlas", rows, "image", range(len(files)), progress=False)
+    for shown, small in zip(files.values(), sorted((tmp_path / "atlas").rglob("*.jpg")), strict=True):
+        assert small.read_bytes() == thumbnail(Image.fromarray(shown)), "atlas"
+    if pytest.importorskip("matplotlib"):
+        explained_by_command = [
+            commanded("explain", path, "--output", tmp_path / "why.png", "--gate", "none") for path in paths[:2]
+        ]
+        assert sum(explained_by_command, []) == pytest.approx(expected.fvu[:2].tolist(), rel=1e-3), "explain, files"
+
+
+@pytest.mark.parametrize(("mode", "changes"), [("RGB", False), ("RGBA", False), ("L", True), ("1", True)])
+def test_the_mode_that_a_data_set_asks_for_is_what_is_read(mode, changes, model, tmp_path):
+    """`datasets.Image(mode="L")` says that colours are not to be looked at. Where pixels change, a store made before is another."""
+    images = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
+    plain = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+    asked = plain.cast_column("image", datasets.Image(mode=mode))
+    converted = datasets.Dataset.from_list([{"image": image.convert(mode)} for image in images])
+    processor = load_processing(CLIP_PATH)[1]
+
+    def store(rows):
+        return extract_activations(model.clip, rows, tmp_path, image_processor=processor, progress=False)
+
+    before, found, stream = store(plain), store(asked), store(asked.to_iterable_dataset())
+    assert torch.equal(found.tensor(), store(converted).tensor()) and torch.equal(found.tensor(), stream.tensor())
+    assert (found.path != before.path) is changes and (not torch.equal(found.tensor(), before.tensor())) is changes
+    classifier = hf_vs2.zero_shot_classifier(
+        model, tokenizer=load_processing(CLIP_PATH)[0], image_processor=processor, candidate_labels=LABELS
+    )
+    undecoded = asked.cast_column("image", datasets.Image(mode=mode, decode=False))
+    for column in (asked["image"], undecoded["image"], KeyDataset(undecoded, "image")):
+        for answer, expected in zip(classifier(column), classifier([i.convert(mode) for i in images]), strict=True):
+            assert answer == expected
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Thin images
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 301), (2, 600), (3, 1001), (45, 5001), (301, 30_001)])
+def test_a_threadlike_image_is_answered_by_its_middle(size, monkeypatch):
+    """205 bytes became 11 GB, resized whole before the crop. What is cut before it is resized must show the same pixels."""
+    processor = CLIPImageProcessorPil()
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for array in (pixels, pixels.swapaxes(0, 1)):
+        image = Image.fromarray(np.ascontiguousarray(array))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        whole = uint8_pixels(image, processor, "thread").int()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000_000)
+        middle = uint8_pixels(image, processor, "thread").int()
+        assert whole.shape == middle.shape == (3, 224, 224)
+        # Noise: what a hundredth of a pixel changes is as large as can be.
+        assert (whole - middle).abs().max() <= 2 and (whole - middle).abs().float().mean() < 0.2
+    monkeypatch.undo()
+    for thinnest in ((1, 65_000), (65_000, 1)):
+        assert uint8_pixels(Image.new("RGB", thinnest, "red"), processor, "thread").shape == (3, 224, 224)
+    ordinary = Image.fromarray(picture(640, 64))
+    assert torch.equal(
+        uint8_pixels(ordinary, processor, "ordinary"),
+        processor(ordinary, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0],
+    )
+    with pytest.raises(UnreadableImageError, match="photo 3 is 1 x 65000: resized to a shorter side of 224"):
+        uint8_pixels(Image.new("RGB", (1, 65_000)), CLIPImageProcessorPil(do_center_crop=False), "photo 3")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where images are
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_paths_and_addresses_of_files_are_read_or_refused_by_name(tmp_path, monkeypatch):
+    """A `file:` address was taken for a path, `ftp:` and `zip:` were handed on, a pipe hung for ever, a folder was called base64."""
+    content = encoded(Image.fromarray(picture()), "PNG")
+    odd = tmp_path / "a b#c%20é?.png"
+    odd.write_bytes(content)
+    (tmp_path / "abcd").write_bytes(content)  # looks like base64, too
+    monkeypatch.chdir(tmp_path)
+    text = base64.b64encode(content).decode()
+    for value in (
+        *(odd.as_uri(), odd.as_uri().replace("file://", "file://localhost"), odd.as_uri().replace("file://", "FILE:")),
+        *("abcd", f"data:image/png;base64,{text}", text, base64.encodebytes(content).decode()),
+    ):
+        assert np.array_equal(np.asarray(open_image(value)), picture()), value
+    os.mkfifo(tmp_path / "pipe.png")
+    for value, message in (
+        ("nothing.jpg", r"the image \(nothing.jpg\) cannot be read \(FileNotFoundError: No such file"),
+        ("abce", "No such file"),
+        ("two\nlines.png", r"two\\nlines.png"),
+        (Path("http://a/b.png"), "No such file"),
+        ("file:///no where.png", "No such file"),
+        ("file://elsewhere/a.png", "another computer"),
+        ("ftp://127.0.0.1/a.png", "begin with ftp: are not read.*http:, https: or file:"),
+        ("zip://a.png::b.zip", "begin with zip: are not read"),
+        ("simplecache::http://127.0.0.1/a.png", "begin with simplecache: are not read"),
+        (str(tmp_path), "it is a folder"),
+        ("pipe.png", "it is a pipe or a device"),
+        (tmp_path / "pipe.png", "it is a pipe or a device"),
+        ({"bytes": None, "path": "pipe.png"}, "it is a pipe or a device"),
+        ("/dev/zero", "it is a pipe or a device"),
+        ("data:image/png;base64,oh no", "cannot be read"),
+    ):
+        with pytest.raises(UnreadableImageError, match=message):
+            open_image(value)
+
+
+def test_a_file_that_cannot_be_read_is_skipped_where_that_is_asked_for(model, tmp_path):
+    """The images' fingerprint is taken before any image is opened; it must not stop at a file without permission, or a pipe."""
+    for number in range(3):
+        Image.fromarray(picture(seed=number)).save(tmp_path / f"{number}.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    # There, but not to be read, for the system's administrator neither.
+    bad = ["/proc/self/mem", str(tmp_path / "pipe.png"), str(tmp_path / "gone.png")]
+    names = [*(str(tmp_path / f"{number}.png") for number in range(3)), *bad]
+    rows = datasets.Dataset.from_dict({"image": names}).cast_column("image", datasets.Image())
+    options = {"image_processor": load_processing(CLIP_PATH)[1], "progress": False}
+    store = extract_activations(model.clip, rows, tmp_path / "s", on_error="skip", **options)
+    assert len(store.tensor()) == 3 and [item["path"] for item in store.metadata["skipped"]] == bad
+    with pytest.raises(UnreadableImageError, match=r"image 3 \(/proc/self/mem\)"):
+        extract_activations(model.clip, rows.select([0, 1, 2, 3]), tmp_path / "s", **options)
+
+
+def test_a_photo_of_a_phone_is_read_or_the_way_out_is_named():
+    """HEIC is what phones take; Pillow alone can't read it, and said no more than that."""
+    if not heif_is_readable():
+        content = b"\0\0\0\x18ftypheic" + b"\0" * 40
+        for value in (content, "data:image/heic;base64," + base64.b64encode(content).decode()):
+            with pytest.raises(UnreadableImageError, match="photo 3 cannot be read .*pip install pillow-heif"):
+                open_image(value, "photo 3")
+        return
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    content = encoded(Image.fromarray(picture()), "HEIF", quality=-1, exif=exif(6))
+    found = np.asarray(open_image(content)).astype(int)
+    assert found.shape == np.rot90(picture(), -1).shape
+    assert np.abs(found - np.rot90(picture(), -1)).max() <= 12
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The web
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """A web server that does what is asked for by the path."""
+
+    def do_GET(self):
+        content = encoded(Image.fromarray(picture()), "PNG")
+        with contextlib.suppress(OSError):  # whoever asked has left
+            what = self.path.strip("/").partition("?")[0]
+            if what == "slow-head":
+                for letter in b"HTTP/1.1 200 OK\r\nX-Long: " + b"a" * 1000:
+                    self.wfile.write(bytes([letter]))
+                    time.sleep(0.05)
+                return
+            if what == "silence":
+                time.sleep(5)
+                return
+            status = {"none": 404, "broken": 500, "round": 302, "to-file": 302, "moved": 301}.get(what, 200)
+            self.send_response(status)
+            places = {"round": "/round", "to-file": "file:///etc/passwd", "moved": "/image.png"}
+            for name, value in (
+                ("Location", places.get(what)),
+                ("Content-Length", {"short": "9999999"}.get(what)),
+                ("Content-Encoding", {"packed": "gzip"}.get(what)),
+            ):
+                if value is not None:
+                    self.send_header(name, value)
+            self.end_headers()
+            if what == "endless":
+                while True:
+                    self.wfile.write(b"\0" * 2**20)
+            if what == "slow":
+                for letter in content:
+                    self.wfile.write(bytes([letter]))
+                    time.sleep(0.05)
+            self.wfile.write(b"<html>no</html>" if what == "page" else content)
+
+    def log_message(self, *_):
+        """Silent."""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NO_PROXY", "127.0.0.1")
+            yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none.png", "the web server answers 404 Not Found"),
+        ("broken", "the web server answers 500"),
+        ("page", "no image format that Pillow can identify"),
+        ("round", "TooManyRedirects"),
+        ("to-file", "unsupported protocol"),
+        ("short", "RemoteProtocolError"),
+        ("packed", "sends it compressed"),
+        ("endless", "sends more than 4 MiB"),
+        ("slow", "no whole answer within 1.5 seconds"),
+        ("slow-head", "no whole answer within 1.5 seconds"),
+        ("silence", "no whole answer within 1.5 seconds"),
+    ],
+)
+def test_a_web_server_cannot_hold_up_or_fill_up_who_asks_it(path, message, address, monkeypatch):
+    """A limit for each piece let a server that drips hold a command for minutes, and nothing bounded what it sent. A page that
+    says 404 was called a broken image."""
+    monkeypatch.setattr("hf_vs2.data.web.MOST_BYTES", 2**22)
+    path = path.removesuffix(".png")
+    started = time.monotonic()
+    with pytest.raises(UnreadableImageError, match=message) as caught:
+        open_image(f"{address}/{path}", timeout=60 if path == "endless" else 1.5)
+    assert f"({address}/{path})" in str(caught.value)
+    assert time.monotonic() - started < (60 if path == "endless" else 15)
+
+
+def test_the_web_is_read_from_anywhere(address):
+    """Also in a notebook, whose thread runs an event loop, and in several threads."""
+    import asyncio
+
+    async def in_a_notebook():
+        return np.asarray(open_image(f"{address}/moved"))
+
+    assert np.array_equal(asyncio.run(in_a_notebook()), picture())
+    row = {"bytes": None, "path": address.replace("http", "HTTP") + "/image.png"}
+    assert np.array_equal(np.asarray(open_image(row)), picture())
+    with pytest.raises(Exception, match="onnect"):
+        read_url("http://127.0.0.1:1/image.png", 20)
