@@ -83,8 +83,9 @@ def open_image(
     # Pillow's decoders raise nearly every exception type on damaged files (OSError, SyntaxError, struct.error, ...), and the web
     # adds its own. The system's errors repeat the path, which is named already.
     except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         reason = one_line(getattr(error, "strerror", None) or error)
-        raise UnreadableImageError(f"{name} cannot be read ({type(error).__name__}: {reason})") from error
+        raise UnreadableImageError(f"{name} cannot be read ({kind}{reason})") from error
 
 
 def image_name(name: str, value: Any) -> str:

@@ -127,7 +127,7 @@ class _Images:
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:
-    from ...data.images import one_line
+    from ...data.images import LONGEST_NAME, one_line
 
     by_distance = "distance" in results[0]
     rows = [["image", "label", "plain CLIP", "distance" if by_distance else "FVU", "steered"]]
@@ -144,7 +144,7 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
                 " ".join("yes" if value else "no" for value in steered),
             ]
         )
-    rows = [[one_line(cell) for cell in row] for row in rows]
+    rows = [[one_line(cell[:LONGEST_NAME]) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
