@@ -114,12 +114,14 @@ def _edits(args: Namespace) -> LatentEdits | None:
 
 
 def _lines(explanation: VS2Explanation, name: str, places: Sequence[int], top: int) -> list[str]:
+    from ...data.images import one_line
+
     (found,) = explanation.to_dict(top)
     state = "steered" if found["steered"] else "not steered: plain CLIP's scores, which no latent moved"
     lines = [f"{name}: FVU {found['fvu']:.3f}, {found['active_latents']} active latents, {state}"]
     for place in places:
         lines += ["", *_block(found["labels"][place], found["steered"])]
-    return lines
+    return list(map(one_line, lines))
 
 
 def _block(parts: dict[str, Any], steered: bool) -> list[str]:
