@@ -561,14 +561,6 @@ def test_a_shard_without_a_readable_image_and_a_set_without_one(extract):
             extract(empty)
 
 
-def test_an_image_like_a_thread_is_refused_before_it_fills_the_memory(extract):
-    images = [Image.new("RGB", (200_000, 1))]
-    with pytest.raises(
-        UnreadableImageError, match="image 0 is 200000 x 1: resized to a shorter side of 32.* 205 million"
-    ):
-        extract(datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()})))
-
-
 def test_arguments_that_do_not_fit_are_refused_with_what_would(extract, tiny_clip, tmp_path):
     dataset = make_dataset()
     for options, message in (

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from test_cli import run
 from transformers import CLIPImageProcessorPil, CLIPModel
 from transformers.pipelines.pt_utils import KeyDataset
@@ -78,8 +78,10 @@ def exif(orientation: int) -> Image.Exif:
 
 def turned(file_format: str, orientation: int) -> bytes:
     image, tags = Image.fromarray(picture()), exif(orientation)
-    if file_format == "XMP":  # in a JPEG without EXIF
-        return encoded(image, "JPEG", quality=100, subsampling=0, xmp=XMP.format(orientation).encode())
+    if file_format == "XMP":  # in a PNG without EXIF
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", XMP.format(orientation))
+        return encoded(image, "PNG", pnginfo=text)
     options = {
         "JPEG": {"quality": 100, "subsampling": 0},
         "MPO": {"quality": 100, "subsampling": 0, "save_all": True, "append_images": [Image.new("RGB", image.size)]},
