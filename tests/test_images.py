@@ -316,13 +316,17 @@ def test_a_threadlike_image_is_answered_by_its_middle(size, monkeypatch):
     monkeypatch.undo()
     for thinnest in ((1, 65_000), (65_000, 1)):
         assert uint8_pixels(Image.new("RGB", thinnest, "red"), processor, "thread").shape == (3, 224, 224)
-    ordinary = Image.fromarray(picture(640, 64))
-    assert torch.equal(
-        uint8_pixels(ordinary, processor, "ordinary"),
-        processor(ordinary, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0],
-    )
     with pytest.raises(UnreadableImageError, match="photo 3 is 1 x 65000: resized to a shorter side of 224"):
         uint8_pixels(Image.new("RGB", (1, 65_000)), CLIPImageProcessorPil(do_center_crop=False), "photo 3")
+
+
+def test_what_was_read_before_keeps_its_bits():
+    """Or stores made by an earlier version would hold rows of other images, and be taken for these."""
+    processor = CLIPImageProcessorPil()
+    for width, height in ((640, 64), (1, 401), (600, 2), (3, 301), (900, 7), (3000, 30), (224, 30_000), (30_001, 300)):
+        ordinary = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        before = processor(ordinary, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(uint8_pixels(ordinary, processor, "ordinary"), before), ordinary.size
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from .load import image_mode
 T = TypeVar("T")
 N = TypeVar("N")
 
+# An image that is larger, once resized, is cut before where that changes no bit.
+MANY_PIXELS = 4_000_000
 # Says nothing about the pixels: left out of what a store is keyed by.
 _PROCESSOR_NOISE = ("processor_class", "feature_extractor_type", "return_tensors", "transformers_version", "auto_map")
 
@@ -301,16 +303,20 @@ def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.
     The image, or of a threadlike one the part around the middle that a centre crop looks at: resized whole, its long side would
     make it huge, as bad as a decompression bomb.
 
-    Its length is chosen so that the crop shows what it would show of the whole image, to within a hundredth of a pixel.
+    The part's length is chosen so that the crop shows what it would show of the whole image: to the bit where that can be had,
+    else only of an image that would be too large, and then to within a hundredth of a pixel.
     """
     edge = dict(processor.size).get("shortest_edge") if processor.do_resize else None
     short, long = sorted(image.size)
-    if not edge or not Image.MAX_IMAGE_PIXELS or edge * edge * long / short <= Image.MAX_IMAGE_PIXELS:
+    pixels, most = edge * edge * long // short if edge else 0, Image.MAX_IMAGE_PIXELS
+    if not edge or not most or pixels <= min(most, MANY_PIXELS):
         return image
     if not processor.do_center_crop:
+        if pixels <= most:
+            return image
         raise UnreadableImageError(
             f"{name} is {image.width} x {image.height}: resized to a shorter side of {edge} it would have "
-            f"{edge * edge * long // short / 1e6:.0f} million pixels"
+            f"{pixels / 1e6:.0f} million pixels"
         )
     resized = edge * long // short
     least = short * 16 * max(edge, *dict(processor.crop_size).values()) // edge
@@ -321,6 +327,9 @@ def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.
 
     # Of the parity of the whole, before and after resizing, so that the middle of both is at the same place.
     length = min(range(least + (long - least) % 2, 2 * least + 2, 2), key=misfit)
+    # Pillow makes a long image smaller in another order of its two passes, which rounds otherwise.
+    if pixels <= most and (misfit(length) != (0, 0) or short > edge):
+        return image
     start = (long - length) // 2
     box = (start, 0, start + length, short) if image.width == long else (0, start, short, start + length)
     return image.crop(box)
