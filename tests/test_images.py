@@ -92,7 +92,8 @@ def turned(file_format: str, orientation: int) -> bytes:
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "XMP"])
 def test_a_turned_image_is_turned_once(file_format, tmp_path):
-    """`classify` turned each phone photo twice: what was upright lost its tag nowhere, and the next reader turned it again."""
+    """`classify` turned each phone photo twice: what was upright lost its tag nowhere, and the next reader turned it
+    again."""
     for orientation, upright in UPRIGHT.items():
         content = turned(file_format, orientation)
         path = tmp_path / f"{orientation}.{file_format.lower()}"
@@ -179,8 +180,8 @@ def checkpoint(model, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_the_same_file_has_the_same_pixels_at_every_door(model, checkpoint, tmp_path, capsys, monkeypatch):
-    """Training saw upright images on white while `classify` saw them lying on black: its answers were of other images. The FVU
-    tells: it is a number of the pixels alone, and every door gives it, or the rows to work it out."""
+    """Training saw upright images on white while `classify` saw them lying on black: its answers were of other images.
+    The FVU tells: it is a number of the pixels alone, and every door gives it, or the rows to work it out."""
     (tmp_path / "images").mkdir()
     files = strange_files(tmp_path / "images")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)  # so that the threads are cut before they are resized
@@ -272,7 +273,8 @@ def test_an_image_is_one_line_of_the_table(checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize(("mode", "changes"), [("RGB", False), ("RGBA", False), ("L", True), ("1", True)])
 def test_the_mode_that_a_data_set_asks_for_is_what_is_read(mode, changes, model, tmp_path):
-    """`datasets.Image(mode="L")` says that colours are not to be looked at. Where pixels change, a store made before is another."""
+    """`datasets.Image(mode="L")` says that colours are not to be looked at. Where pixels change, a store made before
+    is another."""
     images = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
     plain = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     asked = plain.cast_column("image", datasets.Image(mode=mode))
@@ -301,7 +303,8 @@ def test_the_mode_that_a_data_set_asks_for_is_what_is_read(mode, changes, model,
 
 @pytest.mark.parametrize("size", [(1, 301), (2, 600), (3, 1001), (45, 5001), (301, 30_001)])
 def test_a_threadlike_image_is_answered_by_its_middle(size, monkeypatch):
-    """205 bytes became 11 GB, resized whole before the crop. What is cut before it is resized must show the same pixels."""
+    """205 bytes became 11 GB, resized whole before the crop. What is cut before it is resized must show the same
+    pixels."""
     processor = CLIPImageProcessorPil()
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     for array in (pixels, pixels.swapaxes(0, 1)):
@@ -335,7 +338,8 @@ def test_what_was_read_before_keeps_its_bits():
 
 
 def test_paths_and_addresses_of_files_are_read_or_refused_by_name(tmp_path, monkeypatch):
-    """A `file:` address was taken for a path, `ftp:` and `zip:` were handed on, a pipe hung for ever, a folder was called base64."""
+    """A `file:` address was taken for a path, `ftp:` and `zip:` were handed on, a pipe hung for ever, a folder was
+    called base64."""
     content = encoded(Image.fromarray(picture()), "PNG")
     odd = tmp_path / "a b#c%20é?.png"
     odd.write_bytes(content)
@@ -370,7 +374,8 @@ def test_paths_and_addresses_of_files_are_read_or_refused_by_name(tmp_path, monk
 
 
 def test_a_file_that_cannot_be_read_is_skipped_where_that_is_asked_for(model, tmp_path):
-    """The images' fingerprint is taken before any image is opened; it must not stop at a file without permission, or a pipe."""
+    """The images' fingerprint is taken before any image is opened; it must not stop at a file without permission, or a
+    pipe."""
     for number in range(3):
         Image.fromarray(picture(seed=number)).save(tmp_path / f"{number}.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -473,8 +478,8 @@ def address() -> Iterator[str]:
     ],
 )
 def test_a_web_server_cannot_hold_up_or_fill_up_who_asks_it(path, message, address, monkeypatch):
-    """A limit for each piece let a server that drips hold a command for minutes, and nothing bounded what it sent. A page that
-    says 404 was called a broken image."""
+    """A limit for each piece let a server that drips hold a command for minutes, and nothing bounded what it sent. A
+    page that says 404 was called a broken image."""
     monkeypatch.setattr("hf_vs2.data.web.MOST_BYTES", 2**22)
     in_time = 1.5 if path in ("slow", "slow-head", "silence") else 60
     started = time.monotonic()

@@ -49,14 +49,15 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
     """
     transformers' zero-shot image classification pipeline for [`VS2CLIPForZeroShot`], and for a plain `CLIPModel`.
 
-    Against the stock pipeline, whose scores it gives (to float32 rounding) for the same checkpoint:
+    Against the stock pipeline, whose scores it gives (to float32 rounding) for the same checkpoint and opaque images:
 
     - a label set is encoded once, for any number of images and calls, not once a batch;
     - a list or data set is taken in batches without asking, each read and resized by several threads;
     - template ensembles, `top_k`, and `candidate_labels` (or any other option) fixed at construction;
     - steering options for one call, which no other user of the model sees;
     - on request what steering did to each image, with plain CLIP's scores beside the steered ones;
-    - images as bytes, `{"bytes": ..., "path": ...}` dicts and arrays too; errors that name the image.
+    - images as bytes, `{"bytes": ..., "path": ...}` dicts, arrays and `file:` addresses too, read by
+      [`~hf_vs2.data.open_image`] as in training, transparency on white; errors that name the image.
 
     Three ways to it:
 
@@ -120,9 +121,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         Classify one image, or many.
 
         Args:
-            image: a path, URL, base64 string, encoded bytes, a `{"bytes": ..., "path": ...}` dict, a PIL image, or an array
-                or tensor of one image; or a list, tuple or `datasets` column of these; or a data set (`KeyDataset`) or any
-                iterable of them, such as a generator.
+            image: a path, address (`http:`, `https:`, `file:`, `data:`), base64 string, encoded bytes,
+                `{"bytes": ..., "path": ...}`, a PIL image, or an array or tensor of one image; or a list, tuple or
+                `datasets` column of these; or a data set (`KeyDataset`) or any iterable of them, such as a generator.
             candidate_labels (`list[str]`): the labels to choose from.
             hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): the prompt, as in
                 transformers. The same for plain CLIP and for VS2, so that their scores can be compared.

@@ -122,7 +122,8 @@ class ImageReader(TorchDataset):
 
 def read_pixels(images: Sequence[NamedImage], processor: Any, timeout: float | None = None) -> torch.Tensor:
     """
-    Opens the images, several at once, and gives them as `processor` resizes and crops them, (n, channels, height, width) uint8.
+    Opens the images, several at once, and gives them as `processor` resizes and crops them, (n, channels, height,
+    width) uint8.
 
     Raises:
         UnreadableImageError: an image can't be read. TypeError: it is none, or the processor gives other than uint8.
@@ -300,11 +301,11 @@ def _integer_label(label: Any, name: str) -> int:
 
 def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.Image:
     """
-    The image, or of a threadlike one the part around the middle that a centre crop looks at: resized whole, its long side would
-    make it huge, as bad as a decompression bomb.
+    The image, or of a threadlike one the part around the middle that a centre crop looks at: resized whole, its long
+    side would make it huge, as bad as a decompression bomb.
 
-    The part's length is chosen so that the crop shows what it would show of the whole image: to the bit where that can be had,
-    else only of an image that would be too large, and then to within a hundredth of a pixel.
+    The part's length is chosen so that the crop shows what it would show of the whole image: to the bit where that can
+    be had, else only of an image that would be too large, and then to within a hundredth of a pixel.
     """
     edge = dict(processor.size).get("shortest_edge") if processor.do_resize else None
     short, long = sorted(image.size)

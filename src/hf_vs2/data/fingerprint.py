@@ -154,7 +154,7 @@ def _update_with_images(digest: Any, dataset: Dataset, column: str) -> bool:
 
 
 def _stat(path: str) -> tuple[int, int]:
-    """(size, modification time in ns), (-1, 0) where there is no such file, but a pipe, say: reading it will say so."""
+    """(size, modification time in ns), (-1, 0) where there is no file, or a pipe, say: reading it will say so."""
     try:
         status = os.stat(path)
     except OSError:

@@ -45,18 +45,21 @@ def open_image(
     value: Any, name: str | None = None, *, mode: str | None = None, timeout: float | None = None
 ) -> Image.Image:
     """
-    Reads one image, whatever it is stored as, into 8-bit RGB. Every command, pipeline and function reads images through it.
+    Reads one image, whatever it is stored as, into 8-bit RGB. Every command, pipeline and function reads images
+    through it.
 
-    The EXIF rotation is applied, animations give their first frame, transparency (RGBA, LA, palettes) is laid on white,
-    16-bit greyscale is scaled to 8 bits (Pillow itself would clip it to white), and everything else is converted by Pillow.
-    What comes back holds pixels and nothing else, no EXIF and no XMP: reading it again changes nothing.
+    The EXIF rotation is applied, animations give their first frame, transparency (RGBA, LA, palettes) is laid on
+    white, 16-bit greyscale is scaled to 8 bits (Pillow itself would clip it to white), and everything else is
+    converted by Pillow. What comes back holds pixels and nothing else, no EXIF and no XMP: reading it again changes
+    nothing.
 
     Args:
-        value: a path; a text that holds an http, https, file or `data:image/...;base64` address, or base64; encoded bytes;
-            `{"bytes": ..., "path": ...}` as `datasets` gives with `decode=False`; a PIL image; or an array / tensor of shape
-            (height, width), (height, width, 1|3|4) or (1|3|4, height, width): uint8, uint16, bool, or wider types with values up
-            to 1 (fractions), 255 or 65535. HEIC files need the package pillow-heif.
-        name (`str`, *optional*): how an error message names the image. Default: by its path or address, where it has one.
+        value: a path; a text that holds an http, https, file or `data:image/...;base64` address, or base64; encoded
+            bytes; `{"bytes": ..., "path": ...}` as `datasets` gives with `decode=False`; a PIL image; or an array /
+            tensor of shape (height, width), (height, width, 1|3|4) or (1|3|4, height, width): uint8, uint16, bool, or
+            wider types with values up to 1 (fractions), 255 or 65535. HEIC files need the package pillow-heif.
+        name (`str`, *optional*): how an error message names the image. Default: by its path or address, where it has
+            one.
         mode (`str`, *optional*): `"L"`, `"1"` or `"P"`: what Pillow makes of the image in this mode, as RGB.
         timeout (`float`, *optional*): seconds for an image from the web, for everything together. Default: 60.
 
@@ -80,8 +83,8 @@ def open_image(
         ) from error
     except UnidentifiedImageError as error:  # whose own words are the address of a buffer, another one in every run
         raise UnreadableImageError(f"{name} cannot be read (no image format that Pillow can identify)") from error
-    # Pillow's decoders raise nearly every exception type on damaged files (OSError, SyntaxError, struct.error, ...), and the web
-    # adds its own. The system's errors repeat the path, which is named already.
+    # Pillow's decoders raise nearly every exception type on damaged files (OSError, SyntaxError, struct.error, ...),
+    # and the web adds its own. The system's errors repeat the path, which is named already.
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         reason = one_line(getattr(error, "strerror", None) or error)

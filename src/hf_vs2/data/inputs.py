@@ -55,7 +55,8 @@ def describe_type(value: Any) -> str:
 
 
 class NamedImages(Dataset):
-    """Images that can be counted, each with its place in the order. Those of a column of a data set are opened here, not there."""
+    """Images that can be counted, each with its place in the order. Those of a column of a data set are opened here,
+    not there."""
 
     def __init__(self, images: Any):
         self.images, self.mode = undecoded_column(images)

@@ -100,8 +100,9 @@ def undecoded(dataset: Any, image_column: str) -> Any:
 
 def image_mode(dataset: Any, image_column: str) -> str | None:
     """
-    What `datasets.Image(mode=...)` asks for where that changes RGB pixels, as [`open_image`] takes it: `"L"` for all kinds of grey,
-    `"1"` or `"P"`. `None` for colour: it comes as 8-bit RGB anyway, and transparency lies on white, not dropped.
+    What `datasets.Image(mode=...)` asks for where that changes RGB pixels, as [`open_image`] takes it: `"L"` for all
+    kinds of grey, `"1"` or `"P"`. `None` for colour: it comes as 8-bit RGB anyway, and transparency lies on white, not
+    dropped.
 
     Raises:
         ValueError: Pillow has no such mode.
@@ -117,8 +118,8 @@ def image_mode(dataset: Any, image_column: str) -> str | None:
 
 
 def undecoded_column(images: Any) -> tuple[Any, str | None]:
-    """A column of a data set (`dataset["image"]`, or transformers' `KeyDataset`) with its images [`undecoded`], and their
-    [`image_mode`]. Anything else as it is."""
+    """A column of a data set (`dataset["image"]`, or transformers' `KeyDataset`) with its images [`undecoded`], and
+    their [`image_mode`]. Anything else as it is."""
     rows: Any = getattr(images, "dataset", getattr(images, "source", None))
     column: Any = getattr(images, "key", getattr(images, "column_name", None))
     datasets = sys.modules.get("datasets")  # imported by whoever has a data set

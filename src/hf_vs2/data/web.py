@@ -21,7 +21,8 @@ def read_url(url: str, seconds: float | None = None) -> bytes:
 
     Args:
         url (`str`): the address.
-        seconds (`float`, *optional*): for everything together: name look-up, connection, redirects and body. Default: [`SECONDS`].
+        seconds (`float`, *optional*): for everything together: name look-up, connection, redirects and body. Default:
+            [`SECONDS`].
 
     Raises:
         TimeoutError: there is no whole answer by then.
