@@ -272,9 +272,9 @@ def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, image
     """Other templates, names, methods and gates cost seconds; the training rows serve as reference without being read again."""
     run(capsys, *with_checkpoint("evaluate", checkpoint, images_path))
     monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read"))
-    templates, names = tmp_path / "templates.txt", tmp_path / "names.txt"
+    templates, names = tmp_path / "templates.txt", tmp_path / "names.json"
     templates.write_text("a {} square.\na {} patch.\n", encoding="utf-8")
-    names.write_text("navy\nlime\nscarlet\n", encoding="utf-8")
+    names.write_text('{"red": "scarlet", "blue": "navy", "green": "lime"}', encoding="utf-8")
     run(
         capsys,
         *with_checkpoint("evaluate", checkpoint, images_path),
@@ -295,7 +295,7 @@ def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, image
     result = read_json(tmp_path / "out" / "results.json")
     assert [row["method"] for row in result["rows"]] == ["clip", "distribution_norm", "distribution_norm", "vs2+gate"]
     assert result["meta"]["templates"] == {"custom": ["a {} square.", "a {} patch."]}
-    assert result["per_class"]["class_names"] == ["navy", "lime", "scarlet"]
+    assert result["per_class"]["class_names"] == ["scarlet", "navy", "lime"]
     assert result["rows"][1]["reference"] == "train" and result["rows"][3]["gate"] == 0.5
 
 
@@ -639,7 +639,7 @@ def test_a_request_that_cannot_be_met_gets_one_line(checkpoint, clip_path, image
         ([*evaluation, "--label_column", "class"], "no column 'class'"),
         ([*evaluation, "--gate", 2], "gate=2.0"),
         ([*evaluation, "--gate", 0.5, "--fvu_threshold", 1], "exclude each other"),
-        ([*evaluation, "--labels", "a", "b"], "out of range"),
+        ([*evaluation, "--labels", "a", "b"], "no label for blue, green, red"),
         (
             ["calibrate", "--checkpoint", checkpoint, "--dataset", images_path, "--split", "train", "--disable_tqdm"],
             "trained on",

@@ -219,7 +219,7 @@ def test_images_and_words_are_read_as_the_pipeline_reads_them(real_model, tmp_pa
     torch.testing.assert_close(one.contributions[0], found.contributions[1], rtol=0, atol=1e-4)
     assert {latent["name"] for latent in one.top("three", 8)} <= {"three", "nine", "A"}
     pixels = processing[1](images, return_tensors="pt")["pixel_values"]
-    classes = hf_vs2.class_embeddings(real_model.clip, processing[0], labels, ["This is a photo of {}."], clean=False)
+    classes = hf_vs2.class_embeddings(real_model.clip, processing[0], labels, ["This is a photo of {}."])
     tensors = real_model.explain(pixels, classes)  # needs neither tokenizer nor image processor
     torch.testing.assert_close(tensors.steered_scores, found.steered_scores, rtol=0, atol=1e-4)
     json.dumps(found.to_dict())

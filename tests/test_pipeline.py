@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import normalizers
 from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import is_torchvision_available
@@ -28,7 +29,7 @@ from hf_vs2.steering.corpus import RetrievalCorpus
 # A real (if tiny) CLIP with its tokenizer and image processor files: 28-pixel images, 96 wide, 3 layers.
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
 STOCK_TASK, OUR_TASK = "zero-shot-image-classification", "vs2-zero-shot-image-classification"
-LABELS = ["three", "a_zero", "digit {7}", "nine of them"]
+LABELS = ["three", "a zero", "digit {7}", "nine of them"]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,10 @@ def test_plain_clip_scores_as_in_the_stock_pipeline(door, images):
         assert_same(found, expected)
         assert found[0] == sorted(found[0], key=lambda one: -one["score"])
         assert_same(ours(modes[0], LABELS, **options), stock(modes[0], candidate_labels=LABELS, **options))
+    raw = ["three", "a_zero", "001.nine"]  # read by our rules unless told otherwise
+    expected = stock(modes[0], candidate_labels=raw)
+    assert_same(ours(modes[0], raw, clean=False), expected)
+    assert (scores(ours(modes[0], raw)) - scores(expected)).abs().max() > 2 * TOLERANCE
 
 
 def test_half_precision_is_nearer_to_float32_than_the_stock_pipeline(images):
@@ -238,8 +243,7 @@ def test_another_tokenizer_is_noticed(classifier, images):
     classifier.tokenizer = copy.deepcopy(classifier.tokenizer)
     assert classifier(images[0], LABELS) == before
     classifier.tokenizer = copy.deepcopy(classifier.tokenizer)
-    classifier.tokenizer.backend_tokenizer.normalizer = None
-    classifier.tokenizer.backend_tokenizer.pre_tokenizer = None
+    classifier.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("three", "seven")
     assert classifier(images[0], LABELS) != before
 
 

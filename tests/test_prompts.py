@@ -109,7 +109,7 @@ def test_resolve_templates(tmp_path):
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
-        ("ensembel", "neither one of .*'ensemble'.* nor a text file"),
+        ("ensembel", "neither one of .*'ensemble'.* nor a file of prompts"),
         ("a photo of a {}.", "put it in a list"),
         ([], "is empty"),
         (["a photo of a dog."], "has no {}"),

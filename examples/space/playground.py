@@ -100,7 +100,7 @@ class Playground:
         return self.model.cls_rows(pixels.to(clip.dtype))
 
     def _encode_labels(self, labels: tuple[str, ...]) -> torch.Tensor:
-        return hf_vs2.class_embeddings(self.model.clip, self.classifier.tokenizer, labels, "single", clean=False)
+        return hf_vs2.class_embeddings(self.model.clip, self.classifier.tokenizer, labels, "single")
 
     @torch.no_grad()
     def _strongest_images(self, images: Dataset) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,6 +117,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         import_module(".clip.auto_classes", __name__)  # if the command line has put it off
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in moved.MOVED:  # `hf_vs2.prompts.class_embeddings`, without an import of it
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..evaluation.comparison import Rows, check_replayable, check_rows
+from ..data.lists import Names
+from ..evaluation.inputs import Rows, check_replayable, check_rows
 from ..evaluation.report import Results
 from ..version import __version__
 from .material import Material, names_of, replay_of, results_table, training_curves, truth_of
@@ -38,7 +39,7 @@ def build_atlas(
     *,
     image_column: str = "image",
     labels: torch.Tensor | Sequence[int] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Names | None = None,
     vocabulary: Sequence[str] | None = None,
     templates: str | Path | Sequence[str] = "single",
     results: Results | None = None,
@@ -46,6 +47,7 @@ def build_atlas(
     top_images: int = 24,
     batch_size: int = 1024,
     meta: Mapping[str, Any] | None = None,
+    clean: bool = True,
     progress: bool = False,
 ) -> Path:
     """
@@ -64,7 +66,7 @@ def build_atlas(
         output_dir: the folder, which must be new, empty or an earlier atlas; that is replaced.
         image_column: the data set's column of images.
         labels: the class of each row `(n,)`; by default the store's, if it has them.
-        class_names: the names of the classes, in label order; by default the store's.
+        class_names: the names of the classes, as [`evaluate`] takes them; by default the store's.
         vocabulary: words to name latents with, see [`name_latents`]; by default the class names.
         templates: prompts around words and class names, anything [`resolve_templates`] takes.
         results: what [`evaluate`] returned or wrote, for the comparison table.
@@ -72,6 +74,7 @@ def build_atlas(
         top_images: images of each latent.
         batch_size: rows at a time. Memory grows with the images only by a few numbers each.
         meta: `checkpoint` and `dataset`, names to show.
+        clean: read class names by [`clean_class_names`] before they go into prompts.
         progress: show progress bars.
 
     Returns:
@@ -90,7 +93,7 @@ def build_atlas(
     check_replayable(model)
     check_rows(model, rows, "rows")
     image_indices = _image_indices(rows, dataset)
-    truth = truth_of(rows, labels, class_names)
+    truth = truth_of(rows, labels, class_names, clean)
     training, table = training_curves(training_log), results_table(results)
 
     number = len(truth.class_names)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..evaluation.comparison import Rows
+from ..evaluation.inputs import Rows
 from ..explain.explanation import explain_rows
 from .statistics import blocks
 

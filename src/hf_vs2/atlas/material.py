@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.prompts import class_embeddings, clean_class_names
-from ..evaluation.comparison import Rows, class_labels
+from ..data.lists import Names
+from ..data.names import clean_class_names
+from ..data.prompts import class_embeddings
 from ..evaluation.grid import steering_grid
+from ..evaluation.inputs import Rows, class_labels, named_labels
 from ..evaluation.report import EvaluationResult, Results, row_label
 from ..explain.latent_names import LatentNames, name_latents
 from .flips import Mover, Predictions, class_gains, clearest_changes, movers, predict
@@ -94,19 +96,15 @@ class Material:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def truth_of(rows: Rows, labels: Any, class_names: Sequence[str] | None) -> Truth:
+def truth_of(rows: Rows, labels: Any, class_names: Names | None, clean: bool) -> Truth:
     """Labels and class names, given or the store's, or why there are none.
 
     Raises:
         ValueError, TypeError: labels or names that were given do not fit the rows.
     """
-    store = None if isinstance(rows, torch.Tensor) else rows
     given = labels is not None
-    if class_names is None and store is not None:
-        class_names = store.class_names
-    if labels is None and store is not None:
-        labels = store.labels
-    names = [] if class_names is None else clean_class_names(class_names)
+    found, labels = named_labels(rows, labels, class_names)
+    names = [] if found is None else clean_class_names(found, clean)
     if labels is None:
         return Truth(None, names, "The images have no labels.")
     if not names:
@@ -128,7 +126,8 @@ def names_of(
     words = truth.class_names if vocabulary is None else vocabulary
     if vocabulary is None and len(words) < 2:
         return None, "No vocabulary was given, and the data set names no classes."
-    return name_latents(model, tokenizer, words, templates=templates, progress=progress), ""
+    clean = vocabulary is not None  # class names are
+    return name_latents(model, tokenizer, words, templates=templates, clean=clean, progress=progress), ""
 
 
 @torch.no_grad()
@@ -144,7 +143,7 @@ def replay_of(
     """Answers, gains and the heat map; `None` without labels, or with one class."""
     if truth.labels is None or len(truth.class_names) < 2:
         return None
-    embeds = class_embeddings(model.clip, tokenizer, truth.class_names, templates, progress=progress)
+    embeds = class_embeddings(model.clip, tokenizer, truth.class_names, templates, progress=progress, clean=False)
     with model.steering(enabled=True, method="vs2"):
         predictions = predict(model, rows, embeds, batch_size, progress)
         classes = class_gains(predictions, truth.labels, len(truth.class_names))

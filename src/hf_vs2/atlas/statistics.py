@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..evaluation.comparison import Rows, replay_batches
+from ..evaluation.inputs import Rows, replay_batches
 
 
 NUM_BINS = 24

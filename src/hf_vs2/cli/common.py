@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parsing import Parser
+from .parsing import Parser, UsageError
 
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..clip.modeling import VS2CLIPForZeroShot
     from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
     from ..data.activations import ActivationStore
+    from ..data.lists import Names
 
 
 # Output
@@ -35,6 +36,8 @@ def say_written(places: Mapping[str, Any]) -> None:
 
 
 # Flags
+
+TEMPLATES = "single, ensemble or a file of prompts (.txt, .csv, .json)."
 
 
 def add_model_flags(parser: Parser, required: bool = True) -> None:
@@ -80,13 +83,14 @@ def add_checkpoint_flags(parser: Parser) -> None:
 
 
 def add_class_names_flag(parser: Parser) -> None:
-    """What the integers of a label column stand for."""
+    """What the labels of a data set are called in prompts."""
     parser.flag(
         "--labels",
         nargs="+",
         metavar="NAME",
-        help="Class names in label order, or a text file of them [the data set's].",
+        help="Labels to choose from, matched by name with the data set's classes, or a file of them (.txt, .csv, .json) [the data set's].",
     )
+    _add_names_as_given(parser)
 
 
 def add_label_flags(parser: Parser, otherwise: str = "") -> None:
@@ -96,10 +100,18 @@ def add_label_flags(parser: Parser, otherwise: str = "") -> None:
         nargs="+",
         required=not otherwise,
         metavar="NAME",
-        help="Labels to choose from, or a text file with one a line" + (f" [{otherwise}]." if otherwise else "."),
+        help="Labels to choose from, or a file of them (.txt, .csv, .json)"
+        + (f" [{otherwise}]." if otherwise else "."),
     )
+    parser.flag("--templates", default="single", metavar="T", help=TEMPLATES)
+    _add_names_as_given(parser)
+
+
+def _add_names_as_given(parser: Parser) -> None:
     parser.flag(
-        "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."
+        "--names_as_given",
+        action="store_true",
+        help="Put labels into prompts as they are; else `_` is read as a blank, and numbering such as 001. goes.",
     )
 
 
@@ -236,9 +248,19 @@ def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, A
     return settings | {"gate": None} if settings.get("gate") == "none" else settings
 
 
-def labels_from(values: Sequence[str] | None) -> list[str] | None:
-    """Class names as given, or the lines of a text file where one value names a file."""
-    if values is None or len(values) != 1 or not os.path.isfile(values[0]):
-        return None if values is None else list(values)
-    lines = Path(values[0]).read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+def labels_from(args: argparse.Namespace, dataset: Any = None, required: bool = False) -> Names | None:
+    """What `--labels` stands for. With the data set it is refused before anything long begins where it does not fit
+    the classes of `--label_column`, and, if `required`, where neither has names."""
+    from ..data.lists import names_in
+    from ..data.names import check_names, class_names_of, clean_class_names, read_labels
+
+    column = None if dataset is None else args.label_column
+    if args.labels is None:
+        if required and column in (dataset.features or {}) and class_names_of(dataset, column) is None:
+            raise UsageError(f"column {column!r} has no class names: give them in label order with --labels")
+        return None
+    labels = read_labels(args.labels)
+    clean_class_names(names_in(labels), not args.names_as_given, "--labels")
+    if column is not None:
+        check_names(dataset, column, labels)
+    return labels

@@ -20,12 +20,13 @@ from ..config.latent_edits import EditTable, LatentEdits
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import METHODS, Steering, VS2CLIPConfig
 from ..data.inputs import DEFAULT_TEMPLATES
+from ..data.names import clean_class_names
 from ..data.prompts import class_embeddings
 from ..encoders.base_model import loaded_revision, resolve_layer
 from ..encoders.processing import save_processing
 from ..encoders.tail import logits_of
 from ..explain.explanation import VS2Explanation, explain_rows
-from ..explain.inputs import check_labels, explain_images, processing_of, resolve_names
+from ..explain.inputs import explain_images, processing_of, resolve_names
 from ..files.checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
 from ..files.hub import HubMixin
 from ..files.weight_files import HUB_ARGUMENTS, at_one_commit
@@ -579,7 +580,12 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     # Label sets
 
     def fit_label_set(
-        self, labels: Sequence[str], *, processor: Any = None, templates: str | Path | Sequence[str] | None = None
+        self,
+        labels: Sequence[str],
+        *,
+        processor: Any = None,
+        templates: str | Path | Sequence[str] | None = None,
+        clean: bool = True,
     ) -> FittedLabels:
         """
         What the method in force makes of a label set, fitted on the unlabelled rows of the statistics and kept: the next call with
@@ -593,20 +599,22 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are read from where
                 the checkpoint, or else its CLIP, was loaded from.
             templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
+            clean (`bool`): read labels by [`clean_class_names`] before they go into prompts.
 
         Returns:
             [`FittedLabels`], with `rows_per_label`.
 
         Raises:
-            `ValueError`: if the method fits nothing, or labels are missing, empty or given twice.
+            `ValueError`: if the method fits nothing, or labels are missing, empty, given twice or the same to this
+            CLIP.
         """
         if self._steering.parts.scores == "cosine":
             fitting = [name for name, parts in METHODS.items() if parts.scores != "cosine"]
             raise ValueError(f"method={self._steering.method!r} fits nothing to labels; these do: {fitting}.")
-        check_labels(labels)
+        clean_class_names(labels, clean, "labels")
         tokenizer, _ = processing_of(self, processor)
         templates = DEFAULT_TEMPLATES if templates is None else templates
-        embeds = class_embeddings(self.clip, tokenizer, labels, templates, clean=False)
+        embeds = class_embeddings(self.clip, tokenizer, labels, templates, clean=clean)
         return self._scoring.fitted(self, embeds, tuple(labels))
 
     def fit_classes(self, class_embeds: torch.Tensor) -> FittedLabels:
@@ -735,6 +743,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         templates: str | Path | Sequence[str] | None = None,
         names: Any = None,
         vocabulary: Sequence[str] | None = None,
+        clean: bool = True,
         retrieval_embeds: torch.Tensor | None = None,
         exclude: torch.Tensor | None = None,
     ) -> VS2Explanation:
@@ -751,13 +760,14 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
             names (*optional*): of latents: a mapping, a sequence, [`LatentNames`], or the path of a `latents.json` of an atlas.
             vocabulary (`list[str]`, *optional*): words to name the latents by, see [`name_latents`].
+            clean (`bool`): read labels by [`clean_class_names`] before they go into prompts.
             retrieval_embeds, exclude (`torch.Tensor`, *optional*): for `method="vs2++"`, see [`RetrievalInputs`].
 
         Raises:
             `ValueError`: if steering does not go through latents of the last layer alone, or something that is needed is missing.
         """
         retrieval = RetrievalInputs(retrieval_embeds=retrieval_embeds, exclude=exclude)
-        return explain_images(self, images, labels, processor, templates, names, vocabulary, retrieval)
+        return explain_images(self, images, labels, processor, templates, names, vocabulary, clean, retrieval)
 
     def explain_from_cls(
         self,

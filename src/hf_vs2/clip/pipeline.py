@@ -20,6 +20,7 @@ from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..data.batches import Normalizer, read_pixels
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
+from ..data.names import clean_class_names
 from ..data.prompts import resolve_templates
 from ..encoders.processing import knows_words
 from ..encoders.tail import logits_of
@@ -36,7 +37,7 @@ TASK = "vs2-zero-shot-image-classification"
 
 _STEERING_OPTIONS = ("gamma", "lambda_", "gate", "fvu_threshold", "method", "num_neighbors", "positives", "edits")
 _OPTIONS = (
-    *("candidate_labels", "hypothesis_template", "templates", "top_k", "return_details", "timeout", "steer"),
+    *("candidate_labels", "hypothesis_template", "templates", "clean", "top_k", "return_details", "timeout", "steer"),
     *("explain", "top_latents", "latent_names"),
     *_STEERING_OPTIONS,
 )
@@ -49,10 +50,13 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
     """
     transformers' zero-shot image classification pipeline for [`VS2CLIPForZeroShot`], and for a plain `CLIPModel`.
 
-    Against the stock pipeline, whose scores it gives (to float32 rounding) for the same checkpoint and opaque images:
+    Against the stock pipeline, whose scores it gives (to float32 rounding) for the same checkpoint, prompts and opaque
+    images:
 
     - a label set is encoded once, for any number of images and calls, not once a batch;
     - a list or data set is taken in batches without asking, each read and resized by several threads;
+    - labels are read as everywhere in hf_vs2: prompts have a blank for `_` and no numbering (`001.`); `clean=False`
+      leaves them;
     - template ensembles, `top_k`, and `candidate_labels` (or any other option) fixed at construction;
     - steering options for one call, which no other user of the model sees;
     - on request what steering did to each image, with plain CLIP's scores beside the steered ones;
@@ -128,7 +132,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
             hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): the prompt, as in
                 transformers. The same for plain CLIP and for VS2, so that their scores can be compared.
             templates (*optional*): in its place `"single"` (`"a photo of a {}."`, the paper's), `"ensemble"` (OpenAI's seven),
-                a text file with one template a line, or a list of templates.
+                a file of templates, or a list of them; see [`resolve_templates`].
+            clean (`bool`, *optional*, defaults to `True`): read labels by [`clean_class_names`] before they go into
+                prompts; answers have them as they were given.
             top_k (`int`, *optional*): how many of the best labels to return; all by default.
             steer (`bool`, *optional*): `False` gives plain CLIP, `True` steers a model whose steering is off.
             gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives, edits (*optional*): see [`Steering`]; by default the
@@ -155,8 +161,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
             lists, layers ascending.
 
         Raises:
-            `ValueError`: for labels that are missing, empty or given twice, settings that can't be used, and images that can't
-                be read (then an [`UnreadableImageError`], which names the image).
+            `ValueError`: for labels that are missing, empty, given twice or the same to this CLIP (`Cat` and `cat`),
+                settings that can't be used, and images that can't be read (then an [`UnreadableImageError`], which
+                names the image).
             `TypeError`: for things of another type, and unknown options.
         """
         if candidate_labels is not None:
@@ -181,8 +188,8 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         if unknown:
             raise TypeError(f"Unknown option {unknown[0]!r}. The options are {', '.join(_OPTIONS)}.")
         preprocess: dict[str, Any] = {name: options[name] for name in options if name == "timeout"}
-        forward: dict[str, Any] = {name: options[name] for name in options if name == "return_details"}
-        postprocess = dict(forward)
+        postprocess: dict[str, Any] = {name: options[name] for name in options if name == "return_details"}
+        forward = postprocess | {name: options[name] for name in options if name == "clean"}
         if "explain" in options:
             forward["explain"] = self._check_explain(options["explain"])
         for name in ("top_k", "top_latents"):
@@ -191,13 +198,20 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         if "latent_names" in options:
             postprocess["latent_names"] = resolve_names(options["latent_names"])
         if "candidate_labels" in options:
-            forward["candidate_labels"] = postprocess["candidate_labels"] = _check_labels(options["candidate_labels"])
+            labels, clean = options["candidate_labels"], options.get("clean", self._given("clean", True))
+            labels = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else tuple(labels)
+            clean_class_names(labels, clean, "candidate_labels")
+            forward["candidate_labels"] = postprocess["candidate_labels"] = labels
         if options.get("templates") is not None or options.get("hypothesis_template") is not None:
             forward["templates"] = _check_templates(options.get("templates"), options.get("hypothesis_template"))
         steering = self._check_steering(options)
         if steering:
             forward["steering"] = steering
         return preprocess, forward, postprocess
+
+    def _given(self, name: str, default: Any) -> Any:
+        """What was said of an option at construction."""
+        return getattr(self, "_forward_params", {}).get(name, default)
 
     def _check_explain(self, explain: Any) -> bool:
         if explain and not isinstance(self.model, VS2CLIPForZeroShot):
@@ -222,7 +236,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
             return {}
         if not given:
             return {}
-        settings = dict(getattr(self, "_forward_params", {}).get("steering", {}))
+        settings = dict(self._given("steering", {}))
         for name, other in (("gate", "fvu_threshold"), ("fvu_threshold", "gate")):
             if given.get(name) is not None:
                 settings.pop(other, None)
@@ -266,8 +280,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         steering: Mapping[str, Any] | None = None,
         return_details: bool = False,
         explain: bool = False,
+        clean: bool = True,
     ) -> dict[str, torch.Tensor | None]:
-        classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates)
+        classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates, clean)
         pixels = model_inputs["pixel_values"]
         pixels = Normalizer(self.image_processor, pixels.device)(pixels).to(self.clip.dtype)
         images, logits, explanation = self._image_features(pixels, classes, steering or {}, return_details, explain)
@@ -351,28 +366,6 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
 def _ranked(logits: torch.Tensor, labels: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
     scores = zip(logits.softmax(-1).tolist(), labels, strict=True)
     return [{"score": score, "label": label} for score, label in sorted(scores, key=lambda pair: -pair[0])[:top_k]]
-
-
-def _check_labels(labels: Any) -> tuple[str, ...]:
-    """Labels go into prompts as they are, as in transformers' pipeline."""
-    if isinstance(labels, str) or not isinstance(labels, Iterable):
-        hint = " For text with commas: labels.split(',')." if isinstance(labels, str) else ""
-        raise TypeError(f"candidate_labels must be a list of strings, not {labels!r}.{hint}")
-    first_index: dict[str, int] = {}
-    for index, label in enumerate(labels):
-        if not isinstance(label, str):
-            raise TypeError(f"candidate_labels[{index}] is {label!r}, a {type(label).__name__}: expected a string.")
-        if not label.strip():
-            raise ValueError(f"candidate_labels[{index}] is empty: every label needs a name to make a prompt of.")
-        if label in first_index:
-            raise ValueError(
-                f"candidate_labels has {label!r} twice (at {first_index[label]} and {index}): each would get half of the "
-                "score. Give it once."
-            )
-        first_index[label] = index
-    if not first_index:
-        raise ValueError("candidate_labels is empty: give the list of labels to choose from.")
-    return tuple(first_index)
 
 
 def _check_count(name: str, count: Any) -> int | None:

@@ -29,7 +29,7 @@ class PromptCache:
 
     def __init__(self, max_floats: int):
         self.max_floats = max_floats
-        self._matrices: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], torch.Tensor] = OrderedDict()
+        self._matrices: OrderedDict[tuple[tuple[str, ...], tuple[str, ...], bool], torch.Tensor] = OrderedDict()
         self._tokenizer: Any = None
         self._state: tuple[Any, ...] | None = None
         self._lock = threading.Lock()
@@ -51,18 +51,19 @@ class PromptCache:
         tokenizer: PreTrainedTokenizerBase,
         labels: tuple[str, ...],
         templates: tuple[str, ...],
+        clean: bool,
     ) -> torch.Tensor:
-        """The matrix of `labels`, put into `templates` as they are; encoded now unless it is known."""
+        """[`class_embeddings`] of labels and templates; encoded now unless they are kept."""
         with self._lock:
             state = text_state(clip)
             if state != self._state or tokenizer is not self._tokenizer:
                 self._matrices.clear()
                 self._state, self._tokenizer = state, tokenizer
-            key = (labels, templates)
+            key = (labels, templates, clean)
             if key in self._matrices:
                 self._matrices.move_to_end(key)
                 return self._matrices[key]
-            self._matrices[key] = matrix = class_embeddings(clip, tokenizer, labels, templates, clean=False)
+            self._matrices[key] = matrix = class_embeddings(clip, tokenizer, labels, templates, clean=clean)
             while len(self) > 1 and sum(kept.numel() for kept in self._matrices.values()) > self.max_floats:
                 self._matrices.popitem(last=False)
             return matrix

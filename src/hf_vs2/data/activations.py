@@ -18,6 +18,7 @@ from .extraction import Extraction
 from .fingerprint import dataset_fingerprint as fingerprint_of_dataset
 from .images import UnreadableImageError
 from .load import undecoded
+from .names import class_names_of, with_numbered_labels
 from .store import FORMAT, FORMAT_VERSION, ROW_DTYPES, ActivationStore, StoreError, request_key, request_of
 
 
@@ -70,7 +71,7 @@ def extract_activations(
         output_dir: cache root, made when needed.
         layers (`Sequence[int]`): layers from 0, negative ones counted from the last.
         image_column (`str`): paths, encoded bytes, PIL images or arrays; see [`~hf_vs2.data.open_image`].
-        label_column (`str`, *optional*): integer labels to keep beside the rows.
+        label_column (`str`, *optional*): labels to keep beside the rows, integers or names.
         image_processor (*optional*): default: that of the CLIP. Only resizing and cropping run in it; rescaling and
             normalisation follow on the device, with the same result to 1e-6.
         revision (`str`, *optional*): of a Hub model given by id.
@@ -125,7 +126,7 @@ def extract_activations(
         "columns": columns.description(),
         "dtype": dtype,
         "dataset_id": dataset_id,
-        "class_names": getattr((dataset.features or {}).get(label_column), "names", None),
+        "class_names": class_names_of(dataset, label_column),
         "hidden_size": tower.hidden_size,
         "num_layers": tower.num_layers,
         "base_model_fingerprint": tower.sae_fingerprint(),
@@ -163,11 +164,14 @@ def _prepare_dataset(dataset: Any, image_column: str, label_column: str | None) 
     if features is not None and label_column is not None:
         if label_column not in features:
             raise ValueError(f"The data set has no column {label_column!r}; it has {', '.join(features)}")
-        kind = getattr(features[label_column], "dtype", "")
+        if isinstance(dataset, datasets.Dataset):
+            dataset = with_numbered_labels(dataset, label_column)
+        kind = getattr(dataset.features[label_column], "dtype", "")
         if "int" not in kind and kind != "bool":
+            hint = ": open the data set without streaming" if "string" in kind else ""
             raise ValueError(
-                f"Column {label_column!r} holds {features[label_column]}, labels must be integers: turn names into "
-                f"numbers with `dataset.class_encode_column({label_column!r})`"
+                f"Column {label_column!r} holds {features[label_column]}: labels must be integers, or names in a data "
+                f"set whose rows can be counted{hint}"
             )
     if isinstance(dataset, datasets.Dataset):
         dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])

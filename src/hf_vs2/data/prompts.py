@@ -6,6 +6,7 @@ embedding space, as OpenAI's CLIP does it: encode, normalise, mean over template
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ import torch
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers.utils import logging
+
+from .lists import names_in, read_list
+from .names import clean_class_names
 
 
 if TYPE_CHECKING:
@@ -41,8 +45,9 @@ def resolve_templates(templates: str | Path | Sequence[str]) -> tuple[str, ...]:
     """The prompt templates that a user's choice stands for.
 
     Args:
-        templates: `"single"` (`"a photo of a {}."`), `"ensemble"` (OpenAI's seven), the path of a text file with one
-            template a line (empty lines are skipped), or the templates themselves as a sequence.
+        templates: `"single"` (`"a photo of a {}."`), `"ensemble"` (OpenAI's seven), the path of a file of templates
+            (text with one a line, a JSON list, or a table with a column `template`), or the templates themselves as a
+            sequence.
 
     Raises:
         ValueError: a template has no `{}`, there is none at all, or the string is neither a built-in nor a file.
@@ -52,8 +57,15 @@ def resolve_templates(templates: str | Path | Sequence[str]) -> tuple[str, ...]:
         name = str(templates)
         if name in BUILT_IN_TEMPLATES:
             return BUILT_IN_TEMPLATES[name]
+        if not os.path.isfile(os.path.expanduser(name)):
+            hint = (
+                "; to use it as a template, put it in a list (in a file, for the command line)" if "{}" in name else ""
+            )
+            raise ValueError(
+                f"templates={name!r} is neither one of {sorted(BUILT_IN_TEMPLATES)} nor a file of prompts{hint}."
+            )
         source = f"the template file {name}"
-        found: Sequence[str] = _read_template_file(name)
+        found = names_in(read_list(name, "the template file"))
     else:
         source, found = "the list of templates", list(templates)
     if not found:
@@ -68,49 +80,6 @@ def resolve_templates(templates: str | Path | Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _read_template_file(name: str) -> list[str]:
-    path = Path(name)
-    if not path.is_file():
-        hint = "; to use it as a template, put it in a list" if "{}" in name else ""
-        raise ValueError(
-            f"templates={name!r} is neither one of {sorted(BUILT_IN_TEMPLATES)} nor a text file with one prompt a line{hint}."
-        )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the template file {name} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def clean_class_names(class_names: Sequence[str]) -> list[str]:
-    """Class names as they are read in a prompt: `_` becomes a space, outer white space goes.
-
-    Raises:
-        ValueError: no name, an empty one, or one that occurs twice (its two classes could not be told apart).
-        TypeError: one string in place of a list, or a name that is not a string.
-    """
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names must be a list of strings, not the single string {class_names!r}.")
-    first_index: dict[str, int] = {}
-    for index, name in enumerate(class_names):
-        if not isinstance(name, str):
-            raise TypeError(f"class_names[{index}] is {name!r}, a {type(name).__name__}: every name must be a string.")
-        cleaned = " ".join(name.replace("_", " ").split())
-        if not cleaned:
-            raise ValueError(f"class_names[{index}] is empty: every class needs a name to make a prompt of.")
-        if cleaned in first_index:
-            raise ValueError(
-                f"class_names has {cleaned!r} twice (at {first_index[cleaned]} and {index}): "
-                "two classes with one name get the same prompts; tell them apart, as in 'crane (bird)'."
-            )
-        first_index[cleaned] = index
-    if not first_index:
-        raise ValueError("class_names is empty: give the names of the classes to choose from.")
-    return list(first_index)
-
-
 @torch.no_grad()
 def class_embeddings(
     clip: CLIPModel,
@@ -120,6 +89,7 @@ def class_embeddings(
     batch_size: int = 256,
     progress: bool = False,
     clean: bool = True,
+    refuse_same: bool = True,
 ) -> torch.Tensor:
     """The zero-shot classifier of a label set: one unit row a class, float32 `(num_classes, projection_dim)`.
 
@@ -134,28 +104,33 @@ def class_embeddings(
         batch_size: prompts encoded at a time.
         progress: show a progress bar.
         clean: read names by [`clean_class_names`]; `False` puts them into the templates as they are.
+        refuse_same: refuse names that are the same to this CLIP; a vocabulary may have such.
 
     Raises:
-        ValueError, TypeError: see [`resolve_templates`] and [`clean_class_names`].
+        ValueError, TypeError: see [`resolve_templates`] and [`clean_class_names`]; and for two names whose prompts are
+            the same to this CLIP, such as `Cat` and `cat`.
     """
     templates = resolve_templates(templates)
-    names = clean_class_names(class_names) if clean else list(class_names)
+    names = clean_class_names(class_names, clean)
     # str.replace, not str.format: names and templates may hold braces of their own.
     prompts = [template.replace("{}", name) for name in names for template in templates]
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    encoded = _encode(clip, tokenizer, list(distinct), batch_size, progress)
-    rows = torch.tensor([distinct[prompt] for prompt in prompts], device=encoded.device)
-    return normalize(encoded[rows].unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
+    batches = _tokenized(clip, tokenizer, list(distinct), batch_size)
+    rows = torch.tensor([distinct[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
+    if refuse_same:
+        _refuse_same(names, rows.tolist(), _read_tokens(clip, batches))
+    encoded = _encode(clip, batches, progress)
+    return normalize(encoded[rows.to(encoded.device)].mean(1), dim=-1)
 
 
-def _encode(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int, progress: bool
-) -> torch.Tensor:
-    """Unit text embeddings, float32 `(len(prompts), projection_dim)`."""
+def _tokenized(
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and attention mask of each batch of prompts, `(batch, length)` each."""
     table = clip.text_model.embeddings
     positions = table.position_embedding.num_embeddings
-    embeddings, full = [], []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="Encoding prompts", disable=not progress):
+    batches, full = [], []
+    for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         tokens = tokenizer(
             batch, padding=True, truncation=True, max_length=positions, return_attention_mask=True, return_tensors="pt"
@@ -167,11 +142,48 @@ def _encode(
                 f"{table.token_embedding.num_embeddings}: this is not the tokenizer of this CLIP."
             )
         full += [prompt for prompt, used in zip(batch, mask.sum(-1).tolist(), strict=True) if used == positions]
-        output = clip.get_text_features(input_ids=ids.to(clip.device), attention_mask=mask.to(clip.device))
-        embeddings.append(normalize(output.pooler_output.float(), dim=-1))
+        batches.append((ids, mask))
     if full:
         logger.warning(
             f"{len(full)} of {len(prompts)} prompts fill all {positions} positions of the text tower; "
             f"what goes beyond was cut. The first: {full[0]!r}"
         )
+    return batches
+
+
+def _read_tokens(clip: CLIPModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
+    """What of each prompt decides its embedding: the tokens up to the one that is pooled, which sees none behind it."""
+    end = clip.config.text_config.eos_token_id
+    # As CLIP's text model has it: in old checkpoints the token of the highest number, else the first end token.
+    pooled = [(ids if end == 2 else (ids == end).int()).argmax(-1).tolist() for ids, _ in batches]
+    return [
+        ids[row, : place + 1].numpy().tobytes()
+        for (ids, _), places in zip(batches, pooled, strict=True)
+        for row, place in enumerate(places)
+    ]
+
+
+def _refuse_same(names: list[str], rows: list[list[int]], tokens: list[bytes]) -> None:
+    """Two classes with the same tokens in every template can't be told apart: one of them would never be answered."""
+    first: dict[tuple[bytes, ...], str] = {}
+    for name, prompts in zip(names, rows, strict=True):
+        other = first.setdefault(tuple(tokens[prompt] for prompt in prompts), name)
+        if other is not name:
+            raise ValueError(
+                f"the names {_short(other)} and {_short(name)} are one to this CLIP, whose tokenizer reads the same "
+                "in their prompts: letter case, blanks and what stands beyond its last position or an end token do "
+                "not count. Leave one out, or tell them apart, as in 'crane (bird)'."
+            )
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:30]} ... {name[-40:]}")
+
+
+def _encode(clip: CLIPModel, batches: list[tuple[torch.Tensor, torch.Tensor]], progress: bool) -> torch.Tensor:
+    """Unit text embeddings, float32 `(number of prompts, projection_dim)`."""
+    embeddings = []
+    for ids, mask in tqdm(batches, desc="Encoding prompts", disable=not progress):
+        output = clip.get_text_features(input_ids=ids.to(clip.device), attention_mask=mask.to(clip.device))
+        embeddings.append(normalize(output.pooler_output.float(), dim=-1))
     return torch.cat(embeddings)

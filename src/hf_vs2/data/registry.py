@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from .load import load_images
-from .prompts import SINGLE_TEMPLATE, clean_class_names, resolve_templates
+from .names import class_names_of, clean_class_names, find_names
+from .prompts import SINGLE_TEMPLATE, resolve_templates
 
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 METRICS = ("accuracy", "mean_per_class")
-# What comes before the class in the names of CUB-200 (`001.Black_footed_Albatross`) and SUN397 (`/a/apse/indoor`).
-NUMBERING = re.compile(r"^(?:\d{3}\.|/[a-z]/)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class DatasetInfo:
         title (`str`): for tables; the name by default.
         config_name, revision (`str`, *optional*): of a Hub data set.
         train_split, test_split (`str`): as `load_images` takes them, slices and sums included: `"train[:600]"`.
-        image_column, label_column (`str`): columns of images and of whole-number labels.
+        image_column, label_column (`str`): columns of images and of labels, whole numbers or names.
         classes (`Mapping[str, str]`, *optional*): the data set's own name of each label to the name that prompts use, in
             the order of the labels. `None`: the data set's own names are used.
         aliases (`Mapping[str, str]`): label names that other copies of the data set use, to the name that prompts use.
@@ -133,19 +131,16 @@ class DatasetInfo:
     def class_names(self, dataset: Dataset) -> list[str]:
         """The names that prompts use, in the order of the labels of `dataset`.
 
-        Label names are matched to `classes` and `aliases` by name, never by position: case, `_`, `-`, blanks and leading
-        numbers do not count, and one of several words for a class (`"tabby, tabby cat"`) is enough. Only labels without names
-        take the order of `classes`, when they are exactly 0, 1, ... of as many classes.
+        Label names are matched to `classes` and `aliases` by name, never by position, see [`find_names`]. Only labels
+        without names take the order of `classes`, when they are exactly 0, 1, ... of as many classes.
 
         Raises:
             ValueError: label names that `classes` does not have, labels whose number does not fit, or two equal names.
         """
-        import datasets
-
         self._check_label_column(dataset)
-        feature = dataset.features[self.label_column]
-        if isinstance(feature, datasets.ClassLabel) and feature.names:
-            return clean_class_names(self._prompt_names(feature.names))
+        own = class_names_of(dataset, self.label_column)
+        if own is not None:
+            return clean_class_names(self._prompt_names(own))
         self._check_unnamed_labels(dataset)
         return clean_class_names(list((self.classes or {}).values()))
 
@@ -158,9 +153,8 @@ class DatasetInfo:
 
     def _prompt_names(self, label_names: list[str]) -> list[str]:
         if self.classes is None:
-            return [NUMBERING.sub("", name) for name in label_names]
-        tables = _name_tables(self.classes, self.aliases)
-        found = [_look_up(name, tables) for name in label_names]
+            return label_names
+        found = find_names(label_names, self.classes, self.aliases)
         unknown = [label for label, name in zip(label_names, found, strict=True) if name is None]
         if unknown:
             shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
@@ -178,7 +172,7 @@ class DatasetInfo:
         labels = dataset.unique(self.label_column)
         other = [label for label in labels if not isinstance(label, int)]
         if other:
-            raise ValueError(f"{where} holds {other[0]!r}: make whole numbers of it with `class_encode_column`.")
+            raise ValueError(f"{where} holds {other[0]!r}: expected whole numbers or names.")
         if sorted(labels) != list(range(len(self.classes))):
             raise ValueError(
                 f"{where} has no label names, and its labels ({len(labels)} from {min(labels)} to {max(labels)}) are not "
@@ -295,37 +289,6 @@ def _names(value: Any, where: str) -> dict[str, str] | None:
             if not isinstance(name, str):
                 raise ValueError(f"{where} has {name!r}, which YAML does not read as a text: put it in quotes.")
     return dict(value)
-
-
-def _normalized(name: str) -> str:
-    return "".join(c for c in NUMBERING.sub("", name).casefold() if c.isalnum())
-
-
-def _name_tables(classes: Mapping[str, str], aliases: Mapping[str, str]) -> list[dict[str, str]]:
-    """Where a normalised label name is looked up, surest first; the first table is by the exact name."""
-    pairs = [*classes.items(), *aliases.items()]
-    # ImageNet tells `cardigan` (clothing) from `Cardigan` (a dog) by case alone, so a table holds only what means one class.
-    return [
-        dict(pairs),
-        _unambiguous((_normalized(label), name) for label, name in pairs),
-        _unambiguous((_normalized(name), name) for _, name in pairs),
-        _unambiguous((_normalized(word), name) for label, name in pairs for word in label.split(",")),
-    ]
-
-
-def _unambiguous(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    names: dict[str, set[str]] = {}
-    for key, name in pairs:
-        names.setdefault(key, set()).add(name)
-    return {key: found.pop() for key, found in names.items() if len(found) == 1}
-
-
-def _look_up(label: str, tables: list[dict[str, str]]) -> str | None:
-    exact, *normalized = tables
-    if label in exact:
-        return exact[label]
-    key = _normalized(label)
-    return next((table[key] for table in normalized if key in table), None)
 
 
 def markdown_table() -> str:

@@ -10,36 +10,31 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
 from torch.nn.functional import normalize
-from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.prompts import BUILT_IN_TEMPLATES, class_embeddings, clean_class_names, resolve_templates
-from ..encoders.base_model import same_fingerprint, vision_fingerprint
+from ..data.lists import Names
+from ..data.names import clean_class_names
+from ..data.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
 from ..functional.label_free import distribution_norm_scores
 from ..version import __version__
 from .controls import control_model
+from .inputs import Rows, check_replayable, check_rows, class_labels, named_labels, replay_batches
 from .methods import CLIP, DISTRIBUTION_NORMS, EVALUATION_METHODS, Variant, unknown_methods, variants_of
 from .report import EvaluationResult, SampleOutputs
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..data.store import ActivationStore
-
-logger = logging.get_logger(__name__)
-
-Rows: TypeAlias = "torch.Tensor | ActivationStore"
 
 
 def paired_bootstrap(
@@ -62,7 +57,7 @@ def evaluate(
     model: VS2CLIPForZeroShot,
     rows: Rows,
     labels: torch.Tensor | Sequence[int] | None,
-    class_names: Sequence[str] | None,
+    class_names: Names | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
     templates: str | Path | Sequence[str | Path | Sequence[str]] = ("single", "ensemble"),
@@ -72,6 +67,7 @@ def evaluate(
     num_resamples: int = 10_000,
     seed: int = 0,
     meta: Mapping[str, Any] | None = None,
+    clean: bool = True,
     progress: bool = False,
 ) -> EvaluationResult:
     """
@@ -81,7 +77,9 @@ def evaluate(
         model: the wrapper; its gamma, lambda and gate are what is evaluated. It is left as it was found.
         rows: CLS rows of the last layer `(n, hidden_size)`, before `post_layernorm`: a tensor or an activation store.
         labels: the class of each row, `(n,)`; `None` takes the store's.
-        class_names: the label set, in the order of the labels; `None` takes the store's.
+        class_names: the label set; `None` takes the store's. The labels of a store with class names are matched with
+            it by name (see [`match_names`]): any order, more names than classes, or a mapping from the store's names
+            to others. Other labels are places in it.
         tokenizer: the CLIP's tokenizer.
         templates: one or several prompt sets, each of them anything [`resolve_templates`] takes. A row's `prompts` is
             `"single"`, `"ensemble"` or, for any other set, `"custom"` (`"custom2"` and so on for further ones).
@@ -97,6 +95,7 @@ def evaluate(
         batch_size: rows at a time. Memory does not grow with the number of rows, but for a few numbers each.
         num_resamples, seed: of the paired bootstrap.
         meta: facts to add to the result's `meta`: the checkpoint, the data set and so on.
+        clean: read class names by [`clean_class_names`] before they go into prompts.
         progress: show a progress bar while prompts are encoded.
 
     Raises:
@@ -108,14 +107,19 @@ def evaluate(
         raise ValueError(f"methods={unknown} are not known. Use some of {list(EVALUATION_METHODS)}.")
     check_replayable(model)
     check_rows(model, rows, "rows")
-    class_names = _class_names(rows, class_names)
+    names, labels = named_labels(rows, labels, class_names)
+    if names is None:
+        raise ValueError(
+            "class_names are missing, and the rows bring none: give the names of the classes, in label order."
+        )
+    class_names = clean_class_names(names, clean)
     target = class_labels(rows, labels, len(class_names))
     prompt_sets = _prompt_sets(templates)
     if reference_rows is not None:
         check_rows(model, reference_rows, "reference_rows")
 
     classifiers = {
-        name: class_embeddings(model.clip, tokenizer, class_names, chosen, progress=progress)
+        name: class_embeddings(model.clip, tokenizer, names, chosen, progress=progress, clean=clean)
         for name, chosen in prompt_sets.items()
     }
     variants = variants_of(model, methods)
@@ -278,29 +282,10 @@ def _image_mean(
     return (total / len(chosen)).float(), "evaluated" if reference_rows is None else "train"
 
 
-def replay_batches(model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what: str) -> Iterator[torch.Tensor]:
-    """The rows block by block, refused at the first NaN or infinity; `what` is their name in the message."""
-    batches = (
-        rows.split(batch_size) if isinstance(rows, torch.Tensor) else rows.iter_batches(batch_size, _last_layer(model))
-    )
-    start = 0
-    for batch in batches:
-        finite = batch.isfinite().all(-1)
-        if not finite.all():
-            first = start + int((~finite).nonzero()[0])
-            raise ValueError(f"{what} hold NaN or infinity, first in row {first}. Extract the activations again.")
-        start += len(batch)
-        yield batch
-
-
 def _now(model: VS2CLIPForZeroShot) -> float:
     if model.clip.device.type == "cuda":
         torch.cuda.synchronize(model.clip.device)
     return time.perf_counter()
-
-
-def _last_layer(model: VS2CLIPForZeroShot) -> int:
-    return len(model.clip.vision_model.encoder.layers) - 1
 
 
 # Figures of a row
@@ -375,98 +360,12 @@ def _meta(
     return meta
 
 
-# Checks
-
-
-def check_replayable(model: VS2CLIPForZeroShot) -> None:
-    """Refuse a model with an inner layer steered: cached rows of the last layer can't show what that does."""
-    last = _last_layer(model)
-    if list(model.fvu_thresholds) != [last]:
-        raise ValueError(
-            f"only an SAE on the last layer ({last}) can be evaluated on cached rows; this model steers layers "
-            f"{sorted(model.fvu_thresholds)}. Run the whole model on the images instead."
-        )
-
-
-def check_rows(model: VS2CLIPForZeroShot, rows: Rows, what: str) -> None:
-    """Refuse rows of another shape, layer or CLIP than this model's; `what` is their name in the message."""
-    width = model.clip.visual_projection.in_features
-    if isinstance(rows, torch.Tensor):
-        if rows.ndim != 2:
-            raise ValueError(f"{what} must be (n, {width}); they are {tuple(rows.shape)}.")
-        found = rows.shape[1]
-    elif hasattr(rows, "iter_batches"):
-        found = rows.hidden_size
-    else:
-        raise TypeError(f"{what} must be a tensor (n, {width}) or an ActivationStore, not {type(rows).__name__}.")
-    if found != width:
-        raise ValueError(
-            f"{what} have width {found}, but the CLIP of this model has hidden size {width}. Extract them with that CLIP."
-        )
-    if len(rows) == 0:
-        raise ValueError(f"{what} are empty: there is nothing to evaluate.")
-    if not isinstance(rows, torch.Tensor):
-        _check_store(model, rows, what)
-
-
-def _check_store(model: VS2CLIPForZeroShot, store: ActivationStore, what: str) -> None:
-    last = _last_layer(model)
-    if last not in store.layers:
-        raise ValueError(
-            f"{what}: the store {store.path} holds layers {store.layers}, but the last layer, {last}, is the one to "
-            "evaluate. Extract it with layers=(-1,)."
-        )
-    if not same_fingerprint(store.metadata["base_model_fingerprint"], vision_fingerprint(model.clip)):
-        raise ValueError(
-            f"{what}: the store {store.path} was extracted with another CLIP ({store.metadata['model']['id']}) than the one "
-            "of this model. Extract the activations with this one."
-        )
-
-
-def _class_names(rows: Rows, class_names: Sequence[str] | None) -> Sequence[str]:
-    if class_names is None and not isinstance(rows, torch.Tensor):
-        class_names = rows.class_names
-    if class_names is None:
-        raise ValueError(
-            "class_names are missing, and the rows bring none: give the names of the classes, in label order."
-        )
-    return clean_class_names(class_names)
-
-
-def class_labels(rows: Rows, labels: Any, num_classes: int) -> torch.Tensor:
-    """The labels as int64 `(n,)` on the CPU, checked against rows and class names."""
-    if labels is None and not isinstance(rows, torch.Tensor):
-        labels = rows.labels
-    if labels is None:
-        raise ValueError("labels are missing, and the rows bring none: accuracy needs the true class of each row.")
-    target = torch.as_tensor(labels).cpu()
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, the index of each row's class, not {target.dtype}.")
-    if target.shape != (len(rows),):
-        raise ValueError(
-            f"there are {len(rows)} rows but labels of shape {tuple(target.shape)}: one label a row is needed."
-        )
-    outside = ((target < 0) | (target >= num_classes)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        hint = " (data sets mark hidden labels with -1)" if target[row] == -1 else ""
-        raise ValueError(
-            f"label {int(target[row])} of row {row} is out of range: {num_classes} class names allow 0 to "
-            f"{num_classes - 1}{hint}."
-        )
-    return target.long()
-
-
 __all__ = [
     "DISTRIBUTION_NORMS",
     "EVALUATION_METHODS",
     "EvaluationResult",
     "SampleOutputs",
-    "check_replayable",
-    "check_rows",
-    "class_labels",
     "evaluate",
     "paired_bootstrap",
-    "replay_batches",
     "row_figures",
 ]

@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..encoders.tail import Tail, fold_tail
 from ..functional.sparse_ops import sparse_decode
-from .comparison import Rows, check_replayable, check_rows, class_labels, replay_batches
+from .inputs import Rows, check_replayable, check_rows, class_labels, replay_batches
 
 
 SCORES_AT_ONCE = 2**20

@@ -14,13 +14,15 @@ import torch
 from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..data.lists import Names
 from ..data.rows import LayerRows
 from ..encoders.tail import clip_embeds
 from ..files.atomic import replace_text
 from ..functional.label_free import balanced_mean, fit_balanced_prototypes, fit_prototypes, label_scores, norm_fit
 from ..training.calibration import TensorRows, batches
 from ..training.domain import SKETCH_ROWS, measure_statistics
-from .comparison import Rows, check_replayable, check_rows, paired_bootstrap
+from .comparison import paired_bootstrap
+from .inputs import Rows, are_stored, check_replayable, check_rows, named_labels
 
 
 # The rule. Put there by eye on development halves of three data sets and their shifts; what came of it is in docs/recommend.md.
@@ -192,6 +194,7 @@ def recommend(
     class_embeds: torch.Tensor,
     labels: torch.Tensor | Sequence[int] | None = None,
     *,
+    class_names: Names | None = None,
     num_resamples: int = 3,
     seed: int = 0,
     batch_size: int = 1024,
@@ -209,6 +212,8 @@ def recommend(
             is looked at.
         class_embeds: `(num_classes, projection_dim)`, see [`class_embeddings`].
         labels (*optional*): the class of each row, `(n,)`; -1 where it is not known.
+        class_names (*optional*): what `class_embeds` are of, where `labels` are those of a store with class names:
+            they are matched by name, see [`match_names`]. Without it they are places in `class_embeds`.
         num_resamples, seed: of the draws.
         batch_size: rows at a time.
 
@@ -217,7 +222,7 @@ def recommend(
     """
     check_replayable(model)
     check_rows(model, rows, "rows")
-    target = None if labels is None else _checked_labels(labels, len(rows), len(class_embeds))
+    target = None if labels is None else _checked_labels(rows, labels, class_names, len(class_embeds))
     classes = normalize(class_embeds.float(), dim=-1).cpu()
     source = TensorRows(rows.cpu()) if isinstance(rows, torch.Tensor) else LayerRows(rows, -1)
     # Only the rows that are looked at are read: a store may be larger than memory.
@@ -313,8 +318,15 @@ def _trial(model: VS2CLIPForZeroShot, rows: torch.Tensor | None, seed: int) -> V
 # With labels
 
 
-def _checked_labels(labels: Any, num_rows: int, num_classes: int) -> torch.Tensor:
-    target = torch.as_tensor(labels).cpu()
+def _checked_labels(rows: Rows, labels: Any, class_names: Names | None, num_classes: int) -> torch.Tensor:
+    theirs = class_names is None and are_stored(rows, labels)
+    names, labels = named_labels(rows, labels, class_names)
+    if names is not None and (theirs or class_names is not None) and len(names) != num_classes:
+        raise ValueError(
+            f"There are {len(names)} {'classes in the store' if theirs else 'class names'} and {num_classes} class "
+            "embeddings: say with class_names= what the embeddings are of."
+        )
+    target, num_rows = torch.as_tensor(labels).cpu(), len(rows)
     if target.is_floating_point() or target.dtype == torch.bool or target.shape != (num_rows,):
         raise ValueError(
             f"labels must be {num_rows} whole numbers, one a row, -1 where none is known; these are {tuple(target.shape)}, {target.dtype}."

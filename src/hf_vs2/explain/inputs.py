@@ -13,7 +13,8 @@ import torch
 from ..clip.loading import find_processing
 from ..data.batches import Normalizer, read_pixels
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages
-from ..data.prompts import class_embeddings, clean_class_names
+from ..data.names import clean_class_names
+from ..data.prompts import class_embeddings
 from .explanation import VS2Explanation, explain_rows
 
 
@@ -31,6 +32,7 @@ def explain_images(
     templates: str | Path | Sequence[str] | None,
     names: Any,
     vocabulary: Sequence[str] | None,
+    clean: bool,
     retrieval: RetrievalInputs,
 ) -> VS2Explanation:
     """See [`VS2CLIPForZeroShot.explain`]."""
@@ -42,8 +44,8 @@ def explain_images(
     if isinstance(labels, torch.Tensor):
         embeds, words = labels, None
     else:
-        check_labels(labels)
-        embeds, words = class_embeddings(model.clip, tokenizer, labels, templates, clean=False), labels
+        clean_class_names(labels, clean, "labels")
+        embeds, words = class_embeddings(model.clip, tokenizer, labels, templates, clean=clean), labels
     if vocabulary is not None:
         from .latent_names import name_latents
 
@@ -116,14 +118,6 @@ def _atlas_names(latents: Sequence[Any], source: str) -> dict[int, str]:
 def _is_batch(images: Any) -> bool:
     """Whether these are pixel values already."""
     return isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point()
-
-
-def check_labels(labels: Any) -> None:
-    """Refuse labels that are missing, empty or given twice, as the pipeline does."""
-    try:
-        clean_class_names(labels)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("class_names", "labels")) from error
 
 
 def processing_of(model: VS2CLIPForZeroShot, processor: Any) -> tuple[Any, Any]:

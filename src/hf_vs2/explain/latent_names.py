@@ -23,7 +23,9 @@ import torch
 from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.prompts import class_embeddings, clean_class_names
+from ..data.lists import names_in, read_list
+from ..data.names import clean_class_names, clean_name
+from ..data.prompts import class_embeddings
 
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def name_latents(
     *,
     templates: str | Path | Sequence[str] = "single",
     top: int = 5,
+    clean: bool = True,
     progress: bool = False,
 ) -> LatentNames:
     """
@@ -68,17 +71,20 @@ def name_latents(
         vocabulary: two or more different words, such as class names, or the lines of a file ([`read_vocabulary`]).
         templates: prompts around a word, anything [`resolve_templates`] takes.
         top: words a latent, at most as many as there are.
+        clean: read words by [`clean_class_names`].
         progress: show a progress bar while words are encoded.
 
     Raises:
         ValueError, TypeError: fewer than two words, or a fault in the words or templates.
     """
-    words = clean_class_names(vocabulary)
+    words = clean_class_names(vocabulary, clean, "the vocabulary")
     if len(words) < 2:
         raise ValueError(
             f"a vocabulary of one word, {words[0]!r}, gives every latent the same name: give two or more words."
         )
-    embeds = class_embeddings(model.clip, tokenizer, words, templates, progress=progress)
+    embeds = class_embeddings(
+        model.clip, tokenizer, words, templates, progress=progress, clean=False, refuse_same=False
+    )
     indices, scores = closest_words(embedding_directions(model), embeds, top)
     return LatentNames(words, indices.cpu(), scores.cpu())
 
@@ -119,20 +125,12 @@ def closest_words(
 
 
 def read_vocabulary(path: str | PathLike) -> list[str]:
-    """The words of a UTF-8 text file, one a line; empty lines are skipped, and a word that comes again counts once.
+    """The words of a file, text with one a line (see [`read_list`]); a word that comes again counts once.
 
     Raises:
         ValueError: the file is not text, or holds no word. OSError: it cannot be read.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the vocabulary {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    words = dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines)
-    words.pop("", None)
-    if not words:
-        raise ValueError(f"the vocabulary {path} is empty: it needs one word a line.")
-    return list(words)
+    return list(dict.fromkeys(map(clean_name, names_in(read_list(path, "the vocabulary")))))
 
 
 __all__ = ["LatentNames", "closest_words", "embedding_directions", "name_latents", "read_vocabulary"]

@@ -167,12 +167,17 @@ class Bench:
         return [request_key(request_of(rows.metadata)), dataset_fingerprint(images, info.image_column, label)]
 
     def labels(self, encoder: str, dataset: str, split: Split = "test") -> torch.Tensor:
-        """The class of each row `(n,)`.
+        """The class of each row `(n,)`, as the test split counts them.
 
         Raises:
-            ValueError: the split has none.
+            ValueError: the split has none, or counts other classes.
         """
-        labels = self.rows(encoder, dataset, split).labels
+        rows = self.rows(encoder, dataset, split)
+        labels, names, theirs = rows.labels, rows.class_names, self.rows(encoder, dataset, "test").class_names
+        if names and theirs and names != theirs:
+            raise ValueError(
+                f"{dataset}: the {split} split has other classes ({names}) than the test split ({theirs})."
+            )
         if labels is None or (labels < 0).any():
             raise ValueError(
                 f"{dataset}: accuracy, PASS and the oracles need a label for each image, in column "

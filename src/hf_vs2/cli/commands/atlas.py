@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common import (
+    TEMPLATES,
     activations_beside,
     add_checkpoint_flags,
     add_class_names_flag,
@@ -49,9 +50,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--vocabulary", type=Path, metavar="FILE", help="Words to name latents with, one a line [the classes]."
     )
-    parser.flag(
-        "--templates", default="single", metavar="T", help="single, ensemble or a text file, one prompt a line."
-    )
+    parser.flag("--templates", default="single", metavar="T", help=TEMPLATES)
     parser.flag(
         "--results",
         type=Path,
@@ -61,7 +60,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag("--top_images", type=int, default=24, help="Images of each latent.")
     parser.section("images")
     add_dataset_flags(parser)
-    parser.flag("--label_column", metavar="NAME", help="Column of integer labels [label, if there].")
+    parser.flag("--label_column", metavar="NAME", help="Column of labels, numbers or names [label, if there].")
     add_class_names_flag(parser)
     add_steering_flags(parser)
     parser.section("output")
@@ -79,7 +78,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     from ...atlas import build_atlas
     from ...atlas.writing import check_output
-    from ...data.prompts import clean_class_names, resolve_templates
+    from ...data.prompts import resolve_templates
     from ...explain.latent_names import read_vocabulary
     from ...files.checkpoint_folder import RESULTS_NAME, TRAINING_LOG_NAME
 
@@ -87,12 +86,13 @@ def run(args: Namespace) -> None:
     check_output(args.output)
     resolve_templates(args.templates)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
-    labels = labels_from(args.labels)
-    if labels is not None:
-        clean_class_names(labels)
+    labels_from(args)
     model, tokenizer, image_processor = load_steered_clip(args)
     model.set_steering(**steering_from(args))
     dataset = open_dataset(args)
+    if args.label_column is None and "label" in (dataset.features or {}):
+        args.label_column = "label"
+    labels = labels_from(args, dataset)
     store = _activations(args, model.clip, dataset, image_processor)
     if not join_processes().is_main_process:  # they have shared the extraction
         return
@@ -110,6 +110,7 @@ def run(args: Namespace) -> None:
         training_log=_beside(args, TRAINING_LOG_NAME),
         top_images=args.top_images,
         meta={"checkpoint": args.checkpoint, "dataset": _dataset_name(args)},
+        clean=not args.names_as_given,
         progress=not args.disable_tqdm,
     )
     say_written({"atlas": page, "for programs": page.with_name("latents.json"), "activations": store.path})
@@ -120,16 +121,16 @@ def _activations(args: Namespace, clip: Any, dataset: Any, image_processor: Any)
     """The store that a flag names, if it is of these images, or one extracted when needed."""
     from ...data.activations import ActivationStore, StoreError
     from ...data.fingerprint import dataset_fingerprint
+    from ...data.names import with_numbered_labels
 
     column = args.label_column
-    if column is None and "label" in (dataset.features or {}):
-        column = "label"
     if args.activations is None:
         cache = activations_beside(args)
         return extract(args, clip, dataset, cache, label_column=column, image_processor=image_processor)
     store = ActivationStore.open(args.activations)
-    made_from = store.metadata["dataset"]["fingerprint"]
-    if dataset_fingerprint(dataset, args.image_column, store.metadata["columns"]["label"]) != made_from:
+    made_from, column = store.metadata["dataset"]["fingerprint"], store.metadata["columns"]["label"]
+    dataset = with_numbered_labels(dataset, column)
+    if dataset_fingerprint(dataset, args.image_column, column) != made_from:
         raise StoreError(
             f"The activations in {store.path} are not of these images, or of others by now: give --dataset and --split as they were "
             "extracted with, or leave out --activations"

@@ -54,13 +54,13 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     from transformers.utils import logging
 
-    from ...data.prompts import clean_class_names, resolve_templates
+    from ...data.lists import names_in
+    from ...data.prompts import resolve_templates
     from ...files.atomic import replace_text
 
     if args.top_k < 1 or args.batch_size < 1:
         raise ValueError("--top_k and --batch_size must be at least 1")
-    labels = labels_from(args.labels) or []
-    clean_class_names(labels)
+    labels = names_in(labels_from(args) or [])
     resolve_templates(args.templates)
     names = list(_image_names(args.images))
     classifier = load_classifier(args)
@@ -69,6 +69,7 @@ def run(args: Namespace) -> None:
         iter(images),
         candidate_labels=labels,
         templates=args.templates,
+        clean=not args.names_as_given,
         top_k=args.top_k,
         return_details=True,
         batch_size=args.batch_size,

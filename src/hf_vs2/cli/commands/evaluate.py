@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common import (
+    TEMPLATES,
     activations_beside,
     add_checkpoint_flags,
     add_class_names_flag,
@@ -23,7 +24,7 @@ from ..common import (
     say_written,
     steering_from,
 )
-from ..parsing import Parser, UsageError
+from ..parsing import Parser
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def add_flags(parser: Parser) -> None:
     )
     parser.section("images")
     add_dataset_flags(parser)
-    parser.flag("--label_column", default="label", metavar="NAME", help="Column of integer labels.")
+    parser.flag("--label_column", default="label", metavar="NAME", help="Column of labels, numbers or names.")
     parser.flag(
         "--reference_dataset",
         metavar="D",
@@ -72,7 +73,7 @@ def add_flags(parser: Parser) -> None:
         nargs="+",
         default=["single", "ensemble"],
         metavar="T",
-        help="single, ensemble or text files, one prompt a line.",
+        help=TEMPLATES,
     )
     add_class_names_flag(parser)
     add_steering_flags(parser)
@@ -98,7 +99,7 @@ def run(args: Namespace) -> None:
     with torch.inference_mode():
         model.image_features_from_cls(torch.zeros(1, model.clip.config.vision_config.hidden_size))
     dataset = open_dataset(args)
-    _check_names(args, dataset)
+    labels = labels_from(args, dataset, required=True)
     cache = activations_beside(args)
     store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
     reference = _reference(args, model, image_processor, cache)
@@ -108,12 +109,13 @@ def run(args: Namespace) -> None:
         model,
         store,
         None,
-        labels_from(args.labels),
+        labels,
         tokenizer,
         templates=args.templates,
         methods=methods,
         reference_rows=reference,
         meta={"checkpoint": args.checkpoint},
+        clean=not args.names_as_given,
         progress=not args.disable_tqdm,
     )
     say(result.table())
@@ -125,7 +127,7 @@ def run(args: Namespace) -> None:
 
 def _check_prompts(args: Namespace, methods: Any) -> None:
     """Refuse unknown methods, templates and doubled class names before anything long begins."""
-    from ...data.prompts import clean_class_names, resolve_templates
+    from ...data.prompts import resolve_templates
     from ...evaluation.methods import EVALUATION_METHODS, unknown_methods
 
     unknown = unknown_methods(methods)
@@ -133,15 +135,7 @@ def _check_prompts(args: Namespace, methods: Any) -> None:
         raise ValueError(f"--method {unknown[0]} is not known: use some of {', '.join(EVALUATION_METHODS)}")
     for templates in args.templates:
         resolve_templates(templates)
-    labels = labels_from(args.labels)
-    if labels is not None:
-        clean_class_names(labels)
-
-
-def _check_names(args: Namespace, dataset: Any) -> None:
-    features = dataset.features or {}
-    if args.labels is None and args.label_column in features and not hasattr(features[args.label_column], "names"):
-        raise UsageError(f"column {args.label_column!r} has no class names: give them in label order with --labels")
+    labels_from(args)
 
 
 def _reference(

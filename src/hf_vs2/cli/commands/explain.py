@@ -63,7 +63,8 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: Namespace) -> None:
     from ...data.images import open_image
-    from ...data.prompts import clean_class_names, resolve_templates
+    from ...data.lists import names_in
+    from ...data.prompts import resolve_templates
     from ...explain.figure import draw_explanation, leading_labels
     from ...explain.latent_names import read_vocabulary
 
@@ -71,8 +72,7 @@ def run(args: Namespace) -> None:
         raise ValueError("--top_labels and --top_latents must be at least 1")
     if args.vocabulary is not None and args.names is not None:
         raise ValueError("--vocabulary and --names exclude each other: give one of them")
-    labels = labels_from(args.labels) or []
-    clean_class_names(labels)
+    labels = names_in(labels_from(args) or [])
     resolve_templates(args.templates)
     edits = _edits(args)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
@@ -87,6 +87,7 @@ def run(args: Namespace) -> None:
         templates=args.templates,
         names=args.names,
         vocabulary=vocabulary,
+        clean=not args.names_as_given,
     )
     name = args.image.rsplit("/", 1)[-1]
     draw_explanation(

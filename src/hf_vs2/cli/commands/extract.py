@@ -35,7 +35,9 @@ def add_flags(parser: Parser) -> None:
     parser.section("what to read")
     add_model_flags(parser)
     add_dataset_flags(parser)
-    parser.flag("--label_column", metavar="NAME", help="Column of integer labels to keep beside the activations.")
+    parser.flag(
+        "--label_column", metavar="NAME", help="Column of labels, numbers or names, to keep beside the activations."
+    )
     parser.section("activations")
     parser.flag("--output_dir", type=Path, required=True, help="Cache root for activations.")
     parser.flag(

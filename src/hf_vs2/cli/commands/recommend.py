@@ -46,7 +46,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--label_column",
         metavar="NAME",
-        help="Column of integer labels, -1 where there is none. Without it no label is read.",
+        help="Column of labels, numbers (-1: none) or names. Without it no label is read.",
     )
     parser.section("output")
     parser.flag(
@@ -58,25 +58,24 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ...data.prompts import class_embeddings, clean_class_names, resolve_templates
+    from ...data.lists import names_in
+    from ...data.prompts import class_embeddings, resolve_templates
     from ...evaluation.recommendation import recommend
 
     if args.labels is None and args.label_column is None:
         raise UsageError("name the labels to choose from with --labels")
-    labels = labels_from(args.labels)
-    if labels is not None:
-        labels = clean_class_names(labels)
+    labels_from(args)
     resolve_templates(args.templates)
     model, tokenizer, image_processor = load_steered_clip(args)
     dataset, cache = open_dataset(args), activations_beside(args)
+    labels = labels_from(args, dataset, required=True)
     store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
     if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     names = store.class_names if labels is None else labels
-    if names is None:
-        raise UsageError(f"column {args.label_column!r} has no class names: give them in label order with --labels")
-    classes = class_embeddings(model.clip, tokenizer, names, args.templates)
-    found = recommend(model, store, classes, store.labels)
+    assert names is not None  # `labels_from` has looked
+    classes = class_embeddings(model.clip, tokenizer, names_in(names), args.templates, clean=not args.names_as_given)
+    found = recommend(model, store, classes, store.labels, class_names=names)
     say(str(found))
     places = {"activations": store.path}
     if args.output is not None:

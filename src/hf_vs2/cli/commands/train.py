@@ -60,7 +60,9 @@ def add_flags(parser: Parser) -> None:
     parser.section("what to train on")
     add_model_flags(parser, required=False)
     add_dataset_flags(parser, required=False)
-    parser.flag("--label_column", metavar="NAME", help="Column of integer labels to keep beside the activations.")
+    parser.flag(
+        "--label_column", metavar="NAME", help="Column of labels, numbers or names, to keep beside the activations."
+    )
     parser.flag("--layer", type=int, default=-1, help="Encoder layer from 0; negative ones from the last.")
     parser.section("output and configuration")
     parser.dataclass_flags(SAETrainingArguments, ["output_dir"])
