@@ -60,6 +60,16 @@ def test_picture_shows_every_part_and_nothing_overlaps(explanation, suffix, tmp_
         assert axes.title.get_window_extent().x1 <= figure.bbox.x1, "a title leaves the picture"
 
 
+def test_labels_and_titles_are_text(explanation, tmp_path):
+    """A label with dollar signs is no formula: the picture failed, or showed another label."""
+    explanation.labels = (r"$5 \bill$", r"a_{b}^2 $x$", *explanation.labels[2:])
+    path, title = tmp_path / "why.svg", "$5 and $6.png"
+    with pytest.importorskip("matplotlib").rc_context({"svg.fonttype": "none"}):
+        draw_explanation(explanation, Image.linear_gradient("L"), path, title=title, num_labels=30)
+    for text in (title, *explanation.labels[:2]):
+        assert f"{text}</text>" in path.read_text()
+
+
 def test_image_left_alone_is_drawn_without_movers(explanation, tmp_path):
     """A picture for an image that the gate held back shows the two equal answers, and blames no latent."""
     image = int((~explanation.steered).nonzero()[0])

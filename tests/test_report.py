@@ -93,6 +93,19 @@ def test_pictures(result, tmp_path, suffix):
     assert all(path.read_bytes().startswith(start) for path in made)
 
 
+@pytest.mark.parametrize("text", ["$5 \\bill$", "a_{b}^2 $x$", "_$", "\\frac{1}{"])
+def test_text_in_pictures_is_text(result, text, tmp_path):
+    """A label, a title or the name of a prompt file with a dollar sign is no formula: it stopped the picture, or changed the text."""
+    matplotlib = pytest.importorskip("matplotlib")
+    for row in result.rows:
+        row["prompts"] = text if row["prompts"] == "ensemble" else row["prompts"]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        gains = plot_gains(result, tmp_path / "gains.svg", title=text)
+        fvu = plot_fvu_histogram({text: [0.1, 0.2]}, tmp_path / "fvu.svg", threshold=float("inf"), title=text)
+    assert gains.read_text().count(f"{text}</text>") == 1 and f"{text} (CLIP 60.0 %)</text>" in gains.read_text()
+    assert fvu.read_text().count(f"{text}</text>") == 2
+
+
 def test_pictures_say_what_is_missing(result, tmp_path, monkeypatch):
     """Without matplotlib the user must learn which extra to install; a bad suffix must not leave a file."""
     with pytest.raises(ValueError, match="suffix must be one of"):

@@ -66,7 +66,7 @@ class Playground:
         row, classes = self._row(image), self._embed(labels)
         settings = {"lambda_": lambda_} if self.has_own_gammas else {"gamma": gamma, "lambda_": lambda_}
         if not gate:
-            settings["gate"] = None
+            settings |= {"gate": None, "fvu_threshold": None}
         with self._lock, self.model.steering(**settings):
             return self.model.explain_from_cls(row, classes, labels)
 

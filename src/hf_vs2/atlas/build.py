@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -144,7 +145,7 @@ def _image_indices(rows: Rows, dataset: Any) -> list[int]:
 
 def _facts(model: VS2CLIPForZeroShot, vocabulary: Sequence[str] | None, meta: dict[str, Any]) -> dict[str, Any]:
     """What the head of the page and `latents.json` say about where everything comes from."""
-    sae, now = model.sae.config, model.steering_settings
+    sae, now, (tau,) = model.sae.config, model.steering_settings, model.fvu_thresholds.values()
     return {
         "checkpoint": _name(meta.get("checkpoint") or sae.name_or_path),
         "dataset": _name(meta.get("dataset")),
@@ -155,7 +156,7 @@ def _facts(model: VS2CLIPForZeroShot, vocabulary: Sequence[str] | None, meta: di
         "gamma": "one a latent" if isinstance(now.gamma, tuple) else now.gamma,
         "lambda": now.lambda_,
         "gate": now.gate,
-        "fvu_threshold": None if (tau := next(iter(model.fvu_thresholds.values()))) is None else short(tau),
+        "fvu_threshold": tau if tau in (None, math.inf) else short(tau),
         "vocabulary": "the data set's classes" if vocabulary is None else f"{len(set(vocabulary))} words",
         "made_with": f"hf_vs2 {__version__}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ from ..evaluation.grid import steering_grid
 from ..evaluation.inputs import Rows, class_labels, named_labels
 from ..evaluation.report import EvaluationResult, Results, row_label
 from ..explain.latent_names import LatentNames, name_latents
+from ..files.json_files import read_json
 from .flips import Mover, Predictions, class_gains, clearest_changes, movers, predict
 from .statistics import LatentStatistics
 
@@ -188,7 +188,7 @@ def training_curves(log: str | PathLike | None) -> dict[str, Any]:
     if log is None:
         return {"missing": "There is no training_log.json beside the checkpoint."}
     try:
-        content = json.loads(Path(log).read_text(encoding="utf-8"))
+        content = read_json(Path(log))
         entries = [entry for entry in content["log"] if isinstance(entry["step"], int)]
         curves = {
             name: [None if entry.get(name) is None else float(entry[name]) for entry in entries]
@@ -214,7 +214,7 @@ def results_table(results: Results | None) -> dict[str, Any]:
     result = results if isinstance(results, EvaluationResult) else EvaluationResult.from_json(results)
     if not result.rows:
         return {"missing": "The result file has no rows."}
-    names = ("prompts", "top1", "top5", "gain", "gain_ci", "coverage", "mean_fvu", "n", "gamma", "lambda", "tau")
+    names = ("prompts", "top1", "top5", "gain", "gain_ci", "coverage", "mean_fvu", "n", "gamma", "lambda")
     dataset = result.meta.get("dataset")
     split = dataset.get("split") if isinstance(dataset, Mapping) else None
     return {

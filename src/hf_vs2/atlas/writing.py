@@ -7,7 +7,6 @@ to `atlas.register(name, data)`, and the page adds one when it needs it.
 from __future__ import annotations
 
 import io
-import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from ..data.images import image_name, open_image
 from ..data.load import image_mode, undecoded
 from ..files.atomic import failing_as, remove_folder
+from ..files.json_files import read_json, to_json
 from ..version import __version__
 from .pages import thumbnail_path
 
@@ -47,7 +47,7 @@ def check_output(folder: Path) -> None:
     if not any(folder.iterdir()):
         return
     try:
-        known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"] == FORMAT
+        known = read_json(folder / MANIFEST)["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
@@ -85,20 +85,20 @@ def write_assets(folder: Path) -> None:
 
 def write_data(folder: Path, name: str, data: Any) -> None:
     """`data/<name>.js`, which registers `data` under `name`."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = to_json(data, separators=(",", ":"), ensure_ascii=True)
     # Pure ASCII without "<": nothing that ends a script or opens a tag, whatever a class is called.
     text = text.replace("<", "\\u003c").replace(">", "\\u003e")
     path = folder / "data" / f"{name}.js"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f"atlas.register({json.dumps(name)}, {text});\n", encoding="ascii", newline="")
+    path.write_text(f"atlas.register({to_json(name)}, {text});\n", encoding="ascii", newline="")
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], latents: list[dict[str, Any]]) -> None:
     """`latents.json`, for other programs."""
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_vs2_version": __version__, **facts}
     # One latent a line: it can be read, searched and compared with line tools.
-    lines = ",\n".join(json.dumps(latent, ensure_ascii=False, allow_nan=False) for latent in latents)
-    body = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    lines = ",\n".join(to_json(latent) for latent in latents)
+    body = to_json(head, indent=1)
     text = body.removesuffix("\n}") + f',\n "latents": [\n{lines}\n]\n}}\n'
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="")
 

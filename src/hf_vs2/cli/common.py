@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,22 @@ if TYPE_CHECKING:
 
 
 def say(*lines: str) -> None:
-    """Print results, on the main process only."""
+    """Print results, on the main process only. Letters that the terminal has not got are shown as `?`."""
     if os.environ.get("RANK", "0") == "0":
-        print(*lines, sep="\n", flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print("\n".join(lines).encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Print JSON. Where the terminal has not got a letter it is all ASCII, so that nothing is lost."""
+    from ..files.json_files import to_json
+
+    text = to_json(value, indent=1)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = to_json(value, indent=1, ensure_ascii=True)
+    say(text)
 
 
 def say_written(places: Mapping[str, Any]) -> None:

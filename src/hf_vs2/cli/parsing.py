@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import shutil
 import textwrap
 import types
@@ -43,6 +44,8 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
             allow_abbrev=False,
         )
+        # What looks like a number is the value of a flag; before Python 3.14 argparse takes -1e-1 and -inf for flags.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
         self.flags: dict[str, argparse.Action] = {}
         self.alternatives: list[set[str]] = []
         """Sets of flags of which one at most may be given: one on the command line drops the others from the file."""

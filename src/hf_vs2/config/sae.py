@@ -222,9 +222,9 @@ def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_row
             "give the threshold itself as fvu_threshold=."
         )
     upper = bisect.bisect_left(levels, quantile)
-    if levels[upper] == quantile:
-        return stored[upper][1]
-    (low, low_value), (high, high_value) = stored[upper - 1], stored[upper]
+    (low, low_value), (high, high_value) = stored[max(upper - 1, 0)], stored[upper]
+    if high == quantile or low_value == high_value:  # of infinite values there is no difference
+        return high_value
     return low_value + (high_value - low_value) * (quantile - low) / (high - low)
 
 

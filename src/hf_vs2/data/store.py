@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files.atomic import failing_as, replace_file, replace_text
+from ..files.atomic import failing_as, replace_file
+from ..files.json_files import read_json, to_json, write_json
 from ..files.weight_files import LARGEST
 
 
@@ -76,15 +77,14 @@ def shard_name(number: int) -> str:
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    replace_text(folder / INDEX_NAME, text)
+    write_json(folder / INDEX_NAME, index, sort_keys=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The parsed index of `folder`; raises [`StoreError`] when it is none of ours."""
     path = folder / INDEX_NAME
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{folder} is not an activation store: {path.name} cannot be read ({error})") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -140,7 +140,7 @@ _COMPLETE_CHECKS: dict[str, Callable[[Any], bool]] = {
 
 def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     # One metadata entry only: safetensors writes several in random order, and equal shards should be equal files.
-    metadata = {"hf_vs2": json.dumps(header, sort_keys=True)}
+    metadata = {"hf_vs2": to_json(header, sort_keys=True)}
     with failing_as(folder / shard_name(number), SafetensorError):
         replace_file(folder / shard_name(number), lambda path: save_file(tensors, path, metadata=metadata))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
 from ..data.rows import LayerRows
 from ..encoders.tail import clip_embeds
-from ..files.atomic import replace_text
+from ..files.json_files import write_json
 from ..functional.label_free import balanced_mean, fit_balanced_prototypes, fit_prototypes, label_scores, norm_fit
 from ..training.calibration import TensorRows, batches
 from ..training.domain import SKETCH_ROWS, measure_statistics
@@ -183,8 +182,7 @@ class Recommendation:
 
     def to_json(self, path: str | Path) -> Path:
         """Write it, whole or not at all."""
-        replace_text(Path(path), json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-        return Path(path)
+        return write_json(Path(path), asdict(self))
 
 
 @torch.no_grad()

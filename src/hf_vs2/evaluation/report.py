@@ -6,7 +6,6 @@ imported when the first one is drawn.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from ..files.atomic import replace_text
+from ..files.json_files import read_json, write_json
 
 
 if TYPE_CHECKING:
@@ -96,11 +95,7 @@ class EvaluationResult:
 
     def to_json(self, path: str | Path) -> Path:
         """Write the result file, whole or not at all."""
-        target = Path(path)
-        content = {"meta": self.meta, "rows": self.rows, "per_class": self.per_class}
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        replace_text(target, text + "\n")
-        return target
+        return write_json(Path(path), {"meta": self.meta, "rows": self.rows, "per_class": self.per_class})
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvaluationResult:
@@ -110,7 +105,7 @@ class EvaluationResult:
             ValueError: it is not one. OSError: it cannot be read.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(Path(path))
             rows = [dict(row, method=row["method"], prompts=row["prompts"]) for row in content["rows"]]
             result = cls(rows, dict(content["meta"]), dict(content.get("per_class", {})))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -158,6 +153,8 @@ def _is_usable(name: str, value: Any) -> bool:
         return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
     if name in ("n", "gain") and value is None:
         return False
+    if name == "tau" and value == math.inf:
+        return True
     return name not in _NUMBERS or value is None or _is_number(value)
 
 
@@ -259,7 +256,7 @@ def draw_gains(axes: Axes, results: Results) -> None:
             markersize=5,
             capsize=3,
             elinewidth=1.4,
-            label=prompts if prompts not in plain else f"{prompts} (CLIP {plain[prompts]:.1f} %)",
+            label=in_legend(prompts if prompts not in plain else f"{prompts} (CLIP {plain[prompts]:.1f} %)"),
         )
     axes.axvline(0, color="0.35", linewidth=1)
     axes.set_yticks(range(len(labels)), labels)
@@ -268,17 +265,20 @@ def draw_gains(axes: Axes, results: Results) -> None:
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.legend(title="prompts", frameon=False, fontsize="small", title_fontsize="small")
+    as_text(axes)
 
 
 def draw_fvu_histogram(axes: Axes, fvu: Mapping[str, Any], threshold: float | None = None, bins: int = 40) -> None:
     """Per-sample FVU of one or several sets of images (label -> values), and the gate's threshold, on `axes`.
 
-    Each set's bars add up to 100 %, so that sets of different size compare. The last bar also counts everything beyond it.
+    Each set's bars add up to 100 %, so that sets of different size compare. The last bar also counts everything beyond it. An infinite
+    threshold is no gate.
     """
     groups = {label: np.asarray(values, dtype=np.float64) for label, values in fvu.items()}
     groups = {label: values[~np.isnan(values)] for label, values in groups.items()}
     if not groups or not all(len(values) for values in groups.values()):
         raise ValueError("fvu must map a label to at least one per-sample FVU that is not NaN.")
+    threshold = None if threshold == math.inf else threshold  # which holds nothing back
     # One far outlier, or an infinite FVU, must not squeeze everything else into one bar.
     top = max(float(np.quantile(values, 0.99, method="lower")) for values in groups.values())
     limit = max(top if math.isfinite(top) else 1.0, 1.3 * (threshold or 0.0), 1e-6)
@@ -293,13 +293,16 @@ def draw_fvu_histogram(axes: Axes, fvu: Mapping[str, Any], threshold: float | No
             edgecolor=STYLES[index % len(STYLES)][0],
             facecolor=STYLES[index % len(STYLES)][0],
             linewidth=1.4,
-            label=label if threshold is None else f"{label}: {100 * np.mean(values <= threshold):.3g} % steered",
+            label=in_legend(
+                label if threshold is None else f"{label}: {100 * np.mean(values <= threshold):.3g} % steered"
+            ),
         )
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"gate, tau = {threshold:.3g}")
     axes.set_xlabel("per-sample FVU")
     axes.set_ylabel("images, %")
     axes.legend(frameon=False, fontsize="small")
+    as_text(axes)
 
 
 def plot_gains(results: Results, path: str | Path, title: str | None = None) -> Path:
@@ -324,6 +327,20 @@ def plot_fvu_histogram(
     return _save(figure, axes, path, title)
 
 
+def as_text(drawn: Figure | Axes) -> None:
+    """Everything that is written in a drawing as it is: in a label, a title or a file name, `$` begins no formula."""
+    from matplotlib.text import Text
+
+    for text in drawn.findobj(Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
+
+
+def in_legend(name: str) -> str:
+    """matplotlib leaves out of its legend what begins with `_`."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _new_figure(path: str | Path, height: float) -> tuple[Figure, Axes]:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
@@ -341,6 +358,7 @@ def _save(figure: Figure, axes: Axes, path: str | Path, title: str | None) -> Pa
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, loc="left")
+    as_text(figure)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)

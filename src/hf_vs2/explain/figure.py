@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation.report import STYLES, SUFFIXES
+from ..evaluation.report import STYLES, SUFFIXES, as_text
 from ..files.atomic import failing_as, replace_file
 from .explanation import VS2Explanation
 
@@ -83,6 +83,7 @@ def draw_explanation(
         for axes, parts in zip(places, steps, strict=True):
             _draw_steps(axes, parts)
         _same_width(places)
+    as_text(figure)
     with failing_as(path):
         # By name: the temporary file has another suffix.
         replace_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:].lower()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..data.batches import Normalizer, read_pixels
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages
 from ..data.names import clean_class_names
 from ..data.prompts import class_embeddings
+from ..files.json_files import read_json
 from .explanation import VS2Explanation, explain_rows
 
 
@@ -94,7 +94,7 @@ def resolve_names(names: Any) -> dict[int, str]:
 
 def _read_json(path: str) -> Any:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json(Path(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a JSON file ({error}); expected the latents.json of an atlas, or names by latent."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .json_files import read_json
 
 
 SAE_TYPE = "vs2_sae"
@@ -121,7 +122,7 @@ class CheckpointFolder:
         if not log.is_file():
             return {}
         try:
-            return dict(json.loads(log.read_text(encoding="utf-8")).get("args", {}))
+            return dict(read_json(log).get("args", {}))
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{log} is not the log of a training: {error}. Remove it, or train again.") from error
 
@@ -129,7 +130,7 @@ class CheckpointFolder:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         model_type = config.get("model_type")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the configuration of a model: {error}.") from error

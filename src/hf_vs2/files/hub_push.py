@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from dataclasses import KW_ONLY, dataclass
@@ -29,6 +28,7 @@ from .checkpoint_folder import (
     CheckpointFolder,
     local_paths,
 )
+from .json_files import from_json, read_json, to_json
 from .model_card import create_model_card, read_card
 from .weight_files import check_token, opened
 
@@ -106,9 +106,12 @@ class Push:
     # Before the commit
 
     def _warn_about_paths(self) -> None:
-        record = [list(self.folder.configs.values()), json.loads(self.results.content) if self.results else None]
+        record = [
+            list(self.folder.configs.values()),
+            from_json(self.results.content.decode()) if self.results else None,
+        ]
         if corpus := self.folder.files.get(CORPUS_FILES[0]):
-            record.append(json.loads(corpus.read_text(encoding="utf-8")))
+            record.append(read_json(corpus))
         found = local_paths(record)
         if found:
             logger.warning(
@@ -271,7 +274,7 @@ def _status(error: HfHubHTTPError) -> int | None:
 
 
 def _as_json(config: dict[str, Any]) -> bytes:
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return (to_json(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _files_of(state: ModelInfo) -> dict[str, set[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -343,7 +344,7 @@ def _steering_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if edits := LatentEdits.of(config.get("edits")):
         facts.append(("features changed by hand", _edits(edits)))
-    if config.get("fvu_threshold") is not None:
+    if config.get("fvu_threshold") not in (None, math.inf):
         return [*facts, ("gate", f"FVU up to {config['fvu_threshold']:.4g}")]
     if config.get("gate") is None:
         return [*facts, ("gate", "none: every image is steered")]

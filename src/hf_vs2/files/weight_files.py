@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.hub import extract_commit_hash
 
 from .atomic import replace_file, replace_text
+from .json_files import from_json, read_json, to_json
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
@@ -150,7 +150,7 @@ def write_described(
 ) -> None:
     """Tensors in one file, and in its header as JSON what they are; `kind` is the format's name and version. It appears whole or not at
     all."""
-    header = json.dumps({"format": kind[0], "format_version": kind[1], **about}, sort_keys=True)
+    header = to_json({"format": kind[0], "format_version": kind[1], **about}, sort_keys=True)
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     replace_file(path, lambda temporary: save_file(content, temporary, metadata={"hf_vs2": header}))
 
@@ -172,7 +172,7 @@ def read_described(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     check_numbers(tensors.items(), path)
     try:
-        about = json.loads(header)
+        about = from_json(header)
         found = about["format"], about["format_version"]
         if found != kind:
             raise ValueError(f"it is of format {found[0]!r}, version {found[1]!r}; expected {kind[0]!r}, {kind[1]}")
@@ -288,7 +288,7 @@ def _find(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[st
             "opened, since they can hold code: save the model again with save_pretrained."
         )
     try:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(Path(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged ({error!r}). Save or download it again.") from error
     strange = [name for name in names if os.path.basename(name) != name or not name.endswith(".safetensors")]

@@ -7,7 +7,6 @@ guesses among the classes of the call.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from transformers.utils import cached_file
 
 from ..encoders.base_model import describe_base_model, same_fingerprint, vision_fingerprint
 from ..encoders.tail import clip_embeds
-from ..files.atomic import replace_file, replace_text
+from ..files.atomic import replace_file
 from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
+from ..files.json_files import from_json, read_json, to_json, write_json
 from ..files.weight_files import LARGEST, check_token, opened
 from ..files.weight_state import weights_state
 from ..functional.neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
@@ -171,11 +171,10 @@ class RetrievalCorpus:
         """Write `corpus.safetensors` and `corpus.json` into a folder, made when needed; each file appears whole or not at all."""
         folder = Path(save_directory).expanduser()
         description = self._description()
-        text = json.dumps(description, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        metadata = {"hf_vs2": json.dumps(description, sort_keys=True)}
+        metadata = {"hf_vs2": to_json(description, sort_keys=True)}
         replace_file(folder / CORPUS_ROWS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
-        replace_text(folder / CORPUS_CONFIG_NAME, text)
+        write_json(folder / CORPUS_CONFIG_NAME, description, indent=2, sort_keys=True)
 
     @classmethod
     def from_pretrained(
@@ -202,7 +201,7 @@ class RetrievalCorpus:
             header = (file.metadata() or {}).get("hf_vs2", "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         try:
-            stored = json.loads(header)
+            stored = from_json(header)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{rows_path} is damaged ({error}). Save or download the corpus again.") from error
         names = {"rows"} if description["encoder"] is None else {"rows", "embeddings"}
@@ -244,7 +243,7 @@ class RetrievalCorpus:
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a corpus ({error}): save the corpus again.") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:

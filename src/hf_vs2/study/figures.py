@@ -33,6 +33,7 @@ RC: dict[Any, Any] = {
     "axes.axisbelow": True,
     "svg.hashsalt": "hf_vs2",
     "text.parse_math": False,
+    "text.usetex": False,
 }
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files.atomic import replace_file, replace_text
+from ..files.atomic import replace_file
+from ..files.json_files import read_json, write_json
 
 
 FORMAT = "hf_vs2.study"
@@ -174,7 +175,7 @@ class StudyResult:
         """
         path = Path(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["format"] != FORMAT or content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format {content['format']!r} version {content['format_version']!r}")
             cells = [
@@ -220,14 +221,8 @@ def load_cell(folder: Path, cell: Cell) -> CellResult | None:
     if not target.is_file():
         return None
     try:
-        content = json.loads(target.read_text(encoding="utf-8"))
+        content = read_json(target)
         path = None if content["outputs"] is None else folder / content["outputs"]
         return None if path is not None and not path.is_file() else CellResult(cell, content["figures"], [], path)
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_text(path, text)

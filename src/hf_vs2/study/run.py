@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data.registry import available
 from ..files.atomic import replace_text
+from ..files.json_files import write_json
 from ..version import __version__
 from .bench import Bench
 from .catalog import METHODS
@@ -22,7 +23,7 @@ from .config import StudyConfig
 from .measure import measure
 from .plan import plan
 from .reports import REPORTS_NAME, reports
-from .results import CELLS, RESULTS_NAME, Cell, CellResult, StudyResult, load_cell, save_cell, write_json
+from .results import CELLS, RESULTS_NAME, Cell, CellResult, StudyResult, load_cell, save_cell
 from .tables import study_markdown
 
 

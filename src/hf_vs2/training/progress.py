@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..files.json_files import read_json, write_json
 from ..files.weight_files import WeightFiles, check_numbers
 from ..sae.modeling import SAEModel
 
@@ -52,7 +53,7 @@ class TrainingProgress:
         files = {path.name: _file_digest(path) for path in sorted(folder.iterdir())}
         state = {"plan": self.plan, "step": self.step, "log": self.log, "files": files}
         state["digest"] = _state_digest(state)
-        (folder / STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        write_json(folder / STATE_NAME, state, indent=None)
 
     def load(
         self,
@@ -129,7 +130,7 @@ def _demand(holds: bool | torch.Tensor, fault: str) -> None:
 
 def _read_state(path: Path, steps: int) -> dict[str, Any]:
     """The JSON file, if it is what was written there."""
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_json(path)
     for name, is_right in _STATE_CHECKS.items():
         _demand(isinstance(state, dict) and is_right(state.get(name)), f"{name} is missing or damaged")
     digest = state.pop("digest")

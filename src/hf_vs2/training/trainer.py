@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import time
@@ -26,7 +25,8 @@ from transformers.utils import logging
 from ..config.sae import SAEConfig
 from ..data.extraction import naming_lost_partners
 from ..data.rows import LayerRows, TrainRows, UnionRows, chosen_rows, read_ahead, training_labels, training_rows
-from ..files.atomic import failing_as, remove_folder, remove_leftovers, replace_folder, replace_text
+from ..files.atomic import failing_as, remove_folder, remove_leftovers, replace_folder
+from ..files.json_files import write_json
 from ..files.model_card import write_model_card
 from ..sae.modeling import SAEModel, SAEOutput
 from ..version import __version__
@@ -222,7 +222,7 @@ class SAETrainer:
         metrics = metrics | {"seconds": round(time.perf_counter() - started, 3)}
         if self.accelerator.is_main_process:
             log = {"metrics": metrics, "args": asdict(self.args), "log": progress.log}
-            replace_text(self.args.output_path / LOG_NAME, json.dumps(log, indent=2) + "\n")
+            write_json(self.args.output_path / LOG_NAME, log, indent=2)
             write_model_card(self.args.output_path)  # again, now that the log tells the settings
         self.accelerator.wait_for_everyone()
         # Not `end_training()`: it would leave the process group too, which a second trainer in the same job still needs.

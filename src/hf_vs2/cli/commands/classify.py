@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..common import (
     labels_from,
     load_classifier,
     say,
+    say_json,
     say_written,
     steering_from,
 )
@@ -56,7 +56,7 @@ def run(args: Namespace) -> None:
 
     from ...data.lists import names_in
     from ...data.prompts import resolve_templates
-    from ...files.atomic import replace_text
+    from ...files.json_files import write_json
 
     if args.top_k < 1 or args.batch_size < 1:
         raise ValueError("--top_k and --batch_size must be at least 1")
@@ -81,12 +81,13 @@ def run(args: Namespace) -> None:
     if len(results) < len(names):
         lost = len(names) - len(results)
         logging.get_logger(__name__).warning(f"{lost} of {len(names)} images could not be read and were skipped.")
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    say(text if args.json else _table(results))
-    if args.output is not None:
-        replace_text(args.output, text + "\n")
-        if not args.json:
-            say_written({"results": args.output})
+    try:
+        if args.output is not None:
+            write_json(args.output, results)
+    finally:  # shown in any case
+        say_json(results) if args.json else say(_table(results))
+    if args.output is not None and not args.json:
+        say_written({"results": args.output})
 
 
 def _image_names(given: Sequence[str]) -> Iterator[str]:

@@ -118,10 +118,12 @@ def run(args: Namespace) -> None:
         clean=not args.names_as_given,
         progress=not args.disable_tqdm,
     )
-    say(result.table())
-    places = {"results": result.to_json(_result_path(args)), "activations": store.path}
-    if places["results"] == Path(args.checkpoint, RESULTS_NAME):
-        places["model card"] = write_model_card(args.checkpoint)  # which shows them from now on
+    try:
+        places = {"results": result.to_json(_result_path(args)), "activations": store.path}
+        if places["results"] == Path(args.checkpoint, RESULTS_NAME):
+            places["model card"] = write_model_card(args.checkpoint)  # which shows them from now on
+    finally:  # shown in any case
+        say(result.table())
     say_written(places)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..common import (
     labels_from,
     load_steered_clip,
     say,
+    say_json,
     say_written,
     steering_from,
 )
@@ -95,7 +95,7 @@ def run(args: Namespace) -> None:
     )
     if args.json:
         (found,) = explanation.to_dict(args.top_latents)
-        say(json.dumps({"image": args.image, "picture": str(args.output), **found}, indent=1, ensure_ascii=False))
+        say_json({"image": args.image, "picture": str(args.output), **found})
         return
     say(*_lines(explanation, name, leading_labels(explanation, args.top_labels), args.top_latents))
     say_written({"picture": args.output})

@@ -76,10 +76,12 @@ def run(args: Namespace) -> None:
     assert names is not None  # `labels_from` has looked
     classes = class_embeddings(model.clip, tokenizer, names_in(names), args.templates, clean=not args.names_as_given)
     found = recommend(model, store, classes, store.labels, class_names=names)
-    say(str(found))
     places = {"activations": store.path}
-    if args.output is not None:
-        places = {"recommendation": found.to_json(args.output), **places}
+    try:
+        if args.output is not None:
+            places = {"recommendation": found.to_json(args.output), **places}
+    finally:  # shown in any case
+        say(str(found))
     say_written(places)
     say("", *_next_lines(args, found.method, found.calibrate_first))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .. import json_files
 from ..weight_files import HUB_ARGUMENTS, at_one_commit, check_numbers, opened
 
 
@@ -137,7 +137,7 @@ def read_json(path: str) -> dict[str, Any]:
         `ValueError`: if the file is no JSON object.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json_files.read_json(Path(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file ({error}). Save or download it again.") from error
     if not isinstance(found, dict):

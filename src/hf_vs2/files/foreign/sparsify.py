@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..atomic import failing_as, replace_files
+from ..json_files import write_json
 from .checkpoint import CFG_NAME, ForeignCheckpoint
 from .parts import Parts, build
 
@@ -107,7 +107,7 @@ def write_files(folder: Path, tensors: Mapping[str, torch.Tensor], weights_name:
 
     def write(scratch: Path) -> None:
         save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, scratch / weights_name)
-        (scratch / CFG_NAME).write_text(json.dumps(cfg, indent=1) + "\n", encoding="utf-8")
+        write_json(scratch / CFG_NAME, cfg)
 
     with failing_as(folder, SafetensorError):
         replace_files(folder, write, CFG_NAME)

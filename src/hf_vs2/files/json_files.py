@@ -1,0 +1,84 @@
+"""JSON as we write, print and read it: every JSON reader understands it, and infinity is spelled as in transformers' `config.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .atomic import replace_text
+
+
+_TAG = "__float__"
+_INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_json(value: Any, **layout: Any) -> str:
+    """
+    JSON text of plain values. An infinite number becomes `{"__float__": "Infinity"}`; letters stay as they are, unless UTF-8 has none for
+    one (a file name of stray bytes), which makes all of the text ASCII.
+
+    Args:
+        value: dicts, lists, tuples, strings, numbers, booleans and `None`.
+        layout: `indent`, `sort_keys`, `separators` and `ensure_ascii` of `json.dumps`.
+
+    Raises:
+        `ValueError`: on NaN, naming where it stands. It stands for no answer, so whoever writes one has to decide what it means.
+    """
+    layout = {"ensure_ascii": False, "allow_nan": False} | layout
+    try:
+        text = json.dumps(value, **layout)
+    except ValueError:
+        value = _encoded(value, "")
+        text = json.dumps(value, **layout)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, **layout | {"ensure_ascii": True})
+    return text
+
+
+def from_json(text: str) -> Any:
+    """What [`to_json`] was given, with lists for tuples. The bare `Infinity` and `NaN` of earlier versions are read, too.
+
+    Raises:
+        `ValueError`: if it is no JSON. `RecursionError`: if it is nested too deeply.
+    """
+    return json.loads(text, object_hook=_decoded)
+
+
+def write_json(path: Path, value: Any, **layout: Any) -> Path:
+    """[`to_json`] in a file that appears whole or not at all, one value a line.
+
+    Raises:
+        `OSError`: naming the file, if it can't be written.
+    """
+    replace_text(path, to_json(value, **{"indent": 1} | layout) + "\n")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """[`from_json`] of a file."""
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def _encoded(value: Any, place: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _encoded(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item, f"{place}[{number}]") for number, item in enumerate(value)]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    if math.isnan(value):
+        raise ValueError(f"{place or 'The number'} is NaN: it stands for no result and is not written.")
+    return {_TAG: "Infinity" if value > 0 else "-Infinity"}
+
+
+def _decoded(found: dict[str, Any]) -> Any:
+    tag = found.get(_TAG) if len(found) == 1 else None
+    return _INFINITE[tag] if isinstance(tag, str) and tag in _INFINITE else found
+
+
+__all__ = ["from_json", "read_json", "to_json", "write_json"]
