@@ -130,6 +130,23 @@ def test_statistics_keep_their_digits():
     assert total_variance == pytest.approx(exact.var(0, correction=0).sum().item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_that_differ_by_rounding_are_all_the_same(dtype):
+    """One image copied: its rows differ in the last digits with their place in a batch, and an SAE would learn that noise."""
+    dice = torch.Generator().manual_seed(0)
+    one = torch.randn(32, generator=dice) + 3
+    one[0] = 1 + torch.finfo(dtype).eps / 2  # between two numbers of that type
+    copies = (one * (1 + 1e-6 * torch.randn(300, 32, generator=dice))).to(dtype)
+    assert (copies != copies[0]).any(), "the test would show nothing"
+    assert activation_statistics(as_rows(copies), torch.arange(300))[1] == 0
+    sae = make_sae(32)
+    sae.mean.copy_(copies.float().mean(0))
+    with pytest.raises(ValueError, match="lie on the mean of the training rows"):
+        calibrate(sae, copies)
+    alike = (one + 0.1 * torch.randn(300, 32, generator=dice)).to(dtype)  # frames of a film, say
+    assert activation_statistics(as_rows(alike), torch.arange(300))[1] == pytest.approx(32 * 0.1**2, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("num_rows", "expected"), [(4, 0), (20, 4), (500, 100), (1500, 200), (4000, 200), (20_000, 1000)]
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..encoders.tail import unit_embeds
 from ..evaluation.inputs import Rows
 from ..explain.explanation import explain_rows
 from .statistics import blocks
@@ -121,4 +121,4 @@ def movers(
 
 def _cosines(features: torch.Tensor | None, class_embeds: torch.Tensor) -> torch.Tensor:
     assert features is not None
-    return normalize(features.float(), dim=-1) @ class_embeds.to(features.device).float().T
+    return unit_embeds(features) @ class_embeds.to(features.device).float().T

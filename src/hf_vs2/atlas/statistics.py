@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..evaluation.inputs import Rows, replay_batches
+from ..training.calibration import refuse_overflow
 
 
 NUM_BINS = 24
@@ -175,4 +176,6 @@ def _codes(
     for start, batch in blocks(model, rows, batch_size, what, progress):
         # As the tail has them: the rows pass through the CLIP's dtype before the SAE sees them.
         x = batch.to(model.clip.device, model.clip.dtype)
-        yield start, sae(x.to(sae.b_pre.device, torch.promote_types(x.dtype, torch.float32)))
+        code = sae(x.to(sae.b_pre.device, torch.promote_types(x.dtype, torch.float32)))
+        refuse_overflow(code.latent_values, range(start, start + len(x)))
+        yield start, code

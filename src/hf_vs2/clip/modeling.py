@@ -24,7 +24,7 @@ from ..data.names import clean_class_names
 from ..data.prompts import class_embeddings
 from ..encoders.base_model import loaded_revision, resolve_layer
 from ..encoders.processing import save_processing
-from ..encoders.tail import logits_of
+from ..encoders.tail import logits_of, unit_embeds
 from ..explain.explanation import VS2Explanation, explain_rows
 from ..explain.inputs import explain_images, processing_of, resolve_names
 from ..files.checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
@@ -646,16 +646,24 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         Args:
             images ([`VS2ImageFeatures`]): of [`image_features`] or [`image_features_from_cls`] under the same settings.
             class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length, see [`class_embeddings`].
+
+        Raises:
+            `ValueError`: naming the first row whose features or scores are not finite: they would be no answer.
         """
         assert images.features is not None
-        embeds = F.normalize(images.features.float(), dim=-1).to(class_embeds.device)
+        embeds = unit_embeds(images.features).to(class_embeds.device)
+        return logits_of(self.clip, self._class_scores(images, embeds, class_embeds))
+
+    def _class_scores(
+        self, images: VS2ImageFeatures, embeds: torch.Tensor, class_embeds: torch.Tensor
+    ) -> torch.Tensor:
         scores = embeds @ class_embeds.T
         if images.steered is not None and self._is_steering and self._steering.parts.scores != "cosine":
             fit = self.fit_classes(class_embeds).fit.on(class_embeds.device)
             views = [view.to(class_embeds.device) for view in images.views or ()]
             steered = images.steered.to(class_embeds.device).unsqueeze(-1)
             scores = torch.where(steered, label_scores(embeds, fit, views), scores)
-        return logits_of(self.clip, scores)
+        return scores
 
     # CLIP's interface
 
@@ -831,8 +839,14 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         if self._steering.parts.scores != "cosine":
             (made,) = done.values()
             images = VS2ImageFeatures(vision_outputs.pooler_output, steered=made.steered, views=made.views)
-            scored = self.class_logits(images, text_embeds.float()).t().to(logits_per_text.dtype)
-            logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)
+            classes = text_embeds.float()
+            embeds = F.normalize(vision_outputs.pooler_output.float(), dim=-1).to(classes.device)
+            scored = self._class_scores(images, embeds, classes).t() * self.clip.logit_scale.float().exp().to(
+                classes.device
+            )
+            logits_per_text = torch.where(
+                made.steered.to(scored.device), scored.to(logits_per_text.dtype), logits_per_text
+            )
         return VS2CLIPOutput(
             loss=_contrastive_loss(logits_per_text) if return_loss else None,
             logits_per_image=logits_per_text.t(),

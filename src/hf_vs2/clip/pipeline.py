@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 from transformers import AutoModelForZeroShotImageClassification, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -19,11 +18,12 @@ from transformers.pipelines.zero_shot_image_classification import ZeroShotImageC
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..data.batches import Normalizer, read_pixels
+from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
 from ..data.names import clean_class_names
 from ..data.prompts import resolve_templates
 from ..encoders.processing import knows_words
-from ..encoders.tail import logits_of
+from ..encoders.tail import logits_of, unit_embeds
 from ..explain.explanation import VS2Explanation, check_explainable
 from ..explain.inputs import resolve_names
 from ..files.weight_files import at_one_commit
@@ -264,17 +264,20 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
-    def _preprocess_batch(self, images: Sequence[NamedImage], **options: Any) -> dict[str, torch.Tensor]:
-        return {"pixel_values": read_pixels(images, self.image_processor, **options)}
+    def _preprocess_batch(self, images: Sequence[NamedImage], **options: Any) -> dict[str, Any]:
+        names = [image_name(named.name, named.image) for named in images]
+        return {"pixel_values": read_pixels(images, self.image_processor, **options), "name": names}
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, torch.Tensor]:
-        """uint8 `(1, channels, height, width)`: a quarter of the memory, and normalised on the device."""
+    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
+        """uint8 `(1, channels, height, width)`: a quarter of the memory, and normalised on the device; and how messages
+        name it."""
         named = image if isinstance(image, NamedImage) else NamedImage(image)
-        return {"pixel_values": read_pixels([named], self.image_processor, timeout)}
+        found = self._preprocess_batch([named], timeout=timeout)
+        return found | {"name": found["name"][0]}
 
     def _forward(
         self,
-        model_inputs: dict[str, torch.Tensor],
+        model_inputs: dict[str, Any],
         candidate_labels: tuple[str, ...],
         templates: tuple[str, ...] = DEFAULT_TEMPLATES,
         steering: Mapping[str, Any] | None = None,
@@ -285,11 +288,15 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates, clean)
         pixels = model_inputs["pixel_values"]
         pixels = Normalizer(self.image_processor, pixels.device)(pixels).to(self.clip.dtype)
-        images, logits, explanation = self._image_features(pixels, classes, steering or {}, return_details, explain)
+        names = model_inputs.get("name", "the image")
+        name = ([names] if isinstance(names, str) else names).__getitem__
+        images, logits, explanation = self._image_features(
+            pixels, classes, steering or {}, return_details, explain, name
+        )
         outputs: dict[str, torch.Tensor | None] = {"logits": logits}
         if return_details:
             outputs |= {
-                "plain_logits": self._logits(images.plain_features, classes),
+                "plain_logits": self._logits(images.plain_features, classes, name),
                 "fvu": images.fvu,
                 "distance": images.distance,
                 "steered": images.steered,
@@ -305,13 +312,14 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         steering: Mapping[str, Any],
         with_plain: bool,
         explain: bool,
+        name: Callable[[int], str],
     ) -> tuple[VS2ImageFeatures, torch.Tensor, VS2Explanation | None]:
         if not isinstance(self.model, VS2CLIPForZeroShot):
             features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
             return (
                 VS2ImageFeatures(features, steered=nothing, plain_features=features),
-                self._logits(features, classes),
+                self._logits(features, classes, name),
                 None,
             )
         # A shallow copy: the same weights, but settings of its own. The model itself is never set to this call's options, so
@@ -319,18 +327,20 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         with copy.copy(self.model).steering(**steering) as model:
             if not explain:
                 images = model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes)
+                unit_embeds(images.features, name)  # which image it is, `class_logits` can't say
                 return images, model.class_logits(images, classes), None
             check_explainable(model)
             rows = model.cls_rows(pixel_values)
             images = model.image_features_from_cls(rows, class_embeds=classes)
+            unit_embeds(images.features, name)
             if with_plain:
                 with copy.copy(model).steering(enabled=False) as plain:
                     images.plain_features = plain.image_features_from_cls(rows).features
             return images, model.class_logits(images, classes), model.explain_from_cls(rows, classes)
 
-    def _logits(self, features: Any, classes: torch.Tensor) -> torch.Tensor:
+    def _logits(self, features: Any, classes: torch.Tensor, name: Callable[[int], str]) -> torch.Tensor:
         """Float32 logits `(batch, num_classes)`, also of a model in half precision."""
-        return logits_of(self.clip, normalize(features.float(), dim=-1).to(classes.device) @ classes.T)
+        return logits_of(self.clip, unit_embeds(features, name).to(classes.device) @ classes.T, name)
 
     def postprocess(
         self,

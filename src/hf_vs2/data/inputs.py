@@ -76,13 +76,15 @@ class NamedImages(Dataset):
 
 
 class NamedStream(IterableDataset):
-    """Images that come one after another. As a data set, so that no version of transformers turns it into a list."""
+    """Images that come one after another, by their place in the order where they have no name. As a data set, so that no version of
+    transformers turns it into a list."""
 
     def __init__(self, images: Iterable[Any]):
         self.images = images
 
     def __iter__(self) -> Iterator[NamedImage]:
-        return (NamedImage(image, f"image {index}") for index, image in enumerate(self.images))
+        for index, image in enumerate(self.images):
+            yield image if isinstance(image, NamedImage) else NamedImage(image, f"image {index}")
 
 
 __all__ = ["DEFAULT_TEMPLATES", "SINGLE_IMAGE", "NamedImage", "NamedImages", "NamedStream", "describe_type"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..encoders.tail import unit_embeds
 from .lists import names_in, read_list
 from .names import clean_class_names
 
@@ -119,7 +121,7 @@ def class_embeddings(
     rows = torch.tensor([distinct[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
     if refuse_same:
         _refuse_same(names, rows.tolist(), _read_tokens(clip, batches))
-    encoded = _encode(clip, batches, progress)
+    encoded = _encode(clip, list(distinct), batches, progress)
     return normalize(encoded[rows.to(encoded.device)].mean(1), dim=-1)
 
 
@@ -180,10 +182,14 @@ def _short(name: str) -> str:
     return repr(name if len(name) <= 80 else f"{name[:30]} ... {name[-40:]}")
 
 
-def _encode(clip: CLIPModel, batches: list[tuple[torch.Tensor, torch.Tensor]], progress: bool) -> torch.Tensor:
+def _encode(
+    clip: CLIPModel, prompts: list[str], batches: list[tuple[torch.Tensor, torch.Tensor]], progress: bool
+) -> torch.Tensor:
     """Unit text embeddings, float32 `(number of prompts, projection_dim)`."""
-    embeddings = []
+    embeddings: list[torch.Tensor] = []
+    named = iter(prompts)
     for ids, mask in tqdm(batches, desc="Encoding prompts", disable=not progress):
         output = clip.get_text_features(input_ids=ids.to(clip.device), attention_mask=mask.to(clip.device))
-        embeddings.append(normalize(output.pooler_output.float(), dim=-1))
+        names = [f"the prompt {prompt!r}" for prompt in islice(named, len(ids))]
+        embeddings.append(unit_embeds(output.pooler_output, names.__getitem__))
     return torch.cat(embeddings)

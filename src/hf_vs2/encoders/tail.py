@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 from transformers import CLIPModel
+
+from ..functional.finite import first_broken_row
 
 
 if TYPE_CHECKING:
@@ -20,9 +24,59 @@ def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
     return clip.visual_projection(norm(rows)).float()
 
 
-def logits_of(clip: CLIPModel, scores: torch.Tensor) -> torch.Tensor:
-    """Float32 cosines at the CLIP's temperature, `(batch, num_classes)`."""
-    return scores * clip.logit_scale.float().exp().to(scores.device)
+def unit_embeds(features: Any, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
+    """
+    What a CLIP gives for images or texts, `(batch, projection_dim)`, in float32 and of unit length. Length 0 stays 0.
+
+    Args:
+        name: how a message names a row of the batch.
+
+    Raises:
+        `ValueError`: naming the first row that holds NaN or infinity, or whose squares overflow.
+    """
+    embeds = features.float()
+    broken = first_broken_row(embeds.detach().square().sum(-1))
+    if broken is not None:
+        raise ValueError(
+            f"The CLIP gives no finite embedding for {name(broken)}. Where it overflows in {features.dtype}, load it with "
+            "dtype=torch.float32; otherwise its weights, or image_mean and image_std of its image processor, are damaged."
+        )
+    return normalize(embeds, dim=-1)
+
+
+def logits_of(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
+    """Float32 cosines at the CLIP's temperature, `(batch, num_classes)`.
+
+    Raises:
+        `ValueError`: see [`check_scores`].
+    """
+    return check_scores(clip, scores * clip.logit_scale.float().exp().to(scores.device), name)
+
+
+def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
+    """
+    The scores `(batch, ...)` as they are. Whatever becomes an answer passes here.
+
+    Raises:
+        `ValueError`: naming the first row without finite scores, or the temperature that makes them so.
+    """
+    broken = first_broken_row(scores.detach())
+    if broken is not None:
+        check_temperature(clip)
+        raise ValueError(
+            f"The scores of {name(broken)} are not finite, though its embedding is: class embeddings, statistics of unlabelled images or the "
+            "SAE's code hold NaN or infinity. Make them again."
+        )
+    return scores
+
+
+def check_temperature(clip: CLIPModel) -> None:
+    """Refuse, by a `ValueError`, a CLIP whose scores would be infinite."""
+    if not clip.logit_scale.float().exp().isfinite():
+        raise ValueError(
+            f"logit_scale of the CLIP {clip.config._name_or_path or 'given'} is {float(clip.logit_scale):g}, and its exponential no finite "
+            "number (a CLIP's logit_scale is about 4.6): its weights are damaged. Save or download it again."
+        )
 
 
 class Tail(NamedTuple):
@@ -40,7 +94,7 @@ def fold_tail(model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, device: tor
 
     Raises:
         ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or the
-            embeddings have another width.
+            embeddings have another width or are not finite.
     """
     norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection
     if (
@@ -57,9 +111,12 @@ def fold_tail(model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, device: tor
         raise ValueError(
             f"class_embeds must be (num_classes, {projection.out_features}); they are {tuple(class_embeds.shape)}."
         )
+    broken = first_broken_row(class_embeds)
+    if broken is not None:
+        raise ValueError(f"The embedding of class {broken} holds NaN or infinity. Make class_embeds again.")
     device = projection.weight.device if device is None else device
     matrix = class_embeds.to(device).double() @ projection.weight.to(device).double()
     return Tail(matrix * norm.weight.to(device).double(), matrix @ norm.bias.to(device).double(), norm.eps)
 
 
-__all__ = ["Tail", "clip_embeds", "fold_tail", "logits_of"]
+__all__ = ["Tail", "check_scores", "check_temperature", "clip_embeds", "fold_tail", "logits_of", "unit_embeds"]

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
 from ..data.names import clean_class_names
 from ..data.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
+from ..encoders.tail import unit_embeds
 from ..functional.label_free import distribution_norm_scores
 from ..version import __version__
 from .controls import control_model
@@ -213,6 +213,7 @@ def _run(
     model, done = models[None], 0
     for batch in replay_batches(model, rows, batch_size, "rows"):
         batch_target = target[done : done + len(batch)]
+        names = [f"row {number}" for number in range(done, done + len(batch))]
         done += len(batch)
         shared: dict[Any, tuple[Any, torch.Tensor, float]] = {}
         for variant in variants:
@@ -221,7 +222,8 @@ def _run(
                 if key not in shared:
                     start = _now(model)
                     output = steered.image_features_from_cls(batch)
-                    shared[key] = (output, _unit(output.features), _now(model) - start)
+                    images = unit_embeds(output.features, names.__getitem__)
+                    shared[key] = (output, images, _now(model) - start)
                 output, images, seconds = shared[key]
                 for name, classifier in classifiers.items():
                     start = _now(model)
@@ -263,10 +265,6 @@ def _scores(
     )
 
 
-def _unit(features: Any) -> torch.Tensor:
-    return normalize(features.float(), dim=-1)
-
-
 def _image_mean(
     model: VS2CLIPForZeroShot, rows: Rows, reference_rows: Rows | None, batch_size: int
 ) -> tuple[torch.Tensor, str]:
@@ -278,7 +276,7 @@ def _image_mean(
     total = torch.zeros(model.clip.visual_projection.out_features, dtype=torch.float64, device=model.clip.device)
     with model.steering(enabled=False):
         for batch in replay_batches(model, chosen, batch_size, what):
-            total += _unit(model.image_features_from_cls(batch).features).double().sum(0)
+            total += unit_embeds(model.image_features_from_cls(batch).features).double().sum(0)
     return (total / len(chosen)).float(), "evaluated" if reference_rows is None else "train"
 
 

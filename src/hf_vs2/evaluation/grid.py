@@ -22,10 +22,9 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..encoders.tail import Tail, fold_tail
+from ..encoders.tail import Tail, fold_tail, unit_embeds
 from ..functional.sparse_ops import sparse_decode
 from .inputs import Rows, check_replayable, check_rows, class_labels, replay_batches
 
@@ -138,7 +137,7 @@ def _plain_scores(model: VS2CLIPForZeroShot, x: torch.Tensor, class_embeds: torc
     with model.steering(enabled=False):
         features = model.image_features_from_cls(x).features
     assert features is not None
-    return normalize(features.float(), dim=-1) @ class_embeds.to(features.device).float().T
+    return unit_embeds(features) @ class_embeds.to(features.device).float().T
 
 
 def _alpha(gamma: float, lambda_: float) -> float:

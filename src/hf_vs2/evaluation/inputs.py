@@ -12,6 +12,8 @@ from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
 from ..data.names import match_names, names_by_place
 from ..encoders.base_model import same_fingerprint, vision_fingerprint
+from ..encoders.tail import check_temperature
+from ..functional.finite import first_broken_row
 
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ Rows: TypeAlias = "torch.Tensor | ActivationStore"
 
 
 def check_replayable(model: VS2CLIPForZeroShot) -> None:
-    """Refuse a model with an inner layer steered: cached rows of the last layer can't show what that does."""
+    """Refuse a model with an inner layer steered, since cached rows of the last layer can't show what that does, and a
+    CLIP whose scores would be infinite."""
+    check_temperature(model.clip)
     last = _last_layer(model)
     if list(model.fvu_thresholds) != [last]:
         raise ValueError(
@@ -133,10 +137,11 @@ def replay_batches(model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what:
     )
     start = 0
     for batch in batches:
-        finite = batch.isfinite().all(-1)
-        if not finite.all():
-            first = start + int((~finite).nonzero()[0])
-            raise ValueError(f"{what} hold NaN or infinity, first in row {first}. Extract the activations again.")
+        broken = first_broken_row(batch)
+        if broken is not None:
+            raise ValueError(
+                f"{what} hold NaN or infinity, first in row {start + broken}. Extract the activations again."
+            )
         start += len(batch)
         yield batch
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
 from ..data.rows import LayerRows
-from ..encoders.tail import clip_embeds
+from ..encoders.tail import clip_embeds, unit_embeds
 from ..files.json_files import write_json
 from ..functional.label_free import balanced_mean, fit_balanced_prototypes, fit_prototypes, label_scores, norm_fit
 from ..training.calibration import TensorRows, batches
@@ -221,7 +220,7 @@ def recommend(
     check_replayable(model)
     check_rows(model, rows, "rows")
     target = None if labels is None else _checked_labels(rows, labels, class_names, len(class_embeds))
-    classes = normalize(class_embeds.float(), dim=-1).cpu()
+    classes = unit_embeds(class_embeds, "class {}".format).cpu()
     source = TensorRows(rows.cpu()) if isinstance(rows, torch.Tensor) else LayerRows(rows, -1)
     # Only the rows that are looked at are read: a store may be larger than memory.
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
@@ -266,7 +265,7 @@ def _inside(model: VS2CLIPForZeroShot, rows: torch.Tensor) -> dict[str, float]:
 
 
 def _embeds(model: VS2CLIPForZeroShot, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
-    return normalize(torch.cat([clip_embeds(model.clip, part).cpu() for part in rows.split(batch_size)]), dim=-1)
+    return unit_embeds(torch.cat([clip_embeds(model.clip, part).cpu() for part in rows.split(batch_size)]))
 
 
 def _temperature(model: VS2CLIPForZeroShot) -> float:

@@ -11,7 +11,7 @@ holds exactly; [`hf_vs2.functional.score_parts`] has the equations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
-from ..encoders.tail import fold_tail
+from ..encoders.tail import check_scores, clip_embeds, fold_tail, unit_embeds
 from ..functional.equations import ScoreParts, score_parts
 
 
@@ -183,22 +183,27 @@ def explain_rows(
     labels: Sequence[str] | None,
     names: Mapping[int, str],
     retrieval: RetrievalInputs,
+    image_name: Callable[[int], str] = "row {}".format,
 ) -> VS2Explanation:
     """The explanation of CLS rows `(batch, hidden_size)` of the last layer; class embeddings may have any length.
 
     Raises:
-        `ValueError`: if steering does not go through latents of the last layer alone, or on labels of another number.
+        `ValueError`: if steering does not go through latents of the last layer alone, on labels of another number, and naming the first
+            row, class or score that is not finite.
     """
     check_explainable(model)
     class_embeds = class_embeds.detach()
     labels = tuple(map(str, range(len(class_embeds)))) if labels is None else tuple(labels)
     if len(labels) != len(class_embeds):
         raise ValueError(f"There are {len(labels)} labels for {len(class_embeds)} class embeddings: give one each.")
+    unit_embeds(clip_embeds(model.clip, rows), image_name)
+    unit_embeds(class_embeds, lambda row: f"the label {labels[row]!r}")
     tail = _DoubleTail(model, normalize(class_embeds.double().cpu(), dim=-1))
     moves, fvu, steered = _moves(model, rows, class_embeds, retrieval)
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, moves.change.shape[1] * moves.x.shape[1]))
     batches = [tail.parts(_Moves(*batch)) for batch in zip(*(part.split(at_once) for part in moves), strict=True)]
     parts = ScoreParts(*(torch.cat(part) for part in zip(*batches, strict=True)))
+    check_scores(model.clip, torch.cat([part.flatten(1) for part in parts], dim=1), image_name)
     return VS2Explanation(
         plain_scores=parts.plain,
         steered_scores=parts.steered,
@@ -246,7 +251,7 @@ def _moves(
         steered = model.steer_cls(rows, -1, **retrieval).steered.to(x.device)
         step = model._latent_step(sae, x, code, rows, retrieval)
         start = torch.where(steered.unsqueeze(-1), step.start, x)
-        change = _by_latent(step.change, step.latents, len(sae.W_dec)) * steered.unsqueeze(-1)
+        change = torch.where(steered.unsqueeze(-1), _by_latent(step.change, step.latents, len(sae.W_dec)), 0)
         keeps_norm = step.keeps_norm
     size = values.abs() + change.abs()
     latents = size.topk(int((size != 0).sum(-1).max()) if len(size) else 0, dim=-1).indices

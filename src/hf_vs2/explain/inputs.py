@@ -52,7 +52,8 @@ def explain_images(
         names = name_latents(model, tokenizer, vocabulary, top=1)
     pixels = images if _is_batch(images) else _pixels(images, image_processor, model.clip.device)
     rows = model.cls_rows(pixels.to(model.clip.device, model.clip.dtype))
-    return explain_rows(model, rows, embeds, words, resolve_names(names), retrieval)
+    name = (lambda row: "the image") if len(rows) == 1 else "image {}".format
+    return explain_rows(model, rows, embeds, words, resolve_names(names), retrieval, name)
 
 
 def resolve_names(names: Any) -> dict[int, str]:

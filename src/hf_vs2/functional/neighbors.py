@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
+from .finite import first_broken_row
+
 
 BLOCK_ROWS = 2048
 
@@ -31,9 +33,9 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     device = _search_device(rows.device)
     units = [_on_grid(block.to(device)).float() for block in rows.split(BLOCK_ROWS)]
     out = torch.cat(units) if units else rows.float()
-    finite = out.isfinite().all(-1)
-    if not finite.all():
-        raise ValueError(f"Row {int((~finite).nonzero()[0])} of the corpus holds NaN or infinity: leave it out.")
+    broken = first_broken_row(out)
+    if broken is not None:
+        raise ValueError(f"Row {broken} of the corpus holds NaN or infinity: leave it out.")
     return out
 
 
@@ -172,9 +174,9 @@ def _search(
         best = torch.empty(len(units), 0, dtype=torch.int64, device=device)
         for start in range(0, len(corpus), block_rows):
             block = units_of(corpus[start : start + block_rows].to(device))
-            if not block.isfinite().all():
-                row = start + int((~block.isfinite().all(-1)).nonzero()[0])
-                raise ValueError(f"Row {row} of the corpus holds NaN or infinity: leave it out.")
+            broken = first_broken_row(block)
+            if broken is not None:
+                raise ValueError(f"Row {start + broken} of the corpus holds NaN or infinity: leave it out.")
             keys = _keys(units @ block.T, torch.arange(start, start + len(block), device=device), skip)
             best = torch.cat([best, keys.topk(min(k, len(block)), dim=-1).values], dim=1)
             best = best.topk(min(k, best.shape[1]), dim=-1).values

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from transformers.utils import cached_file
 
 from ..config.vs2_clip import METHODS
+from ..encoders.tail import unit_embeds
 from ..files.checkpoint_folder import LABEL_SETS_NAME
 from ..files.weight_files import read_described, write_described
 from ..files.weight_state import weights_state
@@ -187,7 +188,9 @@ class LabelScoring:
             # A shallow copy: the settings of the model itself are not touched.
             with copy.copy(model).steering(gate=None, fvu_threshold=None, enabled=True, edits=None) as every_row:
                 found = [every_row.image_features_from_cls(block) for block in rows.split(_BATCH)]
-            embeds = torch.cat([normalize(cast(torch.Tensor, part.features).float(), dim=-1) for part in found])
+            embeds = torch.cat(
+                [unit_embeds(cast(torch.Tensor, part.features), "row {} of the sketch".format) for part in found]
+            )
             views = tuple(torch.cat(parts) for parts in zip(*(part.views or () for part in found), strict=True))
             self._sketch = key, embeds, views
         return self._sketch[1:]

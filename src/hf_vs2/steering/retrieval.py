@@ -17,7 +17,9 @@ from torch.nn.functional import cross_entropy, normalize
 from ..data.batches import Columns, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
 from ..data.images import UnreadableImageError
 from ..data.load import undecoded
+from ..encoders.tail import unit_embeds
 from ..encoders.vision_tower import best_device
+from ..functional.finite import first_broken_row
 from ..functional.neighbors import NeighborIndex, nearest_neighbors, pseudo_labels, select_positives
 from .corpus import RetrievalCorpus
 
@@ -82,7 +84,7 @@ def embed_images(
             if batch.unreadable or batch.pixels is None:
                 raise UnreadableImageError(f"{batch.unreadable[0]['error']}. Mend or remove it.")
             features = _image_embeddings(model, normalizer(batch.pixels).to(parameter.dtype))
-            rows.append(normalize(features.float(), dim=-1).cpu())
+            rows.append(unit_embeds(features, batch.names.__getitem__).cpu())
             bar.update(len(batch.indices))
     if not rows:
         raise ValueError("The data set is empty: there is nothing to embed.")
@@ -227,9 +229,9 @@ def linear_probe(
         raise ValueError(f"embeds (n, d) and labels (n,) do not fit: {tuple(embeds.shape)} and {tuple(labels.shape)}.")
     if not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise ValueError(f"labels must lie in [0, {num_classes}); they reach from {labels.min()} to {labels.max()}.")
-    finite = embeds.isfinite().all(-1)
-    if not finite.all():
-        raise ValueError(f"Row {int((~finite).nonzero()[0])} of embeds holds NaN or infinity: leave it out.")
+    broken = first_broken_row(embeds)
+    if broken is not None:
+        raise ValueError(f"Row {broken} of embeds holds NaN or infinity: leave it out.")
     weight = torch.zeros(num_classes, embeds.shape[1], dtype=torch.float64, device=embeds.device, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=torch.float64, device=embeds.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(

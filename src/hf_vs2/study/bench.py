@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPModel
 
 from ..clip.modeling import VS2CLIPForZeroShot
@@ -29,7 +28,7 @@ from ..data.prompts import class_embeddings
 from ..data.registry import DatasetInfo
 from ..data.store import request_key, request_of
 from ..encoders.processing import load_processing
-from ..encoders.tail import clip_embeds
+from ..encoders.tail import clip_embeds, unit_embeds
 from ..encoders.vision_tower import best_device
 from ..evaluation.controls import control_model
 from ..files.atomic import replace_file
@@ -199,7 +198,7 @@ class Bench:
 
     def embed(self, encoder: str, rows: torch.Tensor) -> torch.Tensor:
         """Unit image embeddings of plain CLIP from CLS rows of the last layer."""
-        return normalize(clip_embeds(self.encoder(encoder).clip, rows), dim=-1)
+        return unit_embeds(clip_embeds(self.encoder(encoder).clip, rows), f"row {{}} of a batch of {encoder}".format)
 
     # Prompts
 
@@ -299,7 +298,7 @@ class Bench:
             if batch.unreadable or batch.pixels is None:
                 raise ValueError(f"{dataset}: {batch.unreadable[0]['error']}")
             out = model.image_features(normalizer(batch.pixels).to(clip.dtype))
-            features.append(normalize(out.features.float(), dim=-1))
+            features.append(unit_embeds(out.features, batch.names.__getitem__))
             fvu.append(out.fvu.reshape(len(batch.pixels), -1)[:, -1])
         return DeepFeatures(torch.cat(features), torch.cat(fvu))
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from ..evaluation.comparison import paired_bootstrap, row_figures
 from ..evaluation.grid import steering_grid
 from ..evaluation.report import SampleOutputs
+from ..functional.finite import first_broken_row
 from .analysis import mean_per_class_accuracy
 from .bench import BATCH, Bench
 from .catalog import METHODS
@@ -65,8 +66,11 @@ def _collect(scored: Iterator[Scored], labels: torch.Tensor) -> tuple[Outputs, i
     start, right5 = 0, None
     for batch in scored:
         scores = batch.scores.cpu()
-        if not scores.isfinite().all():
-            raise ValueError("A method gave scores that are not finite: extract the activations again in float32.")
+        broken = first_broken_row(scores)
+        if broken is not None:
+            raise ValueError(
+                f"The scores of test image {start + broken} are not finite: extract the activations again in float32."
+            )
         predictions.append(scores.argmax(-1))
         target = labels[start : start + len(scores)]
         start += len(scores)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
+from ..encoders.tail import unit_embeds
 from ..functional.equations import centroid_steer, contrastive_direction, steer
 from ..functional.label_free import distribution_norm_scores
 from ..functional.neighbors import select_positives
@@ -80,7 +81,7 @@ def steered(method: str, **fixed: float) -> Run:
         model.set_steering(method=method, gate=gate, **fixed)
         for rows in bench.batches(cell):
             out = model.image_features_from_cls(rows)
-            yield Scored(_unit(out.features) @ classes.T, out.fvu, out.steered)
+            yield Scored(unit_embeds(out.features) @ classes.T, out.fvu, out.steered)
 
     return run
 
@@ -155,7 +156,11 @@ def views(method: str | None) -> Run:
             model.set_steering(method=method)
 
         def embed(rows: torch.Tensor) -> torch.Tensor:
-            return bench.embed(cell.encoder, rows) if model is None else _unit(model.image_features_from_cls(rows)[0])
+            return (
+                bench.embed(cell.encoder, rows)
+                if model is None
+                else unit_embeds(model.image_features_from_cls(rows)[0])
+            )
 
         numbers = [None, *range(1, cell.params["views"] + 1)]
         for batches in zip(*(bench.batches(cell, view) for view in numbers), strict=True):
@@ -260,10 +265,6 @@ def probe(bench: Bench, cell: Cell) -> Iterator[Scored]:
 def _alpha(cell: Cell) -> float:
     """`lambda (gamma - 1)`, the step of proposition 3.1."""
     return cell.params["lambda"] * (cell.params["gamma"] - 1)
-
-
-def _unit(features: Any) -> torch.Tensor:
-    return normalize(features.float(), dim=-1)
 
 
 RUNS: dict[str, Run] = {

@@ -1,7 +1,7 @@
 """Calibration: what the gate needs to know about an SAE, measured on unlabelled rows that it was not trained on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..config.sae import SAEConfig
 from ..functional.equations import fvu_per_sample
+from ..functional.finite import first_broken_row
 from ..sae.modeling import SAEModel
 
 
@@ -61,13 +62,23 @@ def batches(rows: Rows, indices: torch.Tensor, batch_size: int = _BATCH) -> Iter
     """
     for chosen in indices.split(batch_size):
         block = rows.take(chosen)
-        broken = ~block.isfinite().all(dim=1)
-        if broken.any():
+        broken = first_broken_row(block)
+        if broken is not None:
             raise ValueError(
-                f"Activation row {int(chosen[broken][0])} holds NaN or infinite values. Extract the activations again in float32 "
+                f"Activation row {int(chosen[broken])} holds NaN or infinite values. Extract the activations again in float32 "
                 "or bfloat16 (float16 overflows in some CLIP models)."
             )
         yield block
+
+
+def refuse_overflow(of_sae: torch.Tensor, numbers: Sequence[int] | torch.Tensor) -> None:
+    """Refuse, by a `ValueError`, what an SAE makes of the rows of these numbers where it holds NaN or infinity."""
+    broken = first_broken_row(of_sae)
+    if broken is not None:
+        raise ValueError(
+            f"The SAE overflows on activation row {int(numbers[broken])}: its weights are far too large for these rows. Use an SAE that was "
+            "trained on activations of this CLIP."
+        )
 
 
 def split_rows(num_rows: int, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,11 +93,13 @@ def split_rows(num_rows: int, share: float, seed: int) -> tuple[torch.Tensor, to
 
 
 def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mean `(hidden_size,)` and total variance (mean squared distance to the mean) in one pass of float64 sums.
+    """Mean `(hidden_size,)` and total variance (mean squared distance to the mean) in one pass of float64 sums; a variance that is rounding
+    alone is 0.
 
     The sums are taken around the first row: with CLIP's large mean, `E x^2 - (E x)^2` would lose digits.
     """
-    origin = rows.take(indices[:1])[0].double()
+    first = rows.take(indices[:1])[0]
+    origin = first.double()
     total = torch.zeros_like(origin)
     squares = 0.0
     for block in batches(rows, indices):
@@ -94,7 +107,18 @@ def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tens
         total += centred.sum(0)
         squares += centred.square().sum().item()
     shift = total / len(indices)
-    return (origin + shift).float(), squares / len(indices) - shift.square().sum().item()
+    mean, variance = origin + shift, squares / len(indices) - shift.square().sum().item()
+    return mean.float(), 0.0 if _is_rounding(variance, mean, first) else variance
+
+
+def _is_rounding(variance: float, mean: torch.Tensor, row: torch.Tensor) -> bool:
+    """Whether rows with this total variance around a mean, of which `row` is one, differ by rounding alone: the same image comes out of a
+    CLIP some steps of float32 apart where it lies elsewhere in its batch, and then one step of a shorter type that rows are stored in."""
+    step = 32 * torch.finfo(torch.float32).eps
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(row.to(dtype).to(row.dtype), row):
+            step = torch.finfo(dtype).eps
+    return variance <= step**2 * mean.double().square().sum().item()
 
 
 def conformal_quantiles(fvu: torch.Tensor, levels: tuple[float, ...] = LEVELS) -> dict[str, float]:
@@ -151,17 +175,19 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
         mean, sae.config.total_variance = activation_statistics(rows, indices)
         sae.mean.copy_(mean)
         sae.config.training_data = {**(sae.config.training_data or {}), "statistics_rows": len(indices)}
-    error = spread = active = 0.0
+    error, spread, active, done = 0.0, 0.0, 0.0, 0
     fvus = []
     for block in batches(rows, indices, max(1, min(_BATCH, _PRE_ACTIVATIONS // sae.config.weight_shape[0]))):
         block = block.to(sae.device)
         values, latents = sae.encode(block)
         reconstruction = sae.decode(values, latents).float()
+        refuse_overflow(reconstruction, indices[done : done + len(block)])
+        done += len(block)
         error += (block - reconstruction).double().square().sum().item()
         spread += (block - sae.mean).double().square().sum().item()
         active += (values != 0).sum().item()
         fvus.append(fvu_per_sample(block, reconstruction, sae.mean).cpu())
-    if not spread:
+    if _is_rounding(spread / len(indices), sae.mean, rows.take(indices[:1])[0]):
         raise ValueError(
             "All rows to calibrate on lie on the mean of the training rows: they have no variance, so no FVU. Check how they were "
             "extracted."

@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
 from transformers import CLIPModel
 
-from ..encoders.tail import clip_embeds
+from ..encoders.tail import clip_embeds, unit_embeds
 from ..functional.label_free import row_distance
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
-from .calibration import Rows, as_rows, batches, conformal_quantiles
+from .calibration import Rows, as_rows, batches, conformal_quantiles, refuse_overflow
 
 
 SKETCH_ROWS = 4096
@@ -67,9 +66,9 @@ def measure_statistics(
     sums = _Sums(rows.take(chosen[:1])[0], sae)
     total = None if clip is None else torch.zeros(clip.config.projection_dim, dtype=torch.float64)
     for block in batches(rows, chosen):
-        sums.add(block)
+        sums.add(block, chosen[sums.count :])
         if total is not None and clip is not None:
-            total += normalize(clip_embeds(clip, block), dim=-1).double().sum(0).cpu()
+            total += unit_embeds(clip_embeds(clip, block)).double().sum(0).cpu()
     statistics = DomainStatistics(
         **sums.results(),
         num_rows=len(chosen),
@@ -94,11 +93,13 @@ class _Sums:
         self.values = torch.zeros(num_latents, dtype=torch.float64, device=sae.device)
         self.active = torch.zeros(num_latents, dtype=torch.float64, device=sae.device)
 
-    def add(self, block: torch.Tensor) -> None:
+    def add(self, block: torch.Tensor, numbers: torch.Tensor) -> None:
         moved = block.double() - self.origin
         self.first += moved.sum(0)
         self.second += moved.T @ moved
-        values, indices = (part.flatten() for part in self.sae.encode(block.to(self.sae.device)))
+        code = self.sae.encode(block.to(self.sae.device))
+        refuse_overflow(code[0], numbers)
+        values, indices = (part.flatten() for part in code)
         self.values.index_put_((indices,), values.double(), accumulate=True)
         self.active.index_put_((indices,), (values != 0).double(), accumulate=True)
         self.count += len(block)

@@ -22,7 +22,7 @@ from ..parsing import Parser
 
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from ...data.inputs import NamedImage
 
 USAGE = "IMAGE... --checkpoint O --labels NAME... [options]"
 DESCRIPTION = """\
@@ -111,10 +111,11 @@ class _Images:
         self.names, self.skip = names, skip
         self.readable: list[str] = []
 
-    def __iter__(self) -> Iterator[Image]:
+    def __iter__(self) -> Iterator[NamedImage]:
         from transformers.utils import logging
 
         from ...data.images import UnreadableImageError, open_image
+        from ...data.inputs import NamedImage
 
         for name in self.names:
             try:
@@ -125,7 +126,7 @@ class _Images:
                 logging.get_logger(__name__).warning(f"Skipped: {error}")
                 continue
             self.readable.append(name)
-            yield image
+            yield NamedImage(image, name)
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:

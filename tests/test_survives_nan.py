@@ -1,0 +1,246 @@
+"""NaN is no answer: whatever makes it, each door either answers with numbers or refuses in one message that says what to look at."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import checkpoint, clip_path, complaint, images_path, with_checkpoint  # noqa: F401 (fixtures)
+from test_json_files import strictly
+from toy import make_sae
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from hf_vs2 import (
+    SAETrainer,
+    SAETrainingArguments,
+    VS2CLIPForZeroShot,
+    calibrate,
+    class_embeddings,
+    evaluate,
+    extract_activations,
+    load_images,
+    measure_statistics,
+    recommend,
+    steering_grid,
+    zero_shot_classifier,
+)
+from hf_vs2.atlas import build_atlas
+from hf_vs2.cli import main
+from hf_vs2.steering.retrieval import embed_images
+
+
+LABELS = ("red", "green", "blue")
+
+
+def overflow(linear: torch.nn.Linear) -> None:
+    """Weights that are numbers themselves, with outputs beyond float16."""
+    with torch.no_grad():
+        linear.weight.copy_(6e4 * linear.weight.sign())
+
+
+class World:
+    """A small half-precision CLIP in one piece, with what goes with it: images, rows, an SAE with statistics, class embeddings."""
+
+    def __init__(self, clip: Path, images: Path, folder: Path):
+        self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float16).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(clip)
+        self.processor = CLIPImageProcessorPil.from_pretrained(clip)
+        self.images = load_images(images, "test")
+        self.picture = str(images / "test" / "red" / "00.png")
+        store = extract_activations(self.clip, self.images, folder, image_processor=self.processor, progress=False)
+        self.rows = store.tensor()
+        self.labels = torch.tensor(self.images["label"])
+        self.classes = class_embeddings(self.clip, self.tokenizer, LABELS)
+        self.sae = make_sae(32, layer=2)
+        self.sae.mean.copy_(self.rows.mean(0))
+        calibrate(self.sae, self.rows)
+        self.sae.set_domain_statistics(measure_statistics(self.sae, self.rows, clip=self.clip))
+
+    @property
+    def model(self) -> VS2CLIPForZeroShot:
+        return VS2CLIPForZeroShot(self.clip, self.sae).eval()
+
+
+@pytest.fixture()
+def world(clip_path, images_path, tmp_path):  # noqa: F811
+    return World(clip_path, images_path, tmp_path / "world")
+
+
+def harm_tower(world: World) -> None:
+    overflow(world.clip.vision_model.encoder.layers[2].mlp.fc2)
+
+
+def harm_tail(world: World) -> None:
+    overflow(world.clip.visual_projection)
+
+
+def harm_text(world: World) -> None:
+    overflow(world.clip.text_projection)
+
+
+def harm_temperature(world: World) -> None:
+    world.clip.logit_scale.data.fill_(1000)
+
+
+def harm_pixels(world: World) -> None:
+    world.processor.image_std = [0.0, 0.0, 0.0]
+
+
+def harm_mean(world: World) -> None:
+    world.processor.image_mean = [math.nan] * 3
+
+
+def harm_classes(world: World) -> None:
+    world.classes[1] = torch.inf
+
+
+def harm_sae(world: World) -> None:
+    world.sae.W_enc.data.mul_(1e38)
+
+
+def harm_image_mean(world: World) -> None:
+    world.sae.domain_statistics.image_mean[3] = torch.nan
+
+
+HARMS = [harm_tower, harm_tail, harm_text, harm_temperature, harm_pixels, harm_mean, harm_classes, harm_sae, harm_image_mean]  # fmt: skip
+OF_IMAGES = ("tower", "tail", "pixels", "mean")
+
+
+def prototypes(world: World) -> VS2CLIPForZeroShot:
+    model = world.model
+    model.set_steering(method="distribution_norm")
+    return model
+
+
+def classifier(world: World, model, **options):
+    found = zero_shot_classifier(model, tokenizer=world.tokenizer, image_processor=world.processor)
+    return found([world.picture], LABELS, **options)
+
+
+def trained(world: World, folder: Path):
+    store = extract_activations(
+        world.clip, world.images, folder / "rows", image_processor=world.processor, progress=False
+    )
+    arguments = SAETrainingArguments(
+        str(folder / "sae"), max_steps=2, per_device_train_batch_size=8, disable_tqdm=True
+    )
+    with torch.enable_grad():
+        return SAETrainer(make_sae(32).config, arguments, store).train()
+
+
+def atlas(world: World, folder: Path):
+    page = build_atlas(world.model, world.tokenizer, world.rows, world.images, folder / "atlas", labels=world.labels,
+                       class_names=LABELS)  # fmt: skip
+    return (page.parent / "latents.json").read_text()
+
+
+# Each door: what it does, the harms that it meets (any other leaves it right), and the name that its message must have.
+DOORS = {
+    "pipeline": (lambda w, f: classifier(w, w.model, return_details=True), (*OF_IMAGES, "text", "temperature"), "image 0|the prompt|logit_scale"),
+    "pipeline of a CLIP": (lambda w, f: classifier(w, w.clip), (*OF_IMAGES, "text", "temperature"), "image 0|the prompt|logit_scale"),
+    "pipeline, by labels": (lambda w, f: classifier(w, prototypes(w)), (*OF_IMAGES, "text", "temperature", "image_mean"), "image 0|the prompt|logit_scale|statistics"),
+    "pipeline, explain": (lambda w, f: classifier(w, w.model, explain=True), (*OF_IMAGES, "text", "temperature"), "image 0|the prompt|logit_scale"),
+    "explain": (lambda w, f: w.model.explain(w.picture, LABELS, processor=(w.tokenizer, w.processor)).to_dict(), (*OF_IMAGES, "text", "temperature"), "the image|the prompt|logit_scale"),
+    "explain_from_cls": (lambda w, f: w.model.explain_from_cls(w.rows, w.classes, LABELS).to_dict(), ("tail", "temperature", "classes"), "row 0|the label 'green'|logit_scale"),
+    "class_logits": (lambda w, f: w.model.class_logits(w.model.image_features_from_cls(w.rows), w.classes), ("tail", "temperature", "classes"), "row 0|class embeddings|logit_scale"),
+    "evaluate": (lambda w, f: evaluate(w.model, w.rows, w.labels, LABELS, w.tokenizer, templates="single").rows, ("tail", "text", "temperature", "image_mean", "sae"), "row 0|the prompt|logit_scale|statistics"),
+    "recommend": (lambda w, f: str(recommend(w.model, w.rows, w.classes)), ("tail", "temperature", "classes"), "row 0|class 1|logit_scale"),
+    "steering_grid": (lambda w, f: steering_grid(w.model, w.rows, w.labels, w.classes, [1.5], [1.0]), ("tail", "temperature", "classes"), "row 0|class|logit_scale"),
+    "build_atlas": (atlas, ("tail", "text", "temperature", "sae"), "row 0|the prompt|logit_scale"),
+    "measure_statistics": (lambda w, f: measure_statistics(w.sae, w.rows, clip=w.clip).image_mean, ("tail", "sae"), "row 0"),
+    "calibrate": (lambda w, f: calibrate(w.sae, w.rows), ("sae",), "activation row 0"),
+    "extract_activations": (lambda w, f: extract_activations(w.clip, w.images, f, image_processor=w.processor, progress=False).tensor(), ("tower", "pixels", "mean"), "image 0|image_mean"),
+    "embed_images": (lambda w, f: embed_images(w.clip, w.images, image_processor=w.processor), OF_IMAGES, "image 0"),
+    "train": (trained, ("tower", "pixels", "mean"), "image 0|image_mean"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__.removeprefix("harm_"))
+@torch.no_grad()
+def test_no_door_answers_with_nan(harm, world, tmp_path):
+    """Somebody whose CLIP overflows, or whose files are damaged, must learn which, not get the first label with a score of nan."""
+    harm(world)
+    met = harm.__name__.removeprefix("harm_")
+    for name, (door, harms, names) in DOORS.items():
+        folder = tmp_path / name.replace(" ", "_")
+        if met in harms:
+            with pytest.raises(ValueError, match=names) as refused:
+                pytest.fail(f"{name}: {str(door(world, folder))[:300]}")
+            assert "\n" not in str(refused.value), name
+        elif met == "sae":  # steering fails: every image has plain CLIP's answer
+            assert "nan" not in str(door(world, folder)), name
+
+
+@pytest.fixture()
+def half(clip_path, tmp_path):  # noqa: F811
+    """A folder with the CLIP in half precision; `write(clip)` puts it there."""
+    clip = CLIPModel.from_pretrained(clip_path, dtype=torch.float16)
+    for part in (CLIPTokenizer, CLIPImageProcessorPil):
+        part.from_pretrained(clip_path).save_pretrained(tmp_path / "clip")
+
+    def write(harm) -> Path:
+        harm(type("Holder", (), {"clip": clip}))
+        clip.save_pretrained(tmp_path / "clip")
+        return tmp_path / "clip"
+
+    return write
+
+
+def commands(folder: Path, sae: Path, images: Path, out: Path) -> dict[str, list[object]]:
+    used = ["--clip", folder, "--activations_dir", out / "rows"]
+    picture = images / "test" / "red" / "00.png"
+    asked = [picture, "--checkpoint", sae, "--clip", folder, "--labels", *LABELS]
+    made = ["--model", folder, "--dataset", images, "--split", "test", "--disable_tqdm", "--output_dir"]
+    return {
+        "classify": ["classify", *asked, "--json", "--output", out / "c.json"],
+        "explain": ["explain", *asked, "--json", "--output", out / "e.png"],
+        "evaluate": [*with_checkpoint("evaluate", sae, images), *used, "--output", out / "r.json"],
+        "recommend": [
+            *with_checkpoint("recommend", sae, images),
+            *used,
+            "--labels",
+            *LABELS,
+            "--output",
+            out / "a.json",
+        ],
+        "atlas": [*with_checkpoint("atlas", sae, images), *used, "--output", out / "atlas"],
+        "calibrate": [*with_checkpoint("calibrate", sae, images), *used, "--output_dir", out / "calibrated"],
+        "extract": ["extract", *made, out / "rows2"],
+        "train": ["train", *made, out / "sae", "--max_steps", 2, "--top_k", 4],
+    }
+
+
+@pytest.mark.parametrize("harm", [harm_tower, harm_text, harm_temperature])
+def test_classify_names_the_image_or_the_prompt(harm, half, checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+    """Exit status 0 and `red nan` went on into other people's programs."""
+    words = commands(half(harm), checkpoint, images_path, tmp_path)["classify"]
+    expected = {harm_tower: "00.png", harm_text: "a photo of a red", harm_temperature: "logit_scale"}[harm]
+    assert expected in complaint(capsys, *words)
+    assert not (tmp_path / "c.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [harm_tower, harm_tail, harm_text, harm_temperature])
+def test_every_command_refuses_or_is_right(harm, half, checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+    """The same through the command line, from files: status 2 with one line and nothing written, or valid numbers."""
+    meets = {
+        "tower": set(commands(Path(), Path(), Path(), Path())),
+        "tail": {"classify", "explain", "evaluate", "recommend", "atlas", "calibrate"},
+        "text": {"classify", "explain", "evaluate", "recommend", "atlas"},
+        "temperature": {"classify", "explain", "evaluate", "recommend", "atlas"},
+    }[harm.__name__.removeprefix("harm_")]
+    folder = half(harm)
+    for name, words in commands(folder, checkpoint, images_path, tmp_path).items():
+        if name in meets:
+            complaint(capsys, *words)
+        else:
+            status = main([str(word) for word in words])
+            out, err = capsys.readouterr()
+            assert status == 2 or "nan" not in out.lower()
+    for path in tmp_path.rglob("*.json"):
+        if "tokenizer" not in path.name:
+            strictly(path.read_text())
+    written = {path.name for path in tmp_path.iterdir()}
+    assert not written & {"c.json", "e.png", "r.json", "a.json", "atlas"}, written
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "vs2_sae"
