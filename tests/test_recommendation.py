@@ -108,7 +108,7 @@ def test_foreign_images_ask_for_a_calibration_first(rows, classes):
     foreign = 100 * torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
     found = recommend(model, foreign, classes)
     assert found.evidence["inside"] < 0.5 and found.evidence["rows"] == 50
-    assert "calibrate" in found.reasons[0] and found.calibrate_first == (found.method != "none")
+    assert "calibrate" in found.reasons[0] and found.calibrate_first
     assert model.domain_statistics is known
     model.set_domain_statistics(None)
     found = recommend(model, rows, classes)
@@ -168,8 +168,50 @@ def test_a_handful_of_labels_decides_nothing(rows, classes):
         truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     labels = torch.where(torch.arange(60) < 9, truth, -1)
     found = recommend(model, rows, classes, labels)
-    assert "9 labelled images are too few" in found.reasons[-1]
-    assert found.method == recommend(model, rows, classes).method
+    assert "9 labelled images are too few" in found.reasons[-1] and found.method == "none"
+
+
+def test_without_labels_the_answer_is_plain_clip(rows, classes, monkeypatch, tmp_path):
+    """On OpenAI's ViT-B/32 the rule named methods that lose: it may say what it would name, but not recommend it."""
+    model = make_model(rows, statistics=True)
+    monkeypatch.setattr("hf_vs2.evaluation.recommendation.decide", lambda evidence: ("prototypes", ["So it is."]))
+    found = recommend(model, rows, classes)
+    assert (found.method, found.by_rule, found.candidates) == ("none", "prototypes", [])
+    assert str(found).startswith("Recommended: plain CLIP; label 100 images to know\n")
+    assert "The label-free rule names prototypes" in found.reasons[0] and "one stand-in encoder" in found.reasons[0]
+    written = json.loads(found.to_json(tmp_path / "r.json").read_text())
+    assert (written["method"], written["by_rule"]) == ("none", "prototypes")
+
+
+def test_labels_that_do_not_tell_keep_plain_clip(rows, classes, monkeypatch):
+    """Half of the rule's changes right, half wrong: no gain is shown, so none is promised."""
+    model = make_model(rows, statistics=True)
+    monkeypatch.setattr("hf_vs2.evaluation.recommendation.decide", lambda evidence: ("prototypes", ["So it is."]))
+    answers = {}
+    for method in ("none", "prototypes"):
+        with torch.no_grad(), model.steering(method=method):
+            answers[method] = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
+    changed = (answers["none"] != answers["prototypes"]).nonzero().squeeze(-1)
+    assert len(changed) > 10
+    labels = answers["none"].index_copy(0, changed[::2], answers["prototypes"][changed[::2]])
+    found = recommend(model, rows, classes, labels)
+    gains = {one["method"]: one for one in found.candidates}
+    assert gains["prototypes"]["gain_ci"][0] < 0 < gains["prototypes"]["gain_ci"][1]
+    assert found.method == "none" and found.by_rule == "prototypes"
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "says"),
+    [(1, 7, "1 image and 7 labels"), (19, 7, "19 images and 7 labels"), (60, 1, "60 images and 1 label")],
+)
+def test_too_little_to_tell_is_said(rows, classes, images, labels, says):
+    """From one picture "100% of the answers stay when the images are drawn again", and with one label all answers are right."""
+    model = make_model(rows, statistics=True)
+    for truth in (None, [0] * images):
+        found = recommend(model, rows[:images], classes[:labels], truth)
+        assert found.method == found.by_rule == "none" and found.candidates == []
+        assert found.reasons == [f"{says} are too little to tell: give 20 images or more, and 2 labels."]
+    assert says in str(found)
 
 
 def test_a_sure_loss_keeps_plain_clip(rows, classes):

@@ -28,6 +28,9 @@ LEAST_CONFIDENCE, LEAST_STABILITY, LEAST_EVENNESS, LEAST_AGREEMENT = 0.5, 0.85, 
 LEAST_INSIDE, MOST_DRIFT = 0.8, 0.05
 LEAST_LABELS = 10
 """With fewer, all may happen to agree, and a gain's interval closes on nothing."""
+LEAST_IMAGES = 20
+"""With fewer, drawing them again tells nothing of how far answers depend on which were seen."""
+TO_KNOW = "label 100 images to know"
 CANDIDATES = (
     *("vs2", "distribution_norm", "balanced_norm", "balanced_prototypes", "prototypes", "prototypes+pca"),
     "prototypes+sae",
@@ -152,13 +155,15 @@ class Recommendation:
     What to use, and why.
 
     Args:
-        method (`str`): one of [`Steering`]'s; `"none"` is plain CLIP.
+        method (`str`): one of [`Steering`]'s; `"none"` is plain CLIP, which is the answer wherever labels do not show a gain.
         reasons (`list[str]`): sentences.
         calibrate_first (`bool`): the images are not those of the checkpoint; the recommendation is about a checkpoint that is
             calibrated on them.
         evidence (`dict`): the numbers behind it, see [`Evidence`], and the share of images `inside` the gates.
         candidates (`list[dict]`): with labels, a row a method: `top1`, `gain` over plain CLIP in points, `gain_ci`, its 95 % paired
             bootstrap interval, `n`, and `n_needed`, about how many labels it would take to tell such a gain from none.
+        by_rule (`str`): what the label-free rule names. Its thresholds come from one stand-in encoder; on a true CLIP it named methods that
+            lose (`docs/recommend.md`).
     """
 
     method: str
@@ -166,10 +171,12 @@ class Recommendation:
     calibrate_first: bool
     evidence: dict[str, Any]
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    by_rule: str = "none"
 
     def __str__(self) -> str:
-        name = "plain CLIP" if self.method == "none" else self.method
-        lines = [f"Recommended: {name}", *(f"- {reason}" for reason in self.reasons), "", "Evidence, without labels:"]
+        name = _name(self.method) if self.candidates else f"{_name(self.method)}; {TO_KNOW}"
+        lines = [f"Recommended: {name}", *(f"- {reason}" for reason in self.reasons)]
+        lines += ["", "Evidence, without labels:"] if self.evidence else []
         lines += [
             f"  {_number(name, self.evidence[name]):>8}  {what}"
             for name, what in _SHOWN.items()
@@ -199,9 +206,9 @@ def recommend(
     """
     Recommend a method for a label set and images, and say why; plain CLIP is among the answers.
 
-    Without labels it goes by what the unlabelled images say. How often that is right, and what it costs when wrong, was measured:
-    `docs/recommend.md`. With labels of some of the images it compares, and the label-free recommendation stands unless the comparison
-    speaks against it.
+    Without labels the answer is plain CLIP. What the label-free rule would name stands beside it, with reasons (`by_rule`): its thresholds
+    come from one stand-in encoder, and on a true CLIP it named methods that lose, see `docs/recommend.md`. With labels of some of the images
+    it compares, and names a method that surely gains on them. Of fewer than 20 images, or one label, there is too little to tell.
 
     Args:
         model: the wrapper. It is left as it was found.
@@ -221,6 +228,14 @@ def recommend(
     check_rows(model, rows, "rows")
     target = None if labels is None else _checked_labels(rows, labels, class_names, len(class_embeds))
     classes = unit_embeds(class_embeds, "class {}".format).cpu()
+    if len(rows) < LEAST_IMAGES or len(classes) < 2:
+        there_are = f"{_counted(len(rows), 'image')} and {_counted(len(classes), 'label')}"
+        return Recommendation(
+            "none",
+            [f"{there_are} are too little to tell: give {LEAST_IMAGES} images or more, and 2 labels."],
+            False,
+            {},
+        )
     source = TensorRows(rows.cpu()) if isinstance(rows, torch.Tensor) else LayerRows(rows, -1)
     # Only the rows that are looked at are read: a store may be larger than memory.
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
@@ -234,16 +249,32 @@ def recommend(
     assert known is not None and known.rows is not None
     embeds = _embeds(model, known.rows, batch_size)
     evidence = gather_evidence(embeds, classes, _temperature(model), num_resamples, seed)
-    method, reasons = decide(evidence)
+    by_rule, reasons = decide(evidence)
+    reasons.insert(0, _without_labels(by_rule))
     if strange:
         reasons.insert(0, f"{strange} What follows holds once it is calibrated on yours (hf-vs2 calibrate).")
-    candidates = []
+    method, candidates = "none", []
     if target is not None and (target >= 0).any():
         chosen = (target >= 0).nonzero().squeeze(-1)
         candidates = _compare(trial, batches(source, chosen, batch_size), target[chosen], classes, seed)
-        method, told = _reconsider(method, candidates)
+        method, told = _reconsider(by_rule, candidates)
         reasons.append(told)
-    return Recommendation(method, reasons, bool(strange), shown | asdict(evidence), candidates)
+    return Recommendation(method, reasons, bool(strange), shown | asdict(evidence), candidates, by_rule)
+
+
+def _name(method: str) -> str:
+    return "plain CLIP" if method == "none" else method
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _without_labels(by_rule: str) -> str:
+    return (
+        f"Without labels nothing shows a gain. The label-free rule names {_name(by_rule)}, for the reasons below; but its thresholds come from "
+        "one stand-in encoder, and on OpenAI's ViT-B/32 it named a method that loses on 6 of 8 halves of data sets (docs/recommend.md)."
+    )
 
 
 def _inside(model: VS2CLIPForZeroShot, rows: torch.Tensor) -> dict[str, float]:
@@ -375,23 +406,23 @@ def _needed(fixed: int, broken: int, n: int) -> int | None:
 
 
 def _reconsider(method: str, candidates: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """The method after the comparison, and what it says: a surely better one takes the place, a surely harmful one loses it."""
+    """The method after the comparison, and what it says: the rule's one where it surely gains, a surely better one, else plain CLIP."""
     gains = {one["method"]: one for one in candidates if "gain" in one}
     best, chosen, n = max(gains.values(), key=lambda one: one["gain"]), gains.get(method), candidates[0]["n"]
     if n < LEAST_LABELS:
-        return method, f"{n} labelled images are too few to compare on; give {LEAST_LABELS} or more."
-    than = 0.0 if chosen is None else max(0.0, chosen["gain"])
+        return "none", f"{n} labelled images are too few to compare on; give {LEAST_LABELS} or more."
+    than = 0.0 if chosen is None or chosen["gain_ci"][0] <= 0 else chosen["gain"]
     if best["gain_ci"][0] > than:
         instead = "plain CLIP" if chosen is None else f"{method} with {chosen['gain']:+.1f}"
         return best["method"], f"On {n} labelled images {best['method']} gains {_gain(best)}, in place of {instead}."
     if chosen is None:
-        return method, f"On {n} labelled images no method surely gains; the best, {best['method']}: {_gain(best)}."
+        return "none", f"On {n} labelled images no method surely gains; the best, {best['method']}: {_gain(best)}."
     if chosen["gain_ci"][1] < 0:
         return "none", f"But on {n} labelled images it loses: {_gain(chosen)}. Keep plain CLIP."
     if chosen["gain_ci"][0] > 0:
         return method, f"On {n} labelled images it gains {_gain(chosen)}."
     needed = f"; about {chosen['n_needed']:,} labels would tell" if chosen["n_needed"] else ""
-    return method, f"{n} labelled images do not tell: {_gain(chosen)}{needed}."
+    return "none", f"{n} labelled images do not tell: {_gain(chosen)}{needed}. Keep plain CLIP until then."
 
 
 def _gain(one: dict[str, Any]) -> str:
@@ -413,7 +444,7 @@ def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for one in candidates:
         gain = "-" if "gain" not in one else _gain(one).replace(" points", "")
-        lines.append(f"| {'plain CLIP' if one['method'] == 'none' else one['method']} | {one['top1']:.2f} | {gain} |")
+        lines.append(f"| {_name(one['method'])} | {one['top1']:.2f} | {gain} |")
     return lines
 
 
