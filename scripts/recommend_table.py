@@ -128,7 +128,8 @@ def shifted(bench: Bench, encoder: str, dataset: str, folder: Path, half: int) -
 
 
 def followed(model: VS2CLIPForZeroShot, one: Scenario, classes: torch.Tensor) -> tuple[Scenario, str]:
-    """What the rule says to a user whose checkpoint is for images of before the shift: the rows that it is about, and its method."""
+    """What the rule says to a user whose checkpoint is for images of before the shift: the rows that it is about, and
+    its method."""
     found, known = recommend(model, one.rows, classes), model.domain_statistics
     assert known is not None and known.rows is not None
     return one._replace(rows=one.rows if found.calibrate_first else known.rows.float()), found.by_rule

@@ -132,7 +132,8 @@ def test_statistics_keep_their_digits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_that_differ_by_rounding_are_all_the_same(dtype):
-    """One image copied: its rows differ in the last digits with their place in a batch, and an SAE would learn that noise."""
+    """One image copied: its rows differ in the last digits with their place in a batch, and an SAE would learn that
+    noise."""
     dice = torch.Generator().manual_seed(0)
     one = torch.randn(32, generator=dice) + 3
     one[0] = 1 + torch.finfo(dtype).eps / 2  # between two numbers of that type

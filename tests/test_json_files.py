@@ -1,4 +1,5 @@
-"""JSON that we write or print can be read by any JSON reader, whatever the numbers; ours gets infinity back from it."""
+"""JSON that we write or print can be read by any JSON reader, whatever the numbers; ours gets infinity back from
+it."""
 
 import json
 import math
@@ -31,7 +32,7 @@ def strictly(text: str):
     [
         ({"tau": math.inf, "low": [-math.inf, 1.5]}, {"tau": INFINITE, "low": [{"__float__": "-Infinity"}, 1.5]}),
         ({"__float__": 1, "a": {"__float__": "else"}}, {"__float__": 1, "a": {"__float__": "else"}}),
-        ({"label": "\u732b \U0001f600", "none": None, "yes": True}, {"label": "\u732b \U0001f600", "none": None, "yes": True}),
+        ({"\u732b": "\U0001f600", "none": None, "yes": True}, {"\u732b": "\U0001f600", "none": None, "yes": True}),
         ({"file": os.fsdecode(b"photo-\xff.png"), "n": 10**30}, {"file": "photo-\udcff.png", "n": 10**30}),
     ],
 )  # fmt: skip
@@ -57,7 +58,8 @@ def json_below(folder: Path) -> list[Path]:
 
 
 def test_infinite_settings_pass_every_door(checkpoint, clip_path, images_path, tmp_path, capsys):  # noqa: F811
-    """`inf` is legal for a threshold, a quantile and a gradient norm. Each door must take it, and each file must stay JSON."""
+    """`inf` is legal for a threshold, a quantile and a gradient norm. Each door must take it, and each file must stay
+    JSON."""
     sae_folder = tmp_path / "sae"
     train = ["train", *source(clip_path, images_path), "--output_dir", sae_folder, "--top_k=8", "--max_steps=4"]
     run(capsys, *train, "--save_steps=2", "--max_grad_norm=inf", "--disable_tqdm", "--per_device_train_batch_size=64")

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ from toy import make_sae
 from transformers import CLIPModel, pipeline
 
 import hf_vs2
-from hf_vs2 import VS2CLIPForZeroShot, calibrate, measure_statistics, push_to_hub
+from hf_vs2 import VS2CLIPForZeroShot, calibrate, measure_statistics, push_to_hub, zero_shot_classifier
 from hf_vs2.config.latent_edits import LatentEdits
 from hf_vs2.config.vs2_clip import METHODS
 from hf_vs2.data.prompts import class_embeddings
@@ -361,25 +362,54 @@ def test_explaining_such_scores_is_refused(model, tiny_clip):
         model.explain_from_cls(torch.zeros(1, 32), classes_of(tiny_clip))
 
 
-@pytest.mark.parametrize("method", [name for name in SCORING if METHODS[name].step == "none"])
-def test_without_rows_it_is_distribution_norm(model, tiny_clip, method):
-    """Who gives no activations away can still use every method, and gets exactly this."""
+@pytest.mark.parametrize("method", SCORING)
+def test_without_rows_what_is_fitted_to_rows_is_refused(model, tiny_clip, method):
+    """Who gives no activations away has distribution norm, and is told so: under another name it would pass for what
+    it is not."""
     rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
     model.set_steering(method="distribution_norm")
     expected = logits(model, rows, classes)
     model.set_domain_statistics(model.domain_statistics.without_rows(model.image_mean()))
     assert torch.equal(logits(model, rows, classes), expected)
-    model.set_steering(method=method)
-    assert torch.equal(logits(model, rows, classes), expected)
-    assert model.fit_classes(classes).rows_per_label.tolist() == [0] * 4
+    if method == "distribution_norm":
+        return
+    with pytest.raises(
+        ValueError, match=f"method='{re.escape(method)}' is fitted to rows.*Use method='distribution_norm'"
+    ):
+        model.set_steering(method=method)
+    assert model.steering_settings.method == "distribution_norm"
+    model.set_steering(method=method, enabled=False)  # plain CLIP needs nothing
 
 
-def test_steps_before_the_norm_need_rows(model, tiny_clip):
-    """The mean of unsteered images is not what steered ones have to be compared with."""
-    model.set_domain_statistics(model.domain_statistics.without_rows(model.image_mean()))
-    model.set_steering(method="vs2+distribution_norm")
-    with pytest.raises(ValueError, match="'vs2\\+distribution_norm' needs the mean of steered images.*keep no rows"):
-        model.fit_classes(classes_of(tiny_clip))
+def test_a_checkpoint_of_before_that_keeps_no_rows_loads_and_refuses_to_score(named, images, tmp_path, caplog):
+    """It ran distribution norm as prototypes. Its owner keeps the files, and learns what to do."""
+    named.set_steering(method="prototypes", gate=0.5)
+    named.fit_label_set(LABELS)
+    named.save_pretrained(tmp_path)
+    named.domain_statistics.without_rows(torch.ones(64) / 8).save(tmp_path)
+    again = VS2CLIPForZeroShot.from_pretrained(tmp_path)
+    assert "is fitted to rows" in caplog.text and again.steering_settings.method == "prototypes"
+    with pytest.raises(ValueError, match="is fitted to rows"):
+        again.fit_label_set(LABELS)
+    with pytest.raises(ValueError, match="is fitted to rows"):
+        zero_shot_classifier(again)(images, LABELS)
+    plain = zero_shot_classifier(again)(images, LABELS, steer=False)
+    assert plain == zero_shot_classifier(named)(images, LABELS, steer=False)
+    again.save_pretrained(tmp_path / "again")
+    chosen = VS2CLIPForZeroShot.from_pretrained(tmp_path / "again", method="distribution_norm")
+    assert zero_shot_classifier(chosen)(images, LABELS) != plain
+
+
+@pytest.mark.parametrize("part", ["step", "scores", "views"])
+def test_a_part_that_there_is_not_is_refused(model, tiny_clip, part, monkeypatch):
+    """A step that one place forgot ran as `amplify`, or did nothing once latents were edited."""
+    made = METHODS["prototypes+sae"]._replace(**{part: ("twist",) if part == "views" else "twist"})
+    monkeypatch.setitem(METHODS, "vs2", made)
+    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    for edits in (None, {"suppress": (1,)}):
+        with pytest.raises(ValueError, match="'twist'"):
+            model.set_steering(method="vs2", edits=edits)
+            logits(model, rows, classes)
 
 
 def test_the_mean_that_was_measured_on_all_rows_is_used(model, tiny_clip):

@@ -205,7 +205,8 @@ def test_labels_that_do_not_tell_keep_plain_clip(rows, classes, monkeypatch):
     [(1, 7, "1 image and 7 labels"), (19, 7, "19 images and 7 labels"), (60, 1, "60 images and 1 label")],
 )
 def test_too_little_to_tell_is_said(rows, classes, images, labels, says):
-    """From one picture "100% of the answers stay when the images are drawn again", and with one label all answers are right."""
+    """From one picture "100% of the answers stay when the images are drawn again", and with one label all answers are
+    right."""
     model = make_model(rows, statistics=True)
     for truth in (None, [0] * images):
         found = recommend(model, rows[:images], classes[:labels], truth)

@@ -95,7 +95,8 @@ def test_pictures(result, tmp_path, suffix):
 
 @pytest.mark.parametrize("text", ["$5 \\bill$", "a_{b}^2 $x$", "_$", "\\frac{1}{"])
 def test_text_in_pictures_is_text(result, text, tmp_path):
-    """A label, a title or the name of a prompt file with a dollar sign is no formula: it stopped the picture, or changed the text."""
+    """A label, a title or the name of a prompt file with a dollar sign is no formula: it stopped the picture, or
+    changed the text."""
     matplotlib = pytest.importorskip("matplotlib")
     for row in result.rows:
         row["prompts"] = text if row["prompts"] == "ensemble" else row["prompts"]

@@ -1,4 +1,5 @@
-"""NaN is no answer: whatever makes it, each door either answers with numbers or refuses in one message that says what to look at."""
+"""NaN is no answer: whatever makes it, each door answers with numbers or refuses in one message that says what to look
+at."""
 
 import json
 import math
@@ -40,7 +41,7 @@ def overflow(linear: torch.nn.Linear) -> None:
 
 
 class World:
-    """A small half-precision CLIP in one piece, with what goes with it: images, rows, an SAE with statistics, class embeddings."""
+    """A small half-precision CLIP and what goes with it: images, rows, an SAE with statistics, class embeddings."""
 
     def __init__(self, clip: Path, images: Path, folder: Path):
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float16).eval()
@@ -103,7 +104,17 @@ def harm_image_mean(world: World) -> None:
     world.sae.domain_statistics.image_mean[3] = torch.nan
 
 
-HARMS = [harm_tower, harm_tail, harm_text, harm_temperature, harm_pixels, harm_mean, harm_classes, harm_sae, harm_image_mean]  # fmt: skip
+HARMS = [
+    harm_tower,
+    harm_tail,
+    harm_text,
+    harm_temperature,
+    harm_pixels,
+    harm_mean,
+    harm_classes,
+    harm_sae,
+    harm_image_mean,
+]
 OF_IMAGES = ("tower", "tail", "pixels", "mean")
 
 
@@ -130,36 +141,84 @@ def trained(world: World, folder: Path):
 
 
 def atlas(world: World, folder: Path):
-    page = build_atlas(world.model, world.tokenizer, world.rows, world.images, folder / "atlas", labels=world.labels,
-                       class_names=LABELS)  # fmt: skip
+    known = {"labels": world.labels, "class_names": LABELS}
+    page = build_atlas(world.model, world.tokenizer, world.rows, world.images, folder / "atlas", **known)
     return (page.parent / "latents.json").read_text()
 
 
-# Each door: what it does, the harms that it meets (any other leaves it right), and the name that its message must have.
+# Each door: what it does, the harms that it meets (any other leaves it right), and what its message must name.
 DOORS = {
-    "pipeline": (lambda w, f: classifier(w, w.model, return_details=True), (*OF_IMAGES, "text", "temperature"), "image 0|the prompt|logit_scale"),
-    "pipeline of a CLIP": (lambda w, f: classifier(w, w.clip), (*OF_IMAGES, "text", "temperature"), "image 0|the prompt|logit_scale"),
-    "pipeline, by labels": (lambda w, f: classifier(w, prototypes(w)), (*OF_IMAGES, "text", "temperature", "image_mean"), "image 0|the prompt|logit_scale|statistics"),
-    "pipeline, explain": (lambda w, f: classifier(w, w.model, explain=True), (*OF_IMAGES, "text", "temperature"), "image 0|the prompt|logit_scale"),
-    "explain": (lambda w, f: w.model.explain(w.picture, LABELS, processor=(w.tokenizer, w.processor)).to_dict(), (*OF_IMAGES, "text", "temperature"), "the image|the prompt|logit_scale"),
-    "explain_from_cls": (lambda w, f: w.model.explain_from_cls(w.rows, w.classes, LABELS).to_dict(), ("tail", "temperature", "classes"), "row 0|the label 'green'|logit_scale"),
-    "class_logits": (lambda w, f: w.model.class_logits(w.model.image_features_from_cls(w.rows), w.classes), ("tail", "temperature", "classes"), "row 0|class embeddings|logit_scale"),
-    "evaluate": (lambda w, f: evaluate(w.model, w.rows, w.labels, LABELS, w.tokenizer, templates="single").rows, ("tail", "text", "temperature", "image_mean", "sae"), "row 0|the prompt|logit_scale|statistics"),
-    "recommend": (lambda w, f: str(recommend(w.model, w.rows, w.classes)), ("tail", "temperature", "classes"), "row 0|class 1|logit_scale"),
-    "steering_grid": (lambda w, f: steering_grid(w.model, w.rows, w.labels, w.classes, [1.5], [1.0]), ("tail", "temperature", "classes"), "row 0|class|logit_scale"),
+    "pipeline": (
+        lambda w, f: classifier(w, w.model, return_details=True),
+        (*OF_IMAGES, "text", "temperature"),
+        "image 0|the prompt|logit_scale",
+    ),
+    "pipeline of a CLIP": (
+        lambda w, f: classifier(w, w.clip),
+        (*OF_IMAGES, "text", "temperature"),
+        "image 0|the prompt|logit_scale",
+    ),
+    "pipeline, by labels": (
+        lambda w, f: classifier(w, prototypes(w)),
+        (*OF_IMAGES, "text", "temperature", "image_mean"),
+        "image 0|the prompt|logit_scale|statistics",
+    ),
+    "pipeline, explain": (
+        lambda w, f: classifier(w, w.model, explain=True),
+        (*OF_IMAGES, "text", "temperature"),
+        "image 0|the prompt|logit_scale",
+    ),
+    "explain": (
+        lambda w, f: w.model.explain(w.picture, LABELS, processor=(w.tokenizer, w.processor)).to_dict(),
+        (*OF_IMAGES, "text", "temperature"),
+        "the image|the prompt|logit_scale",
+    ),
+    "explain_from_cls": (
+        lambda w, f: w.model.explain_from_cls(w.rows, w.classes, LABELS).to_dict(),
+        ("tail", "temperature", "classes"),
+        "row 0|the label 'green'|logit_scale",
+    ),
+    "class_logits": (
+        lambda w, f: w.model.class_logits(w.model.image_features_from_cls(w.rows), w.classes),
+        ("tail", "temperature", "classes"),
+        "row 0|class embeddings|logit_scale",
+    ),
+    "evaluate": (
+        lambda w, f: evaluate(w.model, w.rows, w.labels, LABELS, w.tokenizer, templates="single").rows,
+        ("tail", "text", "temperature", "image_mean", "sae"),
+        "row 0|the prompt|logit_scale|statistics",
+    ),
+    "recommend": (
+        lambda w, f: str(recommend(w.model, w.rows, w.classes)),
+        ("tail", "temperature", "classes"),
+        "row 0|class 1|logit_scale",
+    ),
+    "steering_grid": (
+        lambda w, f: steering_grid(w.model, w.rows, w.labels, w.classes, [1.5], [1.0]),
+        ("tail", "temperature", "classes"),
+        "row 0|class|logit_scale",
+    ),
     "build_atlas": (atlas, ("tail", "text", "temperature", "sae"), "row 0|the prompt|logit_scale"),
-    "measure_statistics": (lambda w, f: measure_statistics(w.sae, w.rows, clip=w.clip).image_mean, ("tail", "sae"), "row 0"),
+    "measure_statistics": (
+        lambda w, f: measure_statistics(w.sae, w.rows, clip=w.clip).image_mean,
+        ("tail", "sae"),
+        "row 0",
+    ),
     "calibrate": (lambda w, f: calibrate(w.sae, w.rows), ("sae",), "activation row 0"),
-    "extract_activations": (lambda w, f: extract_activations(w.clip, w.images, f, image_processor=w.processor, progress=False).tensor(), ("tower", "pixels", "mean"), "image 0|image_mean"),
+    "extract_activations": (
+        lambda w, f: extract_activations(w.clip, w.images, f, image_processor=w.processor, progress=False).tensor(),
+        ("tower", "pixels", "mean"),
+        "image 0|image_mean",
+    ),
     "embed_images": (lambda w, f: embed_images(w.clip, w.images, image_processor=w.processor), OF_IMAGES, "image 0"),
     "train": (trained, ("tower", "pixels", "mean"), "image 0|image_mean"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__.removeprefix("harm_"))
 @torch.no_grad()
 def test_no_door_answers_with_nan(harm, world, tmp_path):
-    """Somebody whose CLIP overflows, or whose files are damaged, must learn which, not get the first label with a score of nan."""
+    """Somebody whose CLIP overflows, or whose files are damaged, must learn which, not get a label with a score of nan."""
     harm(world)
     met = harm.__name__.removeprefix("harm_")
     for name, (door, harms, names) in DOORS.items():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from ..config.latent_edits import EditTable, LatentEdits
@@ -35,7 +36,7 @@ from ..functional.label_free import corrected_steer, label_scores, latent_view, 
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
 from ..steering.corpus import CorpusSearch, NeighborCodes, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
-from ..steering.label_sets import FittedLabels, LabelScoring, statistics_of
+from ..steering.label_sets import FittedLabels, LabelScoring, lacking_rows, statistics_of
 from ..steering.latent_step import LatentStep, latent_step
 from ..steering.outputs import SteeredRows, VS2CLIPOutput, VS2ImageFeatures, per_image
 from .loading import (
@@ -49,6 +50,9 @@ from .loading import (
     saes_by_layer,
     without_attention,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
@@ -175,7 +179,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         try:
             yield self
         finally:
-            self._use(before)
+            self._use(before, complete=False)  # they were in force before; statistics may be others by now
 
     def editing(
         self,
@@ -268,6 +272,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 f"method={steering.method!r} needs statistics of unlabelled images, and this checkpoint holds none. Measure them: "
                 "hf-vs2 calibrate --checkpoint O --dataset D, or model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, rows))."
             )
+        if complete and steering.enabled and self._lacks_rows(steering):
+            raise ValueError(lacking_rows(steering.method))
         self._check_image_mean(steering)
         edited = [] if steering.edits is None else steering.edits.latents
         if edited and len(self.saes) > 1:
@@ -295,6 +301,9 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         self._distance_threshold: float | None = distance_threshold
         self._gamma: torch.Tensor | None = None
         self._edits: EditTable | None = None
+
+    def _lacks_rows(self, steering: Steering) -> bool:
+        return steering.parts.needs_rows and self.domain_statistics is not None and self.domain_statistics.rows is None
 
     def _check_image_mean(self, steering: Steering) -> None:
         mean = None if self.domain_statistics is None else self.domain_statistics.image_mean
@@ -350,10 +359,12 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         for name in self._steering.parts.views:
             if name == "pca":
                 made.append(pca_view(x, known.of_rows))
-            else:
+            elif name == "sae":
                 made.append(
                     latent_view(code.latent_values, code.latent_indices, known.latent_mean, known.latent_frequency)
                 )
+            else:
+                raise ValueError(f"method={self._steering.method!r} looks at a view {name!r} that there is not.")
         return tuple(made)
 
     def _move(
@@ -377,7 +388,9 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             return corrected_steer(x, known.mean, values, indices, known.latent_mean, sae.W_dec, alpha)
         if step == "reconstruct":
             return code.reconstruction
-        return sae.decode(amplify(values, indices, gamma), indices)  # "amplify"
+        if step == "amplify":
+            return sae.decode(amplify(values, indices, gamma), indices)
+        raise ValueError(f"method={self._steering.method!r} makes a step {step!r} that there is not.")
 
     def _neighbors(self, sae: SAEModel, rows: torch.Tensor, retrieval: RetrievalInputs) -> NeighborCodes:
         if self._search is None:
@@ -529,6 +542,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             model.sae.set_domain_statistics(statistics)
         if config_dict.get("holds_label_sets"):
             model._scoring = LabelScoring.load(pretrained_model_name_or_path, place, model)
+        if not settings and model._lacks_rows(model._steering):
+            # Versions before ran distribution norm under that name. It loads, and refuses to score.
+            logger.warning(f"{pretrained_model_name_or_path}: {lacking_rows(model._steering.method)}")
+            model._use(model._steering, complete=False)
+            return model
         try:
             model.set_steering(**settings)  # without any, a look at whether those stored can be used
         except ValueError as error:
@@ -591,8 +609,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         What the method in force makes of a label set, fitted on the unlabelled rows of the statistics and kept: the next call with
         these labels and templates, also of the pipeline, finds it, and `save_pretrained` saves it.
 
-        It need not be called: any label set is fitted when it is first scored. Without rows the prototypes are those of distribution
-        norm.
+        It need not be called: any label set is fitted when it is first scored.
 
         Args:
             labels (`list[str]`): the labels.

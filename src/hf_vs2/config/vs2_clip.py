@@ -33,6 +33,12 @@ class MethodParts(NamedTuple):
     def needs_statistics(self) -> bool:
         return self.scores != "cosine" or self.step == "corrected"
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the statistics must hold rows: prototypes and balanced means are fitted to them, and the mean of
+        steered images is theirs."""
+        return self.scores != "cosine" and (self.scores != "distribution_norm" or self.step != "none")
+
 
 METHODS = {
     "none": MethodParts(),

@@ -290,7 +290,9 @@ def _checked(values: torch.Tensor, dtype: torch.dtype, layer: int, names: Sequen
         else:
             reason = f"is not finite: the model overflows in {values.dtype}, load it with dtype=torch.float32"
             if values.dtype == torch.float32:
-                reason = "is not finite: weights of the model, or image_mean and image_std of its image processor, are damaged"
+                reason = (
+                    "is not finite: weights of the model, or image_mean and image_std of its processor, are damaged"
+                )
         raise ValueError(f"The CLS activation of {names[bad]} after layer {layer} {reason}")
     return rows.cpu()
 

@@ -76,7 +76,8 @@ class NamedImages(Dataset):
 
 
 class NamedStream(IterableDataset):
-    """Images that come one after another, by their place in the order where they have no name. As a data set, so that no version of
+    """Images that come one after another, by their place in the order where they have no name. As a data set, so that
+    no version of
     transformers turns it into a list."""
 
     def __init__(self, images: Iterable[Any]):

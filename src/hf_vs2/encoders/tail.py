@@ -38,8 +38,10 @@ def unit_embeds(features: Any, name: Callable[[int], str] = "row {}".format) -> 
     broken = first_broken_row(embeds.detach().square().sum(-1))
     if broken is not None:
         raise ValueError(
-            f"The CLIP gives no finite embedding for {name(broken)}. Where it overflows in {features.dtype}, load it with "
-            "dtype=torch.float32; otherwise its weights, or image_mean and image_std of its image processor, are damaged."
+            f"The CLIP gives no finite embedding for {name(broken)}. Where it overflows in {features.dtype}, load it "
+            "with "
+            "dtype=torch.float32; otherwise its weights, or image_mean and image_std of its image processor, are "
+            "damaged."
         )
     return normalize(embeds, dim=-1)
 
@@ -64,7 +66,8 @@ def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], st
     if broken is not None:
         check_temperature(clip)
         raise ValueError(
-            f"The scores of {name(broken)} are not finite, though its embedding is: class embeddings, statistics of unlabelled images or the "
+            f"The scores of {name(broken)} are not finite, though its embedding is: class embeddings, statistics of "
+            "unlabelled images or the "
             "SAE's code hold NaN or infinity. Make them again."
         )
     return scores
@@ -74,7 +77,8 @@ def check_temperature(clip: CLIPModel) -> None:
     """Refuse, by a `ValueError`, a CLIP whose scores would be infinite."""
     if not clip.logit_scale.float().exp().isfinite():
         raise ValueError(
-            f"logit_scale of the CLIP {clip.config._name_or_path or 'given'} is {float(clip.logit_scale):g}, and its exponential no finite "
+            f"logit_scale of the CLIP {clip.config._name_or_path or 'given'} is {float(clip.logit_scale):g}, and its "
+            "exponential no finite "
             "number (a CLIP's logit_scale is about 4.6): its weights are damaged. Save or download it again."
         )
 

@@ -80,12 +80,14 @@ def variants_of(model: VS2CLIPForZeroShot, methods: Sequence[str]) -> list[Varia
     ordered = [name for name in EVALUATION_METHODS[1:] if name in methods]
     ordered += [name for name in dict.fromkeys(methods) if name not in EVALUATION_METHODS]
     missing = [name for name in ordered if _parts(name).needs_statistics and model.domain_statistics is None]
-    missing += [name for name in ordered if name.removesuffix(GATE) in CONTROLS and not _has_rows(model)]
+    if not _has_rows(model):
+        missing += [name for name in ordered if name.removesuffix(GATE) in CONTROLS or _parts(name).needs_rows]
     missing = [name for name in missing if name != "distribution_norm"]  # takes its mean from the rows given
     if missing:
         logger.warning(
-            f"No rows for {', '.join(missing)}: the model has no statistics of unlabelled images to take them from. hf-vs2 calibrate "
-            "measures them."
+            f"No rows for {', '.join(dict.fromkeys(missing))}: the model has no statistics of unlabelled images to "
+            "take them from, or they "
+            "keep no rows. hf-vs2 calibrate measures them."
         )
     return [CLIP, *(variant for name in ordered if name not in missing for variant in _variants(model, name))]
 

@@ -155,14 +155,16 @@ class Recommendation:
     What to use, and why.
 
     Args:
-        method (`str`): one of [`Steering`]'s; `"none"` is plain CLIP, which is the answer wherever labels do not show a gain.
+        method (`str`): one of [`Steering`]'s; `"none"` is plain CLIP, which is the answer wherever labels do not show
+            a gain.
         reasons (`list[str]`): sentences.
         calibrate_first (`bool`): the images are not those of the checkpoint; the recommendation is about a checkpoint that is
             calibrated on them.
         evidence (`dict`): the numbers behind it, see [`Evidence`], and the share of images `inside` the gates.
         candidates (`list[dict]`): with labels, a row a method: `top1`, `gain` over plain CLIP in points, `gain_ci`, its 95 % paired
             bootstrap interval, `n`, and `n_needed`, about how many labels it would take to tell such a gain from none.
-        by_rule (`str`): what the label-free rule names. Its thresholds come from one stand-in encoder; on a true CLIP it named methods that
+        by_rule (`str`): what the label-free rule names. Its thresholds come from one stand-in encoder; on a true CLIP
+            it named methods that
             lose (`docs/recommend.md`).
     """
 
@@ -206,9 +208,12 @@ def recommend(
     """
     Recommend a method for a label set and images, and say why; plain CLIP is among the answers.
 
-    Without labels the answer is plain CLIP. What the label-free rule would name stands beside it, with reasons (`by_rule`): its thresholds
-    come from one stand-in encoder, and on a true CLIP it named methods that lose, see `docs/recommend.md`. With labels of some of the images
-    it compares, and names a method that surely gains on them. Of fewer than 20 images, or one label, there is too little to tell.
+    Without labels the answer is plain CLIP. What the label-free rule would name stands beside it, with reasons
+        (`by_rule`): its thresholds
+    come from one stand-in encoder, and on a true CLIP it named methods that lose, see `docs/recommend.md`. With
+    labels of some of the images
+    it compares, and names a method that surely gains on them. Of fewer than 20 images, or one label, there is too
+    little to tell.
 
     Args:
         model: the wrapper. It is left as it was found.
@@ -272,8 +277,10 @@ def _counted(number: int, what: str) -> str:
 
 def _without_labels(by_rule: str) -> str:
     return (
-        f"Without labels nothing shows a gain. The label-free rule names {_name(by_rule)}, for the reasons below; but its thresholds come from "
-        "one stand-in encoder, and on OpenAI's ViT-B/32 it named a method that loses on 6 of 8 halves of data sets (docs/recommend.md)."
+        f"Without labels nothing shows a gain. The label-free rule names {_name(by_rule)}, for the reasons below; "
+        "but its thresholds come from "
+        "one stand-in encoder, and on OpenAI's ViT-B/32 it named a method that loses on 6 of 8 halves of data sets "
+        "(docs/recommend.md)."
     )
 
 
@@ -406,7 +413,8 @@ def _needed(fixed: int, broken: int, n: int) -> int | None:
 
 
 def _reconsider(method: str, candidates: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """The method after the comparison, and what it says: the rule's one where it surely gains, a surely better one, else plain CLIP."""
+    """The method after the comparison, and what it says: the rule's one where it surely gains, a surely better one,
+    else plain CLIP."""
     gains = {one["method"]: one for one in candidates if "gain" in one}
     best, chosen, n = max(gains.values(), key=lambda one: one["gain"]), gains.get(method), candidates[0]["n"]
     if n < LEAST_LABELS:

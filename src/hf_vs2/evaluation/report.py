@@ -271,7 +271,8 @@ def draw_gains(axes: Axes, results: Results) -> None:
 def draw_fvu_histogram(axes: Axes, fvu: Mapping[str, Any], threshold: float | None = None, bins: int = 40) -> None:
     """Per-sample FVU of one or several sets of images (label -> values), and the gate's threshold, on `axes`.
 
-    Each set's bars add up to 100 %, so that sets of different size compare. The last bar also counts everything beyond it. An infinite
+    Each set's bars add up to 100 %, so that sets of different size compare. The last bar also counts everything
+    beyond it. An infinite
     threshold is no gate.
     """
     groups = {label: np.asarray(values, dtype=np.float64) for label, values in fvu.items()}

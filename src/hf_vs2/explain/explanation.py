@@ -188,7 +188,8 @@ def explain_rows(
     """The explanation of CLS rows `(batch, hidden_size)` of the last layer; class embeddings may have any length.
 
     Raises:
-        `ValueError`: if steering does not go through latents of the last layer alone, on labels of another number, and naming the first
+        `ValueError`: if steering does not go through latents of the last layer alone, on labels of another number,
+        and naming the first
             row, class or score that is not finite.
     """
     check_explainable(model)

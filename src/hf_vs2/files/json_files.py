@@ -1,4 +1,5 @@
-"""JSON as we write, print and read it: every JSON reader understands it, and infinity is spelled as in transformers' `config.json`."""
+"""JSON as we write, print and read it: every JSON reader understands it, and infinity is spelled as in transformers'
+`config.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 def to_json(value: Any, **layout: Any) -> str:
     """
-    JSON text of plain values. An infinite number becomes `{"__float__": "Infinity"}`; letters stay as they are, unless UTF-8 has none for
+    JSON text of plain values. An infinite number becomes `{"__float__": "Infinity"}`; letters stay as they are,
+    unless UTF-8 has none for
     one (a file name of stray bytes), which makes all of the text ASCII.
 
     Args:
@@ -25,7 +27,8 @@ def to_json(value: Any, **layout: Any) -> str:
         layout: `indent`, `sort_keys`, `separators` and `ensure_ascii` of `json.dumps`.
 
     Raises:
-        `ValueError`: on NaN, naming where it stands. It stands for no answer, so whoever writes one has to decide what it means.
+        `ValueError`: on NaN, naming where it stands. It stands for no answer, so whoever writes one has to decide
+        what it means.
     """
     layout = {"ensure_ascii": False, "allow_nan": False} | layout
     try:
@@ -41,7 +44,8 @@ def to_json(value: Any, **layout: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """What [`to_json`] was given, with lists for tuples. The bare `Infinity` and `NaN` of earlier versions are read, too.
+    """What [`to_json`] was given, with lists for tuples. The bare `Infinity` and `NaN` of earlier versions are read,
+    too.
 
     Raises:
         `ValueError`: if it is no JSON. `RecursionError`: if it is nested too deeply.

@@ -6,7 +6,8 @@ import torch
 
 
 def first_broken_row(rows: torch.Tensor) -> int | None:
-    """Number of the first row of `(n,)` or `(n, ...)` that holds NaN or infinity; `None` where there is none, and under `torch.compile`, which
+    """Number of the first row of `(n,)` or `(n, ...)` that holds NaN or infinity; `None` where there is none, and
+    under `torch.compile`, which
     can't look at numbers."""
     if torch.compiler.is_compiling():
         return None

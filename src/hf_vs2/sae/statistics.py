@@ -99,8 +99,9 @@ class DomainStatistics:
         return self._placed[device]
 
     def without_rows(self, image_mean: torch.Tensor | None = None) -> DomainStatistics:
-        """The same without the sketch: no activation of a single image is given away. Prototypes and balanced norm then are
-        distribution norm.
+        """The same without the sketch: no activation of a single image is given away. Prototypes and balanced methods
+        can't be fitted then;
+        distribution norm can.
 
         Args:
             image_mean (*optional*): what distribution norm needs, where the statistics have none

@@ -101,6 +101,8 @@ class LabelScoring:
             `ValueError`: without statistics, or rows where the method needs them.
         """
         method, settings = model.steering_settings.method, _settings(model)
+        if model.steering_settings.parts.needs_rows and statistics_of(model).rows is None:
+            raise ValueError(lacking_rows(method))
         with self._lock, _kept_tensors():
             classes = normalize(class_embeds.float(), dim=-1)
             self._check_state(model)
@@ -154,7 +156,7 @@ class LabelScoring:
     def _fit(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...], classes: torch.Tensor) -> LabelFit:
         scores = model.steering_settings.parts.scores
         mean = self._image_mean(model, settings).to(classes.device)
-        if scores == "distribution_norm" or statistics_of(model).rows is None:
+        if scores == "distribution_norm":
             nothing = tuple(classes.new_zeros(len(classes), width) for width in _view_widths(model))
             return norm_fit(classes, mean)._replace(views=nothing)
         embeds, views = self._sketch_rows(model, settings)
@@ -163,7 +165,9 @@ class LabelScoring:
             return norm_fit(classes, balanced_mean(embeds, classes))
         if scores == "balanced_prototypes":
             return fit_balanced_prototypes(embeds, classes)
-        return fit_prototypes(embeds, classes, mean, [view.to(classes.device) for view in views])
+        if scores == "prototypes":
+            return fit_prototypes(embeds, classes, mean, [view.to(classes.device) for view in views])
+        raise ValueError(f"method={model.steering_settings.method!r} scores by {scores!r}, which fits nothing.")
 
     def _image_mean(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]) -> torch.Tensor:
         steps = model.steering_settings.parts.step != "none"
@@ -171,10 +175,7 @@ class LabelScoring:
         if known.image_mean is not None and not steps:
             return known.image_mean
         if known.rows is None:
-            raise ValueError(
-                f"method={model.steering_settings.method!r} needs the mean of steered images, and the statistics of this model keep no "
-                "rows to take it from. Calibrate with rows, or use 'distribution_norm'."
-            )
+            raise ValueError(lacking_rows(model.steering_settings.method))
         return self._sketch_rows(model, settings)[0].mean(0)
 
     def _sketch_rows(
@@ -278,6 +279,15 @@ def _view_widths(model: VS2CLIPForZeroShot, method: str | None = None) -> list[i
     return [widths[view] for view in METHODS[method or model.steering_settings.method].views]
 
 
+def lacking_rows(method: str) -> str:
+    return (
+        f"method={method!r} is fitted to rows of unlabelled images, and the statistics of this model keep none "
+        "(--sketch_rows 0, or "
+        "without_rows()). Use method='distribution_norm', which needs none, or calibrate again with rows: hf-vs2 "
+        "calibrate."
+    )
+
+
 def statistics_of(model: VS2CLIPForZeroShot) -> DomainStatistics:
     """The model's statistics.
 
@@ -297,4 +307,4 @@ def _settings(model: VS2CLIPForZeroShot) -> tuple[float, ...]:
     return () if chosen.parts.step == "none" else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
 
 
-__all__ = ["FittedLabels", "LabelScoring", "statistics_of"]
+__all__ = ["FittedLabels", "LabelScoring", "lacking_rows", "statistics_of"]

@@ -74,6 +74,8 @@ def latent_step(
         start = code.reconstruction.to(x.dtype)
         if step == "amplify":
             change, latents = amplify(values, indices, gamma) - values, indices
+    elif step != "none":
+        raise ValueError(f"method={settings.method!r} makes a step {step!r} that there is not.")
     if edits is not None:
         change, latents = edited_change(values, indices, change, latents, edits)
     return LatentStep(start, change, latents, step not in ("reconstruct", "amplify"))

@@ -65,7 +65,8 @@ def batches(rows: Rows, indices: torch.Tensor, batch_size: int = _BATCH) -> Iter
         broken = first_broken_row(block)
         if broken is not None:
             raise ValueError(
-                f"Activation row {int(chosen[broken])} holds NaN or infinite values. Extract the activations again in float32 "
+                f"Activation row {int(chosen[broken])} holds NaN or infinite values. Extract the activations again "
+                "in float32 "
                 "or bfloat16 (float16 overflows in some CLIP models)."
             )
         yield block
@@ -76,7 +77,8 @@ def refuse_overflow(of_sae: torch.Tensor, numbers: Sequence[int] | torch.Tensor)
     broken = first_broken_row(of_sae)
     if broken is not None:
         raise ValueError(
-            f"The SAE overflows on activation row {int(numbers[broken])}: its weights are far too large for these rows. Use an SAE that was "
+            f"The SAE overflows on activation row {int(numbers[broken])}: its weights are far too large for these "
+            "rows. Use an SAE that was "
             "trained on activations of this CLIP."
         )
 
@@ -93,7 +95,8 @@ def split_rows(num_rows: int, share: float, seed: int) -> tuple[torch.Tensor, to
 
 
 def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mean `(hidden_size,)` and total variance (mean squared distance to the mean) in one pass of float64 sums; a variance that is rounding
+    """Mean `(hidden_size,)` and total variance (mean squared distance to the mean) in one pass of float64 sums; a
+    variance that is rounding
     alone is 0.
 
     The sums are taken around the first row: with CLIP's large mean, `E x^2 - (E x)^2` would lose digits.
@@ -112,8 +115,10 @@ def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tens
 
 
 def _is_rounding(variance: float, mean: torch.Tensor, row: torch.Tensor) -> bool:
-    """Whether rows with this total variance around a mean, of which `row` is one, differ by rounding alone: the same image comes out of a
-    CLIP some steps of float32 apart where it lies elsewhere in its batch, and then one step of a shorter type that rows are stored in."""
+    """Whether rows with this total variance around a mean, of which `row` is one, differ by rounding alone: the same
+    image comes out of a
+    CLIP some steps of float32 apart where it lies elsewhere in its batch, and then one step of a shorter type that
+    rows are stored in."""
     step = 32 * torch.finfo(torch.float32).eps
     for dtype in (torch.float16, torch.bfloat16):
         if torch.equal(row.to(dtype).to(row.dtype), row):

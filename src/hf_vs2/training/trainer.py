@@ -261,7 +261,8 @@ class SAETrainer:
         mean, total_variance = activation_statistics(self.rows, self.train_indices)
         if not total_variance > 0:
             raise ValueError(
-                "All training rows are the same, or differ by rounding alone: there is nothing to learn. Check how they were extracted."
+                "All training rows are the same, or differ by rounding alone: there is nothing to learn. Check how "
+                "they were extracted."
             )
         for _ in batches(self.rows, self.held_out_indices):
             pass  # refuses rows that are not finite now, not in the calibration after the training

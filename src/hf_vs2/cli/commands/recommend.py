@@ -25,10 +25,10 @@ from ..parsing import Parser, UsageError
 
 USAGE = "--checkpoint O --dataset D --labels NAME... [options]"
 DESCRIPTION = """\
-Recommends a method for your images and labels, and says why. With labels of some images (--label_column), methods are compared on them,
-and one that surely gains is named. Without, the answer is plain CLIP: beside it stands what a rule would name that goes by how sure CLIP
-is, whether the images are spread over the labels, and how far answers depend on which were seen. Its thresholds come from one stand-in
-encoder, and on a true CLIP it named methods that lose."""
+Recommends a method for your images and labels, and says why. With labels of some images (--label_column), methods are
+compared on them, and one that surely gains is named. Without, the answer is plain CLIP; beside it stands what a rule
+would name that goes by how sure CLIP is, whether the images are spread over the labels, and how far answers depend on
+which were seen. Its thresholds come from one stand-in encoder, and on a true CLIP it named methods that lose."""
 EXAMPLES = """\
 examples:
   hf-vs2 recommend --checkpoint outputs/sae-photos --dataset photos/ --labels cat dog horse
@@ -87,7 +87,8 @@ def run(args: Namespace) -> None:
     say("", *_next_lines(args, found.method, found.calibrate_first))
     if not found.candidates:
         say(
-            f"To know: hf-vs2 recommend --checkpoint {args.checkpoint} --dataset LABELLED --label_column label, with 100 labelled images"
+            f"To know: hf-vs2 recommend --checkpoint {args.checkpoint} --dataset LABELLED --label_column label, with "
+            "100 labelled images"
         )
 
 
