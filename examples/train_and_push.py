@@ -6,8 +6,6 @@ python examples/train_and_push.py --model openai/clip-vit-base-patch32 --dataset
 
 import argparse
 
-from transformers import CLIPModel
-
 from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, extract_activations, load_images, push_to_hub
 
 
@@ -26,10 +24,9 @@ def main() -> None:
     args = parser.parse_args()
 
     # Extract the activations, once: what is found in the folder is not computed again.
-    clip = CLIPModel.from_pretrained(args.model)
     images = load_images(args.dataset, args.split, image_column=args.image_column)
     rows = extract_activations(
-        clip, images, f"{args.output_dir}/activations", image_column=args.image_column, dataset_id=args.dataset
+        args.model, images, f"{args.output_dir}/activations", image_column=args.image_column, dataset_id=args.dataset
     )
 
     # Train, calibrate the gate on rows held out from training, and save.

@@ -89,6 +89,7 @@ class Repository:
     tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[str, str] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+    authors: dict[str, str] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -521,12 +522,13 @@ class _Handler(BaseHTTPRequestHandler):
                 "title": repository.titles[reference],
                 "status": "open",
                 "isPullRequest": True,
-                "author": {"name": repository.owner},
+                "author": {"name": repository.authors.get(reference, repository.owner)},
                 "createdAt": "2026-01-01T00:00:00.000Z",
                 "repo": {"name": repo_id, "type": "model"},
             }
             for reference in repository.pull_requests  # merged ones are gone from here
         ]
+        listed = [one for one in listed if self.query.get("author") in (None, one["author"]["name"])]
         return self._send(200, {"discussions": listed, "count": len(listed), "start": 0})
 
     # Uploads

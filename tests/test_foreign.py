@@ -356,9 +356,9 @@ def test_what_the_files_do_not_tell_is_asked_for(tmp_path, caplog):
         sae.fvu_threshold(0.99)
 
     caplog.clear()
-    write(tmp_path / "layers.7.mlp", "sparsify")
+    write(tmp_path / "best-of-5", "sparsify")
     options = {"base_model_name_or_path": "openai/clip-vit-base-patch32", "base_model_revision": "a" * 40}
-    sae = SAEModel.from_sparsify(tmp_path / "layers.7.mlp", **options)
+    sae = SAEModel.from_sparsify(tmp_path / "best-of-5", **options)
     assert sae.config.layer is None and "taken for the last; give layer=" in caplog.text
     assert "base_model_name_or_path=" not in caplog.text
     assert sae.config.base_model_name_or_path == options["base_model_name_or_path"]
@@ -371,6 +371,28 @@ def test_what_the_files_do_not_tell_is_asked_for(tmp_path, caplog):
     write(tmp_path / "prisma", "prisma", {"cls_token_only": False})
     SAEModel.from_prisma(tmp_path / "prisma")
     assert "trained on CLS and patch tokens; here it reads the CLS token" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "layers.7.mlp",
+        "vision_model.encoder.layers.7.self_attn",
+        "vision_model.encoder.layers.7.mlp.fc2",
+        "text_model.encoder.layers.7",
+        "vision_model.post_layernorm",
+        "vision_model.embeddings",
+        "visual_projection",
+        "h.7",
+    ],
+)
+def test_an_sae_of_another_place_is_no_sae_of_the_last_layer(tmp_path, hook):
+    """sparsify names a folder after the module whose output the SAE reads. One of an MLP was taken for the last
+    layer's, and steered rows that it had never seen the like of."""
+    write(tmp_path / hook, "sparsify")
+    with pytest.raises(ValueError, match=f"the SAE reads '{hook}'.* Give layer="):
+        SAEModel.from_sparsify(tmp_path / hook)
+    assert SAEModel.from_sparsify(tmp_path / hook, layer=7).config.layer == 7
 
 
 def test_calibration_gives_a_converted_sae_its_mean_and_its_gate(tmp_path, tiny_clip):

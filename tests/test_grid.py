@@ -71,13 +71,13 @@ def test_scores_are_the_replays(alpha: float) -> None:
     model = make_model()
     rows, _, classes = material()
     alphas = torch.tensor([7.0, alpha, 0.2], dtype=torch.float64)
-    found = torch.cat(list(scores_along(rows, _direction(model, rows), fold_tail(model, classes), alphas)))[1]
+    found = torch.cat(list(scores_along(rows, _direction(model, rows), fold_tail(model.clip, classes), alphas)))[1]
     expected = replayed(model, rows, classes, gamma=1 + alpha, lambda_=1.0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection
     bias = classes @ projection(norm.bias)
     torch.testing.assert_close(found[0], bias)  # a row of zeros stays one
-    (to_zero,) = scores_along(rows, -rows, fold_tail(model, classes), torch.ones(1, dtype=torch.float64))
+    (to_zero,) = scores_along(rows, -rows, fold_tail(model.clip, classes), torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(to_zero[0], bias.expand_as(to_zero[0]))  # as does one that is moved to zero
 
 

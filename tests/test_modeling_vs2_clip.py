@@ -881,7 +881,7 @@ def test_checkpoints_that_cannot_work_say_why(tiny_clip, named_clip, tmp_path):
     with pytest.raises(ValueError, match="A light checkpoint names its CLIP.*full=True"):
         VS2CLIPForZeroShot(tiny_clip, fitted_sae(tiny_clip)).save_pretrained(tmp_path / "nameless")
     fitted_sae(tiny_clip).save_pretrained(tmp_path / "sae")
-    with pytest.raises(ValueError, match=r"does not name the CLIP it belongs to.*clip=\.\.\."):
+    with pytest.raises(ValueError, match=r"does not name the CLIP it belongs to.*clip="):
         VS2CLIPForZeroShot.from_pretrained(tmp_path / "sae")
     with pytest.raises(ValueError, match="holds a model of type 'clip'; expected a VS2 checkpoint"):
         VS2CLIPForZeroShot.from_pretrained(named_clip.config._name_or_path)

@@ -46,8 +46,6 @@ STILL_UP = {
     "clip.modeling -> explain",
     "clip.pipeline -> explain",
     "data.rows -> training",
-    "encoders.tail -> clip",
-    "encoders.vision_tower -> data",
     "files.card_results -> evaluation",
     "files.foreign.parts -> sae",
     "files.foreign.prisma -> sae",

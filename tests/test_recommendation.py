@@ -8,7 +8,7 @@ import torch
 from test_evaluation import NAMES, make_model
 from torch.nn.functional import normalize
 
-from hf_vs2.encoders.base_model import vision_fingerprint
+from hf_vs2.encoders.fingerprints import vision_fingerprint
 from hf_vs2.encoders.tail import clip_embeds
 from hf_vs2.evaluation.recommendation import CANDIDATES, Evidence, decide, gather_evidence, recommend
 from hf_vs2.functional.label_free import balanced_mean, label_scores, norm_fit

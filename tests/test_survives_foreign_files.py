@@ -437,12 +437,12 @@ def test_an_sae_that_cannot_be_trusted_is_refused(whole, tmp_path, harm):
 VS2_HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "layers without end": (
         "full",
-        lambda folder: nested(folder, "clip_config", "vision_config", num_hidden_layers=HUGE),
-        r"has 1000000000000 layers; it holds fewer tensors",
+        lambda folder: nested(folder, "clip_config", "vision_config", num_hidden_layers=10**5),
+        r"has 100000 layers; it holds fewer tensors",
     ),
     "width to fill any memory": (
         "full",
-        lambda folder: nested(folder, "clip_config", "text_config", hidden_size=HUGE),
+        lambda folder: nested(folder, "clip_config", "text_config", hidden_size=10**5),
         r"model.safetensors",
     ),
     "patches of no size": (

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import CLIPModel, PreTrainedModel
 
-from ..config.checks import refuse_kernels
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import check_base_model, loaded_revision, resolve_layer
-from ..encoders.processing import load_processing
+from ..encoders.loading import check_clip, load_clip, refuse_offloaded
+from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
 from ..files.checkpoint_folder import CORPUS_FOLDER
-from ..files.weight_files import HUB_ARGUMENTS, WeightFiles, check_numbers, in_one_message, refuse_variant
+from ..files.place import HUB_ARGUMENTS, refuse_variant
+from ..files.weight_files import WeightFiles, in_one_message
 from ..sae.modeling import SAEModel
 from ..steering.corpus import RetrievalCorpus
 
@@ -26,9 +27,10 @@ def without_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "attn_implementation"}
 
 
-def load_clip(
+def clip_of(
     clip: CLIPModel | str | os.PathLike | None,
     config: SAEConfig | VS2CLIPConfig,
+    checkpoint: str | os.PathLike,
     place: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> CLIPModel:
@@ -38,27 +40,18 @@ def load_clip(
         return clip
     access = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "_commit_hash")}
     name, revision = (clip, None) if clip is not None else (config.base_model_name_or_path, config.base_model_revision)
+    give = "Give the CLIP itself: clip= (on the command line --clip)."
     if name is None:
-        raise ValueError(
-            "This checkpoint does not name the CLIP it belongs to. Give it: from_pretrained(..., clip=...)."
-        )
-    clip_dict, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main", **access)
-    if clip_dict.get("model_type") != CLIPConfig.model_type:
-        # transformers would load it as a CLIP with random weights.
-        raise ValueError(f"{name} holds a model of type {clip_dict.get('model_type')!r}; expected a CLIP ('clip').")
-    refuse_kernels(clip_dict, name)
-    asked = {"revision": revision or "main", "output_loading_info": True, **access, **kwargs}
-    model, loading = in_one_message(lambda: CLIPModel.from_pretrained(name, **asked), name)
-    if loading["missing_keys"]:
-        # transformers has filled them in at random.
-        raise ValueError(
-            f"{name} is damaged: it has no {min(loading['missing_keys'])}. Save or download that CLIP again."
-        )
-    _refuse_offloaded(model, name)
-    check_numbers(model.named_parameters(), name)
-    # Newer transformers forgets it, and what is saved again should name it again.
-    model.config._commit_hash = revision or loaded_revision(model, access.get("cache_dir"))
-    return model
+        raise ValueError(f"{checkpoint} does not name the CLIP it belongs to. {give}")
+    try:
+        found = load_clip(name, {**access, "revision": revision}, **kwargs)
+    except (OSError, ValueError) as error:
+        if clip is not None:
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{checkpoint} names {name} as its CLIP, which can't be loaded. {error} {give}") from error
+    refuse_offloaded(found, name)
+    return found
 
 
 def load_saes(
@@ -103,19 +96,10 @@ def load_full(
     )
     if loading["missing_keys"] or loading["unexpected_keys"]:
         raise ValueError(f"{files.source} is not what this version writes: {loading}. Save the checkpoint again.")
-    _refuse_offloaded(model, name_or_path)
+    refuse_offloaded(model, name_or_path)
+    check_clip(model.clip, files.source, read=False)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model
-
-
-def _refuse_offloaded(model: PreTrainedModel, name: str | os.PathLike) -> None:
-    """Steering goes through parts of the CLIP that the hooks which bring offloaded weights back do not know of."""
-    away = [parameter for parameter, tensor in model.named_parameters() if tensor.is_meta]
-    if away:
-        raise ValueError(
-            f"{name} was loaded with weights left on the disk or in the host's memory ({away[0]} is one), which steering can't run "
-            "from. Give a device_map that places all of them, such as device_map='cpu'."
-        )
 
 
 def _sizes_of_clip(config: VS2CLIPConfig, files: WeightFiles) -> dict[str, tuple[int, ...]]:
@@ -148,22 +132,28 @@ def load_corpus(name_or_path: str | os.PathLike, place: dict[str, Any]) -> Retri
 
 
 def find_processing(model: PreTrainedModel, source: str | None, place: dict[str, Any]) -> tuple[Any, Any]:
-    """Tokenizer and image processor of a model: of the checkpoint that it was loaded from (`source`, at `place`) where that has them,
-    else of the CLIP that it names."""
-    missing: Exception = ValueError(
-        "This model does not say where its CLIP came from: give tokenizer= and image_processor= too."
-    )
-    if source is not None:
-        try:
-            return load_processing(source, **place)
-        except (OSError, ValueError) as error:
-            missing = error
+    """Tokenizer and image processor of a model: of the checkpoint that it was loaded from (`source`, at `place`) where
+    that has files of them, else of the CLIP that it names.
+
+    Raises:
+        `OSError`: if neither has them. `ValueError`: if files are damaged, or the model does not say where it comes
+            from.
+    """
     clip: Any = getattr(model, "clip", model)
     name = clip.config._name_or_path
-    if not name or name == source:
-        raise missing
     access = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
-    return load_processing(name, loaded_revision(clip, access.get("cache_dir")), **access)
+    found = []
+    for files, load in ((TOKENIZER_FILES, load_tokenizer), (PROCESSOR_FILES, load_image_processor)):
+        if source is not None and (name in (None, "", source) or holds(source, files, place)):
+            found.append(load(source, place))
+        elif name:
+            revision = loaded_revision(clip, access.get("cache_dir"))
+            found.append(load(name, {**access, "revision": revision or "main"}))
+        else:
+            raise ValueError(
+                "This model does not say where its CLIP came from: give tokenizer= and image_processor= too."
+            )
+    return found[0], found[1]
 
 
 def at_layer(config: SAEConfig, layer: int) -> SAEConfig:
@@ -190,6 +180,8 @@ def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
 def saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
     if not isinstance(clip, CLIPModel):
         raise TypeError(f"clip must be a transformers CLIPModel, not {type(clip).__name__}.")
+    refuse_offloaded(clip, clip.config._name_or_path or "The CLIP given")
+    check_clip(clip)
     given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
     if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
         raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
@@ -210,9 +202,9 @@ __all__ = [
     "HUB_ARGUMENTS",
     "at_layer",
     "check_widths",
+    "clip_of",
     "find_processing",
     "layer_of",
-    "load_clip",
     "load_corpus",
     "load_full",
     "load_saes",

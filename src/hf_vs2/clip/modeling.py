@@ -30,7 +30,7 @@ from ..explain.explanation import VS2Explanation, explain_rows
 from ..explain.inputs import explain_images, processing_of, resolve_names
 from ..files.checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
 from ..files.hub import HubMixin
-from ..files.weight_files import HUB_ARGUMENTS, at_one_commit
+from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
 from ..functional.equations import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
 from ..functional.label_free import corrected_steer, label_scores, latent_view, pca_view, row_distance
 from ..sae.modeling import SAEModel
@@ -42,8 +42,8 @@ from ..steering.outputs import SteeredRows, VS2CLIPOutput, VS2ImageFeatures, per
 from .loading import (
     at_layer,
     check_widths,
+    clip_of,
     layer_of,
-    load_clip,
     load_corpus,
     load_full,
     load_saes,
@@ -497,6 +497,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             `ValueError`: if the checkpoint is something else, names no CLIP, or `clip` is not the one it was trained on.
             `OSError`: if files are missing or can't be reached.
         """
+        kwargs = one_dtype(kwargs)
         found = kwargs.pop("config", None)
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
@@ -507,7 +508,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **without_attention(kwargs))
             defaults = sae.config
             model = cls(
-                load_clip(clip, defaults, place, kwargs),
+                clip_of(clip, defaults, pretrained_model_name_or_path, place, kwargs),
                 sae,
                 gamma=defaults.gamma,
                 lambda_=defaults.lambda_,
@@ -528,7 +529,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             # hand on a dtype that was asked for in the config alone.
             asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
             model = cls(
-                load_clip(clip, config, place, kwargs | asked),
+                clip_of(clip, config, pretrained_model_name_or_path, place, kwargs | asked),
                 load_saes(pretrained_model_name_or_path, config, place, kwargs),
             )
             model._set(config.steering(), complete=False)

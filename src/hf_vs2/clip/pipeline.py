@@ -22,11 +22,13 @@ from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
 from ..data.names import clean_class_names
 from ..data.prompts import resolve_templates
+from ..encoders.families import STEERABLE
+from ..encoders.loading import check_clip, load_clip
 from ..encoders.processing import knows_words
 from ..encoders.tail import logits_of, unit_embeds
 from ..explain.explanation import VS2Explanation, check_explainable
 from ..explain.inputs import resolve_names
-from ..files.weight_files import at_one_commit
+from ..files.place import at_one_commit
 from ..steering.outputs import VS2ImageFeatures
 from .loading import find_processing
 from .modeling import VS2CLIPForZeroShot
@@ -43,7 +45,7 @@ _OPTIONS = (
 )
 _EXPLAINED = "explanation."  # a batch goes through transformers' pipeline as named tensors
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-_MODEL_OPTIONS = ("dtype", "device_map", "attn_implementation", "clip")
+_MODEL_OPTIONS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "use_safetensors", "clip")
 
 
 class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
@@ -105,6 +107,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 "This tokenizer knows no words, so that all labels would look alike: transformers makes such a one where the "
                 "checkpoint has no tokenizer.json. Save the CLIP's tokenizer there, or give it with tokenizer=."
             )
+        check_clip(getattr(model, "clip", model))
         kwargs.pop("local_files_only", None)  # `pipeline()` has used it and passes it on
         self._prompts = PromptCache(self.max_cached_floats)
         super().__init__(**kwargs)
@@ -412,8 +415,8 @@ def zero_shot_classifier(
             model that is already loaded.
         tokenizer, image_processor (*optional*): by default those of the checkpoint, or else of the CLIP it names.
         kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `dtype`, `device_map`,
-            `attn_implementation` and `clip` go to `from_pretrained`; everything else (`device`, `batch_size`, `top_k`, `gamma`,
-            ...) to the pipeline.
+            `attn_implementation`, `use_safetensors` and `clip` go to `from_pretrained`; everything else (`device`,
+            `batch_size`, `top_k`, `gamma`, ...) to the pipeline.
 
     Raises:
         `ValueError`: if the checkpoint is of another kind, or a loaded model does not say where its tokenizer is.
@@ -444,14 +447,14 @@ def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> 
     model_type = config.get("model_type")
     if model_type in (VS2CLIPConfig.model_type, SAEConfig.model_type):
         return VS2CLIPForZeroShot.from_pretrained(source, **place, **loading)
-    if model_type != "clip":
+    if model_type not in STEERABLE:
         raise ValueError(
             f"{source} holds a model of type {model_type!r}; expected a VS2 checkpoint ({VS2CLIPConfig.model_type!r}), an SAE "
             f"checkpoint ({SAEConfig.model_type!r}) or a CLIP ('clip')."
         )
     if "clip" in loading:
         raise ValueError(f"clip= is for a VS2 or SAE checkpoint; {source} is a CLIP itself.")
-    return CLIPModel.from_pretrained(source, **place, **loading)
+    return load_clip(source, place, **loading)
 
 
 PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)  # a reload of this module is no reason for a warning

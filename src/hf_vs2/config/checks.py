@@ -21,7 +21,14 @@ _OPENS_OTHERS = (
     "kernel_config",
     "configuration_files",
 )
+OF_OTHERS = ("quantization_config", "configuration_files")
+"""Of these, what another library's model may have: it may be quantised, and have one configuration for each version of
+transformers."""
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+# Code that is here. For all others, "flash_attention_2" among them, transformers may fetch a kernel from a repository.
+_PACKAGED = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
+_LARGEST_SIZE = 500_000
+"""No CLIP has so many layers, features or words."""
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Attributes of transformers' configs that its files hold, but that are no field of theirs.
 _NO_FIELDS = ("model_type", "_name_or_path", "name_or_path", "num_labels", "output_attentions", "torch_dtype")
@@ -118,29 +125,40 @@ class CheckpointConfig(PackagedCode):
         refuse_requests(config_dict)
 
 
-def refuse_requests(config: Any) -> None:
+def refuse_requests(config: Any, allowed: tuple[str, ...] = ()) -> None:
     """Refuse a configuration, or one of its parts, by which transformers would open other files or run other code.
+
+    Args:
+        config: nested JSON.
+        allowed: fields of `_OPENS_OTHERS` that may be there.
 
     Raises:
         `ValueError`: naming the field.
     """
     for name, value in _entries(config):
-        asks = name in _OPENS_OTHERS or (name.lstrip("_") in _IMPLEMENTATIONS and "/" in str(value))
-        if asks and value is not None:
+        code = any(part in name for part in _IMPLEMENTATIONS) and set(_texts(value)) - set(_PACKAGED)
+        if code or (name in _OPENS_OTHERS and name not in allowed and value is not None):
             raise ValueError(f"The field {name!r} ({value!r}) asks for other files or code, which is not loaded.")
         if name in ("dtype", "torch_dtype") and value is not None and value not in _DTYPES:
             raise ValueError(f"{name}={value!r} is not a type of weights. Expected one of {list(_DTYPES)}.")
 
 
-def refuse_kernels(config: Any, where: str | os.PathLike) -> None:
-    """Refuse the configuration of another library's model that names a repository of kernels.
+def check_clip_config(config: Any) -> None:
+    """Refuse the configuration of a CLIP that asks for other files or code, or for sizes that no CLIP has.
 
     Raises:
         `ValueError`: naming the field.
     """
+    refuse_requests(config, OF_OTHERS)
     for name, value in _entries(config):
-        if name.lstrip("_") in _IMPLEMENTATIONS and "/" in str(value):
-            raise ValueError(f"{CONFIG_NAME} of {where} asks for code ({name}={value!r}), which is not loaded.")
+        if isinstance(value, int) and abs(value) > _LARGEST_SIZE:
+            raise ValueError(f"The field {name!r} is {str(value)[:20]}, and nothing in a CLIP is so large.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    yield from (inner for _, inner in _entries(value) if isinstance(inner, str))
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
@@ -154,4 +172,4 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-__all__ = ["CheckpointConfig", "refuse_kernels", "refuse_requests"]
+__all__ = ["OF_OTHERS", "CheckpointConfig", "check_clip_config", "refuse_requests"]

@@ -1,5 +1,6 @@
 """Configuration of a top-k sparse autoencoder, and everything its checkpoint records about itself."""
 
+import base64
 import bisect
 import math
 import sys
@@ -48,6 +49,9 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
         base_model_fingerprint (`list[float]`, *optional*):
             A few weights of its vision tower, by which another model of the same shape is recognised and refused. Set it to
             `None` to use the SAE on a fine-tuned relative of its CLIP.
+        base_model_weights (`dict[str, str]`, *optional*):
+            A sample of all its weights, the same in every precision, by which fine-tuned relatives are noticed and warned of.
+            `None`, as in checkpoints of earlier versions: there is no such warning.
         layer (`int`, *optional*):
             Index of the encoder layer whose output the SAE reads, from 0. `None` means the last one.
         site (`str`, *optional*, defaults to `"cls"`):
@@ -89,6 +93,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_num_layers: int | None = None
     base_model_fingerprint: list[float] | None = None
+    base_model_weights: dict[str, str] | None = None
     layer: int | None = None
     site: str = "cls"
     total_variance: int | float | None = None
@@ -180,6 +185,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             raise ValueError(f"total_variance={str(self.total_variance)[:20]} must be finite and not negative.")
         if self.base_model_fingerprint is not None and not all(map(is_finite, self.base_model_fingerprint)):
             raise ValueError("base_model_fingerprint must be made of finite numbers.")
+        if self.base_model_weights is not None and not holds_samples(self.base_model_weights):
+            raise ValueError("base_model_weights must map parts of the model to base64 of pairs of float16 numbers.")
         if self.num_calibration_rows is not None and self.num_calibration_rows < 0:
             raise ValueError(f"num_calibration_rows={self.num_calibration_rows} must not be negative.")
         levels = {name: _level(name) for name in self.fvu_quantiles or {}}
@@ -233,6 +240,15 @@ def is_finite(value: float) -> bool:
     return abs(value) <= sys.float_info.max
 
 
+def holds_samples(found: Any) -> bool:
+    """Whether this can be what is recorded of a CLIP's weights: base64 of pairs of float16 numbers, by part of the
+    model."""
+    try:
+        return all(len(base64.b64decode(text, validate=True)) % 4 == 0 for text in found.values())
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
 def _level(name: str) -> float:
     try:
         return float(name)
@@ -240,4 +256,4 @@ def _level(name: str) -> float:
         return math.nan
 
 
-__all__ = ["SAEConfig", "is_finite", "quantile_of"]
+__all__ = ["SAEConfig", "holds_samples", "is_finite", "quantile_of"]

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 
 from ..functional.neighbors import POSITIVES
-from .checks import CheckpointConfig
+from .checks import CheckpointConfig, check_clip_config
 from .latent_edits import LatentEdits
 from .sae import SAEConfig, is_finite
 
@@ -214,6 +214,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         super().check_fields(config_dict)
         if config_dict["model_type"] != cls.model_type:
             raise ValueError(f"model_type={config_dict['model_type']!r} is not {cls.model_type!r}.")
+        check_clip_config(config_dict["clip_config"])
         if not isinstance(config_dict["sae_configs"], list):
             raise ValueError("sae_configs must be a list.")
         for number, sae in enumerate(config_dict["sae_configs"]):

@@ -40,7 +40,7 @@ def extract_activations(
     revision: str | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     on_error: str = "raise",
     shard_size: int = 4096,
     device: str | torch.device | None = None,
@@ -77,7 +77,7 @@ def extract_activations(
         revision (`str`, *optional*): of a Hub model given by id.
         batch_size (`int`): images per forward pass.
         num_workers (`int`): processes that decode, resize and crop; 0 does it in this one. Rows do not depend on it.
-        dtype (`str`): of the rows on disk, "float32", "bfloat16" or "float16".
+        dtype (`str` or `torch.dtype`): of the rows on disk, "float32", "bfloat16" or "float16".
         on_error (`str`): "raise" stops at an image that cannot be read, "skip" leaves it out; what was skipped is
             logged and listed in `store.metadata["skipped"]`.
         shard_size (`int`): images per file, the step in which an interrupted extraction continues. Several processes
@@ -94,9 +94,12 @@ def extract_activations(
     Raises:
         UnreadableImageError: (a `ValueError`) naming the row and path of an image that cannot be read.
         ValueError: an argument that does not fit, a NaN or infinite row (the message names the image), no image left.
-        TypeError: a model without a CLIP vision tower, or a data set of another library.
+        ValueError: a model of a family that nothing can steer yet; a CLIP that lacks weights, or whose weights can't
+            be used.
+        TypeError: what is no model, or a data set of another library.
         StoreError: (an `OSError`) files in the way that are not a store.
     """
+    dtype = str(dtype).removeprefix("torch.")
     _check_choice("dtype", dtype, ROW_DTYPES)
     _check_choice("on_error", on_error, ("raise", "skip"))
     for name, value, least in (
@@ -130,6 +133,7 @@ def extract_activations(
         "hidden_size": tower.hidden_size,
         "num_layers": tower.num_layers,
         "base_model_fingerprint": tower.sae_fingerprint(),
+        "base_model_weights": tower.weights,
         "shard_size": shard_size,
         "made_with": _versions(tower.device),
         "complete": False,

@@ -1,4 +1,4 @@
-"""What makes two extractions the same: fingerprints of a vision tower's weights and of a data set's images."""
+"""What makes two extractions of one model the same: a fingerprint of a data set's images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 
 if TYPE_CHECKING:
@@ -18,33 +17,6 @@ if TYPE_CHECKING:
 
 # Images of at most this many bytes in all are hashed whole; of larger sets, this many bytes.
 CONTENT_BUDGET = 64 * 2**20
-# Fields of a vision configuration that change the rows although the weights are the same.
-VISION_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
-
-
-def model_fingerprint(tower: torch.nn.Module) -> str:
-    """
-    16 hexadecimal digits of every weight of a vision tower and of the settings it runs with.
-
-    All bytes are hashed: about a second for a ViT-L, nothing beside an extraction, and no fine-tuning, however small,
-    goes unnoticed.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps({field: getattr(tower.config, field, None) for field in VISION_FIELDS}).encode())
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def dataset_fingerprint(dataset: Dataset | IterableDataset, image_column: str, label_column: str | None) -> str:

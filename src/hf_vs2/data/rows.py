@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from ..encoders.base_model import resolve_layer
+from ..encoders.families import recorded_family, refuse_family
 from ..training.calibration import Rows, TensorRows
 from .store import ActivationStore, differences
 
@@ -37,9 +38,17 @@ def training_rows(train_rows: TrainRows, layer: int | None) -> Rows:
 
 
 class LayerRows:
-    """One layer of an activation store, and where its rows come from, as the SAE's config records it."""
+    """One layer of an activation store, and where its rows come from, as the SAE's config records it.
+
+    Raises:
+        `ValueError`: if it is not clear which layer, or the rows are of an encoder that nothing can steer.
+    """
 
     def __init__(self, store: ActivationStore, layer: int | None):
+        model = store.metadata["model"]
+        family = None if model["id"] is None else recorded_family(model["id"], model["revision"])
+        if family is not None:
+            refuse_family(family, f"{store.path} holds activations of {model['id']}, which", tower=True)
         if layer is None and len(store.layers) > 1:
             raise ValueError(f"The store holds layers {list(store.layers)}: say which one to train on (layer=).")
         self.store = store
@@ -64,6 +73,7 @@ class LayerRows:
             "base_model_revision": found["model"]["revision"],
             "base_model_num_layers": found["num_layers"],
             "base_model_fingerprint": found["base_model_fingerprint"],
+            "base_model_weights": found.get("base_model_weights"),
             "layer": self.layer,
         }
 

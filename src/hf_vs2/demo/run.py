@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CLIPModel
 from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
 from ..data.activations import ActivationStore, extract_activations
 from ..data.prompts import SINGLE_TEMPLATE
+from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
 from ..evaluation.comparison import EvaluationResult, evaluate
 from ..sae.modeling import SAEModel
@@ -185,7 +185,7 @@ class _Demo:
         assets = str(files("hf_vs2") / "demo_assets")
         self.output_dir, self.seed, self.progress = output_dir, seed, progress
         # Stored in float16 to be small; computed in float32, which is what CPUs are good at.
-        self.clip = CLIPModel.from_pretrained(assets, dtype=torch.float32).eval()
+        self.clip = load_clip(assets, dtype=torch.float32)
         self.tokenizer, self.image_processor = load_processing(assets)
 
     def run(self) -> DemoResult:

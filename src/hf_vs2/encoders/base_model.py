@@ -1,11 +1,11 @@
-"""Which CLIP an SAE belongs to: what is recorded of it, and the check that refuses another."""
+"""Which CLIP an SAE belongs to: what is recorded of it, and the checks that refuse another and warn of a relative."""
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -14,10 +14,15 @@ from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config.sae import SAEConfig
-
-
-_FINGERPRINT_SIZE = 8
-_FINGERPRINT_WEIGHTS = ("embeddings.class_embedding", "pre_layrnorm.weight", "post_layernorm.weight")
+from .fingerprints import (
+    FINGERPRINT_WEIGHTS,
+    adapter_weight,
+    entries,
+    other_weight,
+    same_fingerprint,
+    vision_fingerprint,
+    weight_samples,
+)
 
 
 def resolve_layer(layer: int, num_layers: int) -> int:
@@ -31,29 +36,6 @@ def resolve_layer(layer: int, num_layers: int) -> int:
             f"layer={layer} does not exist: the vision tower has {num_layers} layers, 0 to {num_layers - 1}."
         )
     return layer % num_layers
-
-
-@torch.no_grad()
-def vision_fingerprint(clip: CLIPModel) -> list[float]:
-    """A few weights of the vision tower, enough to tell one CLIP from another and the same in float32 and bfloat16.
-
-    Evenly spaced entries of the class embedding and of the two layer norms around the encoder: `3 * 8` floats.
-    """
-    return _entries(clip.vision_model.get_parameter(name) for name in _FINGERPRINT_WEIGHTS)
-
-
-def _entries(vectors: Iterable[torch.Tensor]) -> list[float]:
-    picks = []
-    for vector in vectors:
-        step = max(1, len(vector) // _FINGERPRINT_SIZE)
-        picks += vector.detach()[::step][:_FINGERPRINT_SIZE].float().tolist()
-    return picks
-
-
-def same_fingerprint(left: list[float], right: list[float]) -> bool:
-    """Whether two fingerprints are of the same weights, be it in another precision."""
-    # bfloat16 keeps 8 bits: the same weights agree to 0.4 %.
-    return len(left) == len(right) and torch.allclose(torch.tensor(left), torch.tensor(right), rtol=0.01, atol=1e-6)
 
 
 def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> str | None:
@@ -88,28 +70,31 @@ def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> st
 def _stored_fingerprint(path: Path) -> list[float] | None:
     if not path.is_file():
         return None
-    names = [f"vision_model.{name}" for name in _FINGERPRINT_WEIGHTS]
+    names = [f"vision_model.{name}" for name in FINGERPRINT_WEIGHTS]
     try:
         with safe_open(path, framework="pt") as weights:
             if not set(names) <= set(weights.keys()):
                 return None
-            return _entries(weights.get_tensor(name) for name in names)
+            return entries(weights.get_tensor(name) for name in names)
     except SafetensorError:
         return None  # a damaged file is not the one that the model came from
 
 
 def describe_base_model(clip: CLIPModel) -> dict:
-    """The fields of [`SAEConfig`] that name the CLIP: id or path, commit, number of layers, fingerprint."""
+    """The fields of [`SAEConfig`] that name the CLIP: id or path, commit, number of layers, and two marks of its
+    weights."""
     return {
         "base_model_name_or_path": clip.config._name_or_path or None,
         "base_model_revision": loaded_revision(clip),
         "base_model_num_layers": clip.vision_model.config.num_hidden_layers,
         "base_model_fingerprint": vision_fingerprint(clip),
+        "base_model_weights": weight_samples(clip),
     }
 
 
 def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
-    """Refuse an SAE that was trained on another CLIP: other width, other depth, or same shape with other weights.
+    """Refuse an SAE that was trained on another CLIP: other width, other depth, or same shape with other weights. Of a
+    relative, with most weights the same, it warns.
 
     Raises:
         `ValueError`: naming both models and the difference.
@@ -134,3 +119,37 @@ def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
             "one; if this is a fine-tuned relative on which you want the SAE all the same, set "
             "sae.config.base_model_fingerprint = None first."
         )
+    warn_of_relative(clip, config.base_model_weights, f"This SAE was trained on {theirs}")
+
+
+def warn_of_relative(clip: CLIPModel, recorded: Mapping[str, str] | None, what: str) -> None:
+    """
+    A `UserWarning` if some weights of `clip` are not those that were recorded.
+
+    Args:
+        clip: the CLIP given.
+        recorded: what [`weight_samples`] gave for the CLIP that `what` names; `None` where an earlier version recorded
+            nothing.
+        what: the beginning of the message.
+    """
+    if recorded is None:
+        return
+    adapter, other = adapter_weight(clip), other_weight(clip, recorded)
+    if adapter is None and other is None:
+        return
+    if adapter is not None:
+        how = f"with an adapter inside ({adapter}), whose weights change what it gives"
+    elif other is not None and other.startswith("vision_model."):
+        how = f"some of whose weights are others ({other} is one): it was fine-tuned, or a LoRA was merged into it"
+    else:
+        how = (
+            f"which differs from it outside the vision tower ({other} is one of its other weights): its image rows "
+            f"are the same, its "
+            "class scores are not"
+        )
+    warnings.warn(
+        f"{what}; the CLIP given is {clip.config._name_or_path or 'one without a name'}, {how}. What was measured on "
+        f"the one "
+        "need not hold on the other: use the CLIP itself, or train (at the least calibrate) again on this one.",
+        stacklevel=3,
+    )

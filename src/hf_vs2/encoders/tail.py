@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,10 +11,6 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from ..functional.finite import first_broken_row
-
-
-if TYPE_CHECKING:
-    from ..clip.modeling import VS2CLIPForZeroShot
 
 
 def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
@@ -93,14 +89,14 @@ class Tail(NamedTuple):
     eps: float
 
 
-def fold_tail(model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, device: torch.device | str | None = None) -> Tail:
-    """The [`Tail`] of a model and class embeddings `(num_classes, projection_dim)`, by default on the model's device.
+def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device | str | None = None) -> Tail:
+    """The [`Tail`] of a CLIP and class embeddings `(num_classes, projection_dim)`, by default on the CLIP's device.
 
     Raises:
         ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or the
             embeddings have another width or are not finite.
     """
-    norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection
+    norm, projection = clip.vision_model.post_layernorm, clip.visual_projection
     if (
         type(norm) is not nn.LayerNorm
         or norm.bias is None

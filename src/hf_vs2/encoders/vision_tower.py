@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..data.fingerprint import model_fingerprint
-from .base_model import loaded_revision, vision_fingerprint
+from .base_model import loaded_revision
+from .families import refuse_family
+from .fingerprints import model_fingerprint, vision_fingerprint, weight_samples
+from .loading import check_clip, load_clip, refuse_offloaded
+from .processing import load_image_processor
 
 
 logger = logging.get_logger(__name__)
@@ -28,12 +31,14 @@ class VisionTower:
         module (`nn.Module`): with `embeddings`, `pre_layrnorm`, `encoder.layers` and `post_layernorm`.
         name (`str`, *optional*): Hub id or path of the model it belongs to.
         revision (`str`, *optional*): its commit where known, else the revision asked for.
+        weights (`dict[str, str]`): a sample of the weights of the whole model, see [`weight_samples`].
     """
 
-    def __init__(self, module: Any, name: str | None, revision: str | None):
+    def __init__(self, module: Any, name: str | None, revision: str | None, weights: dict[str, str]):
         self.module = module
         self.name = name
         self.revision = revision
+        self.weights = weights
         self.num_layers = len(module.encoder.layers)
         self.hidden_size: int = module.config.hidden_size
         parameter = next(module.parameters())
@@ -53,30 +58,33 @@ class VisionTower:
             device: where to run; a model on another device is not moved, its tower is copied.
 
         Raises:
-            TypeError: no CLIP vision tower in there (SigLIP, for one, has no CLS token).
-            ValueError: a revision together with a model that is already loaded.
+            TypeError: no model. ValueError: a model of a family that nothing can steer yet, or with weights that can't
+                be used; a revision together with a model that is already loaded. OSError: files of a model given by
+                name are missing.
         """
         if isinstance(model, (str, os.PathLike)):
-            from transformers import AutoModel  # `CLIPModel` would load any other model type with random weights
-
-            # Said outright, since by default transformers asks on the terminal, and `yes |` would answer.
-            model = AutoModel.from_pretrained(os.fspath(model), revision=revision or "main", trust_remote_code=False)
+            model = load_clip(os.fspath(model), {"revision": revision})
             device = device or best_device()
         elif revision is not None:
             raise ValueError(f"revision={revision!r} is for a model given by its Hub id, this one is already loaded")
         owner: Any = getattr(model, "clip", model)
         module: Any = getattr(owner, "vision_model", owner)
         parts = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
-        if not isinstance(module, nn.Module) or not all(hasattr(module, part) for part in parts):
+        config = getattr(owner, "config", None)
+        if not isinstance(module, nn.Module) or config is None:
             raise TypeError(
-                f"{type(owner).__name__} has no CLIP vision tower: expected a CLIPModel (vision_model with "
-                f"{', '.join(parts)} and a CLS token), or the Hub id or path of one"
+                f"{type(owner).__name__} has no CLIP vision tower: expected a CLIPModel, or the Hub id or path of one"
             )
-        config = owner.config
+        refuse_family(config.model_type, config._name_or_path or type(owner).__name__, tower=True)
+        if not all(hasattr(module, part) for part in parts):
+            raise TypeError(f"{type(owner).__name__} has no CLIP vision tower: expected one with {', '.join(parts)}")
+        refuse_offloaded(owner, config._name_or_path or type(owner).__name__)
+        check_clip(owner)
+        weights = weight_samples(owner)
         if device is not None and torch.device(device) != next(module.parameters()).device:
             module = copy.deepcopy(module).to(device)
         loaded_from = loaded_revision(SimpleNamespace(config=config, vision_model=module))
-        return cls(module, config._name_or_path or None, loaded_from or revision)
+        return cls(module, config._name_or_path or None, loaded_from or revision, weights)
 
     def identity(self) -> dict[str, Any]:
         """What a store is keyed by: id, revision, weights, and the dtype they run in."""
@@ -97,7 +105,7 @@ class VisionTower:
 
         if self.name is not None:
             try:
-                return CLIPImageProcessorPil.from_pretrained(self.name, revision=self.revision or "main")
+                return load_image_processor(self.name, {"revision": self.revision or "main"})
             except OSError as error:
                 raise ValueError(
                     f"{self.name} has no image processor that can be loaded ({error}): pass image_processor=..."

@@ -71,6 +71,7 @@ def _dictionary(
             activation=activation,
             layer=config.layer,
             base_model_fingerprint=config.base_model_fingerprint,
+            base_model_weights=config.base_model_weights,
         )
     )
     sae.W_enc.copy_(encoder)

@@ -74,7 +74,7 @@ def steering_grid(
     check_replayable(model)
     _check_steering(model)
     check_rows(model, rows, "rows")
-    tail = fold_tail(model, class_embeds)
+    tail = fold_tail(model.clip, class_embeds)
     target = class_labels(rows, labels, len(class_embeds))
     lambdas = _axis("lambdas", lambdas)
     alphas = [[_alpha(gamma, lambda_) for lambda_ in lambdas] for gamma in _axis("gammas", gammas)]

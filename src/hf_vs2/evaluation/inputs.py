@@ -11,7 +11,8 @@ from transformers.utils import logging
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
 from ..data.names import match_names, names_by_place
-from ..encoders.base_model import same_fingerprint, vision_fingerprint
+from ..encoders.base_model import warn_of_relative
+from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..encoders.tail import check_temperature
 from ..functional.finite import first_broken_row
 
@@ -68,9 +69,10 @@ def _check_store(model: VS2CLIPForZeroShot, store: ActivationStore, what: str) -
     if not same_fingerprint(store.metadata["base_model_fingerprint"], vision_fingerprint(model.clip)):
         raise ValueError(
             f"{what}: the store {store.path} was extracted with another CLIP ({store.metadata['model']['id']}) than "
-            "the one "
-            "of this model. Extract the activations with this one."
+            "the one of this model. Extract the activations with this one."
         )
+    extracted = f"{what}: the store {store.path} was extracted with {store.metadata['model']['id']}"
+    warn_of_relative(model.clip, store.metadata.get("base_model_weights"), extracted)
 
 
 def class_labels(rows: Rows, labels: Any, num_classes: int) -> torch.Tensor:

@@ -279,7 +279,7 @@ class _DoubleTail:
 
     def __init__(self, model: VS2CLIPForZeroShot, class_embeds: torch.Tensor):
         norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection.weight.double().cpu()
-        self.tail = fold_tail(model, class_embeds, "cpu")
+        self.tail = fold_tail(model.clip, class_embeds, "cpu")
         self.length = projection * norm.weight.double().cpu(), projection @ norm.bias.double().cpu()
         self.logit_scale = model.clip.logit_scale.double().exp().cpu()
         self.decoder = model.sae.W_dec

@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 from ..config.packaged_code import PackagedCode
 from .atomic import failing_as, replace_files
 from .checkpoint_folder import SAE_TYPE, STATISTICS_NAME, VS2_TYPE, CheckpointFolder
-from .weight_files import refuse_variant
+from .place import refuse_variant
 
 
 if TYPE_CHECKING:

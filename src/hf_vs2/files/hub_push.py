@@ -30,7 +30,8 @@ from .checkpoint_folder import (
 )
 from .json_files import from_json, read_json, to_json
 from .model_card import create_model_card, read_card
-from .weight_files import check_token, opened
+from .place import check_token
+from .weight_files import is_of_http, opened
 
 
 logger = logging.get_logger(__name__)
@@ -94,8 +95,7 @@ class Push:
                 )
             raise
         except Exception as error:
-            # The client lets errors of the HTTP library through, which is another one in each of its major versions.
-            if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
+            if not is_of_http(error):
                 raise
             raise ConnectionError(
                 f"{self.api.endpoint} could not be reached, or the connection broke ({error}). Push again: what has arrived is not "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,21 @@ def read_json(path: Path) -> Any:
     return from_json(path.read_text(encoding="utf-8"))
 
 
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file of any origin holds.
+
+    Raises:
+        `ValueError`: naming the file, if it holds none.
+    """
+    try:
+        found = read_json(Path(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error}). Save or download it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object, so no configuration.")
+    return found
+
+
 def _encoded(value: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _encoded(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
@@ -85,4 +101,4 @@ def _decoded(found: dict[str, Any]) -> Any:
     return _INFINITE[tag] if isinstance(tag, str) and tag in _INFINITE else found
 
 
-__all__ = ["from_json", "read_json", "to_json", "write_json"]
+__all__ = ["from_json", "read_json", "read_object", "to_json", "write_json"]

@@ -1,30 +1,25 @@
-"""The safetensors files of a checkpoint, looked at before they are believed. No other format is ever opened: a pickle is code."""
+"""The files of weights of a checkpoint, looked at before they are believed. Of ours none but safetensors is ever
+opened: a pickle is code."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from .atomic import replace_file, replace_text
+from .atomic import replace_file
 from .json_files import from_json, read_json, to_json
+from .place import look_for
 
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
-"""Arguments of `from_pretrained` that say where a checkpoint is."""
 
 LARGEST = 1e8
 """No weight and no activation of a CLIP or its SAE comes near it. Where one flipped bit of the exponent made a number larger, its
@@ -121,7 +116,8 @@ def check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str | os.P
         `ValueError`: naming the place and the tensor.
     """
     for name, tensor in tensors:
-        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # not quantised, not dealt out to several processes
+        if not plain or tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
             continue
         lowest, highest = (bound.item() for bound in tensor.aminmax())
         if not (lowest >= -LARGEST and highest <= LARGEST):
@@ -181,138 +177,101 @@ def read_described(
         raise ValueError(f"{path} is not what this version of hf_vs2 reads ({error}). {remedy}") from error
 
 
-def at_one_commit(
-    name_or_path: str | os.PathLike, place: Mapping[str, Any], file: str = CONFIG_NAME
-) -> dict[str, Any]:
-    """
-    `place` with the commit in it that the branch or tag stands for now, so that all files are of one commit. `file` is one that
-    there should be.
-
-    The commit is found before the first file is asked for: huggingface_hub takes the name of a commit and the content of a file
-    from two requests, between which a branch can move.
-
-    Raises:
-        `ValueError`: on a token that is none, without showing it. `OSError`: if the repository can't be read.
-    """
-    check_token(place.get("token"))
-    if os.path.isdir(name_or_path):
-        return dict(place)
-    name, branch = str(name_or_path), place.get("revision") or "main"
-    commit = place.get("_commit_hash") or (branch if REGEX_COMMIT_HASH.fullmatch(branch) else None)
-    if commit is not None:
-        return {**place, "revision": commit}
-    asked = {option: value for option, value in place.items() if option != "_commit_hash"}
-    try:
-        commit = hf_hub_download(name, file, **asked, dry_run=True).commit_hash
-    except LocalEntryNotFoundError:
-        # Not cached, and no answer. The next request must not have better luck than this one.
-        return {**place, "local_files_only": True, "force_download": False}
-    except EntryNotFoundError:
-        return dict(place)
-    except (HfHubHTTPError, ValueError):
-        # Refused. transformers may still find it in the cache, or else says what to do.
-        commit = extract_commit_hash(cached_file(name, file, **place), None)
-        return {**place, "revision": commit}
-    pinned = {**place, "revision": commit}
-    if cached_file(name, file, **pinned, _raise_exceptions_for_missing_entries=False):
-        _note_commit(name, branch, commit, place.get("cache_dir"))
-    return pinned
-
-
-def _note_commit(name: str, branch: str, commit: str, cache_dir: str | os.PathLike | None) -> None:
-    """Which commit `branch` was last seen at, where huggingface_hub looks it up when there is no network. It notes it down itself
-    only where a file is asked for by branch."""
-    note = Path(cache_dir or HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / branch
-    if not note.is_file() or note.read_text(encoding="utf-8") != commit:
-        with contextlib.suppress(OSError):  # of a read-only cache: whoever fills it has noted a commit
-            replace_text(note, commit)
-
-
-def refuse_variant(options: Mapping[str, Any]) -> None:
-    """Raises `ValueError` on `variant=`, which transformers takes for another file name: a checkpoint here has one."""
-    if options.get("variant") is not None:
-        raise ValueError(
-            f"variant={options['variant']!r}: checkpoints of hf_vs2 have one file of weights, {SAFE_WEIGHTS_NAME}. Choose the "
-            "precision with dtype=; give a variant of a CLIP as a loaded model, clip=."
-        )
-
-
-def save_mark(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Which save of a local folder its config.json is of. Whoever saves anew takes that file away first and puts it back last."""
-    try:
-        found = os.stat(os.path.join(name_or_path, place.get("subfolder") or "", CONFIG_NAME))
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def refuse_another_save(
-    name_or_path: str | os.PathLike, place: Mapping[str, Any], before: tuple[int, ...] | None
-) -> None:
-    """Raises `OSError` if the folder has been saved into since `before`: what was read may be the config of one checkpoint and the
-    weights of another."""
-    if save_mark(name_or_path, place) != before:
-        raise OSError(f"{name_or_path} was saved anew while it was read. Load it again.")
-
-
-def check_token(token: str | bool | None) -> None:
-    """The HTTP library puts a header that can't be sent, token and all, into its message; this message does not show it."""
-    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ValueError(
-            "token= holds a space, a line break or another character that no token has: take the token alone (of a line read from "
-            "a file: .strip())."
-        )
-
-
-def in_one_message(load: Callable[[], Any], where: str | os.PathLike) -> Any:
-    """`load()`; what transformers and torch raise on a damaged or foreign checkpoint becomes a `ValueError` that names it."""
+def in_one_message(load: Callable[[], _Made], where: str | os.PathLike) -> _Made:
+    """`load()`; whatever transformers, torch and the HTTP library raise on a checkpoint that is damaged, foreign or out of reach becomes
+    a `ValueError` or `OSError` that names it."""
     try:
         return load()
-    except (torch.OutOfMemoryError, OSError, ValueError, ImportError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"{where} can't be loaded: {' '.join(str(error).split())[:400]}") from error
+        text = " ".join(str(error).split())
+        for kind in (OSError, ValueError, ImportError):
+            if isinstance(error, kind):
+                if str(where) in text:
+                    raise
+                raise kind(f"{where}: {text}") from error
+        if is_of_http(error):
+            raise ConnectionError(f"{where} could not be reached, or the connection broke ({text}).") from error
+        raise ValueError(f"{where} can't be loaded: {text[:400]}") from error
+
+
+def is_of_http(error: Exception) -> bool:
+    """Whether it is one of the errors that huggingface_hub lets through from its HTTP library, another one in each
+    major version."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
 
 
 def _find(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[str, list[str]]:
-    def look(name: str) -> str | None:
-        return cached_file(name_or_path, name, **place, _raise_exceptions_for_missing_entries=False)
-
-    whole = look(SAFE_WEIGHTS_NAME)
-    if whole is not None:
-        return whole, [whole]
-    index = look(SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
+    found = find_files(name_or_path, place, SAFE_WEIGHTS_NAME)
+    if found is None:
         raise OSError(
-            f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. Other formats, pickled ones above all (pytorch_model.bin, *.pt), are not "
+            f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. Other formats, pickled ones above all (pytorch_model.bin, "
+            f"*.pt), are not "
             "opened, since they can hold code: save the model again with save_pretrained."
         )
+    return found
+
+
+def find_files(name_or_path: str | os.PathLike, place: Mapping[str, Any], whole: str) -> tuple[str, list[str]] | None:
+    """
+    The files of weights of a folder or of the Hub, downloaded where they have to be.
+
+    Args:
+        whole: the name of the file where it is one, `"model.safetensors"`. Where there are several,
+            `"model.safetensors.index.json"` lists them.
+
+    Returns:
+        The file or the list, for messages, and the files; `None` if there are neither.
+
+    Raises:
+        `OSError`: if one of the files is missing, or can't be reached. `ValueError`: if the list is damaged.
+    """
+    one = look_for(name_or_path, whole, place)
+    if one is not None:
+        return one, [one]
+    index = look_for(name_or_path, f"{whole}.index.json", place)
+    if index is None:
+        return None
     try:
         names = sorted(set(read_json(Path(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged ({error!r}). Save or download it again.") from error
-    strange = [name for name in names if os.path.basename(name) != name or not name.endswith(".safetensors")]
+    suffix = os.path.splitext(whole)[1]
+    strange = [name for name in names if os.path.basename(name) != name or not name.endswith(suffix)]
     if strange:
-        raise ValueError(f"{index} names {strange[0]!r}, which is no .safetensors file beside it.")
-    files = [(name, look(name)) for name in names]
+        raise ValueError(f"{index} names {strange[0]!r}, which is no {suffix} file beside it.")
+    files = [(name, look_for(name_or_path, name, place)) for name in names]
     lost = [name for name, path in files if path is None]
     if lost:
         raise OSError(f"{name_or_path} has no {lost[0]}, which {index} names.")
     return index, [path for _, path in files if path is not None]
 
 
+def unpickled(path: str | os.PathLike, remedy: str, map_location: str = "cpu") -> Any:
+    """What torch's reader that runs no code makes of a pickle.
+
+    Raises:
+        `ValueError`: if there is more in it than tensors, or it is damaged; `remedy` says what to do.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} is a pickle with more in it than tensors, which may be code, or damaged: it is not opened. "
+            f"{remedy}"
+        ) from error
+
+
 __all__ = [
-    "HUB_ARGUMENTS",
     "LARGEST",
     "WeightFiles",
-    "at_one_commit",
     "check_numbers",
-    "check_token",
+    "find_files",
     "in_one_message",
+    "is_of_http",
     "opened",
     "read_described",
-    "refuse_another_save",
-    "refuse_variant",
-    "save_mark",
+    "unpickled",
     "write_described",
 ]

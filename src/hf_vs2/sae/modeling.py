@@ -17,14 +17,8 @@ from transformers.utils.generic import can_return_tuple
 
 from ..config.sae import SAEConfig
 from ..files.hub import HubMixin
-from ..files.weight_files import (
-    HUB_ARGUMENTS,
-    WeightFiles,
-    at_one_commit,
-    refuse_another_save,
-    refuse_variant,
-    save_mark,
-)
+from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype, refuse_another_save, refuse_variant, save_mark
+from ..files.weight_files import WeightFiles
 from ..functional.equations import fvu_per_sample, top_k
 from ..functional.sparse_ops import LatentOrder, linear_at, sparse_decode
 from .statistics import DomainStatistics
@@ -115,6 +109,7 @@ class SAEModel(HubMixin, PreTrainedModel):
                 together, or are another model's. transformers would warn, and fill in random numbers.
         """
         refuse_variant(kwargs)
+        kwargs = one_dtype(kwargs)
         source = pretrained_model_name_or_path
         if source is None:  # the weights are given as state_dict=
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -169,7 +164,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         """
         from ..files.foreign import sparsify
 
-        return sparsify.load(name_or_path, **options)
+        return sparsify.load(name_or_path, **one_dtype(options))
 
     @classmethod
     def from_sae_lens(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
@@ -180,7 +175,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         """
         from ..files.foreign import sae_lens
 
-        return sae_lens.load(name_or_path, **options)
+        return sae_lens.load(name_or_path, **one_dtype(options))
 
     @classmethod
     def from_prisma(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
@@ -190,7 +185,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         """
         from ..files.foreign import prisma
 
-        return prisma.load(name_or_path, **options)
+        return prisma.load(name_or_path, **one_dtype(options))
 
     def save_sparsify(self, folder: str | os.PathLike) -> None:
         """

@@ -18,12 +18,15 @@ from safetensors.torch import save_file
 from transformers import CLIPModel
 from transformers.utils import cached_file
 
-from ..encoders.base_model import describe_base_model, same_fingerprint, vision_fingerprint
+from ..config.sae import holds_samples
+from ..encoders.base_model import describe_base_model, warn_of_relative
+from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..encoders.tail import clip_embeds
 from ..files.atomic import replace_file
 from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from ..files.json_files import from_json, read_json, to_json, write_json
-from ..files.weight_files import LARGEST, check_token, opened
+from ..files.place import at_one_commit
+from ..files.weight_files import LARGEST, opened
 from ..files.weight_state import weights_state
 from ..functional.neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
 from ..sae.modeling import SAEModel
@@ -46,7 +49,8 @@ class RetrievalCorpus:
             neighbours are looked for. Without it that is the CLIP's own.
         encoder (`str`, *optional*), encoder_revision (`str`, *optional*): that encoder.
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*), base_model_fingerprint
-            (`list[float]`, *optional*): the CLIP, as an [`SAEConfig`] records it.
+            (`list[float]`, *optional*), base_model_weights (`dict[str, str]`, *optional*): the CLIP, as an
+            [`SAEConfig`] records it.
 
     Raises:
         `ValueError`: on shapes that do not fit, other dtypes, or rows with NaN or infinity.
@@ -59,6 +63,7 @@ class RetrievalCorpus:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_fingerprint: list[float] | None = None
+    base_model_weights: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors().items():
@@ -123,6 +128,7 @@ class RetrievalCorpus:
                 "base_model_name_or_path": model["id"],
                 "base_model_revision": model["revision"],
                 "base_model_fingerprint": store_or_rows.metadata.get("base_model_fingerprint"),
+                "base_model_weights": store_or_rows.metadata.get("base_model_weights"),
             }
         corpus = cls(
             rows.detach().cpu().to(_DTYPES[dtype]),
@@ -164,6 +170,7 @@ class RetrievalCorpus:
             raise ValueError(
                 f"{both} They have the same shape but not the same weights. Extract the images again with this CLIP."
             )
+        warn_of_relative(clip, self.base_model_weights, f"This corpus was made with {theirs}")
 
     # On disk
 
@@ -191,9 +198,8 @@ class RetrievalCorpus:
         Raises:
             `OSError`: if files are missing or can't be reached. `ValueError`: if they are something else, or damaged.
         """
-        check_token(kwargs.get("token"))
         source = os.fspath(pretrained_model_name_or_path)
-        place = {"subfolder": subfolder, **kwargs}
+        place = at_one_commit(source, {"subfolder": subfolder, **kwargs}, CORPUS_CONFIG_NAME)
         description_path = cached_file(source, CORPUS_CONFIG_NAME, **place)
         description = _read_description(Path(description_path))
         rows_path = cached_file(source, CORPUS_ROWS_NAME, **place)
@@ -216,7 +222,10 @@ class RetrievalCorpus:
                 tensors.get("embeddings"),
                 encoder.get("name_or_path"),
                 encoder.get("revision"),
-                **{f"base_model_{name}": base[name] for name in ("name_or_path", "revision", "fingerprint")},
+                **{
+                    f"base_model_{name}": base.get(name)
+                    for name in ("name_or_path", "revision", "fingerprint", "weights")
+                },
             )
         except ValueError as error:
             raise ValueError(f"{rows_path} can't be used. {error}") from error
@@ -235,6 +244,7 @@ class RetrievalCorpus:
                 "name_or_path": self.base_model_name_or_path,
                 "revision": self.base_model_revision,
                 "fingerprint": self.base_model_fingerprint,
+                "weights": self.base_model_weights,
             },
             "encoder": encoder,
             "num_rows": len(self),
@@ -263,6 +273,8 @@ def _read_description(path: Path) -> dict[str, Any]:
     numbers = base.get("fingerprint") if isinstance(base, dict) else None
     if numbers is not None:
         fields["base_model.fingerprint"] = isinstance(numbers, list) and all(isinstance(one, float) for one in numbers)
+    if isinstance(base, dict):  # earlier versions wrote no sample of the weights
+        fields["base_model.weights"] = base.get("weights") is None or holds_samples(base["weights"])
     wrong = [name for name, right in fields.items() if not right]
     if wrong:
         raise ValueError(f"{path} does not describe a corpus: {wrong[0]} is missing or of the wrong type.")

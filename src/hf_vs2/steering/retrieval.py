@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy, normalize
 from ..data.batches import Columns, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
 from ..data.images import UnreadableImageError
 from ..data.load import undecoded
+from ..encoders.loading import load_vision_model
+from ..encoders.processing import load_image_processor
 from ..encoders.tail import unit_embeds
 from ..encoders.vision_tower import best_device
 from ..functional.finite import first_broken_row
@@ -95,9 +97,7 @@ def _vision_model(
     model: nn.Module | str | os.PathLike, revision: str | None, device: str | torch.device | None
 ) -> nn.Module:
     if isinstance(model, (str, os.PathLike)):
-        from transformers import AutoModel
-
-        loaded = AutoModel.from_pretrained(os.fspath(model), revision=revision or "main", trust_remote_code=False)
+        loaded = load_vision_model(os.fspath(model), {"revision": revision})
         return getattr(loaded, "clip", loaded).to(device or best_device()).eval()
     for name, value in (("revision", revision), ("device", device)):
         if value is not None:
@@ -108,17 +108,11 @@ def _vision_model(
 
 
 def _image_processor_of(model: Any, revision: str | None) -> Any:
-    """The one saved with the model, in its PIL form where there is one: as for the CLIP, with or without torchvision."""
-    import transformers
-
+    """The one saved with the model."""
     name = model.config._name_or_path
     if not name:
         raise ValueError("The model has no name to load its image processor by: pass image_processor=...")
-    place = {"revision": revision or "main"}
-    settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **place)
-    kind = settings.get("image_processor_type", "").removesuffix("Pil").removesuffix("Fast")
-    cls = getattr(transformers, f"{kind}Pil", transformers.AutoImageProcessor)
-    return cls.from_pretrained(name, trust_remote_code=False, **place)
+    return load_image_processor(name, {"revision": revision or "main"}, of_clip=False)
 
 
 def _spans_of(dataset: Any, image_column: str, batch_size: int) -> tuple[Any, Columns, Iterable[Span], int | None]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, CLIPModel
+from transformers import CLIPModel
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
@@ -27,6 +27,7 @@ from ..data.fingerprint import dataset_fingerprint
 from ..data.prompts import class_embeddings
 from ..data.registry import DatasetInfo
 from ..data.store import request_key, request_of
+from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..encoders.vision_tower import best_device
@@ -119,9 +120,7 @@ class Bench:
 
     def _encoder(self, name: str) -> Encoder:
         entry = self.config.encoder(name)
-        clip = AutoModel.from_pretrained(entry.source, revision=entry.revision or "main", trust_remote_code=False)
-        if not isinstance(clip, CLIPModel):
-            raise ValueError(f"The encoder {entry.source} is a {type(clip).__name__}: expected a CLIP.")
+        clip = load_clip(entry.source, {"revision": entry.revision})
         tokenizer, image_processor = load_processing(entry.source, entry.revision)
         return Encoder(clip.eval().to(best_device()), tokenizer, image_processor)
 

@@ -109,8 +109,9 @@ class SAETrainer:
             only; `config.training_data` records that they were.
 
     Raises:
-        `ValueError`: on a width that differs from the model's, too few rows, stores that do not belong together, labels that
-            are missing or do not fit, or an accelerate configuration that an SAE can't be trained under.
+        `ValueError`: on a width that differs from the model's, too few rows, stores that do not belong together or are
+            of an encoder that can't be steered, labels that are missing or do not fit, or an accelerate configuration
+            that an SAE can't be trained under.
 
     Example:
 

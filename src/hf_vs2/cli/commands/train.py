@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...training.arguments import SAETrainingArguments
 from ..common import (
@@ -135,9 +135,8 @@ def _label_loss(args: Namespace) -> PrototypeAlignment | None:
 
 def _activations(args: Namespace) -> list[ActivationStore]:
     """The rows to train on: stores that are there, or that of a model and a data set, extracted when needed."""
-    from transformers import AutoConfig, CLIPConfig
-
     from ...data.activations import ActivationStore
+    from ...encoders.loading import clip_config
 
     if args.dataset is None and args.activations_dir is not None:
         return [ActivationStore.open(path) for path in args.activations_dir]
@@ -150,10 +149,7 @@ def _activations(args: Namespace) -> list[ActivationStore]:
         )
     model = local_or_id(args.model)
     # Settings that cannot work are refused before hours of extraction.
-    found = AutoConfig.from_pretrained(model, revision=args.revision or "main", trust_remote_code=False)
-    if not isinstance(found, CLIPConfig):
-        raise ValueError(f"{args.model} holds a model of type {found.model_type!r}: expected a CLIP ('clip')")
-    vision = found.vision_config
+    vision: Any = clip_config(model, {"revision": args.revision}).vision_config
     _, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
     dataset = open_dataset(args)
     cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"

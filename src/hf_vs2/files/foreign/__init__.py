@@ -12,7 +12,9 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from .checkpoint import CFG_NAME, look_for, read_json
+from ..json_files import read_object
+from ..place import look_for
+from .checkpoint import CFG_NAME
 
 
 FORMATS = ("sparsify", "sae_lens", "prisma")
@@ -33,13 +35,13 @@ def detect(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> str:
     found = []
     cfg, config = (look_for(name_or_path, name, place) for name in (CFG_NAME, CONFIG_NAME))
     if cfg is not None:
-        content = read_json(cfg)
+        content = read_object(cfg)
         if "d_sae" in content:
             found.append("sae_lens")
         elif "d_in" in content:
             found.append("sparsify")
     if config is not None:
-        content = read_json(config)
+        content = read_object(config)
         if content.get("model_type") == "vs2_sae":
             found.append("hf_vs2")
         elif "d_in" in content and "activation_fn_str" in content:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .. import json_files
-from ..weight_files import HUB_ARGUMENTS, at_one_commit, check_numbers, opened
+from ..json_files import read_object
+from ..place import HUB_ARGUMENTS, at_one_commit, look_for
+from ..weight_files import check_numbers, opened
 
 
 CFG_NAME = "cfg.json"
@@ -66,7 +66,7 @@ class ForeignCheckpoint:
             "subfolder": place.get("subfolder") or None,
         }
         known = {name: value for name, value in origin.items() if value is not None}
-        return cls(read_json(config_path), config_path, weights_path, known)
+        return cls(read_object(config_path), config_path, weights_path, known)
 
     def setting(self, name: str, kind: type, default: Any = None) -> Any:
         """A value of the configuration; `default` where there is none, or null.
@@ -126,28 +126,9 @@ def as_weights(tensors: Mapping[str, Any], path: str) -> dict[str, torch.Tensor]
     return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
 
 
-def look_for(name_or_path: str | os.PathLike, name: str, place: Mapping[str, Any]) -> str | None:
-    """A file of a folder, or of a repository on the Hub; `None` if there is no such file in it."""
-    return cached_file(name_or_path, name, **place, _raise_exceptions_for_missing_entries=False)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """
-    Raises:
-        `ValueError`: if the file is no JSON object.
-    """
-    try:
-        found = json_files.read_json(Path(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error}). Save or download it again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object, so not the configuration of an SAE.")
-    return found
-
-
 def _name_of(name_or_path: str | os.PathLike) -> str:
     """What may be told of a place: a Hub id, or of a folder here its name alone."""
     return Path(name_or_path).resolve().name if os.path.isdir(name_or_path) else str(name_or_path)
 
 
-__all__ = ["CFG_NAME", "ForeignCheckpoint", "as_weights", "look_for", "read_json"]
+__all__ = ["CFG_NAME", "ForeignCheckpoint", "as_weights"]

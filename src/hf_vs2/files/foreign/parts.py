@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.utils import logging
@@ -150,11 +150,16 @@ def layer_of(checkpoint: ForeignCheckpoint, hook: Any, layer: int | None) -> int
     found = _RESIDUAL.fullmatch(str(hook))
     number = int(found[1]) - (found[2] == "pre") if found else -1
     if number < 0:
-        raise ValueError(
-            f"{checkpoint.config_path}: the SAE reads {str(hook)[:80]!r}, and hf_vs2 reads the output of an encoder layer "
-            "(blocks.N.hook_resid_post). Give layer= to use it on the output of that layer all the same."
-        )
+        refuse_hook(checkpoint, hook)
     return number
 
 
-__all__ = ["Parts", "build", "layer_of"]
+def refuse_hook(checkpoint: ForeignCheckpoint, hook: Any) -> NoReturn:
+    """Say that an SAE reads something else than the output of an encoder layer."""
+    raise ValueError(
+        f"{checkpoint.config_path}: the SAE reads {str(hook)[:80]!r}, and hf_vs2 reads the output of an encoder layer "
+        "(layers.N, blocks.N.hook_resid_post). Give layer= to use it on the output of that layer all the same."
+    )
+
+
+__all__ = ["Parts", "build", "layer_of", "refuse_hook"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import CONFIG_NAME
 
+from ..weight_files import unpickled
 from .checkpoint import ForeignCheckpoint, as_weights
 from .parts import Parts, build, layer_of
 from .sae_lens import fold_normalization
@@ -101,15 +101,12 @@ def _unpickled(path: str) -> dict[str, torch.Tensor]:
     Raises:
         `ValueError`: saying how to turn it into safetensors.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is a pickle with more in it than tensors, which may be code, or damaged: it is not opened. If you trust it, write "
-            "its tensors beside it once, where ViT-Prisma is installed: found = torch.load(path, weights_only=False); "
-            "safetensors.torch.save_file({name: one.contiguous() for name, one in found['state_dict'].items()}, "
-            "'weights.safetensors'). Then convert again."
-        ) from error
+    found = unpickled(
+        path,
+        "If you trust it, write its tensors beside it once, where ViT-Prisma is installed: found = torch.load(path, "
+        "weights_only=False); safetensors.torch.save_file({name: one.contiguous() for name, one in "
+        "found['state_dict'].items()}, 'weights.safetensors'). Then convert again.",
+    )
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):

@@ -15,14 +15,20 @@ from safetensors.torch import save_file
 from ..atomic import failing_as, replace_files
 from ..json_files import write_json
 from .checkpoint import CFG_NAME, ForeignCheckpoint
-from .parts import Parts, build
+from .parts import Parts, build, refuse_hook
 
 
 if TYPE_CHECKING:
     from ...sae.modeling import SAEModel
 
 WEIGHTS_NAME = "sae.safetensors"
-_HOOKPOINT = re.compile(r"(?:.*\.)?layers\.(\d+)")
+_RESIDUAL = re.compile(r"(?:.*\.)?layers\.(\d+)")
+# Names of modules whose output is something else: one inside a layer, of the text tower, or before or after the
+# layers.
+_ELSEWHERE = re.compile(
+    r"(?:.*\.)?(?:(?:layers?|h|blocks?|resblocks)\.\d+|text_model|vision_model|embed\w*|\w*lay\w*norm\d?|ln_\w+|mlp|self_attn|attn"
+    r"|attention|fc\d|\w+_proj|\w+_projection)(?:\..*)?"
+)
 
 
 def load(
@@ -65,9 +71,7 @@ def load(
         # Of releases before 1.0: the largest by absolute value, without ReLU.
         activation="absolute" if setting("signed", bool, False) else "relu",
     )
-    if layer is None:  # its folders are named after the module whose output they read
-        hookpoint = _HOOKPOINT.fullmatch(Path(checkpoint.config_path).parent.name)
-        layer = int(hookpoint[1]) if hookpoint else None
+    layer = _layer_of(checkpoint) if layer is None else layer
     return build(
         parts,
         checkpoint,
@@ -76,6 +80,20 @@ def load(
         base_model_revision=base_model_revision,
         dtype=dtype,
     )
+
+
+def _layer_of(checkpoint: ForeignCheckpoint) -> int | None:
+    """The encoder layer by the name of the folder, which sparsify takes from the module whose output the SAE reads;
+    `None` for a name that says nothing.
+
+    Raises:
+        `ValueError`: if it is the name of another module than a layer of the vision tower.
+    """
+    name = Path(checkpoint.config_path).parent.name
+    residual = None if "text_model" in name else _RESIDUAL.fullmatch(name)
+    if residual is None and _ELSEWHERE.fullmatch(name):
+        refuse_hook(checkpoint, name)
+    return int(residual[1]) if residual else None
 
 
 def save(sae: SAEModel, folder: str | os.PathLike) -> None:
