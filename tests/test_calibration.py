@@ -7,9 +7,10 @@ import torch
 from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, calibrate
+from hf_vs2.data.rows import rows_of
 from hf_vs2.functional import equations as functional
 from hf_vs2.training import calibration
-from hf_vs2.training.calibration import activation_statistics, as_rows, batches, conformal_quantiles, split_rows
+from hf_vs2.training.calibration import activation_statistics, conformal_quantiles, split_rows
 
 
 HIDDEN = 48
@@ -123,7 +124,7 @@ def test_statistics_keep_their_digits():
     """CLIP's mean is large beside the deviations: sums of squares in float32 would lose them altogether."""
     rows = 1000 + 0.01 * torch.randn(10_000, 8, generator=torch.Generator().manual_seed(0))
     chosen = torch.arange(0, 10_000, 3)
-    mean, total_variance = activation_statistics(as_rows(rows), chosen)
+    mean, total_variance = activation_statistics(rows_of(rows), chosen)
     exact = rows[chosen].double()
     assert mean.dtype == torch.float32
     torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-7, atol=0)
@@ -139,13 +140,13 @@ def test_rows_that_differ_by_rounding_are_all_the_same(dtype):
     one[0] = 1 + torch.finfo(dtype).eps / 2  # between two numbers of that type
     copies = (one * (1 + 1e-6 * torch.randn(300, 32, generator=dice))).to(dtype)
     assert (copies != copies[0]).any(), "the test would show nothing"
-    assert activation_statistics(as_rows(copies), torch.arange(300))[1] == 0
+    assert activation_statistics(rows_of(copies), torch.arange(300))[1] == 0
     sae = make_sae(32)
     sae.mean.copy_(copies.float().mean(0))
     with pytest.raises(ValueError, match="lie on the mean of the training rows"):
         calibrate(sae, copies)
     alike = (one + 0.1 * torch.randn(300, 32, generator=dice)).to(dtype)  # frames of a film, say
-    assert activation_statistics(as_rows(alike), torch.arange(300))[1] == pytest.approx(32 * 0.1**2, rel=0.1)
+    assert activation_statistics(rows_of(alike), torch.arange(300))[1] == pytest.approx(32 * 0.1**2, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -170,24 +171,22 @@ def test_a_broken_row_is_named(value):
     rows = make_rows(9000)
     rows[8123, 5] = value
     with pytest.raises(
-        ValueError, match="Activation row 8123 holds NaN or infinite values. Extract the activations again"
+        ValueError, match="Row 8123 of the activations holds NaN or infinite values. Extract the activations again"
     ):
         calibrate(make_sae(), rows)
-    with pytest.raises(ValueError, match="row 8123"):
-        list(batches(as_rows(rows), torch.tensor([3, 8123, 4])))
+    with pytest.raises(ValueError, match="Row 8123"):
+        list(rows_of(rows).batches(indices=torch.tensor([3, 8123, 4])))
 
 
 def test_rows_that_cannot_calibrate_are_refused():
     """None at all, another width, or not a table of rows."""
-    with pytest.raises(
-        ValueError, match=r"must be a \(rows, hidden_size\) tensor with at least one row, not \(0, 16\)"
-    ):
+    with pytest.raises(ValueError, match="There are no rows to calibrate on"):
         calibrate(make_sae(), torch.zeros(0, 16))
     with pytest.raises(ValueError, match="no rows to calibrate on"):
         calibrate(make_sae(), make_rows(5), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="rows of width 16"):
         calibrate(make_sae(), make_rows(5, 17))
-    with pytest.raises(ValueError, match=r"tensor with at least one row, not \(16,\)"):
+    with pytest.raises(ValueError, match=r"\(rows, hidden_size\) tensor, not \(16,\)"):
         calibrate(make_sae(), torch.zeros(16))
 
 

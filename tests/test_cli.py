@@ -30,7 +30,8 @@ from hf_vs2.cli.commands.recommend import _next_lines
 from hf_vs2.cli.parsing import Parser, dataclass_from
 from hf_vs2.data import load_images
 from hf_vs2.data.activations import extract_activations
-from hf_vs2.evaluation.comparison import EVALUATION_METHODS, evaluate
+from hf_vs2.evaluation.comparison import evaluate
+from hf_vs2.evaluation.methods import evaluation_methods
 from hf_vs2.training.arguments import SAETrainingArguments
 
 
@@ -255,7 +256,7 @@ def test_evaluate_gives_the_figures_of_the_library(checkpoint, clip_path, images
     out = run(capsys, *with_checkpoint("evaluate", checkpoint, images_path), "--gamma", 2, "--lambda", 1)
     result = read_json(checkpoint / "results.json")
     assert {(row["method"], row["prompts"]) for row in result["rows"]} == {
-        (method, prompts) for method in EVALUATION_METHODS for prompts in ("single", "ensemble")
+        (method, prompts) for method in evaluation_methods() for prompts in ("single", "ensemble")
     }
     assert "| vs2+gate" in out and str(checkpoint / "results.json") in out and str(checkpoint / "activations") in out
 

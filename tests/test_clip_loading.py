@@ -23,7 +23,7 @@ from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.loading import load_clip
 from hf_vs2.encoders.processing import load_processing
 from hf_vs2.encoders.vision_tower import VisionTower
-from hf_vs2.evaluation.comparison import check_rows
+from hf_vs2.evaluation.inputs import replayable_rows
 from hf_vs2.retrieval import embed_images
 from hf_vs2.study import StudyConfig
 from hf_vs2.study.bench import Bench
@@ -656,4 +656,4 @@ def test_rows_and_corpora_of_the_base_are_noticed_too(checkpoint, clip_path, tmp
     sae = SAEModel.from_pretrained(checkpoint)
     sae.config.base_model_weights = None
     with pytest.warns(UserWarning, match="the store .* was extracted with .*k_proj.weight is one"):
-        check_rows(VS2CLIPForZeroShot(clip, sae), store, "rows")
+        replayable_rows(VS2CLIPForZeroShot(clip, sae), store, "rows")

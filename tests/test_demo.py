@@ -17,7 +17,7 @@ from hf_vs2.demo.data import DIGIT_NAMES, foreign_images, load_handwriting, prep
 from hf_vs2.demo.folds import pool_folds, samples_of  # noqa: E402
 from hf_vs2.demo.run import run_demo  # noqa: E402
 from hf_vs2.evaluation.comparison import evaluate  # noqa: E402
-from hf_vs2.evaluation.methods import EVALUATION_METHODS
+from hf_vs2.evaluation.methods import evaluation_methods
 
 
 FIGURES = {"top1", "top5", "gain", "coverage", "mean_fvu", "n", "gamma", "lambda", "tau"}
@@ -39,7 +39,7 @@ def demo(tmp_path_factory):
 def test_result_file_has_every_method_with_both_prompt_sets(demo):
     content = json.loads(demo.results_path.read_text(encoding="utf-8"))
     assert {(row["method"], row["prompts"]) for row in content["rows"]} == {
-        (method, prompts) for method in EVALUATION_METHODS for prompts in ("single", "ensemble")
+        (method, prompts) for method in evaluation_methods() for prompts in ("single", "ensemble")
     }
     assert all(row.keys() >= ROW_FIELDS and row["n"] == 1797 for row in content["rows"])
     assert 70 < EvaluationResult.from_json(demo.results_path).row("clip")["top1"] < 90

@@ -12,15 +12,16 @@ from torch.nn.functional import normalize
 from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import measure_statistics
+from hf_vs2.data.rows import Rows
 from hf_vs2.encoders.tail import clip_embeds
 from hf_vs2.functional.label_free import row_distance
 
 
-class Counting:
+class Counting(Rows):
     """Rows as a store gives them, and how many were asked for at a time."""
 
     def __init__(self, rows):
-        self.rows, self.asked = rows, []
+        self.rows, self.width, self.asked = rows, rows.shape[1], []
 
     def __len__(self):
         return len(self.rows)
@@ -161,9 +162,9 @@ def test_rows_that_cannot_be_measured_are_named():
     with pytest.raises(ValueError, match="no rows to measure statistics on"):
         measure_statistics(sae, rows, torch.arange(0))
     rows[17, 2] = float("nan")
-    with pytest.raises(ValueError, match="Activation row 17 holds NaN"):
+    with pytest.raises(ValueError, match="Row 17 of the activations holds NaN"):
         measure_statistics(sae, rows)
-    with pytest.raises(ValueError, match="Activation row 17 holds NaN"):
+    with pytest.raises(ValueError, match="Row 17 of the activations holds NaN"):
         measure_statistics(sae, rows, torch.arange(10), torch.arange(15, 30))
 
 

@@ -164,7 +164,7 @@ def test_what_has_no_sum_is_refused():
     with pytest.raises(ValueError, match=r"last layer \(2\) alone.*layers \[0, 2\]"):
         inner.explain_from_cls(rows, classes)
     model = VS2CLIPForZeroShot(clip, fitted_sae(clip), method="centroid")
-    with pytest.raises(ValueError, match="'centroid' changes no latent"):
+    with pytest.raises(ValueError, match="'centroid' are no sums over latents"):
         model.explain_from_cls(rows, classes)
     model.set_steering(method="vs2")
     with pytest.raises(ValueError, match="3 labels for 4 class embeddings"):

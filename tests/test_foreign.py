@@ -20,8 +20,9 @@ from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, calibrate
 from hf_vs2.cli import main
+from hf_vs2.data.rows import rows_of
 from hf_vs2.files.foreign import checkpoint, detect
-from hf_vs2.training.calibration import activation_statistics, as_rows
+from hf_vs2.training.calibration import activation_statistics
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -402,7 +403,7 @@ def test_calibration_gives_a_converted_sae_its_mean_and_its_gate(tmp_path, tiny_
     assert VS2CLIPForZeroShot(tiny_clip, sae).fvu_thresholds == {2: None}
     before = dense(sae, rows)
     metrics = calibrate(sae, rows)
-    mean, variance = activation_statistics(as_rows(rows), torch.arange(2000))
+    mean, variance = activation_statistics(rows_of(rows), torch.arange(2000))
     assert torch.allclose(sae.mean, mean) and sae.config.total_variance == pytest.approx(variance)
     assert sae.config.training_data["statistics_rows"] == 2000
     error = (rows - before[1]).double().square().sum() / (rows - rows.mean(0)).double().square().sum()

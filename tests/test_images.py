@@ -268,7 +268,7 @@ def test_an_image_is_one_line_of_the_table(checkpoint, tmp_path, capsys):
     head, line = run(
         capsys, "classify", file, "--checkpoint", checkpoint, "--labels", "se\nven", "two", "--top_k", 2
     ).splitlines()
-    assert head.startswith("image") and r"a\nb\x1b[2J.png" in line and r"se\nven 0." in line
+    assert head.startswith("image") and r"a\nb\x1b[2J.png" in line and "se ven 0." in line
 
 
 @pytest.mark.parametrize(("mode", "changes"), [("RGB", False), ("RGBA", False), ("L", True), ("1", True)])

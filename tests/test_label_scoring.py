@@ -26,16 +26,16 @@ from transformers import CLIPModel, pipeline
 import hf_vs2
 from hf_vs2 import VS2CLIPForZeroShot, calibrate, measure_statistics, push_to_hub, zero_shot_classifier
 from hf_vs2.config.latent_edits import LatentEdits
-from hf_vs2.config.vs2_clip import METHODS
 from hf_vs2.data.prompts import class_embeddings
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
+from hf_vs2.methods import METHODS, prototypes
 from hf_vs2.steering import label_sets as label_scoring
 
 
 # A real (if tiny) CLIP with its tokenizer and image processor files: 28-pixel images, 96 wide, 3 layers.
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
 LABELS = ["three", "zero", "seven", "nine"]
-SCORING = [name for name, parts in METHODS.items() if parts.scores != "cosine"]
+SCORING = [name for name, method in METHODS.items() if method.fit]
 FITTED = "prototypes+pca+sae"
 STATISTICS, LABEL_SETS = "statistics.safetensors", "label_sets.safetensors"
 
@@ -115,8 +115,8 @@ class Count:
 @pytest.fixture()
 def fits(monkeypatch):
     """Counts prototypes that are fitted."""
-    count = Count(label_scoring.fit_prototypes)
-    monkeypatch.setattr(label_scoring, "fit_prototypes", count)
+    count = Count(prototypes.fit_prototypes)
+    monkeypatch.setattr(prototypes, "fit_prototypes", count)
     return count
 
 
@@ -131,7 +131,8 @@ def numpy_logits(model, rows, classes):
         model.domain_statistics,
         model.steering_settings,
     )
-    norm, parts = clip.vision_model.post_layernorm, settings.parts
+    norm, rule = clip.vision_model.post_layernorm, settings.rule
+    step = {METHODS[name].step: name for name in ("vs2", "corrected")}.get(rule.step)
     g, b, projection = (
         tensor.detach().double().numpy() for tensor in (norm.weight, norm.bias, clip.visual_projection.weight)
     )
@@ -139,25 +140,25 @@ def numpy_logits(model, rows, classes):
     z_mean, share = known.latent_mean.double().numpy(), known.latent_frequency.double().numpy()
 
     def embed(x):
-        if parts.step != "none":
-            x = reference_steer(sae, x, parts.step, settings.gamma, settings.lambda_, None, known)
+        if step is not None:
+            x = reference_steer(sae, x, step, settings.gamma, settings.lambda_, None, known)
         return reference.unit(projection @ ((x - x.mean()) / np.sqrt(x.var() + norm.eps) * g + b))
 
     def views(x):
         made = {
-            "pca": lambda: reference.pca_view(x, *pca),
-            "sae": lambda: reference.latent_view(sae.encode(x), z_mean, share),
+            prototypes.PCA: lambda: reference.pca_view(x, *pca),
+            prototypes.SAE: lambda: reference.latent_view(sae.encode(x), z_mean, share),
         }
-        return [made[name]() for name in parts.views]
+        return [made[view]() for view in rule.views]
 
     sketch, W = known.rows.double().numpy(), classes.double().numpy()
     E = np.array([embed(x) for x in sketch])
     seen = [np.array(view) for view in zip(*(views(x) for x in sketch), strict=True)]
-    mean = {"balanced_norm": lambda: reference.balanced_mean(E, W)}.get(parts.scores, lambda: reference.mean_of(E))()
+    mean = reference.balanced_mean(E, W) if rule.name == "balanced_norm" else reference.mean_of(E)
     fit = {
-        "prototypes": lambda: reference.prototypes(E, W, mean, seen),
-        "balanced_prototypes": lambda: reference.balanced_prototypes(E, W),
-    }.get(parts.scores, lambda: None)()
+        METHODS["prototypes"].fit: lambda: reference.prototypes(E, W, mean, seen),
+        METHODS["balanced_prototypes"].fit: lambda: reference.balanced_prototypes(E, W),
+    }.get(rule.fit, lambda: None)()
     rows = rows.double().numpy()
     if fit is None:
         scores = [reference.distribution_norm(embed(x), W, mean) for x in rows]
@@ -199,7 +200,7 @@ def test_forward_and_cached_rows_give_the_same(model, tiny_clip, method):
     # Scores are another way to look at the embedding, which is CLIP's own where no step moves it.
     with torch.no_grad():
         own = torch.equal(out.image_embeds, tiny_clip(**inputs).image_embeds)
-    assert own == (METHODS[method].step == "none")
+    assert own == (METHODS[method].step is None)
 
 
 @pytest.mark.parametrize("method", ["distribution_norm", FITTED, "vs2+distribution_norm", "balanced_prototypes"])
@@ -360,7 +361,7 @@ def test_inner_layers_are_refused(tiny_clip, model):
 def test_explaining_such_scores_is_refused(model, tiny_clip):
     """They are no sums over latents; numbers that do not add up would be believed."""
     model.set_steering(method="prototypes+sae")
-    with pytest.raises(ValueError, match="no sums over latents.*Explain 'vs2'"):
+    with pytest.raises(ValueError, match="no sums over latents.*Explain one of .*'vs2'"):
         model.explain_from_cls(torch.zeros(1, 32), classes_of(tiny_clip))
 
 
@@ -400,18 +401,6 @@ def test_a_checkpoint_of_before_that_keeps_no_rows_loads_and_refuses_to_score(na
     again.save_pretrained(tmp_path / "again")
     chosen = VS2CLIPForZeroShot.from_pretrained(tmp_path / "again", method="distribution_norm")
     assert zero_shot_classifier(chosen)(images, LABELS) != plain
-
-
-@pytest.mark.parametrize("part", ["step", "scores", "views"])
-def test_a_part_that_there_is_not_is_refused(model, tiny_clip, part, monkeypatch):
-    """A step that one place forgot ran as `amplify`, or did nothing once latents were edited."""
-    made = METHODS["prototypes+sae"]._replace(**{part: ("twist",) if part == "views" else "twist"})
-    monkeypatch.setitem(METHODS, "vs2", made)
-    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
-    for edits in (None, {"suppress": (1,)}):
-        with pytest.raises(ValueError, match="'twist'"):
-            model.set_steering(method="vs2", edits=edits)
-            logits(model, rows, classes)
 
 
 def test_the_mean_that_was_measured_on_all_rows_is_used(model, tiny_clip):
@@ -565,7 +554,7 @@ def test_least_recently_used_sets_go_first(model, tiny_clip, fits, monkeypatch):
     model.set_steering(method="prototypes")
     sets = [classes_of(tiny_clip, seed) for seed in range(3)]
     one = model.fit_classes(sets[0]).fit.num_floats
-    monkeypatch.setattr(model._scoring, "max_floats", 2 * one)
+    monkeypatch.setattr(model._steerer.label_sets, "max_floats", 2 * one)
     for classes in (sets[1], sets[0], sets[2]):  # the second is the oldest now
         model.fit_classes(classes)
     assert fits.calls == 3
@@ -574,7 +563,7 @@ def test_least_recently_used_sets_go_first(model, tiny_clip, fits, monkeypatch):
     assert fits.calls == 3, "however often one is used, it counts once"
     model.fit_classes(sets[1])
     assert fits.calls == 4
-    monkeypatch.setattr(model._scoring, "max_floats", 0)
+    monkeypatch.setattr(model._steerer.label_sets, "max_floats", 0)
     assert model.fit_classes(sets[2]) is model.fit_classes(sets[2]), "one is always kept"
 
 

@@ -99,7 +99,7 @@ def test_edits_come_on_top_of_every_method(method):
     else:
         added = (2.0 - code[:, latent : latent + 1]) * decoder[latent]
         # `base` has its norm back already: undo it, by what its step was.
-        step = blind._latent_step(blind.sae, rows, blind.sae(rows), rows, retrieval)
+        step = blind.steerer.move(rows, **retrieval).step
         unscaled = step.start + torch.einsum("bm,bmh->bh", step.change, blind.sae.W_dec[step.latents])
         expected = functional.keep_norm(unscaled + added, rows)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

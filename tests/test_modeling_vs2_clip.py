@@ -14,16 +14,16 @@ from toy import make_sae
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPModel
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
-from hf_vs2.config.vs2_clip import METHODS
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.functional import equations as functional
+from hf_vs2.methods import METHODS
 from hf_vs2.steering.corpus import RetrievalCorpus
 
 
 HIDDEN, LATENTS, LAST = 32, 128, 2
 # Those that move a CLS row; `vs2++` asks a corpus too. Those that score in another way are in test_label_scoring.py.
 STEERING_METHODS = [
-    name for name, parts in METHODS.items() if parts.scores == "cosine" and name not in ("none", "vs2++")
+    name for name, method in METHODS.items() if method.step and not method.fit and not method.needs_corpus
 ]
 PER_LATENT = tuple(1 + 0.01 * i for i in range(LATENTS))
 

@@ -10,8 +10,9 @@ from torch.nn.functional import normalize
 
 from hf_vs2.encoders.fingerprints import vision_fingerprint
 from hf_vs2.encoders.tail import clip_embeds
-from hf_vs2.evaluation.recommendation import CANDIDATES, Evidence, decide, gather_evidence, recommend
+from hf_vs2.evaluation.recommendation import Evidence, decide, gather_evidence, recommend
 from hf_vs2.functional.label_free import balanced_mean, label_scores, norm_fit
+from hf_vs2.methods import METHODS
 
 
 SURE = Evidence(4096, 40.0, confidence=0.8, evenness=0.97, largest_share=0.1, agreement=0.8, stability=0.98)
@@ -125,7 +126,9 @@ def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path, mo
     assert recommend(model, rows, classes).method == "none"
     found = recommend(model, rows, classes, labels)
     by_method = {one["method"]: one for one in found.candidates}
-    assert list(by_method) == ["none", *CANDIDATES] and {one["n"] for one in found.candidates} == {50}
+    assert list(by_method) == ["none", *(name for name, method in METHODS.items() if method.candidate)] and {
+        one["n"] for one in found.candidates
+    } == {50}
     assert (
         by_method["prototypes"]["top1"] == 100 and found.method == "prototypes"
     )  # it is right on all, and surely better

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from hf_vs2.evaluation.report import EvaluationResult, plot_fvu_histogram, plot_gains
+from hf_vs2.files.report import EvaluationResult, plot_fvu_histogram, plot_gains
 
 
 def make_row(method, prompts, gain, **more):

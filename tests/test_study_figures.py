@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_vs2.evaluation.comparison import paired_bootstrap
+from hf_vs2.evaluation.metrics import paired_bootstrap
 from hf_vs2.study.catalog import METHODS
 from hf_vs2.study.config import StudyConfig
 from hf_vs2.study.figures import draw_figures, study_figures

@@ -214,7 +214,7 @@ def test_sets_that_cannot_do_are_refused_in_one_line(clip_path, checkpoint, tmp_
         (asked("classify", tmp_path / "nothing"), "holds no image"),
         (asked("train", tmp_path / "single"), "1 activation rows are too few"),
         (asked("train", tmp_path / "same"), "All training rows are the same"),
-        (asked("evaluate", good, "--labels", "a", "b"), "label 2 of row 12 is out of range: 2 class names"),
+        (asked("evaluate", good, "--labels", "a", "b"), "no label for blue, green, red"),
         (asked("evaluate", good, "--image_column", "img"), "no column 'img'; it has image, label"),
         (asked("extract", good, "--label_column", "class"), "no column 'class'; it has image, label"),
     ):
@@ -235,8 +235,11 @@ def test_broken_rows_are_named_by_every_job(value, tmp_path):
     rows[123, 4] = value
     arguments = SAETrainingArguments(output_dir=str(tmp_path / "sae"), max_steps=3, disable_tqdm=True)
     for job, message in (
-        (lambda: SAETrainer(make_sae().config, arguments, rows).train(), "Activation row 123 holds NaN or infinite"),
-        (lambda: calibrate(make_sae(), rows), "Activation row 123 holds NaN or infinite"),
+        (
+            lambda: SAETrainer(make_sae().config, arguments, rows).train(),
+            "Row 123 of the activations holds NaN or infinite",
+        ),
+        (lambda: calibrate(make_sae(), rows), "Row 123 of the activations holds NaN or infinite"),
         (lambda: RetrievalCorpus.from_store(rows), "Row 123 of the corpus' rows holds NaN, infinity"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -27,8 +27,8 @@ from transformers.utils import logging
 from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
 from hf_vs2.data.activations import ActivationStore, extract_activations
 from hf_vs2.data.registry import dataset_info
-from hf_vs2.evaluation.report import EvaluationResult
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
+from hf_vs2.files.report import EvaluationResult
 from hf_vs2.study.config import StudyConfig
 
 
@@ -83,7 +83,7 @@ def light_folder(folder: Path, full: bool = False) -> None:
     model = VS2CLIPForZeroShot(clip, sae, gate=0.9)
     model.set_corpus(RetrievalCorpus.from_store(make_rows(60, 32), clip=clip))
     with model.steering(method="prototypes+sae"):
-        model._scoring.fitted(model, make_rows(2, 24), labels=("one", "two"))
+        model.steerer.fit_classes(make_rows(2, 24), labels=("one", "two"))
     # Relative to the folder that `vs2_numbers` is called in: the artefact is copied and mutated with its CLIP.
     model.config.base_model_name_or_path = "clip"
     model.save_pretrained(folder / "vs2", full=full)

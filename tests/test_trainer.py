@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import clip_like_rows, make_sae, sparse_rows
 
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
-from hf_vs2.data.rows import UnionRows, read_ahead, training_rows
+from hf_vs2.data.rows import UnionRows, read_ahead, rows_of
 from hf_vs2.data.store import read_shard_header, write_index, write_shard
 from hf_vs2.functional import prototype_alignment
 from hf_vs2.functional.label_free import row_distance
 from hf_vs2.sae import modeling as modeling_sae
-from hf_vs2.training.calibration import activation_statistics, as_rows
+from hf_vs2.training.calibration import activation_statistics
 from hf_vs2.training.label_losses import PrototypeAlignment
 from hf_vs2.training.trainer import BatchPlan
 
@@ -99,7 +99,7 @@ def test_it_learns_what_pca_cannot(rows, tmp_path):
     """The point of an SAE: with 3 active latents it explains far more of sparse data than the 3 best directions do."""
     trainer = make_trainer(tmp_path, rows, max_steps=500, logging_steps=100)
     untrained = SAEModel(trainer.model.config)
-    untrained.set_statistics(*activation_statistics(as_rows(rows), trainer.train_indices))
+    untrained.set_statistics(*activation_statistics(rows_of(rows), trainer.train_indices))
     metrics = trainer.train()
 
     train, fresh = rows[trainer.train_indices], sparse_rows(1000, seed=1)
@@ -146,7 +146,7 @@ def test_the_checkpoint_needs_nothing_else(rows, tmp_path):
     assert left == {"training_log.json", "statistics.safetensors"}  # the latter for methods beyond VS2 only
 
 
-def test_statistics_are_of_the_training_rows(rows, tmp_path):
+def test_statistics_are_of_the_rows_of(rows, tmp_path):
     """Statistics of rows that the thresholds are measured on would make the gate by distance too loose."""
     trainer = make_trainer(tmp_path, rows, sketch_rows=100)
     trainer.train()
@@ -450,7 +450,7 @@ def test_stores_of_different_origin_are_not_mixed(rows, tmp_path, changed, diffe
     """Rows of two CLIPs or two layers have nothing to do with each other; the message names both stores and what differs."""
     others = torch.zeros(40, changed.get("hidden_size", HIDDEN))
     stores = [make_store(tmp_path / "one", rows[:50]), make_store(tmp_path / "other", others, **changed)]
-    with pytest.raises(ValueError, match="one and .*other can't be trained on together: ") as error:
+    with pytest.raises(ValueError, match="one and .*other can't be taken together: ") as error:
         make_trainer(tmp_path / "sae", stores)
     assert difference in str(error.value)
 
@@ -458,7 +458,7 @@ def test_stores_of_different_origin_are_not_mixed(rows, tmp_path, changed, diffe
 @pytest.mark.parametrize("train_rows", [[], [torch.zeros(9, HIDDEN)]])
 def test_lists_of_anything_else_are_refused(train_rows, tmp_path):
     """A list of tensors is easily passed; it must not end in an AttributeError."""
-    with pytest.raises(ValueError, match="train_rows must list activation stores"):
+    with pytest.raises(TypeError, match="must be a tensor .* or a list of stores"):
         make_trainer(tmp_path, train_rows)
 
 
@@ -554,12 +554,12 @@ def test_labels_come_from_the_stores(labelled, tmp_path):
     second = make_store(tmp_path / "second", rows[900:1800], labels[900:1800], class_names=names)
     cars = make_store(tmp_path / "cars", rows[900:1800], labels[900:1800], class_names=[*names[:9], "car"])
     bare = make_store(tmp_path / "bare", rows[1800:])
-    assert torch.equal(training_rows([first, bare, second], None).labels[:900], labels[:900])
-    assert torch.equal(training_rows([first, second], None).labels, labels[:1800])
-    assert torch.equal(training_rows([first, cars], None).labels, torch.cat([labels[:900], labels[900:1800] + 10]))
-    assert training_rows([bare, bare], None).labels is None
-    assert isinstance(training_rows([first, bare], None), UnionRows)
-    assert (training_rows([first, bare], None).labels[900:] == -1).all()
+    assert torch.equal(rows_of([first, bare, second], None).labels[:900], labels[:900])
+    assert torch.equal(rows_of([first, second], None).labels, labels[:1800])
+    assert torch.equal(rows_of([first, cars], None).labels, torch.cat([labels[:900], labels[900:1800] + 10]))
+    assert rows_of([bare, bare], None).labels is None
+    assert isinstance(rows_of([first, bare], None), UnionRows)
+    assert (rows_of([first, bare], None).labels[900:] == -1).all()
 
     stored = make_trainer(tmp_path / "stored", first, label_loss=PrototypeAlignment())
     given = make_trainer(tmp_path / "given", rows[:900], labels=labels[:900].tolist(), label_loss=PrototypeAlignment())
@@ -734,7 +734,7 @@ def test_broken_rows_are_refused_before_training(rows, tmp_path, part):
     broken = rows.clone()
     number = int(getattr(trainer, f"{part}_indices")[7])
     broken[number, 3] = float("nan")
-    with pytest.raises(ValueError, match=f"Activation row {number} holds NaN"):
+    with pytest.raises(ValueError, match=f"Row {number} of the activations holds NaN"):
         make_trainer(tmp_path, broken, save_steps=1).train()
     assert [path.name for path in tmp_path.iterdir()] in ([], [".training.lock"])
 
@@ -814,7 +814,7 @@ def test_memory_mapped_store_and_tensor_give_the_same(tiny_clip, tmp_path):
     assert (sae.config.layer, sae.config.base_model_num_layers) == (2, 3), "a negative layer is resolved"
     assert sae.config.training_data["num_rows"] == 40 and "fingerprint" in sae.config.training_data
     VS2CLIPForZeroShot(tiny_clip, sae)
-    with pytest.raises(ValueError, match=r"The store holds layers \[1, 2\]: say which one to train on"):
+    with pytest.raises(ValueError, match=r"The store holds layers \[1, 2\]: say which one to take"):
         SAETrainer(SAEConfig(hidden_size=32, top_k=4), arguments, store)
 
 

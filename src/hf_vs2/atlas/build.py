@@ -14,8 +14,9 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
-from ..evaluation.inputs import Rows, check_replayable, check_rows
-from ..evaluation.report import Results
+from ..data.rows import Rows, RowSource, StoreRows
+from ..evaluation.inputs import check_replayable, replayable_rows
+from ..files.report import Results
 from ..version import __version__
 from .material import Material, names_of, replay_of, results_table, training_curves, truth_of
 from .pages import detail_pages, index_page, machine_readable, overview_page, short, shown_rows
@@ -34,7 +35,7 @@ NUM_NEAREST = 6
 def build_atlas(
     model: VS2CLIPForZeroShot,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    rows: RowSource,
     dataset: Dataset | IterableDataset,
     output_dir: str | PathLike,
     *,
@@ -92,7 +93,7 @@ def build_atlas(
     if top_images < 1:
         raise ValueError(f"top_images must be at least 1, got {top_images}.")
     check_replayable(model)
-    check_rows(model, rows, "rows")
+    rows = replayable_rows(model, rows, "rows")
     image_indices = _image_indices(rows, dataset)
     truth = truth_of(rows, labels, class_names, clean)
     training, table = training_curves(training_log), results_table(results)
@@ -134,13 +135,13 @@ def _image_indices(rows: Rows, dataset: Any) -> list[int]:
     """Row of the data set of each row. Refuses a data set that can't be the one they were made from."""
     import datasets
 
-    number = len(rows) if isinstance(rows, torch.Tensor) else rows.metadata["num_images"]
+    number = rows.store.metadata["num_images"] if isinstance(rows, StoreRows) else len(rows)
     if isinstance(dataset, datasets.Dataset) and len(dataset) != number:
         raise ValueError(
             f"The activations are of {number} images, but the data set has {len(dataset)}: give the images (and the split) that "
             "they were made from."
         )
-    return list(range(number)) if isinstance(rows, torch.Tensor) else rows.image_indices.tolist()
+    return rows.store.image_indices.tolist() if isinstance(rows, StoreRows) else list(range(number))
 
 
 def _facts(model: VS2CLIPForZeroShot, vocabulary: Sequence[str] | None, meta: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..data.rows import Rows
 from ..encoders.tail import unit_embeds
-from ..evaluation.inputs import Rows
+from ..evaluation.metrics import accuracy_by_class, count_by_class
 from ..explain.explanation import explain_rows
 from .statistics import blocks
 
@@ -42,7 +43,7 @@ def predict(
 ) -> Predictions:
     """Both answers for every row, by replaying the tail; `class_embeds` `(num_classes, projection_dim)`, unit rows."""
     plain, steered, lead, touched = [], [], [], []
-    for _, batch in blocks(model, rows, batch_size, "Answers", progress):
+    for _, batch in blocks(rows, batch_size, "Answers", progress):
         with model.steering(enabled=False):
             before = _cosines(model.image_features_from_cls(batch).features, class_embeds).argmax(-1)
         output = model.image_features_from_cls(batch)
@@ -58,19 +59,15 @@ def predict(
 
 def class_gains(predictions: Predictions, labels: torch.Tensor, num_classes: int) -> list[dict[str, Any]]:
     """Accuracy of each class that has images, with plain and with steered CLIP, in %: `index`, `support`, `plain`, `steered`."""
-    support = labels.bincount(minlength=num_classes)
-    right = [
-        labels[chosen == labels].bincount(minlength=num_classes) for chosen in (predictions.plain, predictions.steered)
-    ]
+    columns = (
+        count_by_class(labels, num_classes),
+        accuracy_by_class(predictions.plain, labels, num_classes),
+        accuracy_by_class(predictions.steered, labels, num_classes),
+    )
     return [
-        {
-            "index": index,
-            "support": int(support[index]),
-            "plain": 100 * int(right[0][index]) / int(support[index]),
-            "steered": 100 * int(right[1][index]) / int(support[index]),
-        }
-        for index in range(num_classes)
-        if support[index]
+        {"index": index, "support": support, "plain": plain, "steered": steered}
+        for index, (support, plain, steered) in enumerate(zip(*columns, strict=True))
+        if support
     ]
 
 
@@ -113,7 +110,7 @@ def movers(
     found = []
     for row, before, after in zip(rows, old, new, strict=True):
         pair = class_embeds[torch.stack([before, after]).to(class_embeds.device)]
-        explanation = explain_rows(model, row.unsqueeze(0), pair, ["old", "new"], {}, {})
+        explanation = explain_rows(model.steerer, row.unsqueeze(0), pair, ["old", "new"], {}, {})
         latents = explanation.top("new", number, against="old")
         found.append([Mover(one["latent"], one["value"], one["contribution"]) for one in latents])
     return found

@@ -15,11 +15,12 @@ from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
 from ..data.names import clean_class_names
 from ..data.prompts import class_embeddings
+from ..data.rows import Rows
 from ..evaluation.grid import steering_grid
-from ..evaluation.inputs import Rows, class_labels, named_labels
-from ..evaluation.report import EvaluationResult, Results, row_label
+from ..evaluation.inputs import class_labels, named_labels
 from ..explain.latent_names import LatentNames, name_latents
 from ..files.json_files import read_json
+from ..files.report import EvaluationResult, Results, row_label
 from .flips import Mover, Predictions, class_gains, clearest_changes, movers, predict
 from .statistics import LatentStatistics
 
@@ -165,8 +166,7 @@ def _examples(
     chosen = clearest_changes(predictions, labels, fixed, NUM_EXAMPLES)
     if not chosen:
         return []
-    last = len(model.clip.vision_model.encoder.layers) - 1
-    taken = rows[chosen] if isinstance(rows, torch.Tensor) else rows.take(chosen, last)
+    taken = rows.take(torch.tensor(chosen))
     old, new = predictions.plain[chosen], predictions.steered[chosen]
     found = movers(model, taken, old, new, embeds, NUM_MOVERS)
     return [Example(*one) for one in zip(chosen, old.tolist(), new.tolist(), found, strict=True)]

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..evaluation.inputs import Rows, replay_batches
+from ..data.rows import Rows
 from ..training.calibration import refuse_overflow
 
 
@@ -156,13 +156,11 @@ def nearest_latents(decoder: torch.Tensor, number: int, block: int = 1024) -> tu
     return torch.cat(indices), torch.cat(cosines)
 
 
-def blocks(
-    model: VS2CLIPForZeroShot, rows: Rows, batch_size: int, what: str, progress: bool
-) -> Iterator[tuple[int, torch.Tensor]]:
+def blocks(rows: Rows, batch_size: int, what: str, progress: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """The rows block by block, each with the number of its first row, under a progress bar."""
     start = 0
     with tqdm(total=len(rows), desc=what, unit=" rows", disable=not progress) as bar:
-        for batch in replay_batches(model, rows, batch_size, "rows"):
+        for batch in rows.batches(batch_size):
             yield start, batch
             start += len(batch)
             bar.update(len(batch))
@@ -173,7 +171,7 @@ def _codes(
 ) -> Iterator[tuple[int, Any]]:
     """First row and SAE output of each block, in at least float32, as `steer_cls` has it."""
     sae = model.sae
-    for start, batch in blocks(model, rows, batch_size, what, progress):
+    for start, batch in blocks(rows, batch_size, what, progress):
         # As the tail has them: the rows pass through the CLIP's dtype before the SAE sees them.
         x = batch.to(model.clip.device, model.clip.dtype)
         code = sae(x.to(sae.b_pre.device, torch.promote_types(x.dtype, torch.float32)))

@@ -156,6 +156,19 @@ def find_processing(model: PreTrainedModel, source: str | None, place: dict[str,
     return found[0], found[1]
 
 
+def processing_of(model: PreTrainedModel, processor: Any) -> tuple[Any, Any]:
+    """Tokenizer and image processor: those given, or those of where the model was loaded from."""
+    if processor is None:
+        return find_processing(model, model.config._name_or_path or None, {})
+    if isinstance(processor, (tuple, list)) and len(processor) == 2:
+        return processor[0], processor[1]
+    if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
+        return processor.tokenizer, processor.image_processor
+    raise TypeError(
+        f"processor must be a CLIPProcessor or a pair of tokenizer and image processor, not a {type(processor).__name__}."
+    )
+
+
 def at_layer(config: SAEConfig, layer: int) -> SAEConfig:
     config = copy.deepcopy(config)
     config.layer = layer
@@ -208,6 +221,7 @@ __all__ = [
     "load_corpus",
     "load_full",
     "load_saes",
+    "processing_of",
     "saes_by_layer",
     "without_attention",
 ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Unpack, cast
 
 import torch
@@ -17,28 +20,25 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from ..config.latent_edits import EditTable, LatentEdits
+from ..config.latent_edits import LatentEdits
 from ..config.sae import SAEConfig
-from ..config.vs2_clip import METHODS, Steering, VS2CLIPConfig
+from ..config.vs2_clip import Steering, VS2CLIPConfig
 from ..data.inputs import DEFAULT_TEMPLATES
 from ..data.names import clean_class_names
 from ..data.prompts import class_embeddings
-from ..encoders.base_model import loaded_revision, resolve_layer
+from ..encoders.base_model import loaded_revision
 from ..encoders.processing import save_processing
-from ..encoders.tail import logits_of, unit_embeds
 from ..explain.explanation import VS2Explanation, explain_rows
-from ..explain.inputs import explain_images, processing_of, resolve_names
+from ..explain.inputs import explain_images, resolve_names
 from ..files.checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
 from ..files.hub import HubMixin
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
-from ..functional.equations import amplify, centroid_steer, contrastive_direction, gate, steer, steering_vector
-from ..functional.label_free import corrected_steer, label_scores, latent_view, pca_view, row_distance
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
-from ..steering.corpus import CorpusSearch, NeighborCodes, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
-from ..steering.label_sets import FittedLabels, LabelScoring, lacking_rows, statistics_of
-from ..steering.latent_step import LatentStep, latent_step
-from ..steering.outputs import SteeredRows, VS2CLIPOutput, VS2ImageFeatures, per_image
+from ..steering.corpus import CorpusSearch, RetrievalCorpus, RetrievalInputs, pop_retrieval_inputs
+from ..steering.label_sets import FittedLabels, LabelSets
+from ..steering.outputs import VS2CLIPOutput, VS2ImageFeatures, per_image
+from ..steering.steerer import Steerer, changed
 from .loading import (
     at_layer,
     check_widths,
@@ -47,12 +47,16 @@ from .loading import (
     load_corpus,
     load_full,
     load_saes,
+    processing_of,
     saes_by_layer,
     without_attention,
 )
 
 
 logger = logging.get_logger(__name__)
+
+# The steering of `with model.steering(...)` blocks that this thread or task is in, by model.
+_BLOCKS: ContextVar[Mapping[int, Steerer]] = ContextVar("hf_vs2_steering_blocks", default=MappingProxyType({}))
 
 
 class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
@@ -104,21 +108,18 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         lambda_: float = 2.1,
         gate: float | None = None,
         method: str = "vs2",
-        fvu_threshold: float | None = None,
-        num_neighbors: int = 50,
-        positives: str = "majority",
+        **settings: Any,
     ):
-        clip_or_config = clip
         if isinstance(clip, VS2CLIPConfig):
             config = clip
             clip = CLIPModel._from_config(config.clip_config)
             saes = {layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
             check_widths(saes, clip)
-            steering = config.steering()
+            chosen = config.steering()
         else:
             saes = saes_by_layer(clip, sae)
-            settings = *map(_plain, (gamma, lambda_, gate, fvu_threshold)), True, num_neighbors, positives
-            steering = Steering(method, *settings)
+            given = {"gamma": gamma, "lambda_": lambda_, "gate": gate, "method": method}
+            chosen = changed(Steering(), given | settings)
             config = VS2CLIPConfig(
                 clip_config=clip.config,
                 sae_configs=[saes[layer].config for layer in sorted(saes)],
@@ -129,11 +130,22 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         super().__init__(config)
         self.clip = clip
         self.saes = nn.ModuleDict({str(layer): saes[layer] for layer in sorted(saes)})
-        self._search: CorpusSearch | None = None
-        self._scoring = LabelScoring()
         self.post_init()
-        self._set(steering, complete=not isinstance(clip_or_config, VS2CLIPConfig))
+        self._use(Steerer(clip, self.sae_by_layer, chosen, LabelSets()))
+        if sae is not None:  # from a configuration: what settings need of a checkpoint is still to come
+            self._steerer.check()
+        self.config.set_steering(chosen)
         self.training = clip.training  # `self.train(...)` would set the mode of each part of the CLIP
+
+    @property
+    def steerer(self) -> Steerer:
+        """What steers, with the settings in force: those of the innermost `with model.steering(...)` of this thread or task, else those
+        of [`VS2CLIPForZeroShot.set_steering`]. It never changes, and `steerer.with_(...)` gives another."""
+        # Compiled code can't ask which context it runs in: it takes the settings that were set last.
+        steerer = self._latest if torch.compiler.is_compiling() else _BLOCKS.get().get(id(self), self._steerer)
+        if steerer.clip is not self.clip or steerer.saes != self.sae_by_layer:  # a replica of `DataParallel`, say
+            steerer = replace(steerer, clip=self.clip, saes=self.sae_by_layer)
+        return steerer
 
     @property
     def sae(self) -> SAEModel:
@@ -156,30 +168,31 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         """Change settings of [`Steering`] (`method`, `gamma`, `lambda_`, `gate`, ...); what is not named stays.
 
         Giving `gate` drops an earlier `fvu_threshold`, and the other way round. Written to the config, so that
-        `save_pretrained` keeps it.
+        `save_pretrained` keeps it. Not for threads that share the model: they take `with model.steering(...)`.
 
         Raises:
             `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
         """
-        self._set(self._changed(settings))
+        self._use(self._steerer.with_(**settings))
+        self.config.set_steering(self._steerer.settings)
 
-    def _set(self, chosen: Steering, complete: bool = True) -> None:
-        self._use(chosen, complete)
-        self.config.method, self.config.lambda_ = chosen.method, chosen.lambda_
-        self.config.gamma = list(chosen.gamma) if isinstance(chosen.gamma, tuple) else chosen.gamma
-        self.config.gate, self.config.fvu_threshold = chosen.gate, chosen.fvu_threshold
-        self.config.num_neighbors, self.config.positives = chosen.num_neighbors, chosen.positives
-        self.config.edits = None if chosen.edits is None else chosen.edits.to_dict()
+    def _use(self, steerer: Steerer) -> None:
+        self._steerer = self._latest = steerer
 
     @contextmanager
     def steering(self, **settings: Any) -> Iterator[VS2CLIPForZeroShot]:
-        """The same for the length of a `with` block: `with model.steering(enabled=False): ...` is plain CLIP."""
-        before = self._steering
-        self._use(self._changed(settings))
+        """The same for the length of a `with` block: `with model.steering(enabled=False): ...` is plain CLIP.
+
+        The settings hold in the thread or asyncio task that the block is in, and for nobody else.
+        """
+        before = self.steerer
+        self._latest = before.with_(**settings)
+        token = _BLOCKS.set({**_BLOCKS.get(), id(self): self._latest})
         try:
             yield self
         finally:
-            self._use(before, complete=False)  # they were in force before; statistics may be others by now
+            _BLOCKS.reset(token)
+            self._latest = before
 
     def editing(
         self,
@@ -205,17 +218,17 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
     @property
     def steering_settings(self) -> Steering:
         """The settings in force."""
-        return self._steering
+        return self.steerer.settings
 
     @property
     def fvu_thresholds(self) -> dict[int, float | None]:
         """The gate's threshold tau at each steered layer; `None` where nothing is gated."""
-        return dict(self._thresholds)
+        return dict(self.steerer.fvu_thresholds)
 
     @property
     def corpus(self) -> RetrievalCorpus | None:
         """The corpus that `method="vs2++"` takes neighbours from."""
-        return None if self._search is None else self._search.corpus
+        return None if self._steerer.search is None else self._steerer.search.corpus
 
     def set_corpus(self, corpus: RetrievalCorpus | None) -> None:
         """Give the model an unlabelled corpus for `method="vs2++"`, or with `None` take it away. `save_pretrained` keeps it.
@@ -225,7 +238,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         """
         if corpus is not None:
             corpus.check_base_model(self.clip)
-        self._search = None if corpus is None else CorpusSearch(corpus)
+        self._use(replace(self._steerer, search=None if corpus is None else CorpusSearch(corpus)))
 
     @property
     def domain_statistics(self) -> DomainStatistics | None:
@@ -239,236 +252,27 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         Raises:
             `ValueError`: if they are of rows of another width or number of latents, or do not serve the settings in force.
         """
-        if statistics is None and self._steering.parts.needs_statistics:
-            raise ValueError(f"method={self._steering.method!r} is in force and needs them. Set another method first.")
+        if statistics is None and self._steerer.settings.rule.needs_statistics:
+            raise ValueError(
+                f"method={self._steerer.settings.method!r} is in force and needs them. Set another method first."
+            )
         before = self.domain_statistics
         self.sae.set_domain_statistics(statistics)
         try:
-            self._use(self._steering)
+            self._use(self._steerer.with_())  # thresholds may be others
         except ValueError:
             self.sae.set_domain_statistics(before)
             raise
-        self._scoring.clear()
-
-    def _changed(self, settings: dict[str, Any]) -> Steering:
-        settings = {name: _plain(value) for name, value in settings.items()}
-        if settings.get("gate") is not None:
-            settings.setdefault("fvu_threshold", None)
-        elif settings.get("fvu_threshold") is not None:
-            settings.setdefault("gate", None)
-        return replace(getattr(self, "_steering", Steering()), **settings)
-
-    def _use(self, steering: Steering, complete: bool = True) -> None:
-        """`complete=False`: statistics are still to come, [`set_domain_statistics`] brings them."""
-        parts = steering.parts
-        last_alone = parts.step == "vs2++" or parts.needs_statistics
-        if last_alone and list(self.saes) != [str(self.num_layers - 1)]:
-            raise ValueError(
-                f"method={steering.method!r} steers the last layer alone ({self.num_layers - 1}); this model holds SAEs for layers "
-                f"{list(self.sae_by_layer)}."
-            )
-        if complete and parts.needs_statistics and self.domain_statistics is None:
-            raise ValueError(
-                f"method={steering.method!r} needs statistics of unlabelled images, and this checkpoint holds none. Measure them: "
-                "hf-vs2 calibrate --checkpoint O --dataset D, or model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, rows))."
-            )
-        if complete and steering.enabled and self._lacks_rows(steering):
-            raise ValueError(lacking_rows(steering.method))
-        self._check_image_mean(steering)
-        edited = [] if steering.edits is None else steering.edits.latents
-        if edited and len(self.saes) > 1:
-            raise ValueError(
-                f"edits name latents of one SAE; this model holds SAEs for layers {list(self.sae_by_layer)}. Set edits=None, or give "
-                "a gamma for each latent."
-            )
-        thresholds: dict[int, float | None] = {}
-        for layer, sae in self.sae_by_layer.items():
-            if isinstance(steering.gamma, tuple) and len(steering.gamma) != sae.config.num_latents:
-                raise ValueError(
-                    f"gamma holds {len(steering.gamma)} factors, but the SAE of layer {layer} has {sae.config.num_latents} "
-                    "latents. Give one number, or one factor a latent."
-                )
-            beyond = [one for one in edited if one >= len(sae.W_dec)]
-            if beyond:
-                raise ValueError(f"edits names the latent {beyond[0]}; the SAE has {len(sae.W_dec)}, counted from 0.")
-            quantile = steering.gate if steering.measures_fvu else None
-            thresholds[layer] = steering.fvu_threshold if quantile is None else sae.fvu_threshold(quantile)
-        distance_threshold = None
-        if not steering.measures_fvu and steering.gate is not None and self.domain_statistics is not None:
-            distance_threshold = self.domain_statistics.distance_threshold(steering.gate)
-        self._steering = steering
-        self._thresholds = thresholds
-        self._distance_threshold: float | None = distance_threshold
-        self._gamma: torch.Tensor | None = None
-        self._edits: EditTable | None = None
-
-    def _lacks_rows(self, steering: Steering) -> bool:
-        return steering.parts.needs_rows and self.domain_statistics is not None and self.domain_statistics.rows is None
-
-    def _check_image_mean(self, steering: Steering) -> None:
-        mean = None if self.domain_statistics is None else self.domain_statistics.image_mean
-        width = self.clip.config.projection_dim
-        if steering.parts.needs_statistics and mean is not None and tuple(mean.shape) != (width,):
-            raise ValueError(
-                f"The mean image of the statistics is {tuple(mean.shape)}, and embeddings of this CLIP are ({width},): they were "
-                "measured with another one. Calibrate the checkpoint again."
-            )
+        self._steerer.label_sets.clear()
 
     # Steering
 
-    @property
-    def _is_steering(self) -> bool:
-        return self._steering.enabled and self._steering.method != "none" and len(self.saes) > 0
-
-    def steer_cls(self, rows: torch.Tensor, layer: int = -1, **retrieval: Unpack[RetrievalInputs]) -> SteeredRows:
+    def steer_cls(self, rows: torch.Tensor, layer: int = -1, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
         """Steer CLS rows `(batch, hidden_size)` of one layer (algorithm 1): encode, gate on FVU, move, keep the norm.
 
         `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
         """
-        index = resolve_layer(layer, self.num_layers)
-        sae = self.sae_by_layer.get(index)
-        if sae is None:
-            raise ValueError(f"No SAE for layer {index}: this model holds SAEs for layers {list(self.sae_by_layer)}.")
-        # Half-precision rows are steered in float32; the result goes back to where and what it came from.
-        x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
-        settings = self._steering
-        code = sae(x) if settings.measures_fvu else None
-        moved = rows
-        if code is not None and (settings.parts.step != "none" or settings.edits is not None):
-            moved = self._move(sae, x, code, rows, retrieval).to(device=rows.device, dtype=rows.dtype)
-        # A row that its dtype can't hold once moved, or whose squares overflow in the LayerNorm that follows, stays as it was.
-        steered = moved.to(x.dtype).square().sum(-1).isfinite().to(x.device)
-        distance = None if code is not None else row_distance(x, self._known(x.device).of_rows)
-        measure = distance if code is None else code.fvu
-        threshold = self._distance_threshold if code is None else self._thresholds[index]
-        if threshold is not None and measure is not None:
-            steered = steered & gate(measure, threshold)
-        if moved is not rows:
-            moved = torch.where(steered.to(rows.device).unsqueeze(-1), moved, rows)
-        views = self._views(x, code) if settings.parts.views else None
-        if code is None:
-            return SteeredRows(moved, None, steered, distance=distance, views=views)
-        return SteeredRows(moved, code.fvu, steered, code.latent_values, code.latent_indices, views=views)
-
-    def _known(self, device: torch.device) -> DomainStatistics:
-        return statistics_of(self).on(device)
-
-    def _views(self, x: torch.Tensor, code: Any) -> tuple[torch.Tensor, ...]:
-        known = self._known(x.device)
-        made = []
-        for name in self._steering.parts.views:
-            if name == "pca":
-                made.append(pca_view(x, known.of_rows))
-            elif name == "sae":
-                made.append(
-                    latent_view(code.latent_values, code.latent_indices, known.latent_mean, known.latent_frequency)
-                )
-            else:
-                raise ValueError(f"method={self._steering.method!r} looks at a view {name!r} that there is not.")
-        return tuple(made)
-
-    def _move(
-        self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
-    ) -> torch.Tensor:
-        step, lambda_ = self._steering.parts.step, self._steering.lambda_
-        values, indices = code.latent_values, code.latent_indices
-        gamma = self._gamma_on(x.device)
-        if self._steering.edits is not None:
-            return self._latent_step(sae, x, code, rows, retrieval).move(x, sae.W_dec)
-        if step == "vs2":
-            return steer(x, steering_vector(values, indices, sae.W_dec, gamma).to(x.dtype), lambda_)
-        if step == "vs2++":
-            found = self._neighbors(sae, rows, retrieval)
-            return steer(x, contrastive_direction(*found, sae.W_dec, gamma).to(x.dtype), lambda_)
-        if step in ("centroid", "corrected"):
-            alpha = lambda_ * (self._steering.gamma_factors[0] - 1)
-            if step == "centroid":
-                return centroid_steer(x, sae.mean, alpha)
-            known = self._known(x.device)
-            return corrected_steer(x, known.mean, values, indices, known.latent_mean, sae.W_dec, alpha)
-        if step == "reconstruct":
-            return code.reconstruction
-        if step == "amplify":
-            return sae.decode(amplify(values, indices, gamma), indices)
-        raise ValueError(f"method={self._steering.method!r} makes a step {step!r} that there is not.")
-
-    def _neighbors(self, sae: SAEModel, rows: torch.Tensor, retrieval: RetrievalInputs) -> NeighborCodes:
-        if self._search is None:
-            raise ValueError(
-                "method='vs2++' needs a corpus to find neighbours in: model.set_corpus(RetrievalCorpus...)."
-            )
-        settings = self._steering
-        return self._search.neighbors(self.clip, sae, rows, settings.num_neighbors, settings.positives, **retrieval)
-
-    def _latent_step(
-        self, sae: SAEModel, x: torch.Tensor, code: Any, rows: torch.Tensor, retrieval: RetrievalInputs
-    ) -> LatentStep:
-        """The movement of each row, latent by latent: for edits and explanations."""
-        step, mean, offset = self._steering.parts.step, sae.mean, None
-        found = self._neighbors(sae, rows, retrieval) if step == "vs2++" else None
-        if step == "corrected":
-            known = self._known(x.device)
-            mean, offset = known.mean, known.latent_mean.to(x.dtype) @ sae.W_dec.to(x.dtype)
-        edits = self._steering.edits
-        if edits is not None and (self._edits is None or self._edits.latents.device != x.device):
-            self._edits = edits.table(x.device)
-        return latent_step(self._steering, x, code, mean, self._gamma_on(x.device), found, self._edits, offset)
-
-    def _gamma_on(self, device: torch.device) -> float | torch.Tensor:
-        """gamma as the equations take it; one factor a latent is put on the device once, when first needed."""
-        if not isinstance(self._steering.gamma, tuple):
-            return self._steering.gamma
-        if self._gamma is None or self._gamma.device != device:
-            self._gamma = torch.tensor(self._steering.gamma, device=device)
-        return self._gamma
-
-    def _steered_vision(
-        self, pixel_values: torch.Tensor | None, retrieval: RetrievalInputs, **kwargs: Any
-    ) -> tuple[Any, dict[int, SteeredRows]]:
-        """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each layer."""
-        if pixel_values is None:
-            raise ValueError("You have to specify pixel_values")  # as CLIPModel says it
-        vision = self.clip.vision_model
-        last = len(vision.encoder.layers) - 1
-        done: dict[int, SteeredRows] = {}
-        if list(self.saes) == [str(last)]:
-            outputs = vision(pixel_values=pixel_values, **kwargs)
-            hidden = outputs.last_hidden_state
-        else:
-            hidden = self._steered_encoder(pixel_values, done, **kwargs)
-            outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
-        cls_rows = hidden[:, 0, :]
-        if str(last) in self.saes:
-            done[last] = self.steer_cls(cls_rows, last, **retrieval)
-            cls_rows = done[last].rows
-        outputs.pooler_output = vision.post_layernorm(cls_rows)
-        return outputs, done
-
-    def _steered_encoder(
-        self,
-        pixel_values: torch.Tensor,
-        done: dict[int, SteeredRows],
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The encoder layer by layer, with the CLS row steered after each inner layer that has an SAE."""
-        unsupported = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, None)]
-        if unsupported:
-            raise ValueError(
-                f"{unsupported[0]}=True is supported when only the last layer is steered; SAEs: {list(self.saes)}."
-            )
-        kwargs.pop("return_dict", None)
-        vision = self.clip.vision_model
-        hidden = vision.pre_layrnorm(
-            vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        )
-        last = len(vision.encoder.layers) - 1
-        for index, layer in enumerate(vision.encoder.layers):
-            hidden = layer(hidden, None, **kwargs)
-            if index < last and str(index) in self.saes:
-                done[index] = self.steer_cls(hidden[:, 0, :], index)
-                hidden = torch.cat([done[index].rows.unsqueeze(1), hidden[:, 1:, :]], dim=1)
-        return hidden
+        return self.steerer.steer(rows, layer, **retrieval)
 
     # Checkpoints
 
@@ -532,7 +336,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 clip_of(clip, config, pretrained_model_name_or_path, place, kwargs | asked),
                 load_saes(pretrained_model_name_or_path, config, place, kwargs),
             )
-            model._set(config.steering(), complete=False)
+            model._use(replace(model._steerer, settings=config.steering()))
         if config_dict.get("holds_corpus"):
             model.set_corpus(load_corpus(pretrained_model_name_or_path, place))
         if model_type == VS2CLIPConfig.model_type and config_dict.get("holds_statistics"):
@@ -542,11 +346,11 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
                 statistics.check_fits(hidden_size, num_latents, str(pretrained_model_name_or_path))
             model.sae.set_domain_statistics(statistics)
         if config_dict.get("holds_label_sets"):
-            model._scoring = LabelScoring.load(pretrained_model_name_or_path, place, model)
-        if not settings and model._lacks_rows(model._steering):
+            label_sets = LabelSets.load(pretrained_model_name_or_path, place, model._steerer)
+            model._use(replace(model._steerer, label_sets=label_sets))
+        if not settings and model._steerer.lacks_rows:
             # Versions before ran distribution norm under that name. It loads, and refuses to score.
-            logger.warning(f"{pretrained_model_name_or_path}: {lacking_rows(model._steering.method)}")
-            model._use(model._steering, complete=False)
+            logger.warning(f"{pretrained_model_name_or_path}: {model._steerer.lacking_rows}")
             return model
         try:
             model.set_steering(**settings)  # without any, a look at whether those stored can be used
@@ -570,7 +374,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             )
         self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
         self.config.holds_statistics = self.domain_statistics is not None
-        self.config.holds_label_sets = bool(self._scoring.named_now(self))
+        self.config.holds_label_sets = bool(self.fitted_label_sets)
         # As they are now (calibrated since, perhaps), each with the layer that it steers.
         self.config.sae_configs = [at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
         state = kwargs.pop("state_dict", None) or self.state_dict()
@@ -592,7 +396,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         else:
             (folder / STATISTICS_NAME).unlink(missing_ok=True)
         if self.config.holds_label_sets:
-            self._scoring.save(folder)
+            self._steerer.label_sets.save(folder)
         else:
             (folder / LABEL_SETS_NAME).unlink(missing_ok=True)
 
@@ -626,23 +430,20 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             `ValueError`: if the method fits nothing, or labels are missing, empty, given twice or the same to this
             CLIP.
         """
-        if self._steering.parts.scores == "cosine":
-            fitting = [name for name, parts in METHODS.items() if parts.scores != "cosine"]
-            raise ValueError(f"method={self._steering.method!r} fits nothing to labels; these do: {fitting}.")
         clean_class_names(labels, clean, "labels")
         tokenizer, _ = processing_of(self, processor)
         templates = DEFAULT_TEMPLATES if templates is None else templates
         embeds = class_embeddings(self.clip, tokenizer, labels, templates, clean=clean)
-        return self._scoring.fitted(self, embeds, tuple(labels))
+        return self.steerer.fit_classes(embeds, tuple(labels))
 
     def fit_classes(self, class_embeds: torch.Tensor) -> FittedLabels:
         """[`fit_label_set`] of class embeddings `(num_classes, projection_dim)`; kept for the next call, but not saved."""
-        return self._scoring.fitted(self, class_embeds)
+        return self.steerer.fit_classes(class_embeds)
 
     @property
     def fitted_label_sets(self) -> tuple[FittedLabels, ...]:
         """What [`fit_label_set`] fitted, or a checkpoint brought, of the weights and statistics that the model has now."""
-        return self._scoring.named_now(self)
+        return self._steerer.label_sets.named_now(self._steerer)
 
     def image_mean(self) -> torch.Tensor:
         """Mean unit embedding of the statistics' images under the step in force, `(projection_dim,)`.
@@ -652,7 +453,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         """
         if self.domain_statistics is None:
             raise ValueError("There are no statistics to take a mean image from: see set_domain_statistics.")
-        return self._scoring.image_mean(self)
+        return self.steerer.label_sets.image_mean(self.steerer)
 
     def class_logits(self, images: VS2ImageFeatures, class_embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -668,20 +469,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         Raises:
             `ValueError`: naming the first row whose features or scores are not finite: they would be no answer.
         """
-        assert images.features is not None
-        embeds = unit_embeds(images.features).to(class_embeds.device)
-        return logits_of(self.clip, self._class_scores(images, embeds, class_embeds))
-
-    def _class_scores(
-        self, images: VS2ImageFeatures, embeds: torch.Tensor, class_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        scores = embeds @ class_embeds.T
-        if images.steered is not None and self._is_steering and self._steering.parts.scores != "cosine":
-            fit = self.fit_classes(class_embeds).fit.on(class_embeds.device)
-            views = [view.to(class_embeds.device) for view in images.views or ()]
-            steered = images.steered.to(class_embeds.device).unsqueeze(-1)
-            scores = torch.where(steered, label_scores(embeds, fit, views), scores)
-        return scores
+        return self.steerer.class_logits(images, class_embeds)
 
     # CLIP's interface
 
@@ -695,9 +483,9 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         """
         retrieval = pop_retrieval_inputs(kwargs)
         kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
-        if not self._is_steering:
+        if not self.steerer.is_steering:
             return self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
-        outputs, _ = self._steered_vision(pixel_values, retrieval, **kwargs)
+        outputs, _ = self.steerer.vision(pixel_values, retrieval, **kwargs)
         outputs.pooler_output = self.clip.visual_projection(outputs.pooler_output)
         return outputs
 
@@ -714,19 +502,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         since they start from the same CLS row, and a second pass through the vision tower otherwise. `class_embeds=` and the
         other [`RetrievalInputs`] are for `method="vs2++"`.
         """
-        retrieval = pop_retrieval_inputs(kwargs)
-        if not self._is_steering:
-            features = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
-            nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-            return VS2ImageFeatures(features, steered=nothing, plain_features=features if with_plain else None)
-        outputs, done = self._steered_vision(pixel_values, retrieval, **kwargs)
-        features, plain = self.clip.visual_projection(outputs.pooler_output), None
-        if with_plain and len(done) == 1 and len(self.clip.vision_model.encoder.layers) - 1 in done:
-            plain = self.clip.visual_projection(self.clip.vision_model.post_layernorm(outputs.last_hidden_state[:, 0]))
-        elif with_plain:
-            plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
-        views = next(iter(done.values())).views
-        return VS2ImageFeatures(features, plain_features=plain, views=views, **per_image(done))
+        return self.steerer.features(pixel_values, with_plain, pop_retrieval_inputs(kwargs), **kwargs)
 
     def image_features_from_cls(self, rows: torch.Tensor, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
         """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
@@ -737,26 +513,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         Raises:
             `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other widths.
         """
-        vision = self.clip.vision_model
-        last = len(vision.encoder.layers) - 1
-        inner = [layer for layer in self.saes if layer != str(last)]
-        if inner and self._is_steering:
-            raise ValueError(
-                f"Layers {inner} are steered too; only the last layer's steering can be replayed on cached rows."
-            )
-        width = vision.config.hidden_size
-        if rows.ndim != 2 or rows.shape[1] != width:
-            raise ValueError(
-                f"CLS rows of this CLIP are (batch, {width}); these are {tuple(rows.shape)}. "
-                "Extract them again with the CLIP that this model wraps."
-            )
-        rows = rows.to(device=vision.post_layernorm.weight.device, dtype=vision.post_layernorm.weight.dtype)
-        steered = self.steer_cls(rows, last, **retrieval) if self._is_steering else None
-        pooled = vision.post_layernorm(rows if steered is None else steered.rows)
-        features = self.clip.visual_projection(pooled)
-        if steered is None:
-            return VS2ImageFeatures(features, steered=torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
-        return VS2ImageFeatures(features, *steered[1:])
+        return self.steerer.features_from_cls(rows, **retrieval)
 
     # Explanations
 
@@ -793,7 +550,8 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             `ValueError`: if steering does not go through latents of the last layer alone, or something that is needed is missing.
         """
         retrieval = RetrievalInputs(retrieval_embeds=retrieval_embeds, exclude=exclude)
-        return explain_images(self, images, labels, processor, templates, names, vocabulary, clean, retrieval)
+        processing = partial(processing_of, self, processor)
+        return explain_images(self.steerer, images, labels, processing, templates, names, vocabulary, clean, retrieval)
 
     def explain_from_cls(
         self,
@@ -808,7 +566,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         """[`VS2CLIPForZeroShot.explain`] of cached CLS rows `(batch, hidden_size)` of the last layer and label embeddings
         `(num_labels, projection_dim)`."""
         retrieval = RetrievalInputs(class_embeds=class_embeds, retrieval_embeds=retrieval_embeds, exclude=exclude)
-        return explain_rows(self, rows, class_embeds, labels, resolve_names(names), retrieval)
+        return explain_rows(self.steerer, rows, class_embeds, labels, resolve_names(names), retrieval)
 
     def cls_rows(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Plain CLIP's CLS rows of the last layer, `(batch, hidden_size)`: what [`image_features_from_cls`] takes."""
@@ -836,16 +594,17 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             "pixel_values": pixel_values,
             "interpolate_pos_encoding": interpolate_pos_encoding,
         }
-        if not self._is_steering:
+        steerer = self.steerer
+        if not steerer.is_steering:
             plain = self.clip(**text_inputs, **image_inputs, return_loss=return_loss, **kwargs)
             nothing = torch.zeros(len(plain.image_embeds), dtype=torch.bool, device=plain.image_embeds.device)
             return VS2CLIPOutput(**plain, steered=nothing)
 
         text_outputs = None
-        if self._steering.method == "vs2++":
+        if steerer.settings.rule.needs_corpus:
             text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
             retrieval.setdefault("class_embeds", text_outputs.pooler_output)
-        vision_outputs, done = self._steered_vision(**image_inputs, retrieval=retrieval, **kwargs)
+        vision_outputs, done = steerer.vision(**image_inputs, retrieval=retrieval, **kwargs)
         vision_outputs.pooler_output = self.clip.visual_projection(vision_outputs.pooler_output)
         if text_outputs is None:
             text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
@@ -854,17 +613,14 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out bit-identical.
         logits_per_text = torch.matmul(text_embeds, image_embeds.t().to(text_embeds.device))
         logits_per_text = logits_per_text * self.clip.logit_scale.exp().to(text_embeds.device)
-        if self._steering.parts.scores != "cosine":
+        if steerer.settings.rule.fit is not None:
             (made,) = done.values()
             images = VS2ImageFeatures(vision_outputs.pooler_output, steered=made.steered, views=made.views)
             classes = text_embeds.float()
             embeds = F.normalize(vision_outputs.pooler_output.float(), dim=-1).to(classes.device)
-            scored = self._class_scores(images, embeds, classes).t() * self.clip.logit_scale.float().exp().to(
-                classes.device
-            )
-            logits_per_text = torch.where(
-                made.steered.to(scored.device), scored.to(logits_per_text.dtype), logits_per_text
-            )
+            scale = self.clip.logit_scale.float().exp().to(classes.device)
+            scored = (steerer.scores(images, embeds, classes).t() * scale).to(logits_per_text.dtype)
+            logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)
         return VS2CLIPOutput(
             loss=_contrastive_loss(logits_per_text) if return_loss else None,
             logits_per_image=logits_per_text.t(),
@@ -886,12 +642,6 @@ def _unit(embeds: torch.Tensor) -> torch.Tensor:
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     target = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
-
-
-def _plain(setting: Any) -> Any:
-    """A setting as Python numbers: tensors and arrays become a number or a tuple of them."""
-    setting = setting.tolist() if hasattr(setting, "tolist") else setting
-    return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting
 
 
 __all__ = ["VS2CLIPForZeroShot"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.pipelines.pt_utils import PipelineIterator
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
 from ..config.sae import SAEConfig
-from ..config.vs2_clip import VS2CLIPConfig
+from ..config.vs2_clip import Steering, VS2CLIPConfig
 from ..data.batches import Normalizer, read_pixels
 from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
@@ -26,9 +26,10 @@ from ..encoders.families import STEERABLE
 from ..encoders.loading import check_clip, load_clip
 from ..encoders.processing import knows_words
 from ..encoders.tail import logits_of, unit_embeds
-from ..explain.explanation import VS2Explanation, check_explainable
+from ..explain.explanation import VS2Explanation, check_explainable, explain_rows
 from ..explain.inputs import resolve_names
 from ..files.place import at_one_commit
+from ..steering.corpus import RetrievalInputs
 from ..steering.outputs import VS2ImageFeatures
 from .loading import find_processing
 from .modeling import VS2CLIPForZeroShot
@@ -37,7 +38,8 @@ from .prompt_cache import PromptCache
 
 TASK = "vs2-zero-shot-image-classification"
 
-_STEERING_OPTIONS = ("gamma", "lambda_", "gate", "fvu_threshold", "method", "num_neighbors", "positives", "edits")
+# All settings of `Steering` but `enabled`, which is `steer` here.
+_STEERING_OPTIONS = tuple(one.name for one in fields(Steering) if one.name != "enabled")
 _OPTIONS = (
     *("candidate_labels", "hypothesis_template", "templates", "clean", "top_k", "return_details", "timeout", "steer"),
     *("explain", "top_latents", "latent_names"),
@@ -244,8 +246,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
             if given.get(name) is not None:
                 settings.pop(other, None)
         settings.update(given)
-        with copy.copy(self.model).steering(**settings):
-            pass
+        self.model.steerer.with_(**settings)
         return settings
 
     def get_iterator(
@@ -325,21 +326,20 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 self._logits(features, classes, name),
                 None,
             )
-        # A shallow copy: the same weights, but settings of its own. The model itself is never set to this call's options, so
-        # other threads, an exception or a generator left half-way can't leave them behind.
-        with copy.copy(self.model).steering(**steering) as model:
-            if not explain:
-                images = model.image_features(pixel_values, with_plain=with_plain, class_embeds=classes)
-                unit_embeds(images.features, name)  # which image it is, `class_logits` can't say
-                return images, model.class_logits(images, classes), None
-            check_explainable(model)
-            rows = model.cls_rows(pixel_values)
-            images = model.image_features_from_cls(rows, class_embeds=classes)
-            unit_embeds(images.features, name)
-            if with_plain:
-                with copy.copy(model).steering(enabled=False) as plain:
-                    images.plain_features = plain.image_features_from_cls(rows).features
-            return images, model.class_logits(images, classes), model.explain_from_cls(rows, classes)
+        # The model itself is never set to this call's options, so nobody else sees them.
+        steerer = self.model.steerer.with_(**steering)
+        if not explain:
+            images = steerer.features(pixel_values, with_plain, RetrievalInputs(class_embeds=classes))
+            unit_embeds(images.features, name)  # which image it is, `class_logits` can't say
+            return images, steerer.class_logits(images, classes), None
+        check_explainable(steerer)
+        rows = self.model.cls_rows(pixel_values)
+        images = steerer.features_from_cls(rows, class_embeds=classes)
+        unit_embeds(images.features, name)
+        if with_plain:
+            images.plain_features = steerer.with_(enabled=False).features_from_cls(rows).features
+        explanation = explain_rows(steerer, rows, classes, None, {}, RetrievalInputs())
+        return images, steerer.class_logits(images, classes), explanation
 
     def _logits(self, features: Any, classes: torch.Tensor, name: Callable[[int], str]) -> torch.Tensor:
         """Float32 logits `(batch, num_classes)`, also of a model in half precision."""

@@ -1,64 +1,18 @@
 """Configuration of a CLIP with sparse autoencoders plugged in, and the steering settings they share."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 
 from ..functional.neighbors import POSITIVES
+from ..methods import Method, method_named
 from .checks import CheckpointConfig, check_clip_config
 from .latent_edits import LatentEdits
 from .sae import SAEConfig, is_finite
-
-
-class MethodParts(NamedTuple):
-    """What a method does to a CLS row, and what it makes of the embedding and the class embeddings."""
-
-    step: str = "none"
-    """`"none"`, or what takes the row's place: `"centroid"`, `"reconstruct"`, `"amplify"`, `"vs2"`, `"vs2++"`, `"corrected"`."""
-    scores: str = "cosine"
-    """`"cosine"`, as in CLIP, `"distribution_norm"`, `"balanced_norm"`, `"prototypes"` or `"balanced_prototypes"`."""
-    views: tuple[str, ...] = ()
-    """Of `"prototypes"`: `"pca"`, `"sae"`."""
-
-    @property
-    def reads_latents(self) -> bool:
-        """Whether it needs the SAE, whose FVU then is the gate's measure; else that is the distance to the training rows."""
-        return self.step != "none" or "sae" in self.views
-
-    @property
-    def needs_statistics(self) -> bool:
-        return self.scores != "cosine" or self.step == "corrected"
-
-    @property
-    def needs_rows(self) -> bool:
-        """Whether the statistics must hold rows: prototypes and balanced means are fitted to them, and the mean of
-        steered images is theirs."""
-        return self.scores != "cosine" and (self.scores != "distribution_norm" or self.step != "none")
-
-
-METHODS = {
-    "none": MethodParts(),
-    "centroid": MethodParts("centroid"),
-    "reconstruct": MethodParts("reconstruct"),
-    "amplify": MethodParts("amplify"),
-    "vs2": MethodParts("vs2"),
-    "vs2++": MethodParts("vs2++"),
-    "corrected": MethodParts("corrected"),
-    "distribution_norm": MethodParts(scores="distribution_norm"),
-    "vs2+distribution_norm": MethodParts("vs2", "distribution_norm"),
-    "corrected+distribution_norm": MethodParts("corrected", "distribution_norm"),
-    "balanced_norm": MethodParts(scores="balanced_norm"),
-    "balanced_prototypes": MethodParts(scores="balanced_prototypes"),
-    "prototypes": MethodParts(scores="prototypes"),
-    "prototypes+pca": MethodParts(scores="prototypes", views=("pca",)),
-    "prototypes+sae": MethodParts(scores="prototypes", views=("sae",)),
-    "prototypes+pca+sae": MethodParts(scores="prototypes", views=("pca", "sae")),
-}
-"""Every method, and what it is made of. No other combination has a meaning here."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +20,8 @@ class Steering:
     """How CLS rows are steered. Immutable: change one with `dataclasses.replace`.
 
     Args:
-        method (`str`): `"vs2"` (eq. 2-3), `"centroid"` (the control of proposition 3.1: away from the training mean, no
-            SAE), `"reconstruct"` (the paper's REC-F: the reconstruction takes the row's place), `"amplify"`
-            (REC-F+gamma: `D(gamma c)` does), `"vs2++"` (section 4.2: towards the latents that an image's neighbours in a
-            corpus share, see `VS2CLIPForZeroShot.set_corpus`) or `"none"`. Beyond the paper, with [`DomainStatistics`]:
-            `"corrected"` (see [`corrected_steer`]); `"distribution_norm"` (mean image and text subtracted), alone or after a
-            step, `"vs2+distribution_norm"` and `"corrected+distribution_norm"`; `"balanced_norm"` (the mean in which each
-            label counts alike, see [`balanced_mean`]); `"balanced_prototypes"` (see [`fit_balanced_prototypes`]); `"prototypes"`
-            (KM-MAP, see [`fit_prototypes`]), with views of the row `"prototypes+pca"`, `"prototypes+sae"`,
-            `"prototypes+pca+sae"`. These change scores, not image features: see
-            `VS2CLIPForZeroShot.class_logits`.
+        method (`str`): one of [`METHODS`], by default the paper's `"vs2"`; docs/methods.md says what each does. Methods that fit
+            something to a label set change scores, not image features: see `VS2CLIPForZeroShot.class_logits`.
         gamma (`float` or one a latent): amplification of the active latents.
         lambda_ (`float`): size of the step.
         gate (`float`, *optional*): quantile above which a row is left alone: of the FVU, or of [`row_distance`] for methods that
@@ -101,8 +47,7 @@ class Steering:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", LatentEdits.of(self.edits))
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not known. Use one of {list(METHODS)}.")
+        rule = self.rule
         if self.positives not in POSITIVES:
             raise ValueError(f"positives={self.positives!r} is not known. Use one of {list(POSITIVES)}.")
         if isinstance(self.num_neighbors, bool) or not isinstance(self.num_neighbors, int) or self.num_neighbors < 1:
@@ -121,7 +66,7 @@ class Steering:
             )
         if self.fvu_threshold is not None and not self.fvu_threshold >= 0:
             raise ValueError(f"fvu_threshold={self.fvu_threshold} must not be negative.")
-        if self.parts.step in ("centroid", "corrected") and isinstance(self.gamma, tuple):
+        if rule.one_direction and isinstance(self.gamma, tuple):
             raise ValueError(
                 f"method={self.method!r} steers along one direction: gamma must be one number, not one a latent."
             )
@@ -132,14 +77,19 @@ class Steering:
             )
 
     @property
-    def parts(self) -> MethodParts:
-        """What the method is made of."""
-        return METHODS[self.method]
+    def rule(self) -> Method:
+        """The method itself, by its name."""
+        return method_named(self.method)
 
     @property
     def measures_fvu(self) -> bool:
         """Whether the SAE is asked, so that the gate goes by FVU."""
-        return self.method == "none" or self.parts.reads_latents or self.edits is not None
+        return self.rule.reads_latents or self.edits is not None
+
+    @property
+    def alpha(self) -> float:
+        """`lambda (gamma - 1)`, of one gamma for all latents."""
+        return self.lambda_ * (self.gamma_factors[0] - 1)
 
     @property
     def gamma_factors(self) -> tuple[float, ...]:
@@ -226,17 +176,16 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
 
     def steering(self) -> Steering:
         """The steering settings, validated."""
-        gamma = tuple(self.gamma) if isinstance(self.gamma, list) else self.gamma
-        return Steering(
-            self.method,
-            gamma,
-            self.lambda_,
-            self.gate,
-            self.fvu_threshold,
-            num_neighbors=self.num_neighbors,
-            positives=self.positives,
-            edits=LatentEdits.of(self.edits),
-        )
+        given = {one.name: getattr(self, one.name) for one in fields(Steering) if hasattr(self, one.name)}
+        return Steering(**given | {"gamma": tuple(self.gamma) if isinstance(self.gamma, list) else self.gamma})
+
+    def set_steering(self, chosen: Steering) -> None:
+        """Take over settings, all but `enabled`, as JSON holds them."""
+        gamma, edits = chosen.gamma, chosen.edits
+        as_json = {"gamma": list(gamma) if isinstance(gamma, tuple) else gamma, "edits": edits and edits.to_dict()}
+        for one in fields(Steering):
+            if hasattr(self, one.name):
+                setattr(self, one.name, as_json.get(one.name, getattr(chosen, one.name)))
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -246,4 +195,4 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         return output
 
 
-__all__ = ["METHODS", "MethodParts", "Steering", "VS2CLIPConfig"]
+__all__ = ["Steering", "VS2CLIPConfig"]

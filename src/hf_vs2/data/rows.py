@@ -1,44 +1,88 @@
-"""The rows that an SAE is trained on: a tensor, or one layer of one activation store or of several."""
+"""CLS rows, wherever they are: a tensor, one layer of an activation store, or several stores taken together."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from ..encoders.base_model import resolve_layer
 from ..encoders.families import recorded_family, refuse_family
-from ..training.calibration import Rows, TensorRows
+from ..functional.finite import first_broken_row
 from .store import ActivationStore, differences
 
 
 T = TypeVar("T")
-TrainRows: TypeAlias = "ActivationStore | Sequence[ActivationStore] | torch.Tensor"
 
 
-def training_rows(train_rows: TrainRows, layer: int | None) -> Rows:
-    """`train_rows` behind one interface.
-
-    Raises:
-        `ValueError`: if the stores do not fit together, or hold several layers and `layer` is not given.
+class Rows(ABC):
     """
-    if isinstance(train_rows, torch.Tensor):
-        return TensorRows(train_rows)
-    if isinstance(train_rows, ActivationStore):
-        return LayerRows(train_rows, layer)
-    stores = list(train_rows)
-    if not stores or not all(isinstance(store, ActivationStore) for store in stores):
-        found = ", ".join(type(store).__name__ for store in stores) or "nothing"
-        raise ValueError(f"train_rows must list activation stores, at least one; it lists {found}.")
-    parts = [LayerRows(store, layer) for store in stores]
-    return parts[0] if len(parts) == 1 else UnionRows(parts)
+    CLS rows of one layer of a vision tower, read when they are asked for; see [`rows_of`].
+
+    Attributes:
+        width (`int`): numbers of a row.
+        labels (`torch.Tensor` of shape `(len,)`, *optional*): int64, -1 where there is none.
+        class_names (`list[str]`, *optional*): in the order of the labels.
+        name (`str`): how messages name them.
+        origin (`dict`): the fields of [`SAEConfig`] that say which CLIP and layer the rows are of; empty where nothing tells.
+    """
+
+    width: int
+    name: str = "the activations"
+    labels: torch.Tensor | None = None
+    class_names: list[str] | None = None
+    origin: Mapping[str, Any] = MappingProxyType({})
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows by number `(len(indices), width)`, float32, in the order asked for."""
+
+    def batches(self, batch_size: int = 1024, indices: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """The rows (of `indices`, *optional*) in blocks, so that memory stays flat.
+
+        Raises:
+            `ValueError`: a row is not finite.
+        """
+        for chosen in (torch.arange(len(self)) if indices is None else indices).split(batch_size):
+            block = self.take(chosen)
+            broken = first_broken_row(block)
+            if broken is not None:
+                raise ValueError(
+                    f"Row {int(chosen[broken])} of {self.name} holds NaN or infinite values. Extract the activations again in "
+                    "float32 or bfloat16 (float16 overflows in some CLIP models)."
+                )
+            yield block
+
+    def data(self, chosen: torch.Tensor) -> dict[str, Any] | None:
+        """The images behind the rows `chosen`, for `SAEConfig.training_data`; `None` where nothing tells."""
+        return None
 
 
-class LayerRows:
-    """One layer of an activation store, and where its rows come from, as the SAE's config records it.
+class TensorRows(Rows):
+    """A `(rows, width)` tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        if tensor.ndim != 2:
+            raise ValueError(f"Activations must be a (rows, hidden_size) tensor, not {tuple(tensor.shape)}.")
+        self.tensor, self.width = tensor, tensor.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def take(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.tensor[indices.to(self.tensor.device)].float()
+
+
+class StoreRows(Rows):
+    """One layer of an activation store.
 
     Raises:
         `ValueError`: if it is not clear which layer, or the rows are of an encoder that nothing can steer.
@@ -50,9 +94,14 @@ class LayerRows:
         if family is not None:
             refuse_family(family, f"{store.path} holds activations of {model['id']}, which", tower=True)
         if layer is None and len(store.layers) > 1:
-            raise ValueError(f"The store holds layers {list(store.layers)}: say which one to train on (layer=).")
-        self.store = store
+            raise ValueError(f"The store holds layers {list(store.layers)}: say which one to take (layer=).")
+        self.store, self.width, self.class_names = store, store.hidden_size, store.class_names
         self.layer = store.layers[0] if layer is None else resolve_layer(layer, store.metadata["num_layers"])
+        if self.layer not in store.layers:
+            raise ValueError(
+                f"The store {store.path} holds layers {list(store.layers)}, not {self.layer}: extract the images again with "
+                f"layers=({self.layer},)."
+            )
 
     def __len__(self) -> int:
         return len(self.store)
@@ -61,51 +110,47 @@ class LayerRows:
         return self.store.take(indices, layer=self.layer)
 
     @property
-    def labels(self) -> torch.Tensor | None:
+    def labels(self) -> torch.Tensor | None:  # type: ignore[override]
         return self.store.labels
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """The fields of [`SAEConfig`] that say which CLIP and layer the rows are from."""
-        found = self.store.metadata
+    def origin(self) -> dict[str, Any]:  # type: ignore[override]
+        made_from = self.store.metadata
         return {
-            "base_model_name_or_path": found["model"]["id"],
-            "base_model_revision": found["model"]["revision"],
-            "base_model_num_layers": found["num_layers"],
-            "base_model_fingerprint": found["base_model_fingerprint"],
-            "base_model_weights": found.get("base_model_weights"),
+            "base_model_name_or_path": made_from["model"]["id"],
+            "base_model_revision": made_from["model"]["revision"],
+            "base_model_num_layers": made_from["num_layers"],
+            "base_model_fingerprint": made_from["base_model_fingerprint"],
+            "base_model_weights": made_from.get("base_model_weights"),
             "layer": self.layer,
         }
 
     def data(self, chosen: torch.Tensor) -> dict[str, Any]:
-        """The images behind the rows `chosen`, for `SAEConfig.training_data`."""
-        found = self.store.metadata
+        made_from = self.store.metadata
         return {
             "num_rows": len(chosen),
-            "id": found["dataset_id"],
-            **found["dataset"],
-            "skipped": len(found["skipped"]),
+            "id": made_from["dataset_id"],
+            **made_from["dataset"],
+            "skipped": len(made_from["skipped"]),
         }
 
 
-class UnionRows:
-    """The rows of several stores, one store after another; read when they are asked for.
+class UnionRows(Rows):
+    """The rows of several stores, one store after another.
 
     Raises:
         `ValueError`: if the stores are of different CLIPs, layers, widths or preprocessing, with both and the difference.
     """
 
-    def __init__(self, parts: Sequence[LayerRows]):
-        self.parts = parts
-        self._ends = torch.tensor([len(part) for part in parts]).cumsum(
-            0
-        )  # part p holds rows _ends[p-1] up to _ends[p]
-        first = parts[0]
+    def __init__(self, parts: Sequence[StoreRows]):
+        self.parts, self.width, self.origin = parts, parts[0].width, parts[0].origin
+        # Part p holds rows _ends[p-1] up to _ends[p].
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
         for other in parts[1:]:
-            lines = differences(_kind(first), _kind(other))
+            lines = differences(_kind(parts[0]), _kind(other))
             if lines:
                 raise ValueError(
-                    f"The stores {first.store.path} and {other.store.path} can't be trained on together: {'; '.join(lines)}. "
+                    f"The stores {parts[0].store.path} and {other.store.path} can't be taken together: {'; '.join(lines)}. "
                     "Extract both with the same CLIP, layer and image processor."
                 )
 
@@ -114,33 +159,29 @@ class UnionRows:
 
     def take(self, indices: torch.Tensor) -> torch.Tensor:
         part_of = torch.bucketize(indices, self._ends, right=True)
-        rows = torch.empty(len(indices), self.parts[0].store.hidden_size)
+        rows = torch.empty(len(indices), self.width)
         for number in part_of.unique().tolist():
             places = (part_of == number).nonzero().squeeze(1)
             rows[places] = self.parts[number].take(indices[places] - self._start(number))
         return rows
 
     @property
-    def labels(self) -> torch.Tensor | None:
+    def labels(self) -> torch.Tensor | None:  # type: ignore[override]
         """Labels of all parts, -1 for those without. Classes of different stores are different classes, unless the stores have
         the same class names."""
-        found = [part.labels for part in self.parts]
-        if all(labels is None for labels in found):
+        of_parts = [part.labels for part in self.parts]
+        if all(labels is None for labels in of_parts):
             return None
-        names = [part.store.class_names for part in self.parts]
+        names = [part.class_names for part in self.parts]
         one_numbering = names[0] is not None and all(other == names[0] for other in names)
         numbered, offset = [], 0
-        for part, labels in zip(self.parts, found, strict=True):
+        for part, labels in zip(self.parts, of_parts, strict=True):
             if labels is None:
                 labels = torch.full((len(part),), -1)
             numbered.append(torch.where(labels >= 0, labels + offset, -1))
             if not one_numbering:
                 offset = max(offset, int(numbered[-1].max()) + 1)
         return torch.cat(numbered)
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        return self.parts[0].origin
 
     def data(self, chosen: torch.Tensor) -> dict[str, Any]:
         """One record a store, in order."""
@@ -152,7 +193,34 @@ class UnionRows:
         return int(self._ends[number - 1]) if number else 0
 
 
-def _kind(rows: LayerRows) -> dict[str, Any]:
+RowSource: TypeAlias = "Rows | ActivationStore | Sequence[ActivationStore] | torch.Tensor"
+
+
+def rows_of(source: RowSource, layer: int | None = None) -> Rows:
+    """
+    CLS rows of one layer behind one interface.
+
+    Args:
+        source: a tensor `(n, hidden_size)`, an activation store, several stores to be taken as one set, or [`Rows`].
+        layer (`int`, *optional*): of stores that hold several; negative ones count from the last.
+
+    Raises:
+        `TypeError`: it is none of these. `ValueError`: the stores do not fit together, or have not that layer.
+    """
+    if isinstance(source, Rows):
+        return source
+    if isinstance(source, torch.Tensor):
+        return TensorRows(source)
+    stores = [source] if isinstance(source, ActivationStore) else source
+    if not isinstance(stores, Sequence) or not stores or not all(isinstance(one, ActivationStore) for one in stores):
+        raise TypeError(
+            f"Activations must be a tensor (rows, hidden_size), an ActivationStore or a list of stores, not {type(source).__name__}."
+        )
+    parts = [StoreRows(store, layer) for store in stores]
+    return parts[0] if len(parts) == 1 else UnionRows(parts)
+
+
+def _kind(rows: StoreRows) -> dict[str, Any]:
     """What rows must have in common to be rows of one distribution. Weights tell models apart, not their names."""
     found = rows.store.metadata
     same = {name: found[name] for name in ("hidden_size", "num_layers", "site", "preprocessing")}
@@ -190,7 +258,7 @@ def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> 
     Raises:
         `ValueError`: if there are none, or they do not fit the rows.
     """
-    found = getattr(rows, "labels", None) if labels is None else torch.as_tensor(labels).cpu()
+    found = rows.labels if labels is None else torch.as_tensor(labels).cpu()
     if found is None:
         raise ValueError(
             "label_loss needs labels, and the rows have none. Give labels=, or extract the activations with label_column=."

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..evaluation.report import draw_gains
+from ..files.report import draw_gains
 from .folds import labels_of, samples_of
 
 

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..evaluation.comparison import EvaluationResult, SampleOutputs, paired_bootstrap
+from ..evaluation.metrics import paired_bootstrap, per_class_table
+from ..files.report import EvaluationResult, SampleOutputs
 
 
 T = TypeVar("T")
@@ -27,12 +28,7 @@ def pool_folds(results: Sequence[EvaluationResult], folds: Sequence[torch.Tensor
     labels = torch.cat([labels_of(result) for result in results])[order]
     samples = [_join([samples_of(result)[row] for result in results], order) for row in range(len(results[0].rows))]
     rows = [_pool_row([result.rows[row] for result in results], results[0].meta) for row in range(len(samples))]
-    class_names = results[0].per_class["class_names"]
-    per_class = {
-        "class_names": class_names,
-        "support": torch.bincount(labels, minlength=len(class_names)).tolist(),
-        "accuracy": [_accuracy_per_class(one.predictions, labels, len(class_names)) for one in samples],
-    }
+    per_class = per_class_table(samples, labels, results[0].per_class["class_names"])
     return EvaluationResult(rows, results[0].meta | {"n": len(labels)}, per_class, labels, samples)
 
 
@@ -78,8 +74,3 @@ def _pool_row(parts: Sequence[dict[str, Any]], meta: dict[str, Any]) -> dict[str
         "n": n,
         "seconds": sum(part["seconds"] for part in parts),
     }
-
-
-def _accuracy_per_class(predictions: torch.Tensor, labels: torch.Tensor, num_classes: int) -> list[float | None]:
-    hits = [(predictions == labels)[labels == number].double() for number in range(num_classes)]
-    return [100 * hit.mean().item() if len(hit) else None for hit in hits]

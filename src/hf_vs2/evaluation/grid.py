@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..data.rows import RowSource
 from ..encoders.tail import Tail, fold_tail, unit_embeds
 from ..functional.sparse_ops import sparse_decode
-from .inputs import Rows, check_replayable, check_rows, class_labels, replay_batches
+from .inputs import check_replayable, class_labels, replayable_rows
 
 
 SCORES_AT_ONCE = 2**20
@@ -45,7 +46,7 @@ class SteeringGrid(NamedTuple):
 @torch.no_grad()
 def steering_grid(
     model: VS2CLIPForZeroShot,
-    rows: Rows,
+    rows: RowSource,
     labels: torch.Tensor | Sequence[int] | None,
     class_embeds: torch.Tensor,
     gammas: Sequence[float],
@@ -73,7 +74,7 @@ def steering_grid(
     """
     check_replayable(model)
     _check_steering(model)
-    check_rows(model, rows, "rows")
+    rows = replayable_rows(model, rows, "rows")
     tail = fold_tail(model.clip, class_embeds)
     target = class_labels(rows, labels, len(class_embeds))
     lambdas = _axis("lambdas", lambdas)
@@ -83,7 +84,7 @@ def steering_grid(
     steps_on_device = torch.tensor(steps, dtype=torch.float64, device=device)
     right = torch.zeros(1 + len(steps), dtype=torch.int64, device=device)  # of plain CLIP, then of each step
     start = 0
-    for block in replay_batches(model, rows, batch_size, "rows"):
+    for block in rows.batches(batch_size):
         truth = target[start : start + len(block)].to(device)
         start += len(block)
         x = block.to(device, model.clip.dtype)

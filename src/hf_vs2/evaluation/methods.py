@@ -9,27 +9,31 @@ from typing import Any
 from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..config.vs2_clip import METHODS, MethodParts
+from ..methods import GATE, METHODS, Method, method_named
 
 
 logger = logging.get_logger(__name__)
 
-CONTROLS = {
-    "vs2_random": ("vs2", "random"),
-    "vs2_pca": ("vs2", "pca"),
-    "prototypes+random": ("prototypes+sae", "random"),
-}
-"""A rule of the SAE with another dictionary, see [`control_model`]: name -> method, dictionary."""
-EVALUATION_METHODS = (
-    *("clip", "centroid", "distribution_norm", "reconstruct", "amplify", "vs2", "vs2+gate", "vs2_random", "vs2_pca"),
-    *("corrected+distribution_norm", "balanced_norm", "balanced_prototypes", "prototypes", "prototypes+gate"),
-    *("prototypes+pca", "prototypes+sae", "prototypes+random"),
-)
-"""The rows of a table where nobody names others."""
+
+def evaluation_methods() -> tuple[str, ...]:
+    """The rows of a table where nobody names others: plain CLIP, then of each method that is compared its own row, its gated one and
+    its controls."""
+    names = ["clip"]
+    for method in METHODS.values():
+        if method.compared:
+            names += [method.name, *([method.name + GATE] if method.compared_gated else []), *method.controls]
+    return tuple(names)
+
+
+def controls() -> dict[str, tuple[str, str]]:
+    """Rows that run a method with another dictionary in the SAE's place, see [`control_model`]: name -> method, dictionary."""
+    return {
+        name: (method.name, dictionary) for method in METHODS.values() for name, dictionary in method.controls.items()
+    }
+
+
 DISTRIBUTION_NORMS = ((0.5, "dot"), (1.0, "cosine"))
 """Coefficient and score of the two distribution-normalised rows, see [`distribution_norm_scores`]."""
-GATE = "+gate"
-
 _OFF = (("enabled", False),)
 
 
@@ -51,7 +55,7 @@ class Variant:
     def scores_by_labels(self) -> bool:
         """Whether the model scores by something that it has fitted for the label set."""
         name = dict(self.settings).get("method")
-        return name is not None and METHODS[name].scores != "cosine"
+        return name is not None and method_named(name).fit is not None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -69,32 +73,44 @@ class Variant:
 CLIP = Variant("clip", _OFF)
 
 
-def unknown_methods(methods: Sequence[str]) -> list[str]:
-    """Those that no row can be made of."""
-    known = {name for name in METHODS if name not in ("none", "vs2++")} | CONTROLS.keys() | {"clip"}
-    return [name for name in methods if name not in known and name.removesuffix(GATE) not in known - {"clip"}]
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse names that no row can be made of.
+
+    Raises:
+        `ValueError`: naming the first such, and those that there are.
+    """
+    for name in methods:
+        base = name.removesuffix(GATE)
+        if name == "clip" or base in controls():
+            continue
+        method = METHODS.get(base)
+        if method is None or method.needs_corpus or not method.acts:
+            known = [name for name, one in METHODS.items() if one.acts and not one.needs_corpus]
+            raise ValueError(
+                f"{name!r} is no row of a comparison. Use some of {['clip', *known, *controls()]}; all but 'clip' may end in {GATE!r}."
+            )
 
 
 def variants_of(model: VS2CLIPForZeroShot, methods: Sequence[str]) -> list[Variant]:
-    """The rows to evaluate for one prompt set: plain CLIP, then those of `EVALUATION_METHODS` in its order, then others."""
-    ordered = [name for name in EVALUATION_METHODS[1:] if name in methods]
-    ordered += [name for name in dict.fromkeys(methods) if name not in EVALUATION_METHODS]
-    missing = [name for name in ordered if _parts(name).needs_statistics and model.domain_statistics is None]
+    """The rows to evaluate for one prompt set: plain CLIP, then those of [`evaluation_methods`] in its order, then others."""
+    default = evaluation_methods()
+    ordered = [name for name in default[1:] if name in methods]
+    ordered += [name for name in dict.fromkeys(methods) if name not in default]
+    missing = [name for name in ordered if _method(name).needs_statistics and model.domain_statistics is None]
     if not _has_rows(model):
-        missing += [name for name in ordered if name.removesuffix(GATE) in CONTROLS or _parts(name).needs_rows]
+        missing += [name for name in ordered if name.removesuffix(GATE) in controls() or _method(name).needs_rows]
     missing = [name for name in missing if name != "distribution_norm"]  # takes its mean from the rows given
     if missing:
         logger.warning(
             f"No rows for {', '.join(dict.fromkeys(missing))}: the model has no statistics of unlabelled images to "
-            "take them from, or they "
-            "keep no rows. hf-vs2 calibrate measures them."
+            "take them from, or they keep no rows. hf-vs2 calibrate measures them."
         )
     return [CLIP, *(variant for name in ordered if name not in missing for variant in _variants(model, name))]
 
 
-def _parts(name: str) -> MethodParts:
+def _method(name: str) -> Method:
     name = name.removesuffix(GATE)
-    return METHODS[CONTROLS[name][0] if name in CONTROLS else name]
+    return method_named(controls()[name][0] if name in controls() else name)
 
 
 def _has_rows(model: VS2CLIPForZeroShot) -> bool:
@@ -105,18 +121,16 @@ def _variants(model: VS2CLIPForZeroShot, name: str) -> list[Variant]:
     if name == "distribution_norm":
         return [Variant(name, _OFF, coefficient=c, score=score) for c, score in DISTRIBUTION_NORMS]
     base, now = name.removesuffix(GATE), model.steering_settings
-    method, dictionary = CONTROLS.get(base, (base, None))
+    method, dictionary = controls().get(base, (base, None))
     # One number a latent is no figure for a table; `meta` holds them.
     gamma = None if isinstance(now.gamma, tuple) else now.gamma
-    step = METHODS[method].step
-    if gamma is None and (step in ("centroid", "corrected") or dictionary is not None):
+    rule = method_named(method)
+    if gamma is None and (rule.one_direction or dictionary is not None):
         logger.warning(f"No {name!r} row: it needs one gamma, and this model has one a latent.")
         return []
     settings: dict[str, Any] = {"enabled": True, "gate": None, "fvu_threshold": None, "method": method}
-    facts: dict[str, Any] = {"dictionary": dictionary}
-    if step not in ("none", "reconstruct"):
-        facts["gamma"] = gamma
-        facts["lambda_"] = None if step == "amplify" else now.lambda_
+    shown = {"gamma": ("gamma", gamma), "lambda": ("lambda_", now.lambda_)}
+    facts: dict[str, Any] = {"dictionary": dictionary} | dict(shown[name] for name in rule.shows)
     if name.endswith(GATE):
         gate = _gate(model, method, name)
         if gate is None:
@@ -129,7 +143,7 @@ def _gate(model: VS2CLIPForZeroShot, method: str, name: str) -> tuple[dict[str, 
     """Settings and facts of the model's own gate, or else of the SAE's default one."""
     config, quantile = model.sae.config, model.steering_settings.gate
     tau = model.fvu_thresholds[model.num_layers - 1]
-    if METHODS[method].reads_latents:
+    if method_named(method).reads_latents:
         if tau is None and config.gate is not None and config.fvu_quantiles:
             quantile = config.gate
             tau = model.sae.fvu_threshold(quantile)
@@ -153,4 +167,4 @@ def _no_gate(name: str, lacking: str) -> None:
     )
 
 
-__all__ = ["CLIP", "CONTROLS", "DISTRIBUTION_NORMS", "EVALUATION_METHODS", "Variant", "unknown_methods", "variants_of"]
+__all__ = ["CLIP", "DISTRIBUTION_NORMS", "Variant", "check_methods", "controls", "evaluation_methods", "variants_of"]

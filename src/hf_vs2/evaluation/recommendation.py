@@ -13,14 +13,14 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import Names
-from ..data.rows import LayerRows
+from ..data.rows import Rows, RowSource
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..files.json_files import write_json
 from ..functional.label_free import balanced_mean, fit_balanced_prototypes, fit_prototypes, label_scores, norm_fit
-from ..training.calibration import TensorRows, batches
+from ..methods import METHODS
 from ..training.domain import SKETCH_ROWS, measure_statistics
-from .comparison import paired_bootstrap
-from .inputs import Rows, are_stored, check_replayable, check_rows, named_labels
+from .inputs import are_stored, check_replayable, named_labels, replayable_rows
+from .metrics import Gain
 
 
 # The rule. Put there by eye on development halves of three data sets and their shifts; what came of it is in docs/recommend.md.
@@ -31,11 +31,6 @@ LEAST_LABELS = 10
 LEAST_IMAGES = 20
 """With fewer, drawing them again tells nothing of how far answers depend on which were seen."""
 TO_KNOW = "label 100 images to know"
-CANDIDATES = (
-    *("vs2", "distribution_norm", "balanced_norm", "balanced_prototypes", "prototypes", "prototypes+pca"),
-    "prototypes+sae",
-)
-"""What is compared where there are labels; plain CLIP always is."""
 _GATE = 0.99
 _SHOWN = {
     "inside": "of your images inside the checkpoint's gate by distance",
@@ -164,8 +159,7 @@ class Recommendation:
         candidates (`list[dict]`): with labels, a row a method: `top1`, `gain` over plain CLIP in points, `gain_ci`, its 95 % paired
             bootstrap interval, `n`, and `n_needed`, about how many labels it would take to tell such a gain from none.
         by_rule (`str`): what the label-free rule names. Its thresholds come from one stand-in encoder; on a true CLIP
-            it named methods that
-            lose (`docs/recommend.md`).
+            it named methods that lose (`docs/recommend.md`).
     """
 
     method: str
@@ -196,7 +190,7 @@ class Recommendation:
 @torch.no_grad()
 def recommend(
     model: VS2CLIPForZeroShot,
-    rows: Rows,
+    rows: RowSource,
     class_embeds: torch.Tensor,
     labels: torch.Tensor | Sequence[int] | None = None,
     *,
@@ -209,11 +203,9 @@ def recommend(
     Recommend a method for a label set and images, and say why; plain CLIP is among the answers.
 
     Without labels the answer is plain CLIP. What the label-free rule would name stands beside it, with reasons
-        (`by_rule`): its thresholds
-    come from one stand-in encoder, and on a true CLIP it named methods that lose, see `docs/recommend.md`. With
-    labels of some of the images
-    it compares, and names a method that surely gains on them. Of fewer than 20 images, or one label, there is too
-    little to tell.
+    (`by_rule`): its thresholds come from one stand-in encoder, and on a true CLIP it named methods that lose, see
+    `docs/recommend.md`. With labels of some of the images it compares, and names a method that surely gains on them.
+    Of fewer than 20 images, or one label, there is too little to tell.
 
     Args:
         model: the wrapper. It is left as it was found.
@@ -230,21 +222,16 @@ def recommend(
         ValueError, TypeError: on rows of another width or with NaN, an inner layer that is steered, labels that do not match.
     """
     check_replayable(model)
-    check_rows(model, rows, "rows")
-    target = None if labels is None else _checked_labels(rows, labels, class_names, len(class_embeds))
+    source = replayable_rows(model, rows, "rows")
+    target = None if labels is None else _checked_labels(source, labels, class_names, len(class_embeds))
     classes = unit_embeds(class_embeds, "class {}".format).cpu()
-    if len(rows) < LEAST_IMAGES or len(classes) < 2:
-        there_are = f"{_counted(len(rows), 'image')} and {_counted(len(classes), 'label')}"
-        return Recommendation(
-            "none",
-            [f"{there_are} are too little to tell: give {LEAST_IMAGES} images or more, and 2 labels."],
-            False,
-            {},
-        )
-    source = TensorRows(rows.cpu()) if isinstance(rows, torch.Tensor) else LayerRows(rows, -1)
+    if len(source) < LEAST_IMAGES or len(classes) < 2:
+        there_are = f"{_counted(len(source), 'image')} and {_counted(len(classes), 'label')}"
+        too_little = f"{there_are} are too little to tell: give {LEAST_IMAGES} images or more, and 2 labels."
+        return Recommendation("none", [too_little], False, {})
     # Only the rows that are looked at are read: a store may be larger than memory.
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
-    own = torch.cat([*batches(source, drawn.sort().values, batch_size)])
+    drawn = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
+    own = torch.cat([*source.batches(batch_size, drawn.sort().values)]).cpu()
     shown = _inside(model, own)
     drift, noise = _drift(model, own, classes, batch_size)
     shown |= {} if drift is None else {"drift": drift}
@@ -261,7 +248,7 @@ def recommend(
     method, candidates = "none", []
     if target is not None and (target >= 0).any():
         chosen = (target >= 0).nonzero().squeeze(-1)
-        candidates = _compare(trial, batches(source, chosen, batch_size), target[chosen], classes, seed)
+        candidates = _compare(trial, source.batches(batch_size, chosen), target[chosen], classes, seed)
         method, told = _reconsider(by_rule, candidates)
         reasons.append(told)
     return Recommendation(method, reasons, bool(strange), shown | asdict(evidence), candidates, by_rule)
@@ -278,8 +265,7 @@ def _counted(number: int, what: str) -> str:
 def _without_labels(by_rule: str) -> str:
     return (
         f"Without labels nothing shows a gain. The label-free rule names {_name(by_rule)}, for the reasons below; "
-        "but its thresholds come from "
-        "one stand-in encoder, and on OpenAI's ViT-B/32 it named a method that loses on 6 of 8 halves of data sets "
+        "but its thresholds come from one stand-in encoder, and on OpenAI's ViT-B/32 it named a method that loses on 6 of 8 halves of data sets "
         "(docs/recommend.md)."
     )
 
@@ -295,8 +281,8 @@ def _inside(model: VS2CLIPForZeroShot, rows: torch.Tensor) -> dict[str, float]:
     if levels:
         settings["inside_fvu"] = {"method": "vs2", "gate": min(_GATE, max(levels))}
     for name, setting in settings.items():
-        with copy.copy(model).steering(fvu_threshold=None, enabled=True, **setting) as gated:
-            steered = gated.image_features_from_cls(rows).steered
+        gated = model.steerer.with_(fvu_threshold=None, enabled=True, **setting)
+        steered = gated.features_from_cls(rows).steered
         assert steered is not None
         shares[name] = steered.double().mean().item()
     return shares
@@ -378,38 +364,31 @@ def _compare(
     classes: torch.Tensor,
     seed: int,
 ) -> list[dict[str, Any]]:
-    answers: dict[str, list[torch.Tensor]] = {method: [] for method in ("none", *CANDIDATES)}
+    names = [name for name, method in METHODS.items() if method.candidate]
+    steerers = {name: model.steerer.with_(method=name, gate=None) for name in ("none", *names)}
+    answers: dict[str, list[torch.Tensor]] = {name: [] for name in steerers}
     classes = classes.to(model.clip.device)
     for block in blocks:
-        for method, given in answers.items():
-            with model.steering(method=method, gate=None):
-                given.append(model.class_logits(model.image_features_from_cls(block), classes).argmax(-1).cpu())
-    right = {method: torch.cat(given) == target for method, given in answers.items()}
-    plain, n = right["none"], len(target)
-    candidates: list[dict[str, Any]] = [{"method": "none", "top1": 100 * plain.double().mean().item(), "n": n}]
-    for method in CANDIDATES:
-        found = right[method]
-        fixed, broken = int((found & ~plain).sum()), int((plain & ~found).sum())
-        gain = 100 * (fixed - broken) / n
-        candidates.append(
-            {
-                "method": method,
-                "top1": 100 * found.double().mean().item(),
-                "gain": gain,
-                "gain_ci": list(paired_bootstrap(fixed, broken, n, seed=seed)),
-                "n": n,
-                "n_needed": _needed(fixed, broken, n),
-            }
-        )
+        for name, steerer in steerers.items():
+            scores = steerer.class_logits(steerer.features_from_cls(block), classes)
+            answers[name].append(scores.argmax(-1).cpu())
+    right = {name: torch.cat(given) == target for name, given in answers.items()}
+    plain = right["none"]
+    top1 = {name: 100 * correct.double().mean().item() for name, correct in right.items()}
+    candidates: list[dict[str, Any]] = [{"method": "none", "top1": top1["none"], "n": len(target)}]
+    for name in names:
+        gain = Gain.of(right[name], plain, seed=seed)
+        facts = {"gain": gain.points, "gain_ci": list(gain.interval), "n": gain.n, "n_needed": _needed(gain)}
+        candidates.append({"method": name, "top1": top1[name]} | facts)
     return candidates
 
 
-def _needed(fixed: int, broken: int, n: int) -> int | None:
+def _needed(gain: Gain) -> int | None:
     """Labels with which a gain like this one would have an interval above (or below) 0: its half width is about
     `1.96 sqrt(p / n)`, p the share of answers that differ."""
-    if fixed == broken:
+    if gain.fixed == gain.broken:
         return None
-    return math.ceil(1.96**2 * n * (fixed + broken) / (fixed - broken) ** 2)
+    return math.ceil(1.96**2 * gain.n * (gain.fixed + gain.broken) / (gain.fixed - gain.broken) ** 2)
 
 
 def _reconsider(method: str, candidates: Sequence[dict[str, Any]]) -> tuple[str, str]:
@@ -456,4 +435,4 @@ def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-__all__ = ["CANDIDATES", "Evidence", "Recommendation", "decide", "gather_evidence", "recommend"]
+__all__ = ["Evidence", "Recommendation", "decide", "gather_evidence", "recommend"]

@@ -21,11 +21,12 @@ from transformers.utils import ModelOutput
 
 from ..encoders.tail import check_scores, clip_embeds, fold_tail, unit_embeds
 from ..functional.equations import ScoreParts, score_parts
+from ..methods import METHODS
 
 
 if TYPE_CHECKING:
-    from ..clip.modeling import VS2CLIPForZeroShot
     from ..steering.corpus import RetrievalInputs
+    from ..steering.steerer import Steerer
 
 _NUMBERS_AT_ONCE = 2**23
 
@@ -177,7 +178,7 @@ class VS2Explanation(ModelOutput):
 
 @torch.no_grad()
 def explain_rows(
-    model: VS2CLIPForZeroShot,
+    steerer: Steerer,
     rows: torch.Tensor,
     class_embeds: torch.Tensor,
     labels: Sequence[str] | None,
@@ -189,22 +190,21 @@ def explain_rows(
 
     Raises:
         `ValueError`: if steering does not go through latents of the last layer alone, on labels of another number,
-        and naming the first
-            row, class or score that is not finite.
+            and naming the first row, class or score that is not finite.
     """
-    check_explainable(model)
+    check_explainable(steerer)
     class_embeds = class_embeds.detach()
     labels = tuple(map(str, range(len(class_embeds)))) if labels is None else tuple(labels)
     if len(labels) != len(class_embeds):
         raise ValueError(f"There are {len(labels)} labels for {len(class_embeds)} class embeddings: give one each.")
-    unit_embeds(clip_embeds(model.clip, rows), image_name)
+    unit_embeds(clip_embeds(steerer.clip, rows), image_name)
     unit_embeds(class_embeds, lambda row: f"the label {labels[row]!r}")
-    tail = _DoubleTail(model, normalize(class_embeds.double().cpu(), dim=-1))
-    moves, fvu, steered = _moves(model, rows, class_embeds, retrieval)
+    tail = _DoubleTail(steerer, normalize(class_embeds.double().cpu(), dim=-1))
+    moves, fvu, steered = _moves(steerer, rows, class_embeds, retrieval)
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, moves.change.shape[1] * moves.x.shape[1]))
     batches = [tail.parts(_Moves(*batch)) for batch in zip(*(part.split(at_once) for part in moves), strict=True)]
     parts = ScoreParts(*(torch.cat(part) for part in zip(*batches, strict=True)))
-    check_scores(model.clip, torch.cat([part.flatten(1) for part in parts], dim=1), image_name)
+    check_scores(steerer.clip, torch.cat([part.flatten(1) for part in parts], dim=1), image_name)
     return VS2Explanation(
         plain_scores=parts.plain,
         steered_scores=parts.steered,
@@ -236,34 +236,29 @@ class _Moves(NamedTuple):
 
 
 def _moves(
-    model: VS2CLIPForZeroShot, rows: torch.Tensor, class_embeds: torch.Tensor, retrieval: RetrievalInputs
+    steerer: Steerer, rows: torch.Tensor, class_embeds: torch.Tensor, retrieval: RetrievalInputs
 ) -> tuple[_Moves, torch.Tensor, torch.Tensor]:
     """The moves, the FVU and which rows are steered. Those that are not move by nothing."""
-    sae, norm = model.sae, model.clip.vision_model.post_layernorm
-    rows = rows.to(norm.weight.device, norm.weight.dtype)
-    x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
-    code = sae(x)
-    values = _by_latent(code.latent_values, code.latent_indices, len(sae.W_dec))
-    if not model._is_steering:
-        steered = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    sae, weight = steerer.sae, steerer.clip.vision_model.post_layernorm.weight
+    rows = rows.to(weight.device, weight.dtype)
+    retrieval["class_embeds"] = class_embeds
+    # With steering off nothing is left of the method; its code is asked for all the same.
+    asked = steerer if steerer.is_steering else steerer.with_(method="none", edits=None)
+    record, batch, step = asked.move(rows, -1, **retrieval)
+    steered = record.steered if steerer.is_steering else torch.zeros_like(record.steered)
+    x, values = batch.x, _by_latent(batch.values, batch.indices, len(sae.W_dec))
+    if step is None:
         start, change, keeps_norm = x, torch.zeros_like(values), False
     else:
-        retrieval["class_embeds"] = class_embeds
-        steered = model.steer_cls(rows, -1, **retrieval).steered.to(x.device)
-        step = model._latent_step(sae, x, code, rows, retrieval)
         start = torch.where(steered.unsqueeze(-1), step.start, x)
         change = torch.where(steered.unsqueeze(-1), _by_latent(step.change, step.latents, len(sae.W_dec)), 0)
         keeps_norm = step.keeps_norm
     size = values.abs() + change.abs()
     latents = size.topk(int((size != 0).sum(-1).max()) if len(size) else 0, dim=-1).indices
-    moves = (
-        *(x, start),
-        *(latents, values.gather(1, latents), change.gather(1, latents)),
-        steered & keeps_norm,
-    )
+    moves = (x, start, latents, values.gather(1, latents), change.gather(1, latents), steered & keeps_norm)
     return (
         _Moves(*(part.cpu() if part.dtype in (torch.bool, torch.int64) else part.cpu().double() for part in moves)),
-        code.fvu,
+        batch.code.fvu,
         steered,
     )
 
@@ -277,12 +272,13 @@ def _by_latent(entries: torch.Tensor, latents: torch.Tensor, num_latents: int) -
 class _DoubleTail:
     """The way from rows to scores, in float64 on the CPU: sums come out exact, and not every device has float64."""
 
-    def __init__(self, model: VS2CLIPForZeroShot, class_embeds: torch.Tensor):
-        norm, projection = model.clip.vision_model.post_layernorm, model.clip.visual_projection.weight.double().cpu()
-        self.tail = fold_tail(model.clip, class_embeds, "cpu")
+    def __init__(self, steerer: Steerer, class_embeds: torch.Tensor):
+        clip = steerer.clip
+        norm, projection = clip.vision_model.post_layernorm, clip.visual_projection.weight.double().cpu()
+        self.tail = fold_tail(clip, class_embeds, "cpu")
         self.length = projection * norm.weight.double().cpu(), projection @ norm.bias.double().cpu()
-        self.logit_scale = model.clip.logit_scale.double().exp().cpu()
-        self.decoder = model.sae.W_dec
+        self.logit_scale = clip.logit_scale.double().exp().cpu()
+        self.decoder = steerer.sae.W_dec
 
     def parts(self, moves: _Moves) -> ScoreParts:
         """The logits of some rows, taken apart."""
@@ -296,26 +292,21 @@ class _DoubleTail:
         return ScoreParts(*(self.logit_scale * part for part in found))
 
 
-def check_explainable(model: VS2CLIPForZeroShot) -> None:
-    """Refuse, by a `ValueError`, a model whose scores are no sums over latents."""
-    last, layers = model.num_layers - 1, list(model.sae_by_layer)
+def check_explainable(steerer: Steerer) -> None:
+    """Refuse, by a `ValueError`, settings under which scores are no sums over latents."""
+    last, layers = steerer.num_layers - 1, list(steerer.saes)
     if layers != [last]:
         raise ValueError(
             f"Scores are sums over latents where the last layer ({last}) alone is steered; this model steers layers {layers}, and what "
             "the layers above make of that is no sum. Explain VS2CLIPForZeroShot(clip, sae) with the last layer's SAE."
         )
-    settings = model.steering_settings
-    if not model._is_steering:
-        return
-    if settings.parts.scores != "cosine":
+    rule = steerer.settings.rule
+    # Edits make a sum of any step; what is fitted to a label set does not score by cosines.
+    if steerer.is_steering and not rule.explains and (rule.fit is not None or steerer.settings.edits is None):
+        explained = [name for name, method in METHODS.items() if method.explains]
         raise ValueError(
-            f"The scores of method={settings.method!r} are not cosines of the steered embedding, so they are no sums over latents. "
-            "Explain 'vs2', 'vs2++', 'amplify' or 'corrected', as in model.steering(method='vs2')."
-        )
-    if settings.edits is None and settings.parts.step in ("centroid", "reconstruct"):
-        raise ValueError(
-            f"method={settings.method!r} changes no latent, so none of them moved a score. Explain 'vs2', 'vs2++' or 'amplify', "
-            "as in model.steering(method='vs2')."
+            f"The scores of method={rule.name!r} are no sums over latents. Explain one of {explained}, as in "
+            f"model.steering(method={explained[0]!r})."
         )
 
 

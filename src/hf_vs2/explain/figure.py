@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation.report import STYLES, SUFFIXES, as_text
 from ..files.atomic import failing_as, replace_file
+from ..files.report import STYLES, SUFFIXES, as_text
 from .explanation import VS2Explanation
 
 

@@ -3,57 +3,56 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..clip.loading import find_processing
 from ..data.batches import Normalizer, read_pixels
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages
 from ..data.names import clean_class_names
 from ..data.prompts import class_embeddings
 from ..files.json_files import read_json
 from .explanation import VS2Explanation, explain_rows
+from .latent_names import LatentNames, name_latents
 
 
 if TYPE_CHECKING:
-    from ..clip.modeling import VS2CLIPForZeroShot
     from ..steering.corpus import RetrievalInputs
+    from ..steering.steerer import Steerer
 
 
 @torch.no_grad()
 def explain_images(
-    model: VS2CLIPForZeroShot,
+    steerer: Steerer,
     images: Any,
     labels: Sequence[str] | torch.Tensor,
-    processor: Any,
+    processing: Callable[[], tuple[Any, Any]],
     templates: str | Path | Sequence[str] | None,
     names: Any,
     vocabulary: Sequence[str] | None,
     clean: bool,
     retrieval: RetrievalInputs,
 ) -> VS2Explanation:
-    """See [`VS2CLIPForZeroShot.explain`]."""
+    """See [`VS2CLIPForZeroShot.explain`]; `processing` gives tokenizer and image processor, when they are needed."""
     if names is not None and vocabulary is not None:
         raise ValueError("names= and vocabulary= exclude each other: give one of them.")
+    clip = steerer.clip
     given = isinstance(labels, torch.Tensor) and _is_batch(images) and vocabulary is None
-    tokenizer, image_processor = (None, None) if given else processing_of(model, processor)
+    tokenizer, image_processor = (None, None) if given else processing()
     templates = DEFAULT_TEMPLATES if templates is None else templates
     if isinstance(labels, torch.Tensor):
         embeds, words = labels, None
     else:
         clean_class_names(labels, clean, "labels")
-        embeds, words = class_embeddings(model.clip, tokenizer, labels, templates, clean=clean), labels
+        embeds, words = class_embeddings(clip, tokenizer, labels, templates, clean=clean), labels
     if vocabulary is not None:
-        from .latent_names import name_latents
-
-        names = name_latents(model, tokenizer, vocabulary, top=1)
-    pixels = images if _is_batch(images) else _pixels(images, image_processor, model.clip.device)
-    rows = model.cls_rows(pixels.to(model.clip.device, model.clip.dtype))
+        names = name_latents(steerer, tokenizer, vocabulary, top=1)
+    pixels = images if _is_batch(images) else _pixels(images, image_processor, clip.device)
+    rows = clip.vision_model(pixel_values=pixels.to(clip.device, clip.dtype)).last_hidden_state[:, 0]
     name = (lambda row: "the image") if len(rows) == 1 else "image {}".format
-    return explain_rows(model, rows, embeds, words, resolve_names(names), retrieval, name)
+    return explain_rows(steerer, rows, embeds, words, resolve_names(names), retrieval, name)
 
 
 def resolve_names(names: Any) -> dict[int, str]:
@@ -73,9 +72,7 @@ def resolve_names(names: Any) -> dict[int, str]:
         names = _read_json(source)
     if names is None:
         return {}
-    if hasattr(names, "words") and hasattr(
-        names, "indices"
-    ):  # `LatentNames`, whose module imports the model, which imports this
+    if isinstance(names, LatentNames):
         return {latent: names.words[best] for latent, best in enumerate(names.indices[:, 0].tolist())}
     if isinstance(names, Mapping) and isinstance(names.get("latents"), Sequence):
         return _atlas_names(names["latents"], source)
@@ -121,19 +118,6 @@ def _is_batch(images: Any) -> bool:
     return isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point()
 
 
-def processing_of(model: VS2CLIPForZeroShot, processor: Any) -> tuple[Any, Any]:
-    """Tokenizer and image processor: those given, or those of where the model was loaded from."""
-    if processor is None:
-        return find_processing(model, model.config._name_or_path or None, {})
-    if isinstance(processor, (tuple, list)) and len(processor) == 2:
-        return processor[0], processor[1]
-    if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
-        return processor.tokenizer, processor.image_processor
-    raise TypeError(
-        f"processor must be a CLIPProcessor or a pair of tokenizer and image processor, not a {type(processor).__name__}."
-    )
-
-
 def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Tensor:
     """Pixel values `(batch, channels, height, width)`, as the pipeline makes them."""
     if isinstance(images, SINGLE_IMAGE):
@@ -146,4 +130,4 @@ def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Te
     return Normalizer(image_processor, device)(read_pixels(named, image_processor))
 
 
-__all__ = ["explain_images", "processing_of", "resolve_names"]
+__all__ = ["explain_images", "resolve_names"]

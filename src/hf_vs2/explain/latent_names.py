@@ -17,12 +17,11 @@ import copy
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
-from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.lists import names_in, read_list
 from ..data.names import clean_class_names, clean_name
 from ..data.prompts import class_embeddings
@@ -50,7 +49,7 @@ class LatentNames(NamedTuple):
 
 @torch.no_grad()
 def name_latents(
-    model: VS2CLIPForZeroShot,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Sequence[str],
     *,
@@ -66,7 +65,7 @@ def name_latents(
     words are those of its positive side. A zero direction has scores of 0.
 
     Args:
-        model: the wrapper, with an SAE on the last layer. It is left as it was found.
+        model: a [`VS2CLIPForZeroShot`] with an SAE on the last layer, or its `steerer`. It is left as it was found.
         tokenizer: the tokenizer of its CLIP.
         vocabulary: two or more different words, such as class names, or the lines of a file ([`read_vocabulary`]).
         templates: prompts around a word, anything [`resolve_templates`] takes.
@@ -90,7 +89,7 @@ def name_latents(
 
 
 @torch.no_grad()
-def embedding_directions(model: VS2CLIPForZeroShot, at: torch.Tensor | None = None) -> torch.Tensor:
+def embedding_directions(model: Any, at: torch.Tensor | None = None) -> torch.Tensor:
     """Where each latent moves the unit image embedding: `J(at) d_i`, float32 `(num_latents, projection_dim)`, on the CLIP's device.
 
     `at` is the row `(hidden_size,)` at which the derivative is taken, by default the mean of the SAE's training rows.

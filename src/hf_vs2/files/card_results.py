@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
-from ..evaluation.report import EvaluationResult, Results, format_table
 from .checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
+from .report import EvaluationResult, Results, format_table
 
 
 logger = logging.get_logger(__name__)

@@ -20,7 +20,7 @@ from .place import refuse_variant
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from ..evaluation.report import Results
+    from .report import Results
 
 _HUB_OPTIONS = (
     *("private", "create_pr", "revision", "tag", "token", "commit_message", "commit_description"),

@@ -25,7 +25,7 @@ from .checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, looks_like
 if TYPE_CHECKING:
     import jinja2
 
-    from ..evaluation.report import Results
+    from .report import Results
 
 logger = logging.get_logger(__name__)
 

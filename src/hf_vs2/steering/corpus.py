@@ -29,6 +29,7 @@ from ..files.place import at_one_commit
 from ..files.weight_files import LARGEST, opened
 from ..files.weight_state import weights_state
 from ..functional.neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
+from ..methods import NeighborCodes
 from ..sae.modeling import SAEModel
 
 
@@ -303,17 +304,6 @@ def pop_retrieval_inputs(kwargs: dict[str, Any]) -> RetrievalInputs:
     return cast(RetrievalInputs, found)
 
 
-class NeighborCodes(NamedTuple):
-    """The neighbours of a batch, as eq. 5 takes them."""
-
-    values: torch.Tensor
-    """`(batch, N, top_k)`."""
-    indices: torch.Tensor
-    """`(batch, N, top_k)` int64."""
-    positive: torch.Tensor
-    """`(batch, N)` bool."""
-
-
 class _LabelledClasses(NamedTuple):
     class_embeds: torch.Tensor
     labels: torch.Tensor
@@ -457,7 +447,6 @@ class CorpusSearch:
 
 __all__ = [
     "CorpusSearch",
-    "NeighborCodes",
     "RetrievalCorpus",
     "RetrievalInputs",
     "pop_retrieval_inputs",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,17 +14,16 @@ import torch
 from torch.nn.functional import normalize
 from transformers.utils import cached_file
 
-from ..config.vs2_clip import METHODS
 from ..encoders.tail import unit_embeds
 from ..files.checkpoint_folder import LABEL_SETS_NAME
 from ..files.weight_files import read_described, write_described
 from ..files.weight_state import weights_state
-from ..functional.label_free import LabelFit, balanced_mean, fit_balanced_prototypes, fit_prototypes, norm_fit
+from ..functional.label_free import LabelFit
+from ..methods import METHODS, method_named
 
 
 if TYPE_CHECKING:
-    from ..clip.modeling import VS2CLIPForZeroShot
-    from ..sae.statistics import DomainStatistics
+    from .steerer import Steerer
 
 
 _KIND = ("hf_vs2.label_sets", 1)
@@ -65,9 +63,9 @@ class FittedLabels:
         return bool((self.class_embeds.to(classes.device) - classes).abs().max() < _SAME_CLASSES)
 
 
-class LabelScoring:
+class LabelSets:
     """
-    What a model has fitted for label sets, for as long as its weights and statistics stay as they are. Shallow copies of a model
+    What a model has fitted for label sets, for as long as its weights and statistics stay as they are. All steerers of a model
     share it; it may be used from several threads. A copy, and what another process receives, has the sets fitted by name.
     """
 
@@ -81,7 +79,7 @@ class LabelScoring:
         self._recent: list[FittedLabels] = []
         self._sketch: tuple[Any, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
-    def __reduce__(self) -> tuple[type[LabelScoring], tuple[tuple[FittedLabels, ...]]]:
+    def __reduce__(self) -> tuple[type[LabelSets], tuple[tuple[FittedLabels, ...]]]:
         return type(self), (self.named,)
 
     def clear(self) -> None:
@@ -91,7 +89,7 @@ class LabelScoring:
 
     @torch.compiler.disable  # locks and caches are nothing to trace
     def fitted(
-        self, model: VS2CLIPForZeroShot, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None
+        self, steerer: Steerer, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None
     ) -> FittedLabels:
         """
         What the method in force makes of class embeddings `(num_classes, projection_dim)`: known, or fitted now. With `labels` it is
@@ -100,12 +98,10 @@ class LabelScoring:
         Raises:
             `ValueError`: without statistics, or rows where the method needs them.
         """
-        method, settings = model.steering_settings.method, _settings(model)
-        if model.steering_settings.parts.needs_rows and statistics_of(model).rows is None:
-            raise ValueError(lacking_rows(method))
+        method, settings = steerer.settings.method, _settings(steerer)
         with self._lock, _kept_tensors():
             classes = normalize(class_embeds.float(), dim=-1)
-            self._check_state(model)
+            self._check_state(steerer)
             for known in (*self.named, *self._recent):
                 if known.is_of(method, settings, classes):
                     if labels is None or known.labels is not None:
@@ -114,7 +110,14 @@ class LabelScoring:
                     found = replace(known, labels=labels)
                     break
             else:
-                found = FittedLabels(method, settings, classes.clone(), self._fit(model, settings, classes), labels)
+                fit = steerer.settings.rule.fit
+                if fit is None:
+                    fitting = [name for name, method in METHODS.items() if method.fit is not None]
+                    raise ValueError(
+                        f"method={steerer.settings.method!r} fits nothing to labels; these do: {fitting}."
+                    )
+                fitted = fit(classes, _SketchRows(self, steerer, classes.device))
+                found = FittedLabels(method, settings, classes.clone(), fitted, labels)
             if labels is not None:
                 self.named = (*self.named, found)
             else:
@@ -128,22 +131,22 @@ class LabelScoring:
         while len(self._recent) > 1 and sum(one.fit.num_floats for one in self._recent) > self.max_floats:
             del self._recent[0]
 
-    def image_mean(self, model: VS2CLIPForZeroShot) -> torch.Tensor:
+    def image_mean(self, steerer: Steerer) -> torch.Tensor:
         """Mean unit embedding under the step in force, `(projection_dim,)`: as measured, or that of the sketch."""
         with self._lock, _kept_tensors():
-            self._check_state(model)
-            return self._image_mean(model, _settings(model))
+            self._check_state(steerer)
+            return _SketchRows(self, steerer, steerer.clip.device).mean()
 
-    def named_now(self, model: VS2CLIPForZeroShot) -> tuple[FittedLabels, ...]:
+    def named_now(self, steerer: Steerer) -> tuple[FittedLabels, ...]:
         """The sets fitted by name, less those of other weights than the model has now."""
         with self._lock:
-            self._check_state(model)
+            self._check_state(steerer)
             return self.named
 
-    def _check_state(self, model: VS2CLIPForZeroShot) -> None:
+    def _check_state(self, steerer: Steerer) -> None:
         """Everything is dropped when weights or statistics change that it was made of; what a copy brought belongs to those of the
         first use."""
-        clip, sae = model.clip, model.sae
+        clip, sae = steerer.clip, steerer.sae
         parts = (clip.vision_model.post_layernorm, clip.visual_projection, sae)
         weights = weights_state([parameter for part in parts for parameter in part.parameters()])
         state = weights, (sae.config.top_k, sae.config.activation, sae.domain_statistics)
@@ -153,42 +156,17 @@ class LabelScoring:
                 self.named = ()
         self._state = state
 
-    def _fit(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...], classes: torch.Tensor) -> LabelFit:
-        scores = model.steering_settings.parts.scores
-        mean = self._image_mean(model, settings).to(classes.device)
-        if scores == "distribution_norm":
-            nothing = tuple(classes.new_zeros(len(classes), width) for width in _view_widths(model))
-            return norm_fit(classes, mean)._replace(views=nothing)
-        embeds, views = self._sketch_rows(model, settings)
-        embeds = embeds.to(classes.device)
-        if scores == "balanced_norm":
-            return norm_fit(classes, balanced_mean(embeds, classes))
-        if scores == "balanced_prototypes":
-            return fit_balanced_prototypes(embeds, classes)
-        if scores == "prototypes":
-            return fit_prototypes(embeds, classes, mean, [view.to(classes.device) for view in views])
-        raise ValueError(f"method={model.steering_settings.method!r} scores by {scores!r}, which fits nothing.")
+    def sketch(self, steerer: Steerer) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views.
 
-    def _image_mean(self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]) -> torch.Tensor:
-        steps = model.steering_settings.parts.step != "none"
-        known = statistics_of(model)
-        if known.image_mean is not None and not steps:
-            return known.image_mean
-        if known.rows is None:
-            raise ValueError(lacking_rows(model.steering_settings.method))
-        return self._sketch_rows(model, settings)[0].mean(0)
-
-    def _sketch_rows(
-        self, model: VS2CLIPForZeroShot, settings: tuple[float, ...]
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views."""
-        parts, rows = model.steering_settings.parts, statistics_of(model).rows
-        assert rows is not None  # who calls has looked
-        key = (parts.step, parts.views, settings)
+        Raises:
+            `ValueError`: the statistics keep no rows.
+        """
+        rule, rows = steerer.settings.rule, steerer.unlabelled_rows
+        key = rule.step, rule.views, _settings(steerer)
         if self._sketch is None or self._sketch[0] != key:
-            # A shallow copy: the settings of the model itself are not touched.
-            with copy.copy(model).steering(gate=None, fvu_threshold=None, enabled=True, edits=None) as every_row:
-                found = [every_row.image_features_from_cls(block) for block in rows.split(_BATCH)]
+            every_row = steerer.with_(gate=None, fvu_threshold=None, enabled=True, edits=None)
+            found = [every_row.features_from_cls(block) for block in rows.split(_BATCH)]
             embeds = torch.cat(
                 [unit_embeds(cast(torch.Tensor, part.features), "row {} of the sketch".format) for part in found]
             )
@@ -210,9 +188,7 @@ class LabelScoring:
         write_described(Path(folder) / LABEL_SETS_NAME, tensors, _KIND, {"label_sets": listed})
 
     @classmethod
-    def load(
-        cls, name_or_path: str | os.PathLike, place: Mapping[str, Any], model: VS2CLIPForZeroShot
-    ) -> LabelScoring:
+    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any], steerer: Steerer) -> LabelSets:
         """
         Those of a checkpoint in a folder or on the Hub, for the model that it holds.
 
@@ -224,25 +200,28 @@ class LabelScoring:
             path,
             _KIND,
             lambda about, tensors: [
-                _read(tensors, number, one, model) for number, one in enumerate(about["label_sets"])
+                _read(tensors, number, one, steerer) for number, one in enumerate(about["label_sets"])
             ],
             "Save the model again.",
         )
         found = cls(tuple(named))
-        found.named_now(model)  # they belong to these weights
+        found.named_now(steerer)  # they belong to these weights
         return found
 
 
 def _read(
-    tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any], model: VS2CLIPForZeroShot
+    tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any], steerer: Steerer
 ) -> FittedLabels:
     method = str(about["method"])
-    if method not in METHODS or METHODS[method].scores == "cosine":
+    if method_named(method).fit is None:
         raise ValueError(f"label set {number} is of method {method!r}, which fits nothing")
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
-    labels, width = tuple(map(str, about["labels"])), model.clip.config.projection_dim
+    labels, width = tuple(map(str, about["labels"])), steerer.clip.config.projection_dim
     num = len(labels)
-    views = {f"view_{place}": (num, size) for place, size in enumerate(_view_widths(model, method))}
+    views = {
+        f"view_{place}": (num, size)
+        for place, size in enumerate(method_named(method).view_widths(*steerer.sae.config.weight_shape))
+    }
     shapes = {"class_embeds": (num, width), "mean": (width,), "prototypes": (num, width), "weights": (num,)}
     shapes |= {"received": (num,), "scale": (), **views}
     if own.keys() != shapes.keys():
@@ -255,6 +234,23 @@ def _read(
     mean, prototypes, weights, received, scale = (own[name] for name in _FIT_TENSORS)
     fit = LabelFit(mean, prototypes, weights, received, scale, tuple(own[name] for name in views))
     return FittedLabels(method, tuple(map(float, about["settings"])), own["class_embeds"], fit, labels)
+
+
+class _SketchRows:
+    """[`UnlabelledRows`]: the sketch of a model's statistics, on a device."""
+
+    def __init__(self, kept: LabelSets, steerer: Steerer, device: torch.device | None):
+        self.kept, self.steerer, self.device = kept, steerer, device
+
+    def mean(self) -> torch.Tensor:
+        measured = self.steerer.statistics.image_mean if self.steerer.settings.rule.step is None else None
+        return (self.embeds().mean(0) if measured is None else measured).to(self.device)
+
+    def embeds(self) -> torch.Tensor:
+        return self.kept.sketch(self.steerer)[0].to(self.device)
+
+    def views(self) -> tuple[torch.Tensor, ...]:
+        return tuple(view.to(self.device) for view in self.kept.sketch(self.steerer)[1])
 
 
 @contextlib.contextmanager
@@ -272,39 +268,10 @@ def _only_moved(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     return moved and values == found
 
 
-def _view_widths(model: VS2CLIPForZeroShot, method: str | None = None) -> list[int]:
-    """Of the views that a method, by default the one in force, looks at."""
-    num_latents, hidden_size = model.sae.config.weight_shape
-    widths = {"pca": hidden_size, "sae": num_latents}
-    return [widths[view] for view in METHODS[method or model.steering_settings.method].views]
-
-
-def lacking_rows(method: str) -> str:
-    return (
-        f"method={method!r} is fitted to rows of unlabelled images, and the statistics of this model keep none "
-        "(--sketch_rows 0, or "
-        "without_rows()). Use method='distribution_norm', which needs none, or calibrate again with rows: hf-vs2 "
-        "calibrate."
-    )
-
-
-def statistics_of(model: VS2CLIPForZeroShot) -> DomainStatistics:
-    """The model's statistics.
-
-    Raises:
-        `ValueError`: if it has none.
-    """
-    if model.domain_statistics is None:  # `set_steering` refuses such methods, a bare configuration may name one
-        raise ValueError(
-            f"method={model.steering_settings.method!r} needs statistics of unlabelled images: see set_domain_statistics."
-        )
-    return model.domain_statistics
-
-
-def _settings(model: VS2CLIPForZeroShot) -> tuple[float, ...]:
+def _settings(steerer: Steerer) -> tuple[float, ...]:
     """What of the steering settings a fit depends on."""
-    chosen = model.steering_settings
-    return () if chosen.parts.step == "none" else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
+    chosen = steerer.settings
+    return () if chosen.rule.step is None else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
 
 
-__all__ = ["FittedLabels", "LabelScoring", "lacking_rows", "statistics_of"]
+__all__ = ["FittedLabels", "LabelSets"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation.comparison import paired_bootstrap
+from ..evaluation.metrics import accuracy_by_class, count_by_class, mean_per_class, paired_bootstrap
 from .results import Outputs
 
 
@@ -103,16 +103,16 @@ def per_class(outputs: Outputs, plain_outputs: Outputs, class_names: Sequence[st
         ValueError: the two are not about the same images, or a label has no name.
     """
     _check_paired(outputs, plain_outputs, class_names)
-    support = _count(outputs.labels, len(class_names))
-    steered = _count(outputs.labels[outputs.right], len(class_names))
-    plain = _count(outputs.labels[plain_outputs.right], len(class_names))
+    labels, number = outputs.labels, len(class_names)
+    support = count_by_class(labels, number)
+    plain, steered = (accuracy_by_class(one.predictions, labels, number) for one in (plain_outputs, outputs))
     return [
         {
             "name": name,
             "support": n,
-            "plain": 100 * before / n if n else None,
-            "steered": 100 * after / n if n else None,
-            "gain": 100 * (after - before) / n if n else None,
+            "plain": before,
+            "steered": after,
+            "gain": None if before is None or after is None else after - before,
         }
         for name, n, before, after in zip(class_names, support, plain, steered, strict=True)
     ]
@@ -185,9 +185,7 @@ def mean_per_class_accuracy(outputs: Outputs, num_classes: int) -> float:
         ValueError: there is no image, or a label is not in `range(num_classes)`.
     """
     _check_labels(outputs.labels, num_classes)
-    support = np.array(_count(outputs.labels, num_classes))
-    hits = np.array(_count(outputs.labels[outputs.right], num_classes))
-    return 100 * float((hits[support > 0] / support[support > 0]).mean())
+    return mean_per_class(outputs.predictions, outputs.labels, num_classes)
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -215,10 +213,6 @@ def _aligned(fvu: Any, right_steered: Any, right_plain: Any) -> tuple[np.ndarray
         first = int(np.flatnonzero(np.isnan(arrays[0]))[0])
         raise ValueError(f"fvu is NaN for image {first}: its activations are broken. Extract them again.")
     return arrays
-
-
-def _count(classes: torch.Tensor, num_classes: int) -> list[int]:
-    return torch.bincount(classes, minlength=num_classes).tolist()
 
 
 def _check_paired(outputs: Outputs, plain_outputs: Outputs, class_names: Sequence[str] | None = None) -> None:

@@ -26,6 +26,7 @@ from ..data.batches import Columns, ImageReader, Normalizer, read_batches, spans
 from ..data.fingerprint import dataset_fingerprint
 from ..data.prompts import class_embeddings
 from ..data.registry import DatasetInfo
+from ..data.rows import rows_of
 from ..data.store import request_key, request_of
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
@@ -224,7 +225,7 @@ class Bench:
     def _mean(self, encoder: str, dataset: str, share: float = 1.0, seed: int = 0) -> torch.Tensor:
         """Mean CLS row."""
         rows = self.rows(encoder, dataset, "train")
-        mean, _ = activation_statistics(rows, self.share(len(rows), share, seed))
+        mean, _ = activation_statistics(rows_of(rows), self.share(len(rows), share, seed))
         return mean.to(self.encoder(encoder).clip.device)
 
     def _image_mean(self, encoder: str, dataset: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..evaluation.report import STYLES
+from ..files.report import STYLES
 from .figure_sheets import (
     COLUMNS,
     GATED,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation.report import STYLES
+from ..files.report import STYLES
 from .catalog import METHODS
 from .results import CellResult, Outputs, StudyResult
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ..evaluation.comparison import paired_bootstrap, row_figures
 from ..evaluation.grid import steering_grid
-from ..evaluation.report import SampleOutputs
-from ..functional.finite import first_broken_row
+from ..evaluation.metrics import Tally, row_figures
+from ..files.report import SampleOutputs
 from .analysis import mean_per_class_accuracy
 from .bench import BATCH, Bench
 from .catalog import METHODS
@@ -62,33 +60,21 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
 
 def _collect(scored: Iterator[Scored], labels: torch.Tensor) -> tuple[Outputs, int | None]:
     """Outcomes of all batches, and how many images have their class among the top five."""
-    predictions, fvu, steered = [], [], []
-    start, right5 = 0, None
+    tally, start = Tally(), 0
     for batch in scored:
-        scores = batch.scores.cpu()
-        broken = first_broken_row(scores)
-        if broken is not None:
-            raise ValueError(
-                f"The scores of test image {start + broken} are not finite: extract the activations again in float32."
-            )
-        predictions.append(scores.argmax(-1))
-        target = labels[start : start + len(scores)]
-        start += len(scores)
-        if scores.shape[1] > 5:  # among five classes or fewer the top five are always right
-            hits = scores.topk(5, dim=-1).indices == target.unsqueeze(-1)
-            right5 = (right5 or 0) + int(hits.sum())
-        fvu += [] if batch.fvu is None else [batch.fvu.float().cpu()]
-        steered.append(torch.ones(len(scores), dtype=torch.bool) if batch.steered is None else batch.steered.cpu())
+        target = labels[start : start + len(batch.scores)]
+        start += len(batch.scores)
+        tally.add(batch.scores, target, batch.fvu, batch.steered)
     if start != len(labels):
         raise ValueError(f"A method scored {start} images; there are {len(labels)}.")
-    return Outputs(labels, torch.cat(predictions), torch.cat(fvu) if fvu else None, torch.cat(steered)), right5
+    samples = tally.samples()
+    return Outputs(labels, samples.predictions, samples.fvu, samples.steered), tally.right5
 
 
 def _figures(outputs: Outputs, right5: int | None, plain: Outputs) -> dict[str, Any]:
     assert outputs.steered is not None
     samples = SampleOutputs(outputs.predictions, outputs.fvu, outputs.steered)
-    bootstrap = partial(paired_bootstrap, num_resamples=10_000, seed=0)
-    return row_figures(samples, right5, outputs.labels, plain.right, bootstrap)
+    return row_figures(samples, right5, outputs.labels, plain.right)
 
 
 def _grid(bench: Bench, cell: Cell) -> dict[str, Any]:

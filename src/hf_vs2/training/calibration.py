@@ -1,13 +1,13 @@
 """Calibration: what the gate needs to know about an SAE, measured on unlabelled rows that it was not trained on."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
+from ..data.rows import Rows, RowSource, rows_of
 from ..functional.equations import fvu_per_sample
 from ..functional.finite import first_broken_row
 from ..sae.modeling import SAEModel
@@ -24,62 +24,13 @@ _BATCH = 1024
 _PRE_ACTIVATIONS = 2**26
 
 
-class Rows(Protocol):
-    """Activations by index: an [`ActivationStore`], or [`TensorRows`]."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, indices: torch.Tensor) -> torch.Tensor: ...
-
-
-class TensorRows:
-    """A `(rows, hidden_size)` tensor behind the interface of an activation store."""
-
-    def __init__(self, tensor: torch.Tensor):
-        if tensor.ndim != 2 or not len(tensor):
-            raise ValueError(
-                f"Activations must be a (rows, hidden_size) tensor with at least one row, not {tuple(tensor.shape)}."
-            )
-        self.tensor = tensor
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def take(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.tensor[indices].float()
-
-
-def as_rows(rows: Rows | torch.Tensor) -> Rows:
-    """`rows` as something with `len` and `take`."""
-    return TensorRows(rows) if isinstance(rows, torch.Tensor) else rows
-
-
-def batches(rows: Rows, indices: torch.Tensor, batch_size: int = _BATCH) -> Iterator[torch.Tensor]:
-    """The rows of `indices` in blocks, so that memory stays flat.
-
-    Raises:
-        `ValueError`: if a row is not finite, with its number.
-    """
-    for chosen in indices.split(batch_size):
-        block = rows.take(chosen)
-        broken = first_broken_row(block)
-        if broken is not None:
-            raise ValueError(
-                f"Activation row {int(chosen[broken])} holds NaN or infinite values. Extract the activations again "
-                "in float32 "
-                "or bfloat16 (float16 overflows in some CLIP models)."
-            )
-        yield block
-
-
 def refuse_overflow(of_sae: torch.Tensor, numbers: Sequence[int] | torch.Tensor) -> None:
     """Refuse, by a `ValueError`, what an SAE makes of the rows of these numbers where it holds NaN or infinity."""
     broken = first_broken_row(of_sae)
     if broken is not None:
         raise ValueError(
             f"The SAE overflows on activation row {int(numbers[broken])}: its weights are far too large for these "
-            "rows. Use an SAE that was "
-            "trained on activations of this CLIP."
+            "rows. Use an SAE that was trained on activations of this CLIP."
         )
 
 
@@ -96,8 +47,7 @@ def split_rows(num_rows: int, share: float, seed: int) -> tuple[torch.Tensor, to
 
 def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Mean `(hidden_size,)` and total variance (mean squared distance to the mean) in one pass of float64 sums; a
-    variance that is rounding
-    alone is 0.
+    variance that is rounding alone is 0.
 
     The sums are taken around the first row: with CLIP's large mean, `E x^2 - (E x)^2` would lose digits.
     """
@@ -105,7 +55,7 @@ def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tens
     origin = first.double()
     total = torch.zeros_like(origin)
     squares = 0.0
-    for block in batches(rows, indices):
+    for block in rows.batches(indices=indices):
         centred = block.double() - origin
         total += centred.sum(0)
         squares += centred.square().sum().item()
@@ -116,9 +66,8 @@ def activation_statistics(rows: Rows, indices: torch.Tensor) -> tuple[torch.Tens
 
 def _is_rounding(variance: float, mean: torch.Tensor, row: torch.Tensor) -> bool:
     """Whether rows with this total variance around a mean, of which `row` is one, differ by rounding alone: the same
-    image comes out of a
-    CLIP some steps of float32 apart where it lies elsewhere in its batch, and then one step of a shorter type that
-    rows are stored in."""
+    image comes out of a CLIP some steps of float32 apart where it lies elsewhere in its batch, and then one step of a
+    shorter type that rows are stored in."""
     step = 32 * torch.finfo(torch.float32).eps
     for dtype in (torch.float16, torch.bfloat16):
         if torch.equal(row.to(dtype).to(row.dtype), row):
@@ -147,7 +96,7 @@ def is_converted(config: SAEConfig) -> bool:
 
 
 @torch.no_grad()
-def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | None = None) -> dict[str, float]:
+def calibrate(sae: SAEModel, rows: RowSource, indices: torch.Tensor | None = None) -> dict[str, float]:
     """
     Store per-sample FVU quantiles in `sae.config`, from unlabelled rows that the SAE was NOT trained on.
 
@@ -170,7 +119,7 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
     Raises:
         `ValueError`: on no rows, rows of another width, rows that are not finite, or none off the training mean.
     """
-    rows = as_rows(rows)
+    rows = rows_of(rows)
     indices = torch.arange(len(rows)) if indices is None else indices
     if not len(indices):
         raise ValueError(
@@ -182,7 +131,8 @@ def calibrate(sae: SAEModel, rows: Rows | torch.Tensor, indices: torch.Tensor | 
         sae.config.training_data = {**(sae.config.training_data or {}), "statistics_rows": len(indices)}
     error, spread, active, done = 0.0, 0.0, 0.0, 0
     fvus = []
-    for block in batches(rows, indices, max(1, min(_BATCH, _PRE_ACTIVATIONS // sae.config.weight_shape[0]))):
+    batch_size = max(1, min(_BATCH, _PRE_ACTIVATIONS // sae.config.weight_shape[0]))
+    for block in rows.batches(batch_size, indices):
         block = block.to(sae.device)
         values, latents = sae.encode(block)
         reconstruction = sae.decode(values, latents).float()

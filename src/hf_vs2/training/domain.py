@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import CLIPModel
 
+from ..data.rows import RowSource, rows_of
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..functional.label_free import row_distance
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
-from .calibration import Rows, as_rows, batches, conformal_quantiles, refuse_overflow
+from .calibration import conformal_quantiles, refuse_overflow
 
 
 SKETCH_ROWS = 4096
@@ -25,7 +26,7 @@ _MOST_ROWS = 131_072
 @torch.no_grad()
 def measure_statistics(
     sae: SAEModel,
-    rows: Rows | torch.Tensor,
+    rows: RowSource,
     indices: torch.Tensor | None = None,
     held_out: torch.Tensor | None = None,
     *,
@@ -50,7 +51,7 @@ def measure_statistics(
     Raises:
         `ValueError`: on no rows, rows that are not finite, or nothing to take the mean image from.
     """
-    rows = as_rows(rows)
+    rows = rows_of(rows)
     if indices is None:
         chosen = torch.ones(len(rows), dtype=torch.bool)
         chosen[[] if held_out is None else held_out] = False
@@ -65,7 +66,7 @@ def measure_statistics(
     sketch, chosen = order[:sketch_rows].sort().values, order[:_MOST_ROWS].sort().values
     sums = _Sums(rows.take(chosen[:1])[0], sae)
     total = None if clip is None else torch.zeros(clip.config.projection_dim, dtype=torch.float64)
-    for block in batches(rows, chosen):
+    for block in rows.batches(indices=chosen):
         sums.add(block, chosen[sums.count :])
         if total is not None and clip is not None:
             total += unit_embeds(clip_embeds(clip, block)).double().sum(0).cpu()
@@ -78,7 +79,7 @@ def measure_statistics(
     if held_out is None or not len(held_out):
         return statistics
     known = statistics.of_rows
-    distances = torch.cat([row_distance(block, known) for block in batches(rows, held_out)])
+    distances = torch.cat([row_distance(block, known) for block in rows.batches(indices=held_out)])
     return replace(statistics, distance_quantiles=conformal_quantiles(distances))
 
 

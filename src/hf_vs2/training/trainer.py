@@ -24,14 +24,14 @@ from transformers.utils import logging
 
 from ..config.sae import SAEConfig
 from ..data.extraction import naming_lost_partners
-from ..data.rows import LayerRows, TrainRows, UnionRows, chosen_rows, read_ahead, training_labels, training_rows
+from ..data.rows import RowSource, chosen_rows, read_ahead, rows_of, training_labels
 from ..files.atomic import failing_as, remove_folder, remove_leftovers, replace_folder
 from ..files.json_files import write_json
 from ..files.model_card import write_model_card
 from ..sae.modeling import SAEModel, SAEOutput
 from ..version import __version__
 from .arguments import SAETrainingArguments
-from .calibration import activation_statistics, batches, calibrate, split_rows
+from .calibration import activation_statistics, calibrate, split_rows
 from .domain import measure_statistics
 from .label_losses import LabelLoss, describe_label_loss
 from .progress import TrainingProgress
@@ -126,7 +126,7 @@ class SAETrainer:
         self,
         model: SAEModel | SAEConfig,
         args: SAETrainingArguments,
-        train_rows: TrainRows,
+        train_rows: RowSource,
         layer: int | None = None,
         *,
         indices: torch.Tensor | Sequence[int] | None = None,
@@ -156,7 +156,7 @@ class SAETrainer:
         set_seed(args.seed)
         self._is_new = isinstance(model, SAEConfig) or model.config.total_variance is None
         self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model
-        self.rows = training_rows(train_rows, layer)
+        self.rows = rows_of(train_rows, layer)
         width = self.rows.take(torch.zeros(1, dtype=torch.int64)).shape[1]
         if width != self.model.config.hidden_size:
             raise ValueError(
@@ -265,7 +265,7 @@ class SAETrainer:
                 "All training rows are the same, or differ by rounding alone: there is nothing to learn. Check how "
                 "they were extracted."
             )
-        for _ in batches(self.rows, self.held_out_indices):
+        for _ in self.rows.batches(indices=self.held_out_indices):
             pass  # refuses rows that are not finite now, not in the calibration after the training
         if self._is_new:
             self.model.set_statistics(mean, total_variance)
@@ -281,10 +281,9 @@ class SAETrainer:
         config.hf_vs2_version = __version__
         earlier = None if self._is_new else config.training_data
         data: dict[str, Any] = {"num_rows": len(self.indices), "seed": self.args.seed}
-        if isinstance(self.rows, (LayerRows, UnionRows)):
-            for name, value in self.rows.origin.items():
-                setattr(config, name, value)
-            data |= self.rows.data(self.indices)
+        for name, value in self.rows.origin.items():
+            setattr(config, name, value)
+        data |= self.rows.data(self.indices) or {}
         if len(self.indices) < len(self.rows):
             data["selected_from"] = len(self.rows)
         if self.label_loss is not None:

@@ -87,12 +87,11 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     import torch
 
-    from ...evaluation.comparison import EVALUATION_METHODS, evaluate
+    from ...evaluation.comparison import evaluate
     from ...files.checkpoint_folder import RESULTS_NAME
     from ...files.model_card import write_model_card
 
-    methods = args.method or EVALUATION_METHODS
-    _check_prompts(args, methods)
+    _check_prompts(args)
     model, tokenizer, image_processor = load_steered_clip(args)
     model.set_steering(**steering_from(args))
     # One row through the tail: what cannot be replayed on cached rows is refused before hours of extraction.
@@ -112,7 +111,7 @@ def run(args: Namespace) -> None:
         labels,
         tokenizer,
         templates=args.templates,
-        methods=methods,
+        methods=args.method,
         reference_rows=reference,
         meta={"checkpoint": args.checkpoint},
         clean=not args.names_as_given,
@@ -127,14 +126,12 @@ def run(args: Namespace) -> None:
     say_written(places)
 
 
-def _check_prompts(args: Namespace, methods: Any) -> None:
+def _check_prompts(args: Namespace) -> None:
     """Refuse unknown methods, templates and doubled class names before anything long begins."""
     from ...data.prompts import resolve_templates
-    from ...evaluation.methods import EVALUATION_METHODS, unknown_methods
+    from ...evaluation.methods import check_methods
 
-    unknown = unknown_methods(methods)
-    if unknown:
-        raise ValueError(f"--method {unknown[0]} is not known: use some of {', '.join(EVALUATION_METHODS)}")
+    check_methods(args.method or ())
     for templates in args.templates:
         resolve_templates(templates)
     labels_from(args)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from ..files.json_files import read_json, write_json
+from .json_files import read_json, write_json
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,11 @@
+"""Methods that move rows as one method does, and score them as another."""
+
+from .base import then
+
+
+then(
+    "vs2",
+    "distribution_norm",
+    summary="VS2's step, then the means of the steered images and of the texts are subtracted.",
+)
+then("corrected", "distribution_norm", summary="The same after the step of corrected VS2.", compared=True)
