@@ -47,6 +47,14 @@ def sae_back_on_the_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def messages_reach_pytest() -> None:
+    """Ours go where those of transformers go, which are its own affair by default: `caplog` would not see them."""
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+
+
 @pytest.fixture()
 def hub() -> Iterator[LoopbackHub]:
     """The Hub that every client in this process, and in those it starts, talks to."""

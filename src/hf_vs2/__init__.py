@@ -4,6 +4,7 @@ Importing the package registers its models with transformers' Auto classes, and 
 are imported when first used. The command line puts the registration off until a command runs, so that its help needs no torch.
 """
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -142,6 +143,8 @@ def _is_command_line() -> bool:
     return started == sys.argv[0] and os.path.basename(started) in ("hf-vs2", "hf-vs2.exe")
 
 
+# Messages go where those of transformers go, and its verbosity is ours.
+logging.getLogger(__name__).parent = logging.getLogger("transformers")
 moved.install()
 if not _is_command_line():
     import_module(".clip.auto_classes", __name__)

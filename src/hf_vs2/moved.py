@@ -75,6 +75,8 @@ MOVED = {
     "weight_files": "files.weight_files",
     "weight_state": "files.weight_state",
 }
+_COMMANDS = "atlas calibrate classify convert demo evaluate explain extract push recommend study train"
+MOVED |= {f"cli.{name}": f"cli.commands.{name}" for name in _COMMANDS.split()}
 
 
 class MovedModules(MetaPathFinder, Loader):

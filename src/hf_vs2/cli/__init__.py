@@ -8,6 +8,7 @@ Modules import what is heavy inside `run`: help and mistakes in the command line
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from argparse import Namespace
@@ -108,6 +109,7 @@ def _run(command: Any, args: Namespace) -> None:
 
     # Loading a model of one file takes a moment; bars for it are noise between the ones that matter.
     logging.disable_progress_bar()
+    logging.reset_format()  # our messages are not transformers'
     if _rank() != 0:
         logging.set_verbosity_error()
     command.run(args)
@@ -127,8 +129,12 @@ def _is_expected(error: Exception) -> bool:
 def _message(error: Exception) -> str:
     from safetensors import SafetensorError
 
-    # As the option is spelled here.
-    text = (str(error) or type(error).__name__).replace("on_error='skip'", "--on_error skip")
+    # As options are spelled here.
+    text = re.sub(
+        r"\b(split|image_column|label_column|config_name|on_error)=('?)([\w.]+)\2",
+        lambda option: f"--{option[1].replace('config_name', 'dataset_config')} {option[3].replace('...', 'NAME')}",
+        str(error) or type(error).__name__,
+    )
     if isinstance(error, SafetensorError):  # does not say which file
         return f"a .safetensors file of the model or checkpoint is damaged ({text}): download or write it again"
     return text

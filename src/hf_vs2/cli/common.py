@@ -64,7 +64,7 @@ def add_dataset_flags(parser: Parser, required: bool = True) -> None:
         "--dataset",
         required=required,
         metavar="D",
-        help="Images: Hub id, folder of images or of parquet files, saved data set.",
+        help="Images: Hub id, folder of images or of parquet or .tar files, list of paths (.csv), saved data set.",
     )
     parser.flag(
         "--split", metavar="S", help='Such as train, test or "train[:600]"; may be left out where there is one.'
@@ -189,6 +189,8 @@ def open_dataset(args: argparse.Namespace) -> Any:
         config_name=args.dataset_config,
         revision=args.dataset_revision,
         streaming=args.streaming,
+        label_column=getattr(args, "label_column", None),
+        on_error=args.on_error,
     )
 
 

@@ -5,34 +5,22 @@ from __future__ import annotations
 import os
 import re
 import sys
-import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import ImageMode
 
 from .images import UnreadableImageError, open_image
+from .layout import in_order
+from .listing import IMAGE_EXTENSIONS, suffix_of
+from .local import DATA_SUFFIXES, load_dataset, open_file, open_folder
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
-__all__ = ["UnreadableImageError", "load_images", "open_image"]
-
-IMAGE_EXTENSIONS = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib"),
-        *(".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-    )
-)
-METADATA_FILES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
-# Folder and file names that mean a split; the same words as the `datasets` library.
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+__all__ = ["IMAGE_EXTENSIONS", "UnreadableImageError", "load_images", "open_image"]
 
 
 def load_images(
@@ -40,24 +28,46 @@ def load_images(
     split: str | None = None,
     *,
     image_column: str = "image",
+    label_column: str | None = None,
     config_name: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    on_error: str = "raise",
+    class_words: bool = True,
 ) -> Dataset | IterableDataset:
     """
-    Opens a set of images, wherever it is; no image is decoded.
+    Opens a set of images, wherever it is; no image is decoded. A path that exists wins over a Hub id of the same name.
+
+    | path | what it gives |
+    |---|---|
+    | folder of images | one row an image, ordered by path. Other files are left out, and counted in a message |
+    | `cat/`, `dog/` in it | a column `label`: the folders are the classes, by number where all are numbers |
+    | `train/`, `test/`, `val/` in it | splits, whatever lies around them. Another folder beside them is a split, too |
+    | an image beside splits or classes | beside splits it is left out; beside classes its label is -1. It is named |
+    | class folders inside others | the level that names classes; refused, with the reason, where that is unclear |
+    | Tiny-ImageNet as published | its classes, by `val_annotations.txt` and the words of `words.txt` |
+    | folder with `metadata.csv` | its rows, the images by its column `file_name` (`.jsonl` and `.parquet` likewise) |
+    | folder of `.parquet` or `.tar` files | their rows, splits by names of files and folders; others stay unread |
+    | `.csv`, `.tsv` or `.jsonl` file | its rows, with the paths of images in a column such as `image` or `file_name` |
+    | `.parquet`, `.arrow` or `.tar` file | its rows. A `.tar` is a webdataset: `.cls` is the label |
+    | folder of `save_to_disk` | the saved data set |
+    | folder with a card that has `configs` | what `datasets` makes of it |
+
+    Hidden files and what systems leave (`__MACOSX`, `Thumbs.db`) are left out; linked folders are read. `.heic` files
+    need `pillow-heif`; files without suffix are read if they hold an image. Paths in a list count from its own folder.
 
     Args:
-        source: a data set id on the Hub, or a local path: a folder of images (class folders become a `label` column,
-            top-level `train` / `test` / `validation` folders become splits), a folder of parquet files
-            (`data/train-00000-of-00001.parquet`, ...), one parquet or arrow file, or a folder written by
-            `save_to_disk`. A path that exists wins over a Hub id of the same name.
+        source: a local path or the id of a data set on the Hub.
         split (`str`, *optional*): `"train"`, `"train[:600]"`, `"train[10%:]"`, `"train+test"`; may be left out when
             there is only one. Streaming takes `"train"` and `"train[100:600]"`.
-        image_column (`str`): column that holds the images.
+        image_column (`str`): column that holds the images. In a list of paths: that of the paths.
+        label_column (`str`, *optional*): a column of names becomes one of class labels, the same for all splits;
+            "label" is one without being named.
         config_name (`str`, *optional*): configuration of a Hub data set.
         revision (`str`, *optional*): branch, tag or commit of a Hub data set.
         streaming (`bool`): read rows one after another, without preparing a copy on disk.
+        on_error (`str`): "skip" leaves out folders that may not be listed.
+        class_words (`bool`): call folders named by WordNet ids by the words of a list beside them.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` whose `image_column` is undecoded
@@ -65,19 +75,25 @@ def load_images(
 
     Raises:
         FileNotFoundError: the path does not exist.
-        OSError: the Hub data set cannot be found or reached.
-        ValueError: the split or column does not exist (the message lists those that do), or nothing readable is there.
+        OSError: the Hub data set cannot be found or reached, or a folder may not be listed.
+        ValueError: the split or column does not exist (the message lists those that do), nothing readable is there, or
+            it is not clear what belongs to which split.
     """
     path = Path(source).expanduser()
     if path.exists():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for data sets on the Hub, but {source} is a local path")
-        splits = _load_local(path, config_name, streaming)
+        if path.is_dir():
+            splits = open_folder(path, image_column, config_name, streaming, on_error, class_words)
+        else:
+            splits = open_file(path, image_column, streaming)
+        splits = _with_named_labels(splits, label_column or "label")
     elif _looks_like_a_path(os.fspath(source)):
         raise FileNotFoundError(f"No data set at {source}: {_what_is_near(path)}")
     else:
-        name = os.fspath(source)
-        splits = _load_dataset(name, name, name=config_name, revision=revision, streaming=streaming)
+        splits = load_dataset(os.fspath(source), name=config_name, revision=revision, streaming=streaming)
+        if not streaming:
+            splits = _with_named_labels(splits, label_column or "label")
     return undecoded(_select_split(splits, split, source), image_column)
 
 
@@ -130,14 +146,39 @@ def undecoded_column(images: Any) -> tuple[Any, str | None]:
     return undecoded(rows, column).with_format(None)[column], image_mode(rows, column)
 
 
+def _with_named_labels(splits: dict[str, Any], column: str) -> dict[str, Any]:
+    """A column of names as class labels, the same in all splits."""
+    import datasets
+
+    texts = [
+        name
+        for name, part in splits.items()
+        if getattr((part.features or {}).get(column), "dtype", "") in ("string", "large_string")
+    ]
+    labels = {}
+    for name in texts:
+        column_of = splits[name].select_columns([column])
+        found = column_of[column][:] if isinstance(column_of, datasets.Dataset) else [row[column] for row in column_of]
+        labels[name] = [label if label is None else label.strip() for label in found]
+    names = in_order({label for found in labels.values() for label in found if label is not None})
+    number: dict[str | None, int | None] = {None: None} | {name: place for place, name in enumerate(names)}
+    for name in texts:
+        feature, part = datasets.ClassLabel(names=names), splits[name]
+        if isinstance(part, datasets.Dataset):  # `cast_column` would copy the images
+            numbers = [number[label] for label in labels[name]]
+            splits[name] = part.remove_columns(column).add_column(column, numbers, feature=feature)
+        else:
+            splits[name] = part.cast_column(column, feature)
+    return splits
+
+
 def _looks_like_a_path(source: str) -> bool:
     """A Hub id is `name` or `user/name`, never absolute, deeper, or with a data file's extension."""
-    suffix = os.path.splitext(source)[1].lower()
     return (
         source.startswith((".", "~", os.sep))
         or source.count("/") > 1
         or "\\" in source
-        or suffix in IMAGE_EXTENSIONS | {".parquet", ".arrow"}
+        or suffix_of(source) in IMAGE_EXTENSIONS | DATA_SUFFIXES
     )
 
 
@@ -148,120 +189,6 @@ def _what_is_near(path: Path) -> str:
     names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     return f"{parent} holds {shown}" if names else f"{parent} is empty"
-
-
-def _load_dataset(source: str | Path, *arguments: str, **options: Any) -> dict[str, Any]:
-    """`datasets.load_dataset`, whose own failures (lists of examples, errors behind errors) become one line."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(*arguments, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise OSError(
-            f"{str(source)!r} is neither a path on this machine nor a data set that the Hub gives: {error}"
-        ) from error
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        hint = " (choose one with config_name=...)" if "config" in reason.lower() else ""
-        raise ValueError(f"{source} cannot be opened: {reason}{hint}") from error
-
-
-def _load_local(path: Path, config_name: str | None, streaming: bool) -> dict[str, Any]:
-    """A local path to {split name: data set}."""
-    import datasets
-
-    if path.is_file():
-        return _load_file(path, streaming)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-        return {name: part.to_iterable_dataset() if streaming else part for name, part in splits.items()}
-
-    files = _list_files(path)
-    names = {file.name for file in files}
-    has_parquet = any(file.suffix.lower() == ".parquet" and file.name not in METADATA_FILES for file in files)
-    if (has_parquet and "README.md" in names) or config_name is not None:  # the card may define configurations
-        return _load_dataset(path, str(path), name=config_name, streaming=streaming)
-    if has_parquet:
-        return _load_dataset(path, "parquet", data_dir=str(path), streaming=streaming)
-    if names & METADATA_FILES:
-        return _load_dataset(path, "imagefolder", data_dir=str(path), streaming=streaming)
-
-    images = [file for file in files if file.suffix.lower() in IMAGE_EXTENSIONS]
-    if not images:
-        found = ", ".join(sorted({file.suffix or file.name for file in files})[:10]) or "nothing"
-        raise ValueError(
-            f"{path} holds no data set that can be read: expected images ({', '.join(sorted(IMAGE_EXTENSIONS))}), "
-            f"parquet files or a folder written by `save_to_disk`, found {found}"
-        )
-    splits = _image_folder(path, images)
-    return {name: part.to_iterable_dataset() if streaming else part for name, part in splits.items()}
-
-
-def _load_file(path: Path, streaming: bool) -> dict[str, Any]:
-    import datasets
-
-    split = SPLIT_WORDS.get(re.split(r"[-._ ]", path.name.lower())[0], "train")
-    if path.suffix.lower() == ".parquet":
-        return _load_dataset(path, "parquet", data_files={split: str(path)}, streaming=streaming)
-    if path.suffix.lower() == ".arrow":
-        part = datasets.Dataset.from_file(str(path))
-        return {split: part.to_iterable_dataset() if streaming else part}
-    raise ValueError(f"{path} is not a data set: expected a folder, or a .parquet or .arrow file")
-
-
-def _list_files(root: Path) -> list[Path]:
-    """All files below `root` (links followed, hidden ones left out), in an order that is the same on every system."""
-    files: list[Path] = []
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        files.extend(Path(folder, name) for name in names if not name.startswith("."))
-    return sorted(files, key=lambda file: _nfc(file.relative_to(root).as_posix()))
-
-
-def _nfc(name: str) -> str:
-    """macOS stores accents decomposed; composed names sort and compare equal everywhere."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _image_folder(root: Path, images: list[Path]) -> dict[str, Dataset]:
-    """
-    {split: data set} of a plain folder of images.
-
-    `load_dataset("imagefolder")` is not used here because it takes words in *file names* for splits (`my test.jpg`
-    leaves the train split) and the split folders themselves for classes.
-    """
-    parts = {image: image.relative_to(root).parts for image in images}
-    has_splits = all(len(p) > 1 and p[0].lower() in SPLIT_WORDS for p in parts.values())
-    by_split: dict[str, list[Path]] = {}
-    for image, p in parts.items():
-        by_split.setdefault(SPLIT_WORDS[p[0].lower()] if has_splits else "train", []).append(image)
-    depth = 1 + has_splits
-    class_names = None
-    if all(len(p) > depth for p in parts.values()):
-        class_names = sorted({_nfc(image.parent.name) for image in images})
-    return {split: _dataset_of_files(members, class_names, split) for split, members in by_split.items()}
-
-
-def _dataset_of_files(images: list[Path], class_names: list[str] | None, split: str) -> Dataset:
-    import datasets
-
-    columns: dict[str, list] = {"image": [os.path.abspath(image) for image in images]}
-    features = datasets.Features({"image": datasets.Image(decode=False)})
-    if class_names is not None:
-        number = {name: i for i, name in enumerate(class_names)}
-        columns["label"] = [number[_nfc(image.parent.name)] for image in images]
-        features["label"] = datasets.ClassLabel(names=class_names)
-    try:
-        return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
-    except UnicodeEncodeError as error:
-        raise ValueError(f"A file name is not valid Unicode, rename it: {error.object!r}") from error
 
 
 def _select_split(splits: dict[str, Any], split: str | None, source: Any) -> Any:

@@ -123,6 +123,8 @@ class DatasetInfo:
             image_column=self.image_column,
             config_name=self.config_name,
             revision=self.revision,
+            label_column=self.label_column,
+            class_words=self.classes is None,  # entries know WordNet ids
         )
         if split == "test":
             self._check_label_column(dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def run(args: Namespace) -> None:
         raise ValueError("--top_k and --batch_size must be at least 1")
     labels = names_in(labels_from(args) or [])
     resolve_templates(args.templates)
-    names = list(_image_names(args.images))
+    names = list(_image_names(args.images, args.on_error))
     classifier = load_classifier(args)
     images = _Images(names, skip=args.on_error == "skip")
     answers = classifier(
@@ -90,18 +91,20 @@ def run(args: Namespace) -> None:
         say_written({"results": args.output})
 
 
-def _image_names(given: Sequence[str]) -> Iterator[str]:
+def _image_names(given: Sequence[str], on_error: str = "raise") -> Iterator[str]:
     """Files and URLs as they are; folders replaced by the images in them."""
-    from ...data.load import IMAGE_EXTENSIONS
+    from ...data.listing import list_images
 
     for name in given:
-        if not Path(name).is_dir():
+        if not os.path.isdir(name):
             yield name
             continue
-        inside = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-        if not inside:
-            raise ValueError(f"the folder {name} holds no image")
-        yield from map(str, inside)
+        inside = list_images(name, on_error)
+        if not inside.files:
+            found = inside.describe_left_out()
+            raise ValueError(f"the folder {name} holds no image" + (f", but {found}" if found else ""))
+        inside.say_left_out()
+        yield from map(inside.path, inside.files)
 
 
 class _Images:

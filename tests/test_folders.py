@@ -1,0 +1,544 @@
+"""What a folder of images means: the same files at every door, and the splits and classes that a person would name."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+from test_cli import checkpoint, clip_path, images_path, run  # noqa: F401  fixtures
+
+from hf_vs2.data import load_images, open_image
+from hf_vs2.registry import dataset_info
+
+
+def put(root: Path, *names: str) -> Path:
+    """Small pictures, all different."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number * 7 % 256, len(name), 9)).save(root / name, "PNG")
+    return root
+
+
+def found(root: Path, **options) -> dict[str, dict[str, str | None]]:
+    """{split: {file below root: class name}}; without classes `None`."""
+    try:
+        splits = {"": load_images(root, **options)}
+    except ValueError as error:
+        if "several splits" not in str(error):
+            raise
+        names = str(error).split("(")[1].split(")")[0].split(", ")
+        splits = {name: load_images(root, name, **options) for name in names}
+    told = {}
+    for name, rows in splits.items():
+        classes = getattr(rows.features.get("label"), "names", None)
+        told[name or str(rows.split or "train")] = {
+            os.path.relpath(row["image"]["path"], root): classes
+            and (None if row["label"] == -1 else classes[row["label"]])
+            for row in rows
+        }
+    return told
+
+
+def classes_by_folder(root: Path, split: str | None = None) -> list[str]:
+    return load_images(root, split).features["label"].names
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level("INFO", "transformers")
+    return caplog
+
+
+# Files, and what they mean: {split: {file: class}}. A class stands for all files; `None`: no labels.
+CAT_DOG = ("cat/1.png", "dog/1.png")
+IN_TRAIN, IN_TEST = tuple(f"train/{name}" for name in CAT_DOG), tuple(f"test/{name}" for name in CAT_DOG)
+BY_SPLIT = {
+    "train": {"train/cat/1.png": "cat", "train/dog/1.png": "dog"},
+    "test": {"test/cat/1.png": "cat", "test/dog/1.png": "dog"},
+}
+
+
+def without_classes(**splits):
+    return {split: dict.fromkeys(files) for split, files in splits.items()}
+
+
+LAYOUTS = {
+    "images": (("a.png", "b.png"), without_classes(train=["a.png", "b.png"])),
+    "classes": (CAT_DOG, {"train": {"cat/1.png": "cat", "dog/1.png": "dog"}}),
+    "a picture beside classes": (
+        (*CAT_DOG, "cover.png"),
+        {"train": {"cat/1.png": "cat", "dog/1.png": "dog", "cover.png": None}},
+    ),
+    "images and one folder of more": (("a.png", "edited/a.png"), without_classes(train=["a.png", "edited/a.png"])),
+    "one class": (("cat/1.png", "cat/2.png"), {"train": {"cat/1.png": "cat", "cat/2.png": "cat"}}),
+    "one folder that only holds": (("images/1.png",), without_classes(train=["images/1.png"])),
+    "splits": ((*IN_TRAIN, *IN_TEST), BY_SPLIT),
+    "splits in other letters": (
+        ("Train/1.png", "TEST/2.png"),
+        without_classes(train=["Train/1.png"], test=["TEST/2.png"]),
+    ),
+    "splits and a picture": ((*IN_TRAIN, *IN_TEST, "cover.png"), BY_SPLIT),
+    "splits and a folder": (
+        (*IN_TRAIN, *IN_TEST, "unlabeled/9.png"),
+        BY_SPLIT | without_classes(unlabeled=["unlabeled/9.png"]),
+    ),
+    "splits in a folder": (
+        tuple(f"data/{name}" for name in (*IN_TRAIN, *IN_TEST)),
+        {split: {f"data/{name}": label for name, label in files.items()} for split, files in BY_SPLIT.items()},
+    ),
+    "splits in a folder, and a picture": (
+        (*(f"data/{name}" for name in (*IN_TRAIN, *IN_TEST)), "cover.png"),
+        {split: {f"data/{name}": label for name, label in files.items()} for split, files in BY_SPLIT.items()},
+    ),
+    "splits in each class": (
+        ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"),
+        {
+            "train": {"cat/train/1.png": "cat", "dog/train/3.png": "dog"},
+            "test": {"cat/test/2.png": "cat", "dog/test/4.png": "dog"},
+        },
+    ),
+    "splits by a part of the name, twice": (
+        (
+            "seg_train/seg_train/sea/1.png",
+            "seg_train/seg_train/street/2.png",
+            "seg_test/seg_test/sea/3.png",
+            "seg_pred/4.png",
+        ),
+        {
+            "train": {"seg_train/seg_train/sea/1.png": "sea", "seg_train/seg_train/street/2.png": "street"},
+            "test": {"seg_test/seg_test/sea/3.png": "sea"},
+            "seg_pred": {"seg_pred/4.png": None},
+        },
+    ),
+    "a class named train in splits": (
+        ("train/bus/1.png", "train/train/2.png", "test/bus/3.png", "test/train/4.png"),
+        {
+            "train": {"train/bus/1.png": "bus", "train/train/2.png": "train"},
+            "test": {"test/bus/3.png": "bus", "test/train/4.png": "train"},
+        },
+    ),
+    "two data sets": ((*(f"a/{name}" for name in (*IN_TRAIN, *IN_TEST)), "b/images/1.png"), "b/images/1.png"),
+    "test images without classes": (
+        (*IN_TRAIN, "test/1.png"),
+        {"train": BY_SPLIT["train"]} | without_classes(test=["test/1.png"]),
+    ),
+    "a class named train": (
+        ("bus/1.png", "train/2.png", "car/3.png"),
+        {"train": {"bus/1.png": "bus", "train/2.png": "train", "car/3.png": "car"}},
+    ),
+    "classes that hold split words": (
+        ("bullet_train/1.png", "test_tube/2.png"),
+        {"train": {"bullet_train/1.png": "bullet_train", "test_tube/2.png": "test_tube"}},
+    ),
+    "train alone": (IN_TRAIN, {"train": BY_SPLIT["train"]}),
+    "train and a picture": ((*IN_TRAIN, "cover.png"), "cover.png"),
+    "test within other images": (("1.png", "2.png", "test/3.png"), "1.png"),
+    "test beside classes": ((*CAT_DOG, "test/cat/3.png", "test/dog/4.png"), "cat/1.png"),
+    "class folders in a folder": (
+        ("flowers/rose/1.png", "flowers/tulip/2.png"),
+        {"train": {"flowers/rose/1.png": "rose", "flowers/tulip/2.png": "tulip"}},
+    ),
+    "classes and containers": (
+        ("n1/images/1.png", "n2/images/2.png"),
+        {"train": {"n1/images/1.png": "n1", "n2/images/2.png": "n2"}},
+    ),
+    "kinds of classes": (
+        ("animal/cat/1.png", "animal/dog/2.png", "vehicle/car/3.png"),
+        {"train": {"animal/cat/1.png": "cat", "animal/dog/2.png": "dog", "vehicle/car/3.png": "car"}},
+    ),
+    "kinds of WordNet ids": (
+        ("animals/n01443537/1.png", "animals/n01641577/2.png", "things/n02699494/3.png"),
+        {
+            "train": {
+                "animals/n01443537/1.png": "n01443537",
+                "animals/n01641577/2.png": "n01641577",
+                "things/n02699494/3.png": "n02699494",
+            }
+        },
+    ),
+    "years of classes": (
+        ("2019/cat/1.png", "2019/dog/2.png", "2020/cat/3.png", "2020/dog/4.png"),
+        {
+            "train": {
+                "2019/cat/1.png": "cat",
+                "2019/dog/2.png": "dog",
+                "2020/cat/3.png": "cat",
+                "2020/dog/4.png": "dog",
+            }
+        },
+    ),
+    "parts of classes": (
+        ("class X/sub 0/1.png", "class X/sub 1/2.png", "class Y/sub 0/3.png"),
+        {
+            "train": {
+                "class X/sub 0/1.png": "class X",
+                "class X/sub 1/2.png": "class X",
+                "class Y/sub 0/3.png": "class Y",
+            }
+        },
+    ),
+    "numbered parts of numbered classes": (
+        ("class 0/sub 0/1.png", "class 0/sub 1/2.png", "class 1/sub 0/3.png"),
+        {
+            "train": {
+                "class 0/sub 0/1.png": "class 0",
+                "class 0/sub 1/2.png": "class 0",
+                "class 1/sub 0/3.png": "class 1",
+            }
+        },
+    ),
+    "more of a class in a folder of it": (
+        ("cat/1.png", "cat/more/2.png", "dog/3.png"),
+        {"train": {"cat/1.png": "cat", "cat/more/2.png": "cat", "dog/3.png": "dog"}},
+    ),
+    "classes at two depths": (
+        ("animal/cat/1.png", "animal/dog/2.png", "car/3.png"),
+        {"train": {"animal/cat/1.png": "cat", "animal/dog/2.png": "dog", "car/3.png": "car"}},
+    ),
+    "a name under two parents": (
+        ("fruit/orange/1.png", "fruit/apple/2.png", "colour/orange/3.png", "colour/red/4.png"),
+        without_classes(
+            train=["colour/orange/3.png", "colour/red/4.png", "fruit/apple/2.png", "fruit/orange/1.png"],
+        ),
+    ),
+    "years of months": (
+        ("2019/01/1.png", "2019/02/2.png", "2020/01/3.png"),
+        without_classes(train=["2019/01/1.png", "2019/02/2.png", "2020/01/3.png"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_means_what_a_person_would_say(name, tmp_path, said):
+    """Splits that are mixed train on test images; classes that are not those of the folders measure nonsense."""
+    files, expected = LAYOUTS[name]
+    root = put(tmp_path / "root", *files)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            load_images(root)
+        return
+    assert found(root) == expected
+    if name in ("a picture beside classes", "splits and a folder"):
+        assert found(root, streaming=True) == expected
+    read = {file for rows in expected.values() for file in rows}
+    for file in set(files) - read:
+        assert file in said.text, "left out without a word"
+    if all(label is None for rows in expected.values() for label in rows.values()) and "/" in "".join(files):
+        nested = any(len(Path(file).parts) > 2 for file in files)
+        assert not nested or "no labels are read" in said.text
+
+
+def png(number: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 40, 9)).save(file, "PNG")
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Classes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_numbers_count(tmp_path):
+    """Digits and label numbers in the order of letters (0, 1, 10, 2) are other labels than the names say."""
+    numbers = put(tmp_path / "numbers", *(f"{number}/a.png" for number in range(12)))
+    assert classes_by_folder(numbers) == [str(number) for number in range(12)]
+    assert [row["label"] for row in load_images(numbers)] == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    names = put(tmp_path / "names", "10_cat/a.png", "9_dog/b.png")
+    assert classes_by_folder(names) == ["10_cat", "9_dog"]
+
+
+def test_tiny_imagenet_as_it_is_published(tmp_path, said):
+    """Each class has a folder `images`; classes of validation images are in a file, those of test images nowhere."""
+    root = put(
+        tmp_path / "tiny-imagenet-200",
+        *(f"train/{name}/images/{name}_{i}.JPEG" for name in ("n01443537", "n01641577", "n01644900") for i in (0, 1)),
+        *(f"val/images/val_{i}.JPEG" for i in range(4)),
+        "test/images/test_0.JPEG",
+    )
+    boxes = "\t0\t32\t44\t62\n"
+    (root / "val/val_annotations.txt").write_text(
+        f"val_0.JPEG\tn01644900{boxes}val_1.JPEG\tn01443537{boxes}val_2.JPEG\tn01641577{boxes}"
+    )
+    words = {
+        "n01443537": "goldfish, Carassius auratus",
+        "n01641577": "frog, bullfrog",
+        "n01644900": "frog, tailed frog",
+    }
+    (root / "words.txt").write_text("".join(f"{name}\t{word}\n" for name, word in words.items()))
+    names = ["goldfish", "frog, bullfrog", "frog, tailed frog"]
+    train, val = load_images(root, "train"), load_images(root, "validation")
+    assert train.features["label"].names == val.features["label"].names == names
+    assert train["label"][:] == [0, 0, 1, 1, 2, 2] and val["label"][:] == [2, 0, 1, -1]
+    assert set(load_images(root, "test").features) == {"image"}
+    alone = load_images(root / "val")
+    assert alone.features["label"].names == names and alone["label"][:] == [2, 0, 1, -1]
+    # The registry knows ids: its entry reads the same folder.
+    info = dataset_info({"name": "tiny_imagenet", "path": str(root), "test_split": "validation"})
+    assert info.class_names(info.load("train")) == ["goldfish", "American bullfrog", "tailed frog"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_people_have_it(tmp_path) -> Path:
+    """Two images of each of two classes, in ways that people and systems keep them, and what is no image of theirs."""
+    root = put(tmp_path / "photos", "cat/1.png", "cat/album.jpg/2.JPG", "dog/3")
+    far = put(tmp_path / "far", "4.png", "deeper/5.png")
+    for name in (".DS_Store", "cat/._1.png", "__MACOSX/cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png())
+    for name in ("cat/@eaDir/1.png", "Thumbs.db", "dog/Thumbs.db"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png())
+    (root / "notes.txt").write_text("not an image")
+    (root / "dog/LICENSE").write_text("no image either")
+    (root / "dog/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (root / "dog/IMG_2.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (root / "dog/linked").symlink_to(far)
+    (root / "cat/linked too").symlink_to(far)
+    (far / "up").symlink_to(tmp_path)
+    (root / "dog/again").symlink_to(root / "dog")
+    (root / "dog/gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(root / "dog/pipe.png")
+    return root
+
+
+READ = [
+    *("cat/1.png", "cat/album.jpg/2.JPG", "cat/linked too/4.png", "cat/linked too/deeper/5.png", "dog/3"),
+    *("dog/gone.png", "dog/linked/4.png", "dog/linked/deeper/5.png"),
+]
+
+
+def test_all_doors_read_the_same_files(as_people_have_it, tmp_path, capsys, said, checkpoint, clip_path):  # noqa: F811
+    """What one command counts and another leaves out makes their figures incomparable; a pipe makes one hang."""
+    root = as_people_have_it
+    files = [str(root / name) for name in READ]
+    rows = load_images(root)
+    assert [row["image"]["path"] for row in rows] == files
+    assert [rows.features["label"].int2str(label)[:3] for label in rows["label"]] == [name[:3] for name in READ]
+    assert said.messages[-1].startswith(f"{root}: not read are 2 .heic files (pip install pillow-heif), ")
+    for part in (
+        "3 links to a folder around it",
+        "1 special file",
+        "7 hidden files",
+        "1 .txt file",
+        "1 file without suffix",
+    ):
+        assert part in said.messages[-1]
+    assert [row["image"]["path"] for row in load_images(root, streaming=True)] == files
+    assert [row["image"]["path"] for row in dataset_info({"name": "mine", "path": str(root)}).load("train")] == files
+    # Commands. Those that extract find what the first has extracted: of the same images, in the same order.
+    there = [name for name in files if not name.endswith("gone.png")]
+    out = run(
+        capsys, "classify", root, "--checkpoint", checkpoint, "--labels", "cat", "dog", "--json", "--on_error", "skip"
+    )
+    assert [answer["image"] for answer in json.loads(out)] == there
+    cache = tmp_path / "cache"
+    data = ["--dataset", root, "--label_column", "label", "--on_error", "skip", "--disable_tqdm"]
+    run(capsys, "extract", "--model", clip_path, *data, "--output_dir", cache)
+    (store,) = cache.glob("*/index.json")
+    index = json.loads(store.read_text())
+    assert (index["num_images"], index["num_rows"]) == (len(files), len(there))
+    assert index["skipped"][0]["path"] == str(root / "dog/gone.png")
+    with_sae = ["--checkpoint", checkpoint, *data, "--activations_dir", cache]
+    few = ["--top_k=8", "--max_steps=2", "--per_device_train_batch_size=4"]
+    run(
+        capsys,
+        "train",
+        "--model",
+        clip_path,
+        *data,
+        "--activations_dir",
+        cache,
+        "--output_dir",
+        tmp_path / "sae",
+        *few,
+    )
+    run(
+        capsys,
+        "evaluate",
+        *with_sae,
+        "--templates",
+        "single",
+        "--method",
+        "vs2",
+        "--output",
+        tmp_path / "results.json",
+    )
+    run(capsys, "atlas", *with_sae, "--output", tmp_path / "atlas")
+    assert list(cache.glob("*/index.json")) == [store]
+
+
+def test_an_unreadable_folder_stops_or_is_left_out(tmp_path, said):
+    """A class that the system hides must not be missing without a word."""
+    root = put(tmp_path / "root", "cat/1.png", "dog/2.png")
+
+    class NoDogs:
+        """What a user without permission meets; tests may run as root, who has it."""
+
+        def __call__(self, folder):
+            if str(folder).rstrip("/").endswith("dog"):
+                raise PermissionError(13, "Permission denied", str(folder))
+            return scandir(folder)
+
+    scandir = os.scandir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", NoDogs())
+        with pytest.raises(PermissionError, match="dog/ may not be listed"):
+            load_images(root)
+        assert len(load_images(root, on_error="skip")) == 1
+    assert "1 folder without permission" in said.text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files that hold images, and lists of paths
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_rows(*labels: str | int, first: int = 0) -> datasets.Dataset:
+    images = [{"bytes": png(first + number), "path": None} for number in range(len(labels))]
+    return datasets.Dataset.from_dict({"image": images, "label": list(labels)}).cast_column("image", datasets.Image())
+
+
+def put_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def reds(rows) -> list[int]:
+    return [open_image(row["image"]).getpixel((0, 0))[0] for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_are_read_whatever_lies_beside_them(streaming, tmp_path, said):
+    """Notes, statistics and a preview lie beside most data sets; names of labels are the same in both splits."""
+    make_rows("dog", "10").to_parquet(tmp_path / "train.parquet")
+    make_rows("bird", "dog", first=9).to_parquet(tmp_path / "my test [1].parquet")
+    make_rows("cat", first=30).to_parquet(tmp_path / "more.parquet")
+    (tmp_path / "README.md").write_text("# Birds\n\nNo configs: here.\n")
+    for name in ("notes.txt", "stats.json", "labels.csv", "thumb.png"):
+        (tmp_path / name).write_bytes(b'{"a": 1}\n')
+    train, test, more = (load_images(tmp_path, split, streaming=streaming) for split in ("train", "test", "more"))
+    assert train.features["label"].names == test.features["label"].names == ["10", "bird", "cat", "dog"]
+    assert (reds(train), reds(test), reds(more)) == ([0, 1], [9, 10], [30])
+    assert [row["label"] for row in test] == [1, 3]
+    assert "1 .png file" in said.text
+
+
+LISTS = {
+    "a.csv": "image,label\ncat/1.png,cat\ndog/2.png,None\n",
+    "bom.csv": "\ufefffile_name,label\ncat/1.png,cat\ndog/2.png,None\n",
+    "excel.csv": 'Path;Label;label\ncat/1.png;"a;b";cat\n./dog/2.png;x;None\n',
+    "clip.csv": "filepath\ttitle\tlabel\ncat/1.png\ta cat, asleep\tcat\ndog/2.png\ta dog, running\tNone\n",
+    "b.tsv": "label\tfilename\ncat\tcat/1.png\nNone\tdog/2.png\n",
+    "c.jsonl": '{"image_path": "cat/1.png", "label": "cat"}\n{"image_path": "dog/2.png", "label": "None"}\n',
+    "d.json": '[{"img": "cat/1.png", "label": "cat"}, {"img": "dog/2.png", "label": "None"}]',
+    "metadata.csv": "file_name,label\ncat/1.png,cat\ndog/2.png,None\n",
+    "metadata.jsonl": '{"file_name": "cat/1.png", "label": "cat"}\n{"file_name": "dog/2.png", "label": "None"}\n',
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_of_paths_is_a_data_set(name, streaming, tmp_path, monkeypatch):
+    """People have lists of images from whatever program; a class may be called None."""
+    put(tmp_path / "set", "cat/1.png", "dog/2.png")
+    (tmp_path / "set" / name).write_text(LISTS[name], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    metadata = name.startswith("metadata")
+    for source in (f"set/{name}", *(["set"] if metadata else [])):
+        rows = load_images(source, streaming=streaming)
+        assert rows.features["image"] == datasets.Image(decode=False)
+        assert rows.features["label"].names == ["None", "cat"]
+        told = [(row["image"]["path"], row["label"]) for row in rows]
+        assert told == [(str(tmp_path / "set/cat/1.png"), 1), (str(tmp_path / "set/dog/2.png"), 0)]
+
+
+def test_a_list_may_name_images_elsewhere_but_metadata_may_not(tmp_path):
+    """A downloaded data set must not read what else is on the disk."""
+    put(tmp_path, "images/1.png", "set/2.png")
+    rows = f"file_name\n../images/1.png\n{tmp_path}/images/1.png\n"
+    (tmp_path / "set/list.csv").write_text(rows)
+    assert [row["image"]["path"] for row in load_images(tmp_path / "set/list.csv")] == [
+        str(tmp_path / "images/1.png")
+    ] * 2
+    (tmp_path / "set/metadata.csv").write_text(rows)
+    with pytest.raises(ValueError, match=r"metadata.csv names '../images/1.png': expected a path inside"):
+        load_images(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.csv", "cat/1.png,cat\ncat/1.png,cat\n", "no column of paths.*it has cat/1.png, cat"),
+        ("a.csv", "image,label\n", "a.csv cannot be opened: it holds no rows"),
+        (
+            "a.csv",
+            "image,label\nelsewhere/1.png,cat\n",
+            "names no file that is there: .*paths count from the folder of the list",
+        ),
+        ("a.csv", "image,label\ncat/1.png,caf\xe9\n".encode("latin-1"), "a.csv cannot be opened: 'utf-8'"),
+        ("a.csv", "image\n1.png\n".encode("utf-16"), "a.csv cannot be opened: 'utf-8'"),
+        ("a.jsonl", "{'image': 1}", "a.jsonl cannot be opened"),
+    ],
+)
+def test_a_list_that_cannot_be_used_says_why(name, text, expected, tmp_path):
+    put(tmp_path, "cat/1.png")
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=expected):
+        load_images(tmp_path / name)
+
+
+def test_metadata_keeps_the_splits_of_its_images(tmp_path, said):
+    """One table at the top or one in each split: a row belongs where its image lies; labels are the same in both."""
+    for name in ("top", "each"):
+        root = put(tmp_path / name, "train/1.png", "train/2.png", "test/3.png", "test/unnamed.png")
+        if name == "top":
+            rows = "train/1.png,b\ntest/3.png,a\ntrain/2.png,c\n"
+            (root / "metadata.csv").write_text(f"file_name,label\n{rows}")
+        else:
+            (root / "train/metadata.csv").write_text("file_name,label\n1.png,b\n2.png,c\n")
+            (root / "test/metadata.csv").write_text("file_name,label\n3.png,a\n")
+        assert found(root) == {"train": {"train/1.png": "b", "train/2.png": "c"}, "test": {"test/3.png": "a"}}
+        assert load_images(root, "test")["label"][:] == [0]
+        assert "1 .png file" in said.messages[-1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_as_clip_benchmark_writes_it(streaming, tmp_path):
+    """Shards by split, labels in `.cls`, their names in a text file."""
+    for split, first in (("train", 0), ("test", 50)):
+        for shard in range(2):
+            numbers = range(first + 2 * shard, first + 2 * shard + 2)
+            members = {
+                f"s{n}.{key}": value for n in numbers for key, value in (("png", png(n)), ("cls", str(n % 2).encode()))
+            }
+            put_tar(tmp_path / split / f"{shard}.tar", members)
+        (tmp_path / split / "nshards.txt").write_text("2")
+    (tmp_path / "classnames.txt").write_text("cat\nhot dog\n")
+    for source, split in ((tmp_path, "test"), (tmp_path / "test", None), (tmp_path / "test/0.tar", None)):
+        rows = load_images(source, split, streaming=streaming)
+        assert rows.features["label"].names == ["cat", "hot dog"]
+        expected = [50, 51] if source.suffix else [50, 51, 52, 53]
+        assert reds(rows) == expected and [row["label"] for row in rows] == [n % 2 for n in expected]
+    with pytest.raises(ValueError, match=r"several splits \(test, train\)"):
+        load_images(tmp_path, streaming=streaming)
+
+
+def test_the_page_holds_the_table_of_the_function():
+    """One table says what a folder means: two that differ would each be believed."""
+    table = [line.strip() for line in load_images.__doc__.splitlines() if line.strip().startswith("|")]
+    page = (Path(__file__).parents[1] / "docs/datasets.md").read_text(encoding="utf-8")
+    assert len(table) > 10 and "\n".join(table) in page
