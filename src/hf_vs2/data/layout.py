@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from transformers.utils import logging
 
 from .listing import composed
+from .names import sorted_names
 
 
 logger = logging.get_logger(__name__)
@@ -197,7 +198,7 @@ def add_classes(root: str, splits: Mapping[str, Part], texts: Iterable[str], cla
                     f"{root}: {len(without)} of {len(names)} images have no class folder, such as {without[0]}: their "
                     "label is -1 (unknown)."
                 )
-    classes = in_order({name for part in splits.values() for name in part.classes or () if name is not None})
+    classes = sorted_names({name for part in splits.values() for name in part.classes or () if name is not None})
     if len(classes) == 1:
         logger.warning(f"{root}: all images with a class folder lie in one, {classes[0]!r}: the only class.")
     words = _wordnet_words(root, classes, texts) if class_words else {}
@@ -205,14 +206,6 @@ def add_classes(root: str, splits: Mapping[str, Part], texts: Iterable[str], cla
         if part.classes is not None:
             part.classes = [words.get(name, name) if name is not None else None for name in part.classes]
     return [words.get(name, name) for name in classes]
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Class names in the order of their labels: by letters, and by value where all are numbers (10 after 9)."""
-    names = list(names)
-    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name, re.ASCII) for name in names):
-        return sorted(names, key=lambda name: (float(name), name))
-    return sorted(names)
 
 
 class _UnclearClasses(ValueError):
@@ -253,7 +246,7 @@ def _refuse_unclear(ways: Sequence[tuple[str, ...]], level: int, mixed: bool) ->
             raise _UnclearClasses(f"{name!r} lies in {'/'.join(parent_of[name])!r} and in {'/'.join(parent)!r}")
         if mixed and not any(map(str.isalpha, name)):
             raise _UnclearClasses(f"{name!r} lies deeper than other folders with images")
-    shown = ", ".join(in_order(parent_of)[:3])
+    shown = ", ".join(sorted_names(parent_of)[:3])
     logger.warning(f"Class folders lie in other folders: the innermost are taken for classes ({shown}, ...).")
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import ImageMode
 
 from .images import UnreadableImageError, open_image
-from .layout import in_order
 from .listing import IMAGE_EXTENSIONS, suffix_of
 from .local import DATA_SUFFIXES, load_dataset, open_file, open_folder
+from .names import number_labels
 
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ def load_images(
             splits = open_folder(path, image_column, config_name, streaming, on_error, class_words)
         else:
             splits = open_file(path, image_column, streaming)
-        splits = _with_named_labels(splits, label_column or "label")
+        splits = number_labels(splits, label_column or "label")
     elif _looks_like_a_path(os.fspath(source)):
         raise FileNotFoundError(f"No data set at {source}: {_what_is_near(path)}")
     else:
         splits = load_dataset(os.fspath(source), name=config_name, revision=revision, streaming=streaming)
         if not streaming:
-            splits = _with_named_labels(splits, label_column or "label")
+            splits = number_labels(splits, label_column or "label")
     return undecoded(_select_split(splits, split, source), image_column)
 
 
@@ -144,32 +144,6 @@ def undecoded_column(images: Any) -> tuple[Any, str | None]:
     if not isinstance(rows.features.get(column), datasets.Image):
         return images, None
     return undecoded(rows, column).with_format(None)[column], image_mode(rows, column)
-
-
-def _with_named_labels(splits: dict[str, Any], column: str) -> dict[str, Any]:
-    """A column of names as class labels, the same in all splits."""
-    import datasets
-
-    texts = [
-        name
-        for name, part in splits.items()
-        if getattr((part.features or {}).get(column), "dtype", "") in ("string", "large_string")
-    ]
-    labels = {}
-    for name in texts:
-        column_of = splits[name].select_columns([column])
-        found = column_of[column][:] if isinstance(column_of, datasets.Dataset) else [row[column] for row in column_of]
-        labels[name] = [label if label is None else label.strip() for label in found]
-    names = in_order({label for found in labels.values() for label in found if label is not None})
-    number: dict[str | None, int | None] = {None: None} | {name: place for place, name in enumerate(names)}
-    for name in texts:
-        feature, part = datasets.ClassLabel(names=names), splits[name]
-        if isinstance(part, datasets.Dataset):  # `cast_column` would copy the images
-            numbers = [number[label] for label in labels[name]]
-            splits[name] = part.remove_columns(column).add_column(column, numbers, feature=feature)
-        else:
-            splits[name] = part.cast_column(column, feature)
-    return splits
 
 
 def _looks_like_a_path(source: str) -> bool:

@@ -32,6 +32,7 @@ NUMBERING = re.compile(r"^(?:\d{3}\.|/[a-z]/)")
 # What comes before it in other folders: `01_cat`, `1. cat`, `n02085620-Chihuahua`. A name may well begin like that
 # (`8-ball`), so prompts keep it, and only matching looks past it.
 _OTHER_NUMBERING = re.compile(r"^(?:n\d{8}|\d+)[\s._)-]+(?=[^\W\d])")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
 _SHOWN = 8
 
@@ -245,25 +246,47 @@ def class_names_of(dataset: Any, label_column: str | None) -> list[str] | None:
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Different names in order; where all are numbers `10` comes after `9`."""
-    different = sorted(set(names))
-    return sorted(different, key=int) if all(name.isdecimal() for name in different) else different
+    """Different class names in the order of their labels: by letters, and by value where all are numbers (10 after
+    9)."""
+    different = sorted({name.strip() for name in names})
+    if all(_NUMBER.fullmatch(name) for name in different):
+        return sorted(different, key=lambda name: (float(name), name))
+    return different
 
 
 def with_numbered_labels(dataset: Dataset, label_column: str) -> Dataset:
-    """A data set whose column of names is one of numbers with names (`ClassLabel`); others as they are. Images are not
-    copied, as `datasets` would do it."""
+    """A data set whose column of names is one of numbers with names (`ClassLabel`); others as they are."""
+    return number_labels({"": dataset}, label_column)[""]
+
+
+def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any]:
+    """Splits whose column of names, if they have one, is one of class labels, the same in all of them. Streams are
+    read once."""
     import datasets
 
-    names = class_names_of(dataset, label_column)
-    if names is None or isinstance(dataset.features[label_column], datasets.ClassLabel):
-        return dataset
-    number: dict[str | None, int | None] = {name: place for place, name in enumerate(names)}
-    number[None] = None
-    labels = [number[name] for name in dataset[label_column]]
-    return dataset.remove_columns(label_column).add_column(
-        label_column, labels, feature=datasets.ClassLabel(names=names)
-    )
+    found: dict[str, list[str | None]] = {}
+    for split, part in splits.items():
+        if getattr((part.features or {}).get(label_column), "dtype", "") not in ("string", "large_string"):
+            continue
+        column = part.select_columns([label_column])
+        labels = (
+            column[label_column][:] if isinstance(column, datasets.Dataset) else [row[label_column] for row in column]
+        )
+        found[split] = [None if label is None else label.strip() for label in labels]
+    if not found:
+        return dict(splits)
+    names = sorted_names(name for labels in found.values() for name in labels if name is not None)
+    number: dict[str | None, int | None] = {None: None} | {name: place for place, name in enumerate(names)}
+    feature = datasets.ClassLabel(names=names)
+    numbered = dict(splits)
+    for split, labels in found.items():
+        part = splits[split]
+        if isinstance(part, datasets.Dataset):  # `cast_column` would copy the images
+            numbers = [number[label] for label in labels]
+            numbered[split] = part.remove_columns(label_column).add_column(label_column, numbers, feature=feature)
+        else:
+            numbered[split] = part.cast_column(label_column, feature)
+    return numbered
 
 
 def check_names(dataset: Any, label_column: str | None, given: Names) -> None:
