@@ -71,20 +71,24 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def seconds_in_turn(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 1
+    sides: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each side in each round. The order of the sides turns round by round, so that none always comes first."""
+    """Seconds of each side in each round, by `clock`. The order of the sides turns round by round, so that none always comes first."""
     names = list(sides)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm_up, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             sides[name]()
             _wait(device)
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -455,7 +455,7 @@ def test_a_killed_extraction_continues_and_ends_with_the_same_files(tmp_path, st
     assert 2 <= done < 6
     with pytest.raises(StoreError, match="is unfinished: call `extract_activations` with the same arguments"):
         ActivationStore.open(folder)
-    (folder / ".shard-00009.safetensors.0.tmp").write_bytes(b"what a kill in the middle of writing leaves")
+    (folder / ".shard-00009.safetensors.0a1b2c3d.tmp").write_bytes(b"what a kill in the middle of writing leaves")
 
     log.unlink()
     assert job(cut, log, streaming=streaming).path == folder

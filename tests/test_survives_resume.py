@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 from toy import sparse_rows
 
-from hf_vs2.training.progress import COUNTERS_NAME, STATE_NAME, _file_digest, _state_digest
+from hf_vs2.files.digests import file_digest
+from hf_vs2.training.progress import COUNTERS_NAME, STATE_NAME, _state_digest
 
 
 TRIES, MANY_TRIES = 25, 300
@@ -64,7 +65,7 @@ def seal(checkpoint):
     try:
         state = json.loads(path.read_text())
         state["files"] = {
-            name: _file_digest(checkpoint / name) if (checkpoint / name).is_file() else digest
+            name: file_digest(checkpoint / name) if (checkpoint / name).is_file() else digest
             for name, digest in state["files"].items()
         }
         state.pop("digest", None)

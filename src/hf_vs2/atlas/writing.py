@@ -7,8 +7,6 @@ to `atlas.register(name, data)`, and the page adds one when it needs it.
 from __future__ import annotations
 
 import io
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -20,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import image_name, open_image
 from ..data.load import image_mode, undecoded
-from ..files.atomic import failing_as, remove_folder
+from ..files.atomic import failing_as, new_folder
 from ..files.json_files import read_json, to_json
 from ..version import __version__
 from .pages import thumbnail_path
@@ -58,20 +56,10 @@ def check_output(folder: Path) -> None:
 
 @contextmanager
 def atlas_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes otherwise."""
+    """[`new_folder`], unless `folder` holds anything but an earlier atlas."""
     check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with failing_as(folder):
-            temporary.mkdir()
-            yield temporary
-            # Not synced, unlike a checkpoint: that takes longer than making the thumbnails again.
-            remove_folder(folder)
-            os.replace(temporary, folder)
-    finally:
-        if temporary.exists():
-            remove_folder(temporary)
+    with failing_as(folder), new_folder(folder) as temporary:
+        yield temporary
 
 
 def write_assets(folder: Path) -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import CLIPModel, PreTrainedModel
+from transformers.utils import logging
 
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import check_base_model, loaded_revision, resolve_layer
 from ..encoders.loading import check_clip, load_clip, refuse_offloaded
 from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
-from ..files.checkpoint_folder import CORPUS_FOLDER
+from ..files.checkpoint_folder import CORPUS_FILES, CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, refuse_variant
 from ..files.weight_files import WeightFiles, in_one_message
 from ..sae.modeling import SAEModel
 from ..steering.corpus import RetrievalCorpus
+
+
+logger = logging.get_logger(__name__)
 
 
 def without_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def load_saes(
     if config.holds_clip:  # whose weights are not wanted: another CLIP was given
         files = files.only("saes.")
     files.check(sae_tensors(config, files.source))
-    state = files.read()
+    state = files.read(config.digests)
     saes = {}
     for sae_config in config.sae_configs:
         prefix = f"saes.{sae_config.layer}."
@@ -91,7 +96,9 @@ def load_full(
     sizes = in_one_message(lambda: _sizes_of_clip(config, files), files.source)
     files.check(sae_tensors(config, files.source) | sizes)
     model, loading = in_one_message(
-        lambda: model_class(None, config=config, state_dict=files.read(), output_loading_info=True, **kwargs),
+        lambda: model_class(
+            None, config=config, state_dict=files.read(config.digests), output_loading_info=True, **kwargs
+        ),
         files.source,
     )
     if loading["missing_keys"] or loading["unexpected_keys"]:
@@ -110,6 +117,10 @@ def _sizes_of_clip(config: VS2CLIPConfig, files: WeightFiles) -> dict[str, tuple
             raise ValueError(
                 f"by its config.json {files.source} has {part.num_hidden_layers} layers; it holds fewer tensors."
             )
+    return _clip_tensors(clip_config)
+
+
+def _clip_tensors(clip_config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         clip = CLIPModel(clip_config)
     return {f"clip.{name}": tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
@@ -125,10 +136,66 @@ def sae_tensors(config: VS2CLIPConfig, source: str) -> dict[str, tuple[int, ...]
     }
 
 
-def load_corpus(name_or_path: str | os.PathLike, place: dict[str, Any]) -> RetrievalCorpus:
+def refuse_adapters(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig) -> None:
+    """Raises `ValueError` on tensors to be saved that no checkpoint has a place for: nothing would be lost now, but it could not be
+    loaded."""
+    known = _clip_tensors(config.clip_config)
+    strange = sorted(name for name in state if name not in known and not re.fullmatch(r"saes\.\d+\.\w+", name))
+    if strange:
+        raise ValueError(
+            f"{strange[0]} is no weight of a CLIP or an SAE, so a checkpoint can't hold it. Merge an adapter such as a LoRA into the "
+            "weights first (merge_and_unload() of peft), and take other wrappers off; or save the adapter by itself."
+        )
+
+
+def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: bool | None) -> bool:
+    """
+    Whether a checkpoint of these tensors is to hold the CLIP's weights, where `full` was asked for.
+
+    Raises:
+        `ValueError`: if it is not to hold them, and would lose them.
+    """
+    if full:
+        return True
+    name = config.base_model_name_or_path
+    if name is None:
+        raise ValueError(
+            "A light checkpoint names its CLIP, but this CLIP was not loaded from a Hub id or a path. "
+            "Save it with full=True, or load the CLIP by from_pretrained first."
+        )
+    try:
+        place = {"local_files_only": True, "revision": config.base_model_revision}
+        named = load_clip(name, place, dtype="auto").state_dict()
+    except (OSError, ValueError):
+        return full is None and config.holds_clip
+    other = next((key for key, weight in named.items() if not _is_same(state.get(f"clip.{key}"), weight)), None)
+    if other is None:
+        return False
+    differs = (
+        f"The CLIP's weights are not those of {name}, which the checkpoint names ({other} is one): it was fine-tuned."
+    )
+    if full is False:
+        raise ValueError(f"{differs} A light checkpoint would lose them: save it with full=True.")
+    logger.warning(f"{differs} They are saved too (full=True).")
+    return True
+
+
+def _is_same(weight: torch.Tensor | None, named: torch.Tensor) -> bool:
+    """Whether a weight is that of the CLIP as it lies on the disk, be it that it has been in half precision since."""
+    if weight is None or weight.shape != named.shape:
+        return False
+    weight = weight.detach().cpu()
+    kinds = (weight.dtype, torch.bfloat16, torch.float16)
+    return any(torch.equal(weight, named.to(kind).to(weight.dtype)) for kind in kinds)
+
+
+def load_corpus(
+    name_or_path: str | os.PathLike, place: dict[str, Any], digests: Mapping[str, str] | None
+) -> RetrievalCorpus:
     """The corpus that a VS2 checkpoint holds beside its weights."""
     subfolder = "/".join(part for part in (place.get("subfolder"), CORPUS_FOLDER) if part)
-    return RetrievalCorpus.from_pretrained(name_or_path, **{**place, "subfolder": subfolder})
+    digest = (digests or {}).get(CORPUS_FILES[1])
+    return RetrievalCorpus.from_pretrained(name_or_path, **{**place, "subfolder": subfolder, "digest": digest})
 
 
 def find_processing(model: PreTrainedModel, source: str | None, place: dict[str, Any]) -> tuple[Any, Any]:
@@ -172,7 +239,7 @@ def processing_of(model: PreTrainedModel, processor: Any) -> tuple[Any, Any]:
 def at_layer(config: SAEConfig, layer: int) -> SAEConfig:
     config = copy.deepcopy(config)
     config.layer = layer
-    config.holds_statistics = False  # those of the whole checkpoint lie beside it
+    config.holds_statistics, config.digests = False, None  # those of the whole checkpoint lie beside it
     return config
 
 
@@ -222,6 +289,8 @@ __all__ = [
     "load_full",
     "load_saes",
     "processing_of",
+    "refuse_adapters",
     "saes_by_layer",
+    "saved_full",
     "without_attention",
 ]

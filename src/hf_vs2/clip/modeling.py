@@ -30,7 +30,7 @@ from ..encoders.base_model import loaded_revision
 from ..encoders.processing import save_processing
 from ..explain.explanation import VS2Explanation, explain_rows
 from ..explain.inputs import explain_images, resolve_names
-from ..files.checkpoint_folder import CORPUS_FOLDER, LABEL_SETS_NAME, STATISTICS_NAME
+from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.hub import HubMixin
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
 from ..sae.modeling import SAEModel
@@ -48,7 +48,9 @@ from .loading import (
     load_full,
     load_saes,
     processing_of,
+    refuse_adapters,
     saes_by_layer,
+    saved_full,
     without_attention,
 )
 
@@ -307,7 +309,7 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
         settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
         place = at_one_commit(pretrained_model_name_or_path, place)
         config_dict, _ = VS2CLIPConfig.get_config_dict(pretrained_model_name_or_path, **place)
-        model_type = config_dict.get("model_type")
+        model_type, digests = config_dict.get("model_type"), config_dict.get("digests")
         if model_type == SAEConfig.model_type:
             sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **without_attention(kwargs))
             defaults = sae.config
@@ -338,15 +340,15 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             )
             model._use(replace(model._steerer, settings=config.steering()))
         if config_dict.get("holds_corpus"):
-            model.set_corpus(load_corpus(pretrained_model_name_or_path, place))
+            model.set_corpus(load_corpus(pretrained_model_name_or_path, place, digests))
         if model_type == VS2CLIPConfig.model_type and config_dict.get("holds_statistics"):
-            statistics = DomainStatistics.load(pretrained_model_name_or_path, place)
+            statistics = DomainStatistics.load(pretrained_model_name_or_path, place, digests)
             if statistics is not None:
                 num_latents, hidden_size = model.sae.config.weight_shape
                 statistics.check_fits(hidden_size, num_latents, str(pretrained_model_name_or_path))
             model.sae.set_domain_statistics(statistics)
         if config_dict.get("holds_label_sets"):
-            label_sets = LabelSets.load(pretrained_model_name_or_path, place, model._steerer)
+            label_sets = LabelSets.load(pretrained_model_name_or_path, place, digests, model._steerer)
             model._use(replace(model._steerer, label_sets=label_sets))
         if not settings and model._steerer.lacks_rows:
             # Versions before ran distribution norm under that name. It loads, and refuses to score.
@@ -358,47 +360,43 @@ class VS2CLIPForZeroShot(HubMixin, PreTrainedModel):
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool | None = None, **kwargs: Any) -> None:
         """
         Save a VS2 checkpoint: light (the SAEs, the settings and the name of the CLIP) or `full` (the CLIP's weights too).
         The CLIP's tokenizer and image processor are saved beside, so that `pipeline(...)` needs no other id; and the corpus, if
-        there is one, in the subfolder `corpus`.
+        there is one, in the subfolder `corpus`. What the folder held of an earlier checkpoint goes, in one step.
+
+        Args:
+            full (`bool`, *optional*): by default a light checkpoint, unless the CLIP's weights are not those of the one that it names
+                (it was fine-tuned), or it came from a full checkpoint and the one that it names is not on this machine.
 
         Raises:
-            `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named.
+            `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named, or has other weights;
+                on NaN, and on layers of an adapter that was not merged.
         """
-        if not full and self.config.base_model_name_or_path is None:
-            raise ValueError(
-                "A light checkpoint names its CLIP, but this CLIP was not loaded from a Hub id or a path. "
-                "Save it with full=True, or load the CLIP by from_pretrained first."
-            )
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        refuse_adapters(state, self.config)
+        full = saved_full(state, self.config, full)
         self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
         self.config.holds_statistics = self.domain_statistics is not None
         self.config.holds_label_sets = bool(self.fitted_label_sets)
         # As they are now (calibrated since, perhaps), each with the layer that it steers.
         self.config.sae_configs = [at_layer(sae.config, layer) for layer, sae in self.sae_by_layer.items()]
-        state = kwargs.pop("state_dict", None) or self.state_dict()
         if not full:
             state = {name: tensor for name, tensor in state.items() if name.startswith("saes.")}
-        name = self.config.base_model_name_or_path
-        if name is not None and kwargs.get("is_main_process", True):
-            save_processing(name, self.config.base_model_revision, save_directory, token=kwargs.get("token"))
-        if kwargs.get("is_main_process", True):
-            self._save_beside(Path(save_directory))
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
 
-    def _save_beside(self, folder: Path) -> None:
-        """What is kept in files of its own. A file that an earlier save left and this one has nothing for is removed."""
+    def save_beside(self, folder: Path, **kwargs: Any) -> None:
+        """Write what is kept in files of its own: tokenizer and image processor, corpus, statistics, label sets."""
+        name = self.config.base_model_name_or_path
+        if name is not None:
+            save_processing(name, self.config.base_model_revision, folder, **kwargs)
         if self.corpus is not None:
             self.corpus.save_pretrained(folder / CORPUS_FOLDER)
         if self.domain_statistics is not None:
             self.domain_statistics.save(folder)
-        else:
-            (folder / STATISTICS_NAME).unlink(missing_ok=True)
         if self.config.holds_label_sets:
             self._steerer.label_sets.save(folder)
-        else:
-            (folder / LABEL_SETS_NAME).unlink(missing_ok=True)
 
     # Label sets
 

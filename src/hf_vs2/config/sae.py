@@ -73,6 +73,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             FVU, L0 and share of dead latents on the held-out rows, at the end of training.
         holds_statistics (`bool`, *optional*, defaults to `False`):
             Whether [`DomainStatistics`] lie beside the weights.
+        digests (`dict[str, str]`, *optional*):
+            Digest of each safetensors file that was saved with this configuration; `save_pretrained` writes it.
         hf_vs2_version (`str`, *optional*):
             Version of this package that wrote the checkpoint.
         format_version (`int`, *optional*, defaults to 1):
@@ -105,6 +107,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
     training_data: dict | None = None
     training_metrics: dict | None = None
     holds_statistics: bool = False
+    digests: dict[str, str] | None = None
     hf_vs2_version: str | None = None
     format_version: int = FORMAT_VERSION
 

@@ -114,6 +114,8 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
             subfolder `corpus`.
         holds_statistics (`bool`, *optional*, defaults to `False`), holds_label_sets (`bool`, *optional*, defaults to `False`):
             whether it has [`DomainStatistics`] beside the weights, and what was fitted for label sets.
+        digests (`dict[str, str]`, *optional*): digest of each safetensors file that was saved with this configuration;
+            `save_pretrained` writes it.
     """
 
     model_type = "vs2_clip"
@@ -143,6 +145,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     holds_corpus: bool = False
     holds_statistics: bool = False
     holds_label_sets: bool = False
+    digests: dict[str, str] | None = None
     edits: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

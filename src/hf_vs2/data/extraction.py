@@ -13,7 +13,6 @@ from torch import distributed
 from transformers.utils import logging
 
 from ..encoders.vision_tower import VisionTower, best_device
-from ..files.atomic import remove_leftovers
 from .batches import ImageBatch, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
 from .images import UnreadableImageError
 from .store import (
@@ -124,7 +123,6 @@ class Extraction:
         if self.num_images == 0:
             raise ValueError("The data set is empty: there is nothing to extract")
         self.folder.mkdir(exist_ok=True)
-        remove_leftovers(self.folder)
         if (self.folder / INDEX_NAME).exists():
             self.index["shard_size"] = read_index(self.folder)["shard_size"]
         else:

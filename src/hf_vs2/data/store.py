@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..files.atomic import failing_as, replace_file
-from ..files.json_files import read_json, to_json, write_json
-from ..files.weight_files import LARGEST
+from ..files.digests import tensor_digest
+from ..files.json_files import read_json, write_json
+from ..files.weight_files import write_tensors
 
 
 if TYPE_CHECKING:
@@ -139,10 +138,8 @@ _COMPLETE_CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    # One metadata entry only: safetensors writes several in random order, and equal shards should be equal files.
-    metadata = {"hf_vs2": to_json(header, sort_keys=True)}
-    with failing_as(folder / shard_name(number), SafetensorError):
-        replace_file(folder / shard_name(number), lambda path: save_file(tensors, path, metadata=metadata))
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    write_tensors(folder / shard_name(number), tensors, {**header, "digests": digests})
 
 
 def read_shard_header(folder: Path, number: int) -> dict[str, Any] | None:
@@ -206,6 +203,7 @@ class ActivationStore:
         width = metadata["hidden_size"] * ROW_DTYPES[metadata["dtype"]].itemsize * len(metadata["layers"])
         self._holds_its_rows = all(shard["rows"] * width <= shard["bytes"] for shard in metadata["shards"])
         self._offsets: dict[tuple[int, str], int] = {}  # byte at which a layer begins in a shard, of those read so far
+        self._checked: set[tuple[int, str]] = set()
 
     @classmethod
     def open(cls, path: str | os.PathLike, request: dict[str, Any] | None = None) -> ActivationStore:
@@ -304,7 +302,7 @@ class ActivationStore:
         buffer = rows.view(torch.uint8).flatten().numpy().data
         for number, runs in groupby(self._runs(wanted), key=itemgetter(0)):
             self._read(number, name, runs, buffer)
-        return self._finite(rows.float(), lambda row: int(wanted[row]))
+        return rows.float()
 
     def iter_batches(self, batch_size: int, layer: int | None = None) -> Iterator[torch.Tensor]:
         """All rows in order, `batch_size` at a time: (<= batch_size, hidden) float32."""
@@ -319,7 +317,7 @@ class ActivationStore:
         out = torch.empty(len(self), self.hidden_size)
         for number in range(len(self._ends)):
             out[int(self._starts[number]) : int(self._ends[number])] = self._tensor(number, name)
-        return self._finite(out, lambda row: row)
+        return out
 
     def to_dataset(self, layer: int | None = None) -> Dataset:
         """The rows of one layer as a `datasets.Dataset`: `activation`, `image_index` and, if stored, `label`."""
@@ -410,12 +408,17 @@ class ActivationStore:
             raise _damaged(path, error) from error
 
     def _check_shard(self, number: int, shard: Any, name: str) -> None:
-        """Refuses a shard of another store or another place in this one, and a tensor of another type or shape."""
+        """Refuses, when it is first read, a shard of another store or another place in this one, and a tensor of another type or shape or
+        with other numbers than were written."""
+        if (number, name) in self._checked:
+            return
         header = json.loads((shard.metadata() or {}).get("hf_vs2", "{}"))
         place: dict[str, Any] = {"store": request_key(request_of(self.metadata))}
         if "shard_size" in self.metadata:
             place["start"] = number * self.metadata["shard_size"]
-        if not isinstance(header, dict) or any(header.get(name, value) != value for name, value in place.items()):
+        if not isinstance(header, dict) or not isinstance(header.get("digests", {}), dict):
+            raise ValueError("its header is not what was written")
+        if any(header.get(name, value) != value for name, value in place.items()):
             raise ValueError(f"it is not shard {number} of this store")
         rows, part = self.metadata["shards"][number]["rows"], shard.get_slice(name)
         expected = ("I64", [rows])
@@ -423,17 +426,9 @@ class ActivationStore:
             expected = (_SAFETENSORS_DTYPES[self.metadata["dtype"]], [rows, self.hidden_size])
         if (part.get_dtype(), part.get_shape()) != expected:
             raise ValueError(f"{name} is {(part.get_dtype(), part.get_shape())} instead of {expected}")
-
-    def _finite(self, rows: torch.Tensor, number_of: Callable[[int], int]) -> torch.Tensor:
-        """`rows`, if each is finite: extraction keeps no others, so the disk has changed this one."""
-        if not rows.numel():
-            return rows
-        lowest, highest = rows.aminmax()
-        if not (lowest >= -LARGEST and highest <= LARGEST):  # so it is with NaN
-            row = int((~(rows.abs().amax(1) <= LARGEST)).nonzero()[0])
-            shard = int(torch.bucketize(number_of(row), self._ends, right=True))
-            raise _damaged(self.path / shard_name(shard), f"row {number_of(row)} holds NaN, infinity or huge numbers")
-        return rows
+        if "digests" in header and header["digests"].get(name) != tensor_digest(shard.get_tensor(name)):
+            raise ValueError(f"the numbers of {name} are not those that were written")
+        self._checked.add((number, name))
 
     def _within(self, numbers: torch.Tensor, least: int, end: int, name: str) -> torch.Tensor:
         wrong = ((numbers < least) | (numbers >= end)).nonzero()

@@ -163,17 +163,17 @@ def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def save_processing(
-    name_or_path: str | os.PathLike, revision: str | None, folder: str | os.PathLike, **kwargs: Any
+    name_or_path: str | os.PathLike, revision: str | None, folder: Path, earlier: Path, **kwargs: Any
 ) -> None:
-    """Put a CLIP's tokenizer and image processor files into `folder`. Where they can't be read, those that the folder holds
-    stay; without any, a warning says what is missing. `kwargs` as in [`load_processing`]."""
+    """Put a CLIP's tokenizer and image processor files into `folder`. Where they can't be read, and there are none in `earlier`, a
+    warning says what is missing. `kwargs` as in [`load_processing`]."""
     try:
         parts = load_processing(name_or_path, revision, **kwargs)
     except (OSError, ValueError) as error:
-        if (Path(folder) / "preprocessor_config.json").exists() and (Path(folder) / "tokenizer_config.json").exists():
+        if (earlier / "preprocessor_config.json").exists() and (earlier / "tokenizer_config.json").exists():
             return
         logger.warning(
-            f"No tokenizer and image processor were saved in {folder}: those of {name_or_path} could not be read ({error}). "
+            f"No tokenizer and image processor were saved in {earlier}: those of {name_or_path} could not be read ({error}). "
             "Save them there yourself (tokenizer.save_pretrained, image_processor.save_pretrained) for pipeline() to find them."
         )
         return

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .atomic import finish_replacement
 from .json_files import read_json
 
 
@@ -28,6 +29,8 @@ CORPUS_FILES = (f"{CORPUS_FOLDER}/{CORPUS_CONFIG_NAME}", f"{CORPUS_FOLDER}/{CORP
 # What is known of the unlabelled images that an SAE is for, and what was fitted on them for label sets.
 STATISTICS_NAME = "statistics.safetensors"
 LABEL_SETS_NAME = "label_sets.safetensors"
+TENSOR_FILES = ("model*.safetensors*", STATISTICS_NAME, LABEL_SETS_NAME, *CORPUS_FILES)
+"""Patterns of the files that one save writes together."""
 # What makes up a checkpoint. A training folder holds more (training state, logs with paths of the machine): that stays there.
 _PARTS = (
     CONFIG_NAME,
@@ -75,6 +78,8 @@ class CheckpointFolder:
             raise FileNotFoundError(
                 f"{path}: there is no such folder. Give the folder that save_pretrained or training wrote."
             )
+        for place in (folder, *folder.iterdir()):
+            finish_replacement(place)
         if (folder / CONFIG_NAME).is_file():
             config = _read_config(folder)
             return cls(folder, config["model_type"], {"": config})

@@ -13,8 +13,10 @@ from transformers.utils import CONFIG_NAME
 
 from ..config.packaged_code import PackagedCode
 from .atomic import failing_as, replace_files
-from .checkpoint_folder import SAE_TYPE, STATISTICS_NAME, VS2_TYPE, CheckpointFolder
+from .checkpoint_folder import TENSOR_FILES, VS2_TYPE, CheckpointFolder
+from .digests import digests_in
 from .place import refuse_variant
+from .weight_files import check_numbers
 
 
 if TYPE_CHECKING:
@@ -123,25 +125,27 @@ class HubMixin(PackagedCode):
         if not kwargs.get("is_main_process", True):
             save(save_directory, **kwargs)
             return
-        if self.config.model_type == SAE_TYPE:  # type: ignore[attr-defined]
-            # An SAE made from the config of another has none, whatever that config says.
-            self.config.holds_statistics = self.domain_statistics is not None  # type: ignore[attr-defined]
 
-            # Who reads the folder meanwhile, or after this process is killed, finds no config of one SAE with the weights of another.
-            def write(scratch: Path) -> None:
-                save(scratch, **kwargs)
-                self.save_beside(scratch)  # type: ignore[attr-defined]
+        def write(scratch: Path) -> None:
+            state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
+            check_numbers(state.items(), "The model to be saved", "Nobody could use it.")
+            self.save_beside(scratch, earlier=Path(save_directory), token=kwargs.get("token"))
+            save(scratch, **kwargs)
+            self.config.digests = digests_in(scratch)  # type: ignore[attr-defined]
+            self.config.save_pretrained(scratch)  # type: ignore[attr-defined]
 
-            with failing_as(Path(save_directory), SafetensorError):
-                replace_files(Path(save_directory), write, CONFIG_NAME, "model*.safetensors*", STATISTICS_NAME)
-        else:
-            save(save_directory, **kwargs)
-        if self.config.model_type in (SAE_TYPE, VS2_TYPE):  # type: ignore[attr-defined]
-            from .model_card import write_model_card
+        with failing_as(Path(save_directory), SafetensorError):
+            replace_files(Path(save_directory), write, CONFIG_NAME, *TENSOR_FILES)
+        from .model_card import write_model_card
 
-            write_model_card(save_directory)
+        write_model_card(save_directory)
         if push_to_hub:
             _push(save_directory, repo_id or Path(save_directory).resolve().name, **hub_options)
+
+    def save_beside(self, folder: Path, **kwargs: Any) -> None:
+        """Write what belongs to a checkpoint beside weights and configuration, into a folder that is then moved into the one of an
+        `earlier` save."""
+        raise NotImplementedError
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """See [`hf_vs2.push_to_hub`]; same options, and those of `save_pretrained`."""

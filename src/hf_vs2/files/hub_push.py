@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
@@ -24,6 +24,7 @@ from .checkpoint_folder import (
     RESULTS_NAME,
     SAE_TYPE,
     STATISTICS_NAME,
+    TENSOR_FILES,
     VS2_TYPE,
     CheckpointFolder,
     local_paths,
@@ -201,12 +202,11 @@ class Push:
             content[RESULTS_NAME] = results.content
             if results.leaderboard_entry is not None:
                 content[LEADERBOARD_NAME] = results.leaderboard_entry.encode()
-        # Figures of other weights; a corpus, statistics and label sets that the checkpoint no longer has.
-        beside = [
-            f"{name}/{file}".lstrip("/") for name in self.folder.configs for file in (STATISTICS_NAME, LABEL_SETS_NAME)
-        ]
-        stale = sorted({RESULTS_NAME, LEADERBOARD_NAME, *CORPUS_FILES, *beside} & on_hub.keys() - content.keys())
-        return content, stale
+        # Figures of other weights; weights, a corpus, statistics and label sets that the checkpoint no longer has.
+        patterns = [RESULTS_NAME, LEADERBOARD_NAME]
+        patterns += [f"{name}/{file}".lstrip("/") for name in self.folder.configs for file in TENSOR_FILES]
+        stale = {name for name in on_hub for pattern in patterns if _is_at(name, pattern)}
+        return content, sorted(stale - content.keys())
 
     def _card(self, head: ModelInfo, results: ResultFacts | None) -> str:
         path = self.folder.path / CARD_NAME
@@ -283,6 +283,11 @@ def _files_of(state: ModelInfo) -> dict[str, set[str]]:
         file.rfilename: {digest for digest in (file.blob_id, file.lfs.sha256 if file.lfs else None) if digest}
         for file in state.siblings or []
     }
+
+
+def _is_at(name: str, pattern: str) -> bool:
+    """Whether a path in the repository matches a pattern, in which a star stands for no "/"."""
+    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)
 
 
 def _is_there(on_hub: dict[str, set[str]], name: str, content: Path | bytes) -> bool:

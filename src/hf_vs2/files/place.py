@@ -16,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .atomic import replace_text
+from .atomic import finish_replacement, replace_text
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "_commit_hash")
@@ -28,7 +28,7 @@ def at_one_commit(
 ) -> dict[str, Any]:
     """
     `place` with the commit in it that the branch or tag stands for now, so that all files are of one commit. `file` is
-    one that there should be.
+    one that there should be. In a local folder a save that was cut off is finished first.
 
     The commit is found before the first file is asked for: huggingface_hub takes the name of a commit and the content
     of a file from two requests, between which a branch can move.
@@ -39,6 +39,9 @@ def at_one_commit(
     """
     check_token(place.get("token"))
     if os.path.isdir(name_or_path):
+        folder = Path(name_or_path, place.get("subfolder") or "")
+        for saved in (folder, folder.parent):  # a corpus is saved with the checkpoint around it
+            finish_replacement(saved)
         return dict(place)
     refuse_missing(name_or_path)
     name, branch = str(name_or_path), place.get("revision") or "main"
@@ -127,25 +130,6 @@ def one_dtype(options: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def save_mark(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Which save of a local folder its config.json is of. Whoever saves anew takes that file away first and puts it
-    back last."""
-    try:
-        found = os.stat(os.path.join(name_or_path, place.get("subfolder") or "", CONFIG_NAME))
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def refuse_another_save(
-    name_or_path: str | os.PathLike, place: Mapping[str, Any], before: tuple[int, ...] | None
-) -> None:
-    """Raises `OSError` if the folder has been saved into since `before`: what was read may be the config of one
-    checkpoint and the weights of another."""
-    if save_mark(name_or_path, place) != before:
-        raise OSError(f"{name_or_path} was saved anew while it was read. Load it again.")
-
-
 def check_token(token: str | bool | None) -> None:
     """The HTTP library puts a header that can't be sent, token and all, into its message; this message does not show
     it."""
@@ -165,8 +149,6 @@ __all__ = [
     "look_for",
     "note_commit",
     "one_dtype",
-    "refuse_another_save",
     "refuse_missing",
     "refuse_variant",
-    "save_mark",
 ]

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from .atomic import replace_file
+from .atomic import failing_as, replace_file
+from .digests import check_digest, is_of_digest
 from .json_files import from_json, read_json, to_json
 from .place import look_for
 
@@ -93,23 +94,44 @@ class WeightFiles:
                     "checkpoint: save or download it again."
                 )
 
-    def read(self) -> dict[str, torch.Tensor]:
+    def read(self, digests: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
         """
         All tensors, in memory: nothing follows later changes of the files.
 
+        Args:
+            digests (`dict[str, str]`, *optional*): of the files, as the config has them.
+
         Raises:
-            `ValueError`: on NaN, infinity and other numbers that no weight is, naming file and tensor.
+            `ValueError`: if a file is not the one that was saved, or holds NaN, infinity or other numbers that no weight is.
         """
         tensors = {}
         for path in dict.fromkeys(self.paths.values()):
             with opened(path) as weights:
                 for name in (name for name, at in self.paths.items() if at == path):
                     tensors[name] = weights.get_tensor(name).clone()
-                    check_numbers([(name, tensors[name])], path)
+            check_content(path, {name: tensors[name] for name, at in self.paths.items() if at == path}, digests)
         return tensors
 
 
-def check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str | os.PathLike) -> None:
+def check_content(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], digests: Mapping[str, str] | None
+) -> None:
+    """Refuse a file, of which these are the tensors, that is not the one that was saved. Without `digests`, as of earlier versions,
+    numbers that no weight is tell of damage.
+
+    Raises:
+        `ValueError`: naming the file.
+    """
+    if not digests or not is_of_digest(path, digests.get(os.path.basename(path), "")):
+        check_numbers(tensors.items(), path)
+        check_digest(path, digests)
+
+
+def check_numbers(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    where: str | os.PathLike,
+    remedy: str = "Save or download it again.",
+) -> None:
     """Refuse tensors with NaN, infinity, or numbers so large that they would turn into it.
 
     Raises:
@@ -123,7 +145,7 @@ def check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], where: str | os.P
         if not (lowest >= -LARGEST and highest <= LARGEST):
             found = f"numbers from {lowest:.3g} to {highest:.3g}" if lowest <= highest else "NaN"
             raise ValueError(
-                f"{where} is damaged: {name} holds {found}, and no weight is larger than {LARGEST:g}. Save or download it again."
+                f"{where} is damaged: {name} holds {found}, and no weight is larger than {LARGEST:g}. {remedy}"
             )
 
 
@@ -146,9 +168,20 @@ def write_described(
 ) -> None:
     """Tensors in one file, and in its header as JSON what they are; `kind` is the format's name and version. It appears whole or not at
     all."""
-    header = to_json({"format": kind[0], "format_version": kind[1], **about}, sort_keys=True)
+    write_tensors(path, tensors, {"format": kind[0], "format_version": kind[1], **about})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Any = None) -> None:
+    """A safetensors file, with `about` as JSON in its header, whole or not at all.
+
+    Raises:
+        `OSError`: naming the file, on a full disk too.
+    """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda temporary: save_file(content, temporary, metadata={"hf_vs2": header}))
+    # One entry only: safetensors writes several in random order, and equal content should make equal files.
+    metadata = None if about is None else {"hf_vs2": to_json(about, sort_keys=True)}
+    with failing_as(path, SafetensorError):
+        replace_file(path, lambda temporary: save_file(content, temporary, metadata=metadata))
 
 
 def read_described(
@@ -156,17 +189,16 @@ def read_described(
     kind: tuple[str, int],
     make: Callable[[Mapping[str, Any], dict[str, torch.Tensor]], _Made],
     remedy: str,
+    digests: Mapping[str, str] | None,
 ) -> _Made:
     """
-    What `make(header, tensors)` makes of a file that [`write_described`] wrote.
+    What `make(header, tensors)` makes of a file that [`write_described`] wrote, of a checkpoint whose config has these `digests`.
 
     Raises:
-        `ValueError`: naming the file, if it is damaged, of another kind, or refused by `make`.
+        `ValueError`: naming the file, if it is damaged, of another save or kind, or refused by `make`.
     """
-    with opened(path) as file:
-        header = (file.metadata() or {}).get("hf_vs2", "null")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    check_numbers(tensors.items(), path)
+    tensors, header = read_tensors(path)
+    check_content(path, tensors, digests)
     try:
         about = from_json(header)
         found = about["format"], about["format_version"]
@@ -177,9 +209,20 @@ def read_described(
         raise ValueError(f"{path} is not what this version of hf_vs2 reads ({error}). {remedy}") from error
 
 
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str]:
+    """All tensors of a safetensors file, and the JSON that [`write_tensors`] put into its header (`"null"` without one).
+
+    Raises:
+        `ValueError`: if it is damaged.
+    """
+    with opened(path) as file:
+        header = (file.metadata() or {}).get("hf_vs2", "null")
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
+
+
 def in_one_message(load: Callable[[], _Made], where: str | os.PathLike) -> _Made:
-    """`load()`; whatever transformers, torch and the HTTP library raise on a checkpoint that is damaged, foreign or out of reach becomes
-    a `ValueError` or `OSError` that names it."""
+    """`load()`; whatever transformers, torch and the HTTP library raise on a checkpoint that is damaged, foreign or out
+    of reach becomes a `ValueError` or `OSError` that names it."""
     try:
         return load()
     except torch.OutOfMemoryError:
@@ -266,12 +309,15 @@ def unpickled(path: str | os.PathLike, remedy: str, map_location: str = "cpu") -
 __all__ = [
     "LARGEST",
     "WeightFiles",
+    "check_content",
     "check_numbers",
     "find_files",
     "in_one_message",
     "is_of_http",
     "opened",
     "read_described",
+    "read_tensors",
     "unpickled",
     "write_described",
+    "write_tensors",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..config.sae import SAEConfig
 from ..files.hub import HubMixin
-from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype, refuse_another_save, refuse_variant, save_mark
+from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype, refuse_variant
 from ..files.weight_files import WeightFiles
 from ..functional.equations import fvu_per_sample, top_k
 from ..functional.sparse_ops import LatentOrder, linear_at, sparse_decode
@@ -114,16 +115,14 @@ class SAEModel(HubMixin, PreTrainedModel):
         if source is None:  # the weights are given as state_dict=
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         place = at_one_commit(source, {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs})
-        mark = save_mark(source, place)
         if not isinstance(config, SAEConfig):
             names = {field.name for field in fields(SAEConfig)} - {"dtype"}
             changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
             config = SAEConfig.from_pretrained(source if config is None else config, **place, **changed)
         files = WeightFiles.find(source, place)
         files.check(config.tensor_shapes)
-        state = files.read()
-        statistics = DomainStatistics.load(source, place) if config.holds_statistics else None
-        refuse_another_save(source, place, mark)
+        state = files.read(config.digests)
+        statistics = DomainStatistics.load(source, place, config.digests) if config.holds_statistics else None
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
         name = str(source)
         found, *_ = model if isinstance(model, tuple) else (model,)  # with output_loading_info=True
@@ -143,8 +142,10 @@ class SAEModel(HubMixin, PreTrainedModel):
         self.domain_statistics = statistics
         self.config.holds_statistics = statistics is not None
 
-    def save_beside(self, folder: str | os.PathLike) -> None:
+    def save_beside(self, folder: Path, **kwargs: Any) -> None:
         """Write what belongs to a checkpoint beside weights and configuration, into a folder."""
+        # An SAE made from the config of another has none, whatever that config says.
+        self.config.holds_statistics = self.domain_statistics is not None
         if self.domain_statistics is not None:
             self.domain_statistics.save(folder)
 

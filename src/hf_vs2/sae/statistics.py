@@ -153,12 +153,15 @@ class DomainStatistics:
         write_described(Path(folder) / STATISTICS_NAME, self._tensors(), _KIND, about)
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> DomainStatistics | None:
+    def load(
+        cls, name_or_path: str | os.PathLike, place: Mapping[str, Any], digests: Mapping[str, str] | None = None
+    ) -> DomainStatistics | None:
         """
-        Those of a checkpoint in a folder or on the Hub. `None`, with a warning, where the file was left out: VS2 does without.
+        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files. `None`, with a warning, where the
+        file was left out: VS2 does without.
 
         Raises:
-            `OSError`: if they can't be reached. `ValueError`: if the file is damaged or something else.
+            `OSError`: if they can't be reached. `ValueError`: if the file is damaged, of another checkpoint, or something else.
         """
         path = cached_file(
             os.fspath(name_or_path), STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **place
@@ -169,7 +172,7 @@ class DomainStatistics:
                 "calibrate measures the statistics again."
             )
             return None
-        return read_described(path, _KIND, cls._read, "Calibrate the checkpoint again.")
+        return read_described(path, _KIND, cls._read, "Calibrate the checkpoint again.", digests)
 
     @classmethod
     def _read(cls, about: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> DomainStatistics:

@@ -1,7 +1,7 @@
 """The unlabelled corpus of VS2++ (arXiv 2506.01247, sections 3.3 and 4.2): kept on disk, and asked for neighbours.
 
 A saved corpus is `corpus.safetensors` (`rows`, and `embeddings` where another encoder finds the neighbours) and `corpus.json`,
-which says what they were made from and is repeated in the header of the former. No label is stored: pseudo-labels are CLIP's
+which says what they were made from. No label is stored: pseudo-labels are CLIP's
 guesses among the classes of the call.
 """
 
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
-from safetensors.torch import save_file
 from transformers import CLIPModel
 from transformers.utils import cached_file
 
@@ -22,11 +21,12 @@ from ..config.sae import holds_samples
 from ..encoders.base_model import describe_base_model, warn_of_relative
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..encoders.tail import clip_embeds
-from ..files.atomic import replace_file
+from ..files.atomic import failing_as, replace_files
 from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
-from ..files.json_files import from_json, read_json, to_json, write_json
+from ..files.digests import check_digest, file_digest
+from ..files.json_files import read_json, write_json
 from ..files.place import at_one_commit
-from ..files.weight_files import LARGEST, opened
+from ..files.weight_files import LARGEST, read_tensors, write_tensors
 from ..files.weight_state import weights_state
 from ..functional.neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives, unit_rows
 from ..methods import NeighborCodes
@@ -52,6 +52,7 @@ class RetrievalCorpus:
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*), base_model_fingerprint
             (`list[float]`, *optional*), base_model_weights (`dict[str, str]`, *optional*): the CLIP, as an
             [`SAEConfig`] records it.
+        checked (`bool`, *optional*, defaults to `False`): that the numbers are known to be finite; it is not kept.
 
     Raises:
         `ValueError`: on shapes that do not fit, other dtypes, or rows with NaN or infinity.
@@ -65,15 +66,16 @@ class RetrievalCorpus:
     base_model_revision: str | None = None
     base_model_fingerprint: list[float] | None = None
     base_model_weights: dict[str, str] | None = None
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         for name, tensor in self._tensors().items():
             if tensor.ndim != 2 or tensor.dtype not in _DTYPES.values() or not tensor.numel():
                 raise ValueError(
                     f"The {name} of a corpus are a matrix with a row an image, float32 or bfloat16; these are "
                     f"{tuple(tensor.shape)}, {tensor.dtype}."
                 )
-            for start in range(0, len(tensor), BLOCK_ROWS):
+            for start in range(0, 0 if checked else len(tensor), BLOCK_ROWS):
                 usable = tensor[start : start + BLOCK_ROWS].abs().amax(-1) <= LARGEST  # not with NaN
                 if not usable.all():
                     row = start + int((~usable).nonzero()[0])
@@ -176,17 +178,25 @@ class RetrievalCorpus:
     # On disk
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `corpus.safetensors` and `corpus.json` into a folder, made when needed; each file appears whole or not at all."""
+        """Write `corpus.safetensors` and `corpus.json` into a folder, made when needed: both or none."""
+
+        def write(scratch: Path) -> None:
+            write_tensors(scratch / CORPUS_ROWS_NAME, self._tensors())
+            description = self._description() | {"digest": file_digest(scratch / CORPUS_ROWS_NAME)}
+            write_json(scratch / CORPUS_CONFIG_NAME, description, indent=2, sort_keys=True)
+
         folder = Path(save_directory).expanduser()
-        description = self._description()
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        metadata = {"hf_vs2": to_json(description, sort_keys=True)}
-        replace_file(folder / CORPUS_ROWS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
-        write_json(folder / CORPUS_CONFIG_NAME, description, indent=2, sort_keys=True)
+        with failing_as(folder):
+            replace_files(folder, write, CORPUS_CONFIG_NAME)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *, subfolder: str = "", **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        subfolder: str = "",
+        digest: str | None = None,
+        **kwargs: Any,
     ) -> RetrievalCorpus:
         """
         Load a corpus from a folder or from the Hub.
@@ -194,6 +204,7 @@ class RetrievalCorpus:
         Args:
             pretrained_model_name_or_path (`str` or path): Hub id or folder.
             subfolder (`str`): `"corpus"` for the one in a VS2 checkpoint.
+            digest (`str`, *optional*): of `corpus.safetensors`, where the checkpoint around the corpus has it too.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
@@ -204,18 +215,15 @@ class RetrievalCorpus:
         description_path = cached_file(source, CORPUS_CONFIG_NAME, **place)
         description = _read_description(Path(description_path))
         rows_path = cached_file(source, CORPUS_ROWS_NAME, **place)
-        with opened(rows_path) as file:
-            header = (file.metadata() or {}).get("hf_vs2", "null")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        try:
-            stored = from_json(header)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{rows_path} is damaged ({error}). Save or download the corpus again.") from error
+        digests = {one for one in (digest, description.get("digest")) if one is not None}
+        tensors, _ = read_tensors(rows_path)
         names = {"rows"} if description["encoder"] is None else {"rows", "embeddings"}
-        if stored != description or set(tensors) != names or len(tensors["rows"]) != description["num_rows"]:
+        if set(tensors) != names or len(tensors["rows"]) != description["num_rows"]:
             raise ValueError(
                 f"{rows_path} and {CORPUS_CONFIG_NAME} beside it are not of one corpus (a save that was cut off?): save it again."
             )
+        for one in digests:
+            check_digest(rows_path, {CORPUS_ROWS_NAME: one}, by=CORPUS_CONFIG_NAME)
         base, encoder = description["base_model"], description["encoder"] or {}
         try:
             return cls(
@@ -227,6 +235,7 @@ class RetrievalCorpus:
                     f"base_model_{name}": base.get(name)
                     for name in ("name_or_path", "revision", "fingerprint", "weights")
                 },
+                checked=bool(digests),
             )
         except ValueError as error:
             raise ValueError(f"{rows_path} can't be used. {error}") from error
@@ -268,6 +277,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     fields = {
         "num_rows": isinstance(description.get("num_rows"), int),
         "base_model": isinstance(base, dict) and {"name_or_path", "revision", "fingerprint"} <= base.keys(),
+        "digest": isinstance(description.get("digest", ""), str),
         "encoder": "encoder" in description
         and (encoder is None or (isinstance(encoder, dict) and isinstance(encoder.get("name_or_path"), str))),
     }

@@ -188,12 +188,19 @@ class LabelSets:
         write_described(Path(folder) / LABEL_SETS_NAME, tensors, _KIND, {"label_sets": listed})
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any], steerer: Steerer) -> LabelSets:
+    def load(
+        cls,
+        name_or_path: str | os.PathLike,
+        place: Mapping[str, Any],
+        digests: Mapping[str, str] | None,
+        steerer: Steerer,
+    ) -> LabelSets:
         """
-        Those of a checkpoint in a folder or on the Hub, for the model that it holds.
+        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files, for the model that it holds.
 
         Raises:
-            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged or something else.
+            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged, of another checkpoint, or
+                something else.
         """
         path = cached_file(os.fspath(name_or_path), LABEL_SETS_NAME, **place)
         named = read_described(
@@ -203,6 +210,7 @@ class LabelSets:
                 _read(tensors, number, one, steerer) for number, one in enumerate(about["label_sets"])
             ],
             "Save the model again.",
+            digests,
         )
         found = cls(tuple(named))
         found.named_now(steerer)  # they belong to these weights

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
+from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
@@ -33,7 +33,8 @@ from ..encoders.processing import load_processing
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..encoders.vision_tower import best_device
 from ..evaluation.controls import control_model
-from ..files.atomic import replace_file
+from ..files.digests import tensor_digest
+from ..files.weight_files import read_tensors, write_tensors
 from ..functional.neighbors import nearest_neighbors, pseudo_labels
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
@@ -50,6 +51,8 @@ from .views import AugmentedView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
 
 BATCH, IMAGE_BATCH = 1024, 64
 Split = Literal["train", "test"]
@@ -397,14 +400,21 @@ class Bench:
         origin = [retrieval.source, dataset_fingerprint(images, info.image_column, None)]
         digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
         path = self.folder / "retrieval" / f"{dataset}-{split}-{digest}.safetensors"
-        if not path.is_file():
-            assert retrieval.encoder is not None
-            embeds = embed_images(
-                retrieval.encoder,
-                images,
-                image_column=info.image_column,
-                revision=retrieval.revision,
-                progress=self.progress,
-            )
-            replace_file(path, lambda temporary: save_file({"embeds": embeds.cpu()}, temporary))
-        return load_file(path)["embeds"]
+        if path.is_file():
+            try:
+                tensors, header = read_tensors(path)
+                if header in ("null", json.dumps(tensor_digest(tensors["embeds"]))):  # earlier versions wrote none
+                    return tensors["embeds"]
+            except (ValueError, KeyError):
+                pass
+            logger.warning(f"{path} is damaged: the images are read again.")
+        assert retrieval.encoder is not None
+        embeds = embed_images(
+            retrieval.encoder,
+            images,
+            image_column=info.image_column,
+            revision=retrieval.revision,
+            progress=self.progress,
+        ).cpu()
+        write_tensors(path, {"embeds": embeds}, tensor_digest(embeds))
+        return embeds

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
-from ..files.atomic import replace_file
+from ..files.digests import file_digest, json_digest
 from ..files.json_files import read_json, write_json
+from ..files.weight_files import read_tensors, write_tensors
 
+
+logger = logging.get_logger(__name__)
 
 FORMAT = "hf_vs2.study"
 FORMAT_VERSION = 1
@@ -126,7 +129,7 @@ class CellResult:
         """
         if self.outputs_path is None or not self.outputs_path.is_file():
             raise FileNotFoundError(f"The cell {self.cell.name} has no file of outcomes ({self.outputs_path}).")
-        return Outputs(**load_file(self.outputs_path))
+        return Outputs(**read_tensors(self.outputs_path)[0])
 
 
 @dataclass
@@ -206,23 +209,35 @@ def _property(cell: Cell, name: str) -> Any:
 def save_cell(folder: Path, cell: Cell, figures: dict[str, Any], outputs: Outputs | None) -> CellResult:
     """Write a measured cell; the JSON goes last, so that a cell with one is whole."""
     target = folder / f"{cell.name}.json"
+    content = cell.identity | {"figures": figures, "outputs": None, "outputs_digest": None}
     path = None
     if outputs is not None:
         path = target.with_suffix(".safetensors")
-        tensors = {name: value for name, value in vars(outputs).items() if value is not None}
-        replace_file(path, lambda temporary: save_file(tensors, temporary))
-    write_json(target, cell.identity | {"figures": figures, "outputs": None if path is None else path.name})
+        write_tensors(path, {name: value for name, value in vars(outputs).items() if value is not None})
+        content |= {"outputs": path.name, "outputs_digest": file_digest(path)}
+    write_json(target, content | {"digest": json_digest(content)})
     return CellResult(cell, figures, outputs_path=path)
 
 
 def load_cell(folder: Path, cell: Cell) -> CellResult | None:
-    """The cell as it was measured before; `None` when it was not, or its files are not whole."""
+    """The cell as it was measured before; `None` when it was not, or, with a warning, when its files are damaged or another cell's."""
     target = folder / f"{cell.name}.json"
     if not target.is_file():
         return None
+    path = None
     try:
         content = read_json(target)
-        path = None if content["outputs"] is None else folder / content["outputs"]
-        return None if path is not None and not path.is_file() else CellResult(cell, content["figures"], [], path)
-    except (ValueError, KeyError, TypeError):
+        digest = content.pop("digest", None)  # earlier versions wrote none
+        own = {name: content[name] for name in cell.identity}
+        if digest not in (None, json_digest(content)) or json_digest(own) != json_digest(cell.identity):
+            raise ValueError("it is damaged, or another cell's")
+        result = CellResult(cell, content["figures"])
+        if content["outputs"] is not None:
+            path = result.outputs_path = target.with_suffix(".safetensors")
+            if content.get("outputs_digest") not in (None, file_digest(path)):
+                raise ValueError("it is damaged, or another cell's")
+            result.outputs()
+        return result
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(f"{path or target} can't be used ({error}): {cell.name} is measured again.")
         return None

@@ -150,14 +150,20 @@ def calibrate(sae: SAEModel, rows: RowSource, indices: torch.Tensor | None = Non
     config = sae.config
     config.fvu_quantiles = conformal_quantiles(torch.cat(fvus))
     config.num_calibration_rows = len(indices)
-    highest = max((float(level) for level in config.fvu_quantiles), default=None)
-    if config.gate is not None and (highest is None or config.gate > highest):
-        logger.warning(
-            f"{len(indices)} held-out rows can't vouch for the {config.gate} quantile; the default gate is set to {highest}. "
-            "Calibrate on more rows for a higher one (in training: calibration_share)."
-        )
-        config.gate = highest
+    config.gate = gate_within(config, config.gate)
     return {"fvu": error / spread, "l0": active / len(indices)}
 
 
-__all__ = ["calibrate", "conformal_quantiles"]
+def gate_within(config: SAEConfig, gate: float | None) -> float | None:
+    """A gate, or with a warning the highest that the rows an SAE was calibrated on can vouch for, if that is lower."""
+    highest = max(map(float, config.fvu_quantiles or {}), default=None)
+    if gate is None or (highest is not None and gate <= highest):
+        return gate
+    logger.warning(
+        f"{config.num_calibration_rows} held-out rows can't vouch for the {gate} quantile; the default gate is set to {highest}. "
+        "Calibrate on more rows for a higher one (in training: calibration_share)."
+    )
+    return highest
+
+
+__all__ = ["calibrate", "conformal_quantiles", "gate_within"]

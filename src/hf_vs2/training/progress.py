@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..files.digests import file_digest, is_of_digest
 from ..files.json_files import read_json, write_json
 from ..files.weight_files import WeightFiles, check_numbers
 from ..sae.modeling import SAEModel
@@ -50,7 +51,7 @@ class TrainingProgress:
     def save(self, folder: Path) -> None:
         """Add to what accelerate has written into `folder`, and seal all of it."""
         save_file({"steps_since_active": self.steps_since_active}, folder / COUNTERS_NAME)
-        files = {path.name: _file_digest(path) for path in sorted(folder.iterdir())}
+        files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
         state = {"plan": self.plan, "step": self.step, "log": self.log, "files": files}
         state["digest"] = _state_digest(state)
         write_json(folder / STATE_NAME, state, indent=None)
@@ -76,7 +77,7 @@ class TrainingProgress:
         self._compare(folder, state["plan"])
         for name, digest in state["files"].items():
             with _naming(folder / name):
-                _demand(_file_digest(folder / name) == digest, "it is not the file that was saved")
+                _demand(is_of_digest(folder / name, digest), "it is not the file that was saved")
         with _naming(folder / COUNTERS_NAME):
             counters = load_file(folder / COUNTERS_NAME)["steps_since_active"]
             _check_counters(counters, self.steps_since_active, state["step"])
@@ -206,11 +207,6 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 def _state_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 __all__ = ["COUNTERS_NAME", "STATE_NAME", "TrainingProgress"]

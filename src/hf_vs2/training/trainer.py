@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..config.sae import SAEConfig
 from ..data.extraction import naming_lost_partners
 from ..data.rows import RowSource, chosen_rows, read_ahead, rows_of, training_labels
-from ..files.atomic import failing_as, remove_folder, remove_leftovers, replace_folder
+from ..files.atomic import failing_as, remove_folder, replace_folder
 from ..files.json_files import write_json
 from ..files.model_card import write_model_card
 from ..sae.modeling import SAEModel, SAEOutput
@@ -242,7 +242,8 @@ class SAETrainer:
                 self.args.output_path.mkdir(parents=True, exist_ok=True)
                 try:
                     held.enter_context(WeakFileLock(self.args.output_path / _LOCK_NAME, timeout=0.1))
-                    remove_leftovers(self.args.output_path)
+                    for partial in self.args.output_path.glob(f".{_CHECKPOINT_PREFIX}*.partial"):
+                        shutil.rmtree(partial)
                 except TimeoutError:
                     taken += 1
             if self.accelerator.reduce(taken, "sum").item():
@@ -426,13 +427,18 @@ class SAETrainer:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with failing_as(final, RuntimeError, SafetensorError):
-            self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        try:
             with failing_as(final, RuntimeError, SafetensorError):
-                progress.save(partial)
-                replace_folder(partial, final)
+                self.accelerator.save_state(str(partial))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                with failing_as(final, RuntimeError, SafetensorError):
+                    progress.save(partial)
+                    replace_folder(partial, final)
+        finally:
+            if self.accelerator.is_main_process:  # nothing stays on a full disk
+                shutil.rmtree(partial, ignore_errors=True)
+        if self.accelerator.is_main_process:
             # An earlier run in this folder may have left checkpoints of later steps: the new one stays all the same.
             others = [path for path in self._checkpoints() if path != final]
             for old in others[: max(0, len(others) + 1 - self.args.save_total_limit)]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..common import (
     activations_beside,
@@ -21,9 +20,6 @@ from ..common import (
 )
 from ..parsing import Parser, UsageError
 
-
-if TYPE_CHECKING:
-    from ...sae.modeling import SAEModel
 
 USAGE = "--checkpoint O --dataset D [--split S] [options]"
 DESCRIPTION = """\
@@ -54,7 +50,8 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ...training.calibration import calibrate, split_rows
+    from ...config.sae import SAEConfig
+    from ...training.calibration import calibrate, gate_within, split_rows
     from ...training.domain import measure_statistics
 
     local = Path(args.checkpoint, args.subfolder or "")
@@ -88,34 +85,21 @@ def run(args: Namespace) -> None:
             measure_statistics(sae, store, measured, held_out, clip=model.clip, sketch_rows=args.sketch_rows)
         )
     target = args.output_dir or local
-    _save(sae, local, target)
+    place = {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
+    described, _ = SAEConfig.get_config_dict(args.checkpoint, **place)
+    if described["model_type"] == SAEConfig.model_type:
+        sae.save_pretrained(target)
+    else:
+        if model.steering_settings.measures_fvu:
+            model.set_steering(gate=gate_within(sae.config, model.steering_settings.gate))
+        model.save_pretrained(target, full=described["holds_clip"])
     say(
         f"On {sae.config.num_calibration_rows:,} rows: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f};"
         f" default gate: {sae.config.gate or 'none'}.",
         *([] if sae.domain_statistics is None else [f"{sae.domain_statistics}."]),
     )
-    say_written({"SAE checkpoint": target, "activations": store.path})
-
-
-def _save(sae: SAEModel, checkpoint: Path, target: Path) -> None:
-    from ...training.calibration import is_converted
-
-    if target.resolve() != checkpoint.resolve() or is_converted(sae.config):  # whose mean has changed, too
-        sae.save_pretrained(target)
-        return
-    from transformers.utils import CONFIG_NAME
-
-    from ...files.atomic import replace_files
-    from ...files.model_card import write_model_card
-
-    def write(scratch: Path) -> None:
-        sae.config.save_pretrained(scratch)
-        sae.save_beside(scratch)
-
-    # In place, the weights have not changed, and may be mapped from the very file that would be written.
-    replace_files(target, write, CONFIG_NAME)
-    write_model_card(target)
+    say_written({"checkpoint": target, "activations": store.path})
 
 
 def kept(args: Namespace) -> str:
-    return "The checkpoint is unchanged; files of activations finished so far are kept."
+    return "The checkpoint is whole, as it was or calibrated already; files of activations finished so far are kept."
