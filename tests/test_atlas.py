@@ -22,6 +22,7 @@ from hf_vs2.atlas.statistics import NUM_BINS, LatentStatistics, gather, histogra
 from hf_vs2.data.activations import extract_activations
 from hf_vs2.data.images import UnreadableImageError, open_image
 from hf_vs2.data.prompts import class_embeddings
+from hf_vs2.data.rows import rows_of
 
 
 CLASSES = ["dog", "<script>alert(1)</script>", 'cat" onmouseover="x', "bird & fish", "tree"]
@@ -122,8 +123,8 @@ def test_gathered_figures_are_those_of_the_sae(made):
     """Two passes over a store in blocks must see what one call of the SAE sees."""
     code = made.model.sae(made.rows)
     dense = torch.zeros(N, 70).scatter(1, code.latent_indices, code.latent_values)
-    statistics = gather(made.model, made.store, made.labels, 5, 4, batch_size=13)
-    counts = histograms(made.model, made.store, statistics.low, statistics.high, batch_size=13)
+    statistics = gather(made.model, rows_of(made.store), made.labels, 5, 4, batch_size=13)
+    counts = histograms(made.model, rows_of(made.store), statistics.low, statistics.high, batch_size=13)
     assert torch.equal(statistics.count, (dense != 0).sum(0)) and statistics.count[3] == 0
     torch.testing.assert_close(torch.cat(statistics.fvu), code.fvu)
     assert torch.equal(counts.sum(-1), statistics.count)

@@ -294,10 +294,10 @@ def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, image
         tmp_path / "out" / "results.json",
     )
     result = read_json(tmp_path / "out" / "results.json")
-    assert [row["method"] for row in result["rows"]] == ["clip", "distribution_norm", "distribution_norm", "vs2+gate"]
+    assert [row["method"] for row in result["rows"]] == ["clip", "vs2+gate", "distribution_norm", "distribution_norm"]
     assert result["meta"]["templates"] == {"custom": ["a {} square.", "a {} patch."]}
     assert result["per_class"]["class_names"] == ["scarlet", "navy", "lime"]
-    assert result["rows"][1]["reference"] == "train" and result["rows"][3]["gate"] == 0.5
+    assert result["rows"][2]["reference"] == "train" and result["rows"][1]["gate"] == 0.5
 
 
 def test_evaluate_wants_names_for_numbered_classes(checkpoint, images_path, tmp_path, capsys):
@@ -597,7 +597,7 @@ def test_mistakes_in_a_config_file_are_named(text, expected, tmp_path, capsys):
             ["explain", "a.jpg", "--labels", "a", "--checkpoint", "c", "--names", "n", "--vocabulary", "v"],
             "exclude each other",
         ),
-        (["evaluate", "--checkpoint", "c", "--dataset", "d", "--method", "vs3"], "vs3 is not known"),
+        (["evaluate", "--checkpoint", "c", "--dataset", "d", "--method", "vs3"], "'vs3' is no row of a comparison"),
         (["calibrate", "--checkpoint", "user/sae", "--dataset", "d"], "--output_dir"),
     ],
 )

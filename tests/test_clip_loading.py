@@ -655,5 +655,5 @@ def test_rows_and_corpora_of_the_base_are_noticed_too(checkpoint, clip_path, tmp
         hf_vs2.RetrievalCorpus.from_pretrained(tmp_path).check_base_model(clip)
     sae = SAEModel.from_pretrained(checkpoint)
     sae.config.base_model_weights = None
-    with pytest.warns(UserWarning, match="the store .* was extracted with .*k_proj.weight is one"):
+    with pytest.warns(UserWarning, match="rows were extracted with .*k_proj.weight is one"):
         replayable_rows(VS2CLIPForZeroShot(clip, sae), store, "rows")

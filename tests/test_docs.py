@@ -202,7 +202,7 @@ def test_commands_of_a_page_name_what_exists(page, tmp_path, monkeypatch):
         (tmp_path / path.name).symlink_to(path)
     for block in blocks_of(page):
         where = f"{page}:{block.line}"
-        assert block.language in ("", "text", "python", "bash", "yaml", "bibtex"), f"{where}: {block.language}"
+        assert block.language in ("", "text", "python", "bash", "yaml", "toml", "bibtex"), f"{where}: {block.language}"
         if block.title is not None:
             Path(block.title).write_text(block.text, encoding="utf-8")
         elif block.language == "python":

@@ -47,12 +47,13 @@ def replayable_rows(model: VS2CLIPForZeroShot, source: RowSource, what: str) -> 
     if len(rows) == 0:
         raise ValueError(f"{what} are empty: there is nothing to evaluate.")
     made_with = rows.origin.get("base_model_fingerprint")
-    extracted = f"{what} were extracted with {rows.origin.get('base_model_name_or_path')}"
+    name = rows.origin.get("base_model_name_or_path")
     if made_with is not None and not same_fingerprint(made_with, vision_fingerprint(model.clip)):
         raise ValueError(
-            f"{extracted}, which is another CLIP than the one of this model. Extract the activations with this one."
+            f"{what} were extracted with another CLIP ({name}) than the one of this model. Extract the activations "
+            "with this one."
         )
-    warn_of_relative(model.clip, rows.origin.get("base_model_weights"), extracted)
+    warn_of_relative(model.clip, rows.origin.get("base_model_weights"), f"{what} were extracted with {name}")
     return rows
 
 
