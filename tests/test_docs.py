@@ -23,6 +23,7 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model
 import hf_vs2
 from hf_vs2 import cli
 from hf_vs2.demo.data import DIGIT_NAMES, load_handwriting
+from hf_vs2.methods import METHODS
 from hf_vs2.training.arguments import SAETrainingArguments
 
 
@@ -106,6 +107,15 @@ def few_steps(patch: pytest.MonkeyPatch) -> None:
 
 def run(command: str) -> None:
     assert cli.main(shlex.split(command, comments=True)[1:]) == 0, f"failed (its message is above): {command}"
+
+
+@pytest.fixture()
+def methods_of_a_page():
+    """Those that its blocks register go with it."""
+    before = set(METHODS)
+    yield
+    for name in set(METHODS) - before:
+        del METHODS[name]
 
 
 @pytest.fixture(scope="session")
@@ -222,7 +232,7 @@ def runnable(page):
     "page",
     [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES if runnable(page)],
 )
-def test_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch):
+def test_blocks_of_a_page_run_in_order(page, world, tmp_path, monkeypatch, methods_of_a_page):
     """Who copies a page's blocks from top to bottom must not meet an error."""
     blocks = [block for block in blocks_of(page) if not block.reason]
     shutil.copytree(world, tmp_path / "here", symlinks=True)

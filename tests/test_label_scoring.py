@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
-from toy import make_sae
+from toy import forget_digests, make_sae
 from transformers import CLIPModel, pipeline
 
 import hf_vs2
@@ -390,6 +390,7 @@ def test_a_checkpoint_of_before_that_keeps_no_rows_loads_and_refuses_to_score(na
     named.fit_label_set(LABELS)
     named.save_pretrained(tmp_path)
     named.domain_statistics.without_rows(torch.ones(64) / 8).save(tmp_path)
+    forget_digests(tmp_path)
     again = VS2CLIPForZeroShot.from_pretrained(tmp_path)
     assert "is fitted to rows" in caplog.text and again.steering_settings.method == "prototypes"
     with pytest.raises(ValueError, match="is fitted to rows"):
@@ -921,6 +922,7 @@ def whole(tmp_path_factory):
     model.fit_label_set(LABELS)
     folder = tmp_path_factory.mktemp("labels") / "vs2"
     model.save_pretrained(folder)
+    forget_digests(folder)  # which would tell of any damage
     return SimpleNamespace(clip=clip, files={path.name: path.read_bytes() for path in folder.iterdir()})
 
 

@@ -31,13 +31,18 @@ def strongest(batch: Batch) -> LatentStep:
 def own_methods():
     """A step, a fit and the two together, as a user would add them."""
     step = Method(
-        "strongest", "strongest latent", step=strongest, one_direction=True, explains=True, shows=("gamma", "lambda")
+        "own_strongest",
+        "strongest latent",
+        step=strongest,
+        one_direction=True,
+        explains=True,
+        shows=("gamma", "lambda"),
     )
     register(step)
     register(Method("own_norm", "own norm", fit=lambda classes, rows: norm_fit(classes, 0.5 * rows.mean())))
-    then("strongest", "own_norm")
+    then("own_strongest", "own_norm")
     yield
-    for name in ("strongest", "own_norm", "strongest+own_norm"):
+    for name in ("own_strongest", "own_norm", "own_strongest+own_norm"):
         del METHODS[name]
 
 
@@ -46,7 +51,7 @@ def model(tiny_clip):
     return make_fitted_model(tiny_clip, cls_rows(tiny_clip, make_inputs(100, seed=5)["pixel_values"]))
 
 
-@pytest.mark.parametrize("method", ["strongest", "own_norm", "strongest+own_norm"])
+@pytest.mark.parametrize("method", ["own_strongest", "own_norm", "own_strongest+own_norm"])
 @torch.no_grad()
 def test_a_method_of_ones_own_is_steered_gated_and_kept(model, tiny_clip, tmp_path, method):
     """Whoever adds a method must not have to edit the package: a file that asks for names would run plain CLIP in silence."""
@@ -72,7 +77,7 @@ def test_a_method_of_ones_own_is_steered_gated_and_kept(model, tiny_clip, tmp_pa
 def test_its_equation_is_what_runs(model, tiny_clip):
     """By hand: the strongest latent's direction is added, the norm is kept; edits take the place of what the method does."""
     rows = cls_rows(tiny_clip, make_inputs()["pixel_values"])
-    model.set_steering(method="strongest")
+    model.set_steering(method="own_strongest")
     values, indices = model.sae.encode(rows)
     best = values.argmax(-1, keepdim=True)
     moved = rows + 0.35 * values.gather(1, best) * model.sae.W_dec[indices.gather(1, best).squeeze(1)]  # 0.7 (1.5 - 1)
@@ -96,14 +101,14 @@ def test_it_is_a_row_of_a_comparison():
         rows = make_tiny_clip().vision_model(pixel_values=images).last_hidden_state[:, 0]
     labels = torch.arange(50) % len(NAMES)
     model = make_model(rows, statistics=True)
-    wanted = ("clip", "centroid", "strongest", "strongest+gate", "strongest+own_norm")
+    wanted = ("clip", "centroid", "own_strongest", "own_strongest+gate", "own_strongest+own_norm")
     found = evaluate(model, rows, labels, NAMES, make_word_tokenizer(), methods=wanted, templates="single")
     assert [row["method"] for row in found.rows] == [
         "clip",
         "centroid",
-        "strongest",
-        "strongest+gate",
-        "strongest+own_norm",
+        "own_strongest",
+        "own_strongest+gate",
+        "own_strongest+own_norm",
     ]
     assert found.rows[2]["gamma"] == 1.5 and found.rows[2]["lambda"] == 2.1
 
@@ -128,16 +133,16 @@ def test_unknown_and_incomplete_methods_are_refused(model):
 
 def test_a_checkpoint_of_a_method_that_nobody_registered_names_it(model, tmp_path):
     """Loading it as another method would give other answers than those that were measured."""
-    model.set_steering(method="strongest")
+    model.set_steering(method="own_strongest")
     model.save_pretrained(tmp_path, full=True)
     code = f"import hf_vs2; hf_vs2.VS2CLIPForZeroShot.from_pretrained({str(tmp_path)!r})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ValueError" in result.stderr and "method='strongest' is not known" in result.stderr
+    assert "ValueError" in result.stderr and "method='own_strongest' is not known" in result.stderr
 
 
 def test_the_documented_table_is_that_of_the_registry():
     """A method that the page lacks is one that nobody finds."""
-    ours = [line for line in markdown_table().splitlines() if "strongest" not in line and "own_norm" not in line]
+    ours = [line for line in markdown_table().splitlines() if "own_strongest" not in line and "own_norm" not in line]
     assert "\n".join(ours) in (DOCS / "methods.md").read_text(encoding="utf-8")
 
 

@@ -1,5 +1,7 @@
 """Small SAEs and activations of known structure, shared by the tests of the maths, the models and the training."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,12 @@ def make_sae(hidden_size: int = 16, seed: int = 0, **config: Any) -> SAEModel:
         draw(sae.b_pre, 0.5)
         draw(sae.mean, 0.5)
     return sae
+
+
+def forget_digests(folder: Path) -> None:
+    """Make a checkpoint one of the versions without digests, which notice damage by what the files say."""
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"digests": None}))
 
 
 def make_rows(num_rows: int, hidden_size: int = 16, seed: int = 0) -> torch.Tensor:
