@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from hf_vs2.functional.label_free import row_distance
 from hf_vs2.sae import modeling as modeling_sae
 from hf_vs2.training.calibration import activation_statistics
 from hf_vs2.training.label_losses import PrototypeAlignment
+from hf_vs2.training.output_folder import checkpoints
 from hf_vs2.training.trainer import BatchPlan
 
 
@@ -283,8 +285,8 @@ def test_a_killed_run_continues_exactly(rows, tmp_path, where, left):
 
     whole = make_trainer(tmp_path / "whole", rows)
     whole.train()
-    resumed = make_trainer(folder, rows, save_steps=5, resume_from_checkpoint="latest")
-    assert resumed._checkpoint_to_resume().name == left
+    resumed = make_trainer(folder, rows, save_steps=5)
+    assert checkpoints(folder)[-1].name == left
     metrics = resumed.train()
     assert_same_weights(whole.model, resumed.model)
     assert metrics["steps"] == 20 and resumed.model.config.fvu_quantiles == whole.model.config.fvu_quantiles
@@ -333,11 +335,12 @@ def test_resuming_from_a_path(rows, interrupted, tmp_path):
 )
 def test_changed_settings_are_not_continued(rows, interrupted, changed, name):
     """Half a run with one setting and half with another is neither; the message says which one changed."""
-    trainer = make_trainer(interrupted, rows, resume_from_checkpoint="latest", **changed)
-    with pytest.raises(
-        ValueError, match=f"(?s)checkpoint-15 was trained with .*({name}).*train anew in another output_dir"
-    ):
-        trainer.train()
+    for resume in (None, "latest"):
+        trainer = make_trainer(interrupted, rows, resume_from_checkpoint=resume, **changed)
+        with pytest.raises(
+            ValueError, match=f"holds the SAE of another training .*({name}).*train in another output_dir"
+        ):
+            trainer.train()
 
 
 def test_other_rows_are_not_continued(interrupted):
@@ -358,11 +361,9 @@ def test_checkpoints_that_are_not_there(rows, interrupted, tmp_path):
             make_trainer(tmp_path, rows, resume_from_checkpoint=wanted).train()
 
 
-@pytest.mark.parametrize(
-    ("limit", "left"), [(1, {"16", "best"}), (2, {"16", "900", "best"}), (3, {"12", "16", "900", "best"})]
-)
+@pytest.mark.parametrize(("limit", "left"), [(1, {"16", "900", "best"}), (2, {"12", "16", "900", "best"})])
 def test_old_checkpoints_go_and_the_new_one_stays(rows, tmp_path, limit, left):
-    """`save_total_limit` bounds the disk; an earlier run's later checkpoint, or a folder of the user's, is not in the way."""
+    """`save_total_limit` bounds the disk; folders of the user's stay."""
     for name in ("checkpoint-best", "checkpoint-900"):
         (tmp_path / name).mkdir()
     make_trainer(tmp_path, rows, save_steps=4, save_total_limit=limit).train()
@@ -845,7 +846,7 @@ def test_the_host_waits_for_the_device_at_log_entries_only(rows, tmp_path, monke
         trainer = make_trainer(tmp_path / f"{steps}-{logging_steps}", rows, **options)
         trainer._set_statistics()
         with HostQuestions() as questions:
-            progress = trainer._optimize()
+            progress = trainer._optimize(trainer._plan(), None)
         assert progress.log[-1]["dead_share"] > 0, "AuxK is at work"
         return len(questions.asked)
 
@@ -866,7 +867,7 @@ def test_cuda_is_waited_for_at_log_entries_only(rows, tmp_path):
         try:
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
-                trainer._optimize()
+                trainer._optimize(trainer._plan(), None)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing CUDA operation" in str(each.message) for each in seen)
@@ -921,7 +922,7 @@ def test_an_error_in_training_is_raised_as_it_is_and_leaves_no_thread(rows, tmp_
         take = trainer.rows.take
         trainer._set_statistics()
         trainer.rows.take = lambda indices: lose() if next(steps) == 7 else take(indices)
-        run = trainer._optimize
+        run = partial(trainer._optimize, trainer._plan(), None)
     else:
         trainer._batch, run = lose, trainer.train
     with pytest.raises(Lost) as caught:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from transformers import CLIPModel
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
@@ -43,7 +43,8 @@ from ..training.arguments import SAETrainingArguments
 from ..training.calibration import activation_statistics, split_rows
 from ..training.domain import measure_statistics
 from ..training.label_losses import PrototypeAlignment
-from ..training.trainer import LOG_NAME, SAETrainer
+from ..training.output_folder import checkpoints
+from ..training.trainer import SAETrainer
 from .config import StudyConfig
 from .results import Cell
 from .views import AugmentedView
@@ -314,14 +315,14 @@ class Bench:
         """The checkpoint of an SAE, trained now unless it is there; an interrupted training goes on."""
         stores = [self.rows(encoder, name, "train", inner=spec.layer >= 0) for name in spec.trained_on]
         folder = self.folder / "saes" / self._sae_name(encoder, spec, stores)
-        if (folder / LOG_NAME).is_file() and (folder / "config.json").is_file():
+        # As long as it is not finished there are training checkpoints, or no SAE.
+        if (folder / CONFIG_NAME).is_file() and not checkpoints(folder):
             return folder
         settings = self.config.sae
         args = SAETrainingArguments(
             output_dir=str(folder),
             seed=spec.seed,
             save_total_limit=1,
-            resume_from_checkpoint="latest" if list(folder.glob("checkpoint-*")) else None,
             disable_tqdm=True,
             **settings.training,
         )
@@ -336,7 +337,7 @@ class Bench:
         loss = PrototypeAlignment(spec.pass_weight) if spec.pass_weight else None
         layer = None if spec.layer == -1 else spec.layer
         SAETrainer(config, args, stores, layer, indices=indices, label_loss=loss).train()
-        for checkpoint in folder.glob("checkpoint-*"):
+        for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
         return folder
 

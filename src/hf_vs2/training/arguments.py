@@ -58,7 +58,14 @@ class SAETrainingArguments:
     save_steps: int = field(default=500, metadata={"help": "Steps between two training checkpoints; 0 for none."})
     save_total_limit: int = field(default=2, metadata={"help": "How many training checkpoints to keep."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "latest, or the path of a training checkpoint to continue from."}
+        default=None,
+        metadata={
+            "help": "latest, or the path of a training checkpoint to continue from. Without it the same training goes on from where "
+            "it was in output_dir."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace another training in output_dir, and train a finished one again."}
     )
     report_to: str = field(
         default="none",

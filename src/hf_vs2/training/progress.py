@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ STATE_NAME = "trainer_state.json"
 COUNTERS_NAME = "steps_since_active.safetensors"
 _OPTIMIZER_NAME = "optimizer.bin"
 _ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-_AGAIN = "Continue from another checkpoint, or train anew in another output_dir."
+_AGAIN = "Remove that training checkpoint to go on from the one before it, or train anew in another output_dir."
 
 
 @dataclass
@@ -74,7 +74,11 @@ class TrainingProgress:
             raise ValueError(f"resume_from_checkpoint={folder} is no training checkpoint: it has no {STATE_NAME}.")
         with _naming(folder / STATE_NAME):
             state = _read_state(folder / STATE_NAME, self.plan["steps"])
-        self._compare(folder, state["plan"])
+        if difference := differing(state["plan"], self.plan):
+            raise ValueError(
+                f"{folder} can't be continued from exactly: {difference}. Use the same rows and settings, or train anew in another "
+                "output_dir."
+            )
         for name, digest in state["files"].items():
             with _naming(folder / name):
                 _demand(is_of_digest(folder / name, digest), "it is not the file that was saved")
@@ -100,16 +104,16 @@ class TrainingProgress:
         self.steps_since_active = counters.to(accelerator.device)
         self.step, self.log = state["step"], state["log"]
 
-    def _compare(self, folder: Path, before: dict[str, Any]) -> None:
-        for name, now in self.plan.items():
-            was = before.get(name)
-            if was != now and not (
-                isinstance(now, float) and isinstance(was, float) and math.isclose(was, now, rel_tol=1e-6)
-            ):
-                raise ValueError(
-                    f"{folder} was trained with {name}={was}, now it is {now}: the run can't be continued exactly. "
-                    "Use the same rows and settings, or train anew in another output_dir."
-                )
+
+def differing(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """Says in which setting an earlier plan is another; empty where it is the same."""
+    for name, now in plan.items():
+        was = before.get(name)
+        if was != now and not (
+            isinstance(now, float) and isinstance(was, float) and math.isclose(was, now, rel_tol=1e-6)
+        ):
+            return f"it was trained with {name}={was}, now it is {now}"
+    return ""
 
 
 @contextmanager
@@ -209,4 +213,4 @@ def _state_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-__all__ = ["COUNTERS_NAME", "STATE_NAME", "TrainingProgress"]
+__all__ = ["COUNTERS_NAME", "STATE_NAME", "TrainingProgress", "differing"]

@@ -26,7 +26,7 @@ from ..config.sae import SAEConfig
 from ..data.extraction import naming_lost_partners
 from ..data.rows import RowSource, chosen_rows, read_ahead, rows_of, training_labels
 from ..files.atomic import failing_as, remove_folder, replace_folder
-from ..files.json_files import write_json
+from ..files.digests import tensor_digest
 from ..files.model_card import write_model_card
 from ..sae.modeling import SAEModel, SAEOutput
 from ..version import __version__
@@ -34,6 +34,16 @@ from .arguments import SAETrainingArguments
 from .calibration import activation_statistics, calibrate, split_rows
 from .domain import measure_statistics
 from .label_losses import LabelLoss, describe_label_loss
+from .output_folder import (
+    CHECKPOINT_PREFIX,
+    checkpoint_to_resume,
+    checkpoints,
+    claim,
+    finished_metrics,
+    planned_settings,
+    standing,
+    write_log,
+)
 from .progress import TrainingProgress
 from .sharding import apply_fsdp, refuse_unfit_fsdp, whole_model
 from .step import Batch, GraphedTrainingStep, Meter, TrainingStep
@@ -41,19 +51,7 @@ from .step import Batch, GraphedTrainingStep, Meter, TrainingStep
 
 logger = logging.get_logger(__name__)
 
-LOG_NAME = "training_log.json"
-_CHECKPOINT_PREFIX = "checkpoint-"
 _LOCK_NAME = ".training.lock"
-# What must not change between a training checkpoint and the run that continues it.
-_PLANNED_CONFIG = ("num_latents", "top_k", "activation", "aux_k", "aux_k_coefficient")
-_PLANNED_ARGUMENTS = (
-    "seed",
-    "learning_rate",
-    "warmup_ratio",
-    "max_grad_norm",
-    "dead_latent_threshold",
-    "calibration_share",
-)
 
 
 class BatchPlan:
@@ -156,6 +154,7 @@ class SAETrainer:
         set_seed(args.seed)
         self._is_new = isinstance(model, SAEConfig) or model.config.total_variance is None
         self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model
+        self._start = None if self._is_new else [tensor_digest(part.cpu()) for part in self.model.parameters()]
         self.rows = rows_of(train_rows, layer)
         width = self.rows.take(torch.zeros(1, dtype=torch.int64)).shape[1]
         if width != self.model.config.hidden_size:
@@ -187,7 +186,8 @@ class SAETrainer:
 
     def train(self) -> dict[str, float]:
         """
-        Train, calibrate on the held-out rows, save to `args.output_dir`.
+        Train, calibrate on the held-out rows, save to `args.output_dir`. A training that was interrupted there goes on, to the same
+        result; of one that is finished there, the model and figures are read.
 
         Returns:
             `dict`: `fvu` and `l0` on the held-out rows (missing if none were held out), `dead_share`, `steps`,
@@ -195,7 +195,7 @@ class SAETrainer:
 
         Raises:
             `ValueError`: on rows that are not finite or all the same, a loss that is not finite, or a checkpoint to resume from
-                that is missing or was made with other rows or settings.
+                that is missing or was made with other rows or settings, or an `args.output_dir` that holds another training.
             `OSError`: when another training writes to `args.output_dir`, on a full disk, or when another process of this
                 training has died.
         """
@@ -203,9 +203,25 @@ class SAETrainer:
             return self._train()
 
     def _train(self) -> dict[str, float]:
-        started = time.perf_counter()
+        started, args = time.perf_counter(), self.args
         self._set_statistics()
-        progress = self._optimize()
+        plan = self._plan()
+        wanted = args.resume_from_checkpoint
+        is_inside = wanted not in (None, "latest") and Path(wanted).resolve().parent == args.output_path.resolve()
+        reached = "interrupted" if is_inside else standing(args.output_path, plan, args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()  # all have looked before the main process changes anything
+        if reached == "finished" and wanted in (None, "latest"):
+            logger.warning(
+                f"{args.output_dir} holds this training, finished: there is nothing to do. overwrite_output_dir trains it again."
+            )
+            self.model = SAEModel.from_pretrained(args.output_path).to(self.accelerator.device)
+            return finished_metrics(args.output_path)
+        checkpoint = checkpoint_to_resume(args.output_path, wanted, reached != "none")
+        if self.accelerator.is_main_process:
+            kept = filter(None, [checkpoint]) if reached == "none" else checkpoints(args.output_path)
+            claim(args.output_path, plan, asdict(args), [*kept])
+        self.accelerator.wait_for_everyone()
+        progress = self._optimize(plan, checkpoint)
         if self.accelerator.is_fsdp2:
             self.accelerator.free_memory()  # the optimizer's state makes room for the weights
             self.model = whole_model(self.model)
@@ -222,8 +238,7 @@ class SAETrainer:
         self.save_model()
         metrics = metrics | {"seconds": round(time.perf_counter() - started, 3)}
         if self.accelerator.is_main_process:
-            log = {"metrics": metrics, "args": asdict(self.args), "log": progress.log}
-            write_json(self.args.output_path / LOG_NAME, log, indent=2)
+            write_log(args.output_path, plan, asdict(args), metrics, progress.log)
             write_model_card(self.args.output_path)  # again, now that the log tells the settings
         self.accelerator.wait_for_everyone()
         # Not `end_training()`: it would leave the process group too, which a second trainer in the same job still needs.
@@ -242,7 +257,7 @@ class SAETrainer:
                 self.args.output_path.mkdir(parents=True, exist_ok=True)
                 try:
                     held.enter_context(WeakFileLock(self.args.output_path / _LOCK_NAME, timeout=0.1))
-                    for partial in self.args.output_path.glob(f".{_CHECKPOINT_PREFIX}*.partial"):
+                    for partial in self.args.output_path.glob(f".{CHECKPOINT_PREFIX}*.partial"):
                         shutil.rmtree(partial)
                 except TimeoutError:
                     taken += 1
@@ -293,7 +308,7 @@ class SAETrainer:
             data["label_loss"] = earlier["label_loss"]  # the labels of that training are in the weights that go on
         config.training_data = data
 
-    def _optimize(self) -> TrainingProgress:
+    def _optimize(self, plan: dict[str, Any], checkpoint: Path | None) -> TrainingProgress:
         args, accelerator = self.args, self.accelerator
         accelerator.free_memory()  # of an earlier, perhaps interrupted, train()
         # accelerate keeps one value a process: another trainer may have been made since.
@@ -305,9 +320,9 @@ class SAETrainer:
         schedule = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * steps), steps)
         model, optimizer = accelerator.prepare(self.model, optimizer)
         never = torch.zeros(self.model.config.weight_shape[0], dtype=torch.int64, device=accelerator.device)
-        progress = TrainingProgress(self._plan(), steps_since_active=never)
-        if args.resume_from_checkpoint:
-            progress.load(self._checkpoint_to_resume(), accelerator, self.model, optimizer, schedule)
+        progress = TrainingProgress(plan, steps_since_active=never)
+        if checkpoint is not None:
+            progress.load(checkpoint, accelerator, self.model, optimizer, schedule)
             accelerator.step = 0
         if args.report_to != "none":
             accelerator.init_trackers("hf_vs2", config=asdict(args))
@@ -345,10 +360,11 @@ class SAETrainer:
             "mixed_precision": self.accelerator.mixed_precision,
             "sharding": "fsdp" if self.accelerator.is_fsdp2 else None,  # accelerate's files differ
         }
-        plan |= {name: getattr(config, name) for name in _PLANNED_CONFIG}
-        plan |= {name: getattr(args, name) for name in _PLANNED_ARGUMENTS}
+        plan |= planned_settings(config, args)
         plan["label_loss"] = None if self.label_loss is None else describe_label_loss(self.label_loss)
         plan["labels"] = None if self.labels is None else _digest(self.labels[self.indices])
+        if self._start is not None:
+            plan["start"] = self._start
         # Last, so that a changed setting is named first: it stands for the rows themselves.
         plan["total_variance"] = config.total_variance
         return plan
@@ -422,7 +438,7 @@ class SAETrainer:
 
     def _save_checkpoint(self, progress: TrainingProgress) -> None:
         """Everything needed to continue exactly, under a temporary name until it is whole; older ones are removed."""
-        final = self.args.output_path / f"{_CHECKPOINT_PREFIX}{progress.step}"
+        final = self.args.output_path / f"{CHECKPOINT_PREFIX}{progress.step}"
         partial = final.with_name(f".{final.name}.partial")
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -439,33 +455,9 @@ class SAETrainer:
             if self.accelerator.is_main_process:  # nothing stays on a full disk
                 shutil.rmtree(partial, ignore_errors=True)
         if self.accelerator.is_main_process:
-            # An earlier run in this folder may have left checkpoints of later steps: the new one stays all the same.
-            others = [path for path in self._checkpoints() if path != final]
-            for old in others[: max(0, len(others) + 1 - self.args.save_total_limit)]:
+            for old in checkpoints(self.args.output_path)[: -self.args.save_total_limit]:
                 remove_folder(old)
         self.accelerator.wait_for_everyone()
-
-    def _checkpoints(self) -> list[Path]:
-        found = {}
-        for path in self.args.output_path.glob(f"{_CHECKPOINT_PREFIX}*"):
-            step = path.name.removeprefix(_CHECKPOINT_PREFIX)
-            if step.isdecimal() and path.is_dir():
-                found[int(step)] = path
-        return [found[step] for step in sorted(found)]
-
-    def _checkpoint_to_resume(self) -> Path:
-        wanted = self.args.resume_from_checkpoint
-        if wanted != "latest":
-            path = Path(str(wanted))
-            if not path.is_dir():
-                raise ValueError(f"resume_from_checkpoint={wanted}: there is no such folder.")
-            return path
-        found = self._checkpoints()
-        if not found:
-            raise ValueError(
-                f"resume_from_checkpoint=latest: {self.args.output_dir} holds no {_CHECKPOINT_PREFIX}* folder."
-            )
-        return found[-1]
 
 
 def _digest(numbers: torch.Tensor) -> str:

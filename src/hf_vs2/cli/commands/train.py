@@ -49,6 +49,7 @@ CHECKPOINTS_AND_LOG = (
     "save_steps",
     "save_total_limit",
     "resume_from_checkpoint",
+    "overwrite_output_dir",
     "logging_steps",
     "report_to",
     "disable_cuda_graphs",
@@ -111,7 +112,7 @@ def run(args: Namespace) -> None:
     arguments = dataclass_from(SAETrainingArguments, args)
     label_loss = _label_loss(args)
     processes = join_processes()
-    stores = _activations(args)
+    stores = _activations(args, arguments)
     config, layer = _sae_config(args, stores[0].hidden_size, stores[0].metadata["num_layers"])
     trainer = SAETrainer(config, arguments, stores, layer=layer, label_loss=label_loss)
     metrics = trainer.train()
@@ -133,10 +134,11 @@ def _label_loss(args: Namespace) -> PrototypeAlignment | None:
     return PrototypeAlignment(args.pass_weight)
 
 
-def _activations(args: Namespace) -> list[ActivationStore]:
+def _activations(args: Namespace, arguments: SAETrainingArguments) -> list[ActivationStore]:
     """The rows to train on: stores that are there, or that of a model and a data set, extracted when needed."""
     from ...data.activations import ActivationStore
     from ...encoders.loading import clip_config
+    from ...training.output_folder import checkpoint_to_resume, planned_settings, standing
 
     if args.dataset is None and args.activations_dir is not None:
         return [ActivationStore.open(path) for path in args.activations_dir]
@@ -150,7 +152,9 @@ def _activations(args: Namespace) -> list[ActivationStore]:
     model = local_or_id(args.model)
     # Settings that cannot work are refused before hours of extraction.
     vision: Any = clip_config(model, {"revision": args.revision}).vision_config
-    _, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
+    config, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
+    standing(arguments.output_path, planned_settings(config, arguments), arguments.overwrite_output_dir)
+    checkpoint_to_resume(arguments.output_path, args.resume_from_checkpoint)
     dataset = open_dataset(args)
     cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"
     options = {"layers": [layer], "label_column": args.label_column, "revision": args.revision}
@@ -171,7 +175,7 @@ def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAE
 
 
 def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore], metrics: dict[str, float]) -> None:
-    from ...training.trainer import LOG_NAME
+    from ...files.checkpoint_folder import TRAINING_LOG_NAME
 
     output = trainer.args.output_path
     config = trainer.model.config
@@ -188,7 +192,7 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
     say_written(
         {
             "SAE checkpoint": output,
-            "training log": output / LOG_NAME,
+            "training log": output / TRAINING_LOG_NAME,
             "activations": " ".join(str(store.path) for store in stores),
         }
     )
@@ -199,7 +203,4 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
 
 
 def kept(args: Namespace) -> str:
-    text = "Files of activations finished so far are kept: run the same command again to continue."
-    if any(Path(args.output_dir).glob("checkpoint-*")):
-        text = f"Training checkpoints are kept in {args.output_dir}: add --resume_from_checkpoint latest to continue."
-    return text
+    return "Files of activations and training checkpoints finished so far are kept: run the same command again to continue."
