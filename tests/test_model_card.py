@@ -117,10 +117,10 @@ def test_card_tells_what_is_on_record(folder, sae):
     evaluation = section(card, "Evaluation")
     assert make_result().table() in evaluation
     assert "split `test`: 300 images, 3 classes" in evaluation
-    assert "- Prompts `ensemble`: `a {}.`, `one {} \\| two`" in evaluation
+    assert "- Prompts `ensemble`: `a {}.`, one &#123;&#125; &#124; two" in evaluation
     assert "1 of 3 classes gain, 1 lose and 1 stay" in evaluation
     assert "| three | 100 | 50.0 | 85.0 | +35.0 |" in evaluation
-    assert "| a \\| &lt;b> | 100 | 70.0 | 52.5 | -17.5 |" in evaluation
+    assert "| a &#124; &lt;b&gt; | 100 | 70.0 | 52.5 | -17.5 |" in evaluation
     assert f"revision `{sae.config.base_model_revision}`" in card.text
     assert "biases" in section(card, "Intended use and limits")
     assert "under `mit`" in section(card, "Licence")

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..config.sae import SAEConfig
 from .checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
+from .markdown import Markdown, code, escaped, number
 from .report import EvaluationResult, Results, format_table
 
 
@@ -102,31 +103,32 @@ class ResultFacts:
 
     @property
     def data_set_name(self) -> str:
-        name = self.data_set.get("id")
+        name = _line(self.data_set.get("id") or "")
         if not name:
             return "images whose name was not recorded"
         return name if looks_like_hub_id(name) else Path(name).name
 
     @property
-    def setting(self) -> str:
+    def setting(self) -> Markdown:
         """One sentence: on what, and how many."""
         split = self.data_set.get("split")
         trained = "label_loss" in (self.result.meta.get("sae_training_data") or {})
-        return (
-            f"Measured with hf_vs2 {self.result.meta.get('hf_vs2_version', '(version not recorded)')} on {self.data_set_name}"
-            f"{f', split `{split}`' if split else ''}: {self.result.rows[0]['n']:,} images, {len(self.class_names)} classes. "
+        version = escaped(self.result.meta.get("hf_vs2_version", "(version not recorded)"))
+        return Markdown(
+            f"Measured with hf_vs2 {version} on {escaped(self.data_set_name)}{f', split {code(split)}' if split else ''}: "
+            f"{number(self.result.rows[0]['n'], ',')} images, {len(self.class_names)} classes. "
             f"Labels were used to count right answers{', and in training the SAE' if trained else ' only'}."
         )
 
     @property
-    def table(self) -> str:
-        return format_table(self.result)
+    def table(self) -> Markdown:
+        return Markdown(format_table(self.result))
 
     @property
-    def prompts(self) -> list[tuple[str, str]]:
+    def prompts(self) -> list[tuple[Markdown, Markdown]]:
         """Prompt set -> its templates, in one line."""
         sets = self.result.meta.get("templates") or {}
-        return [(name, ", ".join(f"`{template}`" for template in templates)) for name, templates in sets.items()]
+        return [(code(name), Markdown(", ".join(map(code, templates)))) for name, templates in sets.items()]
 
     @property
     def own_rows(self) -> list[int]:
@@ -157,8 +159,8 @@ class ResultFacts:
         return {
             "method": _METHOD_NAMES[row["method"]],
             "rows": gains[:_NUM_CLASSES_SHOWN] + losses[-_NUM_CLASSES_SHOWN:],
-            "summary": (
-                f"With the `{row['prompts']}` prompts, {len(gains)} of {len(everything)} classes gain, {len(losses)} lose and {same} stay "
+            "summary": Markdown(
+                f"With the {code(row['prompts'])} prompts, {len(gains)} of {len(everything)} classes gain, {len(losses)} lose and {same} stay "
                 f"as they are under {_METHOD_NAMES[row['method']]}. Accuracy in %, up to {_NUM_CLASSES_SHOWN} of each kind; with few images a "
                 "class, expect chance to do much of this."
             ),
@@ -178,9 +180,11 @@ class ResultFacts:
                         task_name="Zero-Shot Image Classification",
                         dataset_type=self.data_set_name,
                         dataset_name=self.data_set_name,
-                        dataset_split=self.data_set.get("split"),
+                        dataset_split=_line(self.data_set.get("split") or "") or None,
                         metric_type="accuracy",
-                        metric_name=f"{name} accuracy, {_METHOD_NAMES[row['method']]}, {row['prompts']} prompts",
+                        metric_name=_line(
+                            f"{name} accuracy, {_METHOD_NAMES[row['method']]}, {row['prompts']} prompts"
+                        ),
                         metric_value=round(row[key] / 100, 6),
                     )
                 )
@@ -205,6 +209,10 @@ class ResultFacts:
             notes=f"zero-shot top-1 accuracy in %, {_METHOD_NAMES[row['method']]}, {row['prompts']} prompts",
         )
         return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())
 
 
 __all__ = ["ResultFacts", "read_results"]

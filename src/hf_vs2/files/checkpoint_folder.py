@@ -127,7 +127,10 @@ class CheckpointFolder:
         if not log.is_file():
             return {}
         try:
-            return dict(read_json(log).get("args", {}))
+            found = read_json(log)
+            return (
+                {} if found.get("metrics", {}) is None else dict(found.get("args", {}))
+            )  # of a training that goes on
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{log} is not the log of a training: {error}. Remove it, or train again.") from error
 
@@ -175,15 +178,18 @@ def _parts_of(folder: Path) -> Iterator[Path]:
     return (file for pattern in _PARTS for file in folder.glob(pattern) if file.is_file())
 
 
-def looks_like_hub_id(name: str | None) -> bool:
-    """Whether `name` is `owner/repository` rather than a path of this machine."""
-    if not name or name.count("/") != 1 or os.path.exists(name):
-        return False
+def is_hub_id(name: Any) -> bool:
+    """Whether `name` can be the id of a repository: letters, digits, `-`, `_` and `.`, with one `/` at most."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
     return True
+
+
+def looks_like_hub_id(name: str | None) -> bool:
+    """Whether `name` is `owner/repository` rather than a path of this machine."""
+    return isinstance(name, str) and name.count("/") == 1 and not os.path.exists(name) and is_hub_id(name)
 
 
 def local_paths(record: Any) -> list[str]:
@@ -197,4 +203,4 @@ def local_paths(record: Any) -> list[str]:
     return [record] if os.path.isabs(record) or os.path.exists(record) else []
 
 
-__all__ = ["CheckpointFolder", "local_paths", "looks_like_hub_id"]
+__all__ = ["CheckpointFolder", "is_hub_id", "local_paths", "looks_like_hub_id"]

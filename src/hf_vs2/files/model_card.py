@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
@@ -19,7 +19,8 @@ from ..config.sae import SAEConfig
 from .atomic import replace_text
 from .card_edits import Card, CardError, license_of, refresh_card
 from .card_results import ResultFacts, read_results
-from .checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, looks_like_hub_id
+from .checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, is_hub_id, looks_like_hub_id
+from .markdown import Markdown, code, escaped, number
 
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_STATISTICS = (
+_STATISTICS = Markdown(
     "means and principal components of activations of unlabelled images, and, unless they were left out, activations of some thousand "
     "of them (`statistics.safetensors`)"
 )
@@ -77,13 +78,13 @@ def create_model_card(
             several=len(saes) > 1,
             base_model=_base_model(folder, saes),
             hidden_size=next((config.hidden_size for config in saes.values()), 0),
-            labels=list(found.class_names[:3] if found else _EXAMPLE_LABELS),
+            labels=_example_labels(found),
             saes=[{"name": place, "facts": _sae_facts(folder, place, config)} for place, config in saes.items()],
             steering=_steering_facts(folder.configs[""]) if is_vs2 else [],
             used_labels=_used_labels(saes),
             holds_clip=is_vs2 and folder.configs[""].get("holds_clip", False),
             results=found,
-            licence=f"This checkpoint is under `{license}`."
+            licence=Markdown(f"This checkpoint is under {code(license)}.")
             if license
             else "Its authors have not stated a licence for this checkpoint.",
         )
@@ -127,21 +128,25 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # noqa: S701  Markdown: names are made safe by `cell` and `tojson`
+        # What templates and macros say themselves is Markdown; every value in them is escaped unless it is, too.
+        autoescape=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else escaped(value),
     )
-    environment.filters["cell"] = _cell
-    # Not Jinja's own, which writes `<` and `'` for HTML pages.
+    # Not Jinja's own, which writes `'` for HTML pages.
     environment.filters["tojson"] = _python_literal
     return environment
 
 
-def _cell(value: Any) -> str:
-    """Text on one line that cannot end a table cell or start HTML."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+def _python_literal(value: Any) -> Markdown:
+    """For a line of code; a tag would be none there, but not everything that shows cards knows."""
+    text = json.dumps(value, ensure_ascii=False)
+    return Markdown(text.replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _python_literal(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _example_labels(results: ResultFacts | None) -> list[str]:
+    """Three labels to show the code with: the first that were evaluated, where they are ordinary words."""
+    found = results.class_names[:3] if results else []
+    return found if found and all(re.fullmatch(r"[\w .,'()-]+", label) for label in found) else list(_EXAMPLE_LABELS)
 
 
 # Metadata
@@ -183,17 +188,24 @@ def _configs(folder: CheckpointFolder) -> list[dict[str, Any]]:
 def _base_id(config: dict[str, Any]) -> str | None:
     """Hub id of the CLIP. With a commit on record it was loaded from the Hub, whatever folders there are here."""
     name = config.get("base_model_name_or_path")
-    return name if name and (config.get("base_model_revision") or looks_like_hub_id(name)) else None
+    is_id = is_hub_id(name) if config.get("base_model_revision") else looks_like_hub_id(name)
+    return name if is_id else None
 
 
-def _base_model(folder: CheckpointFolder, saes: dict[str, SAEConfig]) -> str:
+def _base_model(folder: CheckpointFolder, saes: dict[str, SAEConfig]) -> Markdown:
     for config in _configs(folder):
         name, revision = _base_id(config), config.get("base_model_revision")
         if name:
-            link = f"[{name}](https://huggingface.co/{name})"
-            return f"{link} (revision `{revision}`)" if revision else link
+            return Markdown(f"{_link(name)} (revision {code(revision)})" if revision else _link(name))
     names = [config.base_model_name_or_path for config in saes.values() if config.base_model_name_or_path]
-    return f"a CLIP in a local folder (`{Path(names[0]).name}`)" if names else "a CLIP whose name was not recorded"
+    if not names:
+        return Markdown("a CLIP whose name was not recorded")
+    return Markdown(f"a CLIP in a local folder ({code(Path(names[0]).name)})")
+
+
+def _link(repository: str, kind: str = "") -> str:
+    """To a repository of the Hub, whose id holds nothing that Markdown reads."""
+    return f"[{repository}](https://huggingface.co/{kind}{repository})"
 
 
 def _parts(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -204,11 +216,15 @@ def _parts(data: dict[str, Any]) -> list[dict[str, Any]]:
 # Facts
 
 
-def _sae_facts(folder: CheckpointFolder, place: str, config: SAEConfig) -> list[tuple[str, str]]:
+Facts: TypeAlias = list[tuple[str, str]]
+"""What a fact is about, and what it is: words of anybody's, which the template escapes, or [`Markdown`]."""
+
+
+def _sae_facts(folder: CheckpointFolder, place: str, config: SAEConfig) -> Facts:
     return [*_shape_facts(config), *_training_facts(config, folder.training_arguments(place)), *_quality_facts(config)]
 
 
-def _shape_facts(config: SAEConfig) -> list[tuple[str, str]]:
+def _shape_facts(config: SAEConfig) -> Facts:
     layers = config.base_model_num_layers
     layer = "the last" if config.layer is None else f"layer {config.layer}, counted from 0"
     if layers:
@@ -246,45 +262,49 @@ def _used_labels(saes: dict[str, SAEConfig]) -> bool | None:
     return None if any("converted_from" in record for record in records) else False
 
 
-def _describe_origin(origin: dict[str, Any]) -> str:
-    name = str(origin.get("name"))
-    place = f"[{name}](https://huggingface.co/{name})" if origin.get("revision") else f"`{name}`"
-    parts = [f"{place}, a checkpoint of {origin.get('format')}"]
-    parts += [f"folder `{origin['subfolder']}`"] if origin.get("subfolder") else []
-    parts += [f"revision `{origin['revision']}`"] if origin.get("revision") else []
-    return ", ".join(parts)
+def _describe_origin(origin: dict[str, Any]) -> Markdown:
+    name, revision, subfolder = (origin.get(key) for key in ("name", "revision", "subfolder"))
+    parts = [
+        _link(name) if revision and is_hub_id(name) else code(name),
+        f"a checkpoint of {escaped(origin.get('format'))}",
+    ]
+    parts += [f"folder {code(subfolder)}"] if subfolder else []
+    parts += [f"revision {code(revision)}"] if revision else []
+    return Markdown(", ".join(parts))
 
 
-def _training_facts(config: SAEConfig, arguments: dict[str, Any]) -> list[tuple[str, str]]:
+def _training_facts(config: SAEConfig, arguments: dict[str, Any]) -> Facts:
     data, metrics = config.training_data or {}, config.training_metrics or {}
-    facts = []
+    facts: Facts = []
     if data.get("converted_from"):
         facts.append(("Converted from", _describe_origin(data["converted_from"])))
         if data.get("statistics_rows"):
-            facts.append(("Mean activation", f"of {data['statistics_rows']:,} images for calibration"))
+            facts.append(("Mean activation", f"of {number(data['statistics_rows'], ',')} images for calibration"))
     elif data:
         images = "; ".join(_describe_data(part) for part in _parts(data))
         selected = data.get("selected_from")
-        facts.append(("Training images", f"{images} (selected from {selected:,})" if selected else images))
+        images += f" (selected from {number(selected, ',')})" if selected else ""
+        facts.append(("Training images", Markdown(images)))
     if data.get("label_loss"):
-        facts.append(("Labels", f"used in training by {_describe_label_loss(data['label_loss'])}"))
-    fingerprints = [f"`{part['fingerprint']}`" for part in _parts(data) if part.get("fingerprint")]
+        facts.append(("Labels", _describe_label_loss(data["label_loss"])))
+    fingerprints = [code(part["fingerprint"]) for part in _parts(data) if part.get("fingerprint")]
     if fingerprints:
-        facts.append(("Fingerprint of the images", ", ".join(fingerprints)))
+        facts.append(("Fingerprint of the images", Markdown(", ".join(fingerprints))))
     if metrics.get("train_rows") is not None:
-        facts.append(("Rows", f"{metrics['train_rows']:,} for training, {metrics.get('held_out_rows', 0):,} held out"))
+        rows, held_out = (number(metrics.get(name, 0), ",") for name in ("train_rows", "held_out_rows"))
+        facts.append(("Rows", f"{rows} for training, {held_out} held out"))
     settings = (
         {"steps": metrics.get("steps")}
         | {name: arguments.get(name) for name in _SETTINGS}
         | {"seed": data.get("seed")}
     )
     chosen = [
-        f"`{name}` {value:g}" if isinstance(value, float) else f"`{name}` {value}"
+        f"`{name}` {number(value, 'g') if isinstance(value, float) else escaped(value)}"
         for name, value in settings.items()
         if value is not None
     ]
     if chosen:
-        facts.append(("Settings", ", ".join(chosen)))
+        facts.append(("Settings", Markdown(", ".join(chosen))))
     if config.hf_vs2_version:
         facts.append(("hf_vs2", config.hf_vs2_version))
     return facts
@@ -304,41 +324,41 @@ _SETTINGS = (
 
 def _describe_data(data: dict[str, Any]) -> str:
     name = data.get("id")
-    parts = ["not recorded" if not name else _link_to_data(name)]
+    parts = ["not recorded" if not name else _link_to_data(str(name))]
     if data.get("split"):
-        parts.append(f"split `{data['split']}`")
+        parts.append(f"split {code(data['split'])}")
     if data.get("num_rows") is not None:
-        parts.append(f"{data['num_rows']:,} images")
+        parts.append(f"{number(data['num_rows'], ',')} images")
     if data.get("skipped"):
-        parts.append(f"{data['skipped']:,} unreadable ones skipped")
+        parts.append(f"{number(data['skipped'], ',')} unreadable ones skipped")
     return ", ".join(parts)
 
 
-def _describe_label_loss(term: dict[str, Any]) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in term.items() if name != "name")
-    return f"`{term['name']}` ({settings})" if settings else f"`{term['name']}`"
+def _describe_label_loss(term: Any) -> Markdown:
+    if not isinstance(term, dict):
+        return Markdown(f"used in training by {escaped(term)}")
+    settings = ", ".join(f"{escaped(name)} {escaped(value)}" for name, value in term.items() if name != "name")
+    return Markdown(f"used in training by {code(term.get('name'))}{f' ({settings})' if settings else ''}")
 
 
 def _link_to_data(name: str) -> str:
-    if looks_like_hub_id(name):
-        return f"[{name}](https://huggingface.co/datasets/{name})"
-    return f"`{Path(name).name}`"
+    return _link(name, "datasets/") if looks_like_hub_id(name) else code(Path(name).name)
 
 
-def _quality_facts(config: SAEConfig) -> list[tuple[str, str]]:
+def _quality_facts(config: SAEConfig) -> Facts:
     metrics = config.training_metrics or {}
-    templates = {"fvu": ("FVU", "{:.4f}"), "l0": ("L0", "{:.1f}"), "dead_share": ("Dead features", "{:.1%}")}
+    layouts = {"fvu": ("FVU", ".4f"), "l0": ("L0", ".1f"), "dead_share": ("Dead features", ".1%")}
     return [
-        (label, template.format(metrics[name]))
-        for name, (label, template) in templates.items()
+        (label, number(metrics[name], layout))
+        for name, (label, layout) in layouts.items()
         if metrics.get(name) is not None
     ]
 
 
-def _steering_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
+def _steering_facts(config: dict[str, Any]) -> Facts:
     """The settings that a VS2 checkpoint starts with."""
     facts = [
-        ("method", f"`{config.get('method', 'vs2')}`"),
+        ("method", code(config.get("method", "vs2"))),
         ("gamma", _gamma(config.get("gamma", 1.5))),
         ("lambda", f"{config.get('lambda_', 2.1):g}"),
     ]

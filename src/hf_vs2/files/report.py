@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .json_files import read_json, write_json
+from .markdown import escaped
 
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
     gain = "-" if row["method"] == "clip" else "{:+.2f} [{:+.2f}, {:+.2f}]".format(row["gain"], *row["gain_ci"])
     return [
-        row_label(row),
-        row["prompts"],
+        escaped(row_label(row)),
+        escaped(row["prompts"]),
         number("top1", "{:.2f}"),
         number("top5", "{:.2f}"),
         gain,

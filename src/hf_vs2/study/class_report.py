@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ..files.markdown import escaped
 from . import published
 from .analysis import agreement, fixed_confusions, per_class
-from .markdown import table, text
+from .markdown import table
 from .result_view import ResultView
 from .results import Outputs
 
@@ -39,7 +40,7 @@ def classes(view: ResultView) -> Iterator[str]:
         )
         confusions = fixed_confusions(steered, repeated, names, SHOWN_CONFUSIONS)
         rows = [
-            [word, text(one["true"]), text(one["mistaken_for"]), f"{one['count'] / len(runs):.3g}"]
+            [word, escaped(one["true"]), escaped(one["mistaken_for"]), f"{one['count'] / len(runs):.3g}"]
             for word, key in (("fixed", "fixed"), ("made", "broken"))
             for one in confusions[key]
         ]
@@ -71,11 +72,11 @@ def cosines(view: ResultView) -> Iterator[str]:
     """How far SAEs of other seeds and sizes steer the same way."""
     for one in view.result.select("agreement", method="steering_cosine"):
         names, matrix = one.figures["names"], one.figures["cosine"]
-        rows = [[text(name), *(f"{value:.3f}" for value in row)] for name, row in zip(names, matrix, strict=True)]
+        rows = [[escaped(name), *(f"{value:.3f}" for value in row)] for name, row in zip(names, matrix, strict=True)]
         yield (
             f"## Cosine between steering vectors: {view.title(one.cell.dataset)}, {view.heading(one.cell.encoder)}\n\n"
             "Mean over the test images, between VS2's steering vectors of two SAEs; `centroid` is x - mu, the direction without an "
-            f"SAE.\n\n{table(['', *map(text, names)], rows)}"
+            f"SAE.\n\n{table(['', *map(escaped, names)], rows)}"
         )
 
 
@@ -109,7 +110,7 @@ def _class_table(found: Sequence[dict[str, Any]], theirs: dict[str, float]) -> s
         key = published.class_key(row["name"])
         if key in theirs:
             gain += f" [{theirs[key]:+g}]"
-        rows.append([text(row["name"]), f"{row['plain']:.1f}", f"{row['steered']:.1f}", gain])
+        rows.append([escaped(row["name"]), f"{row['plain']:.1f}", f"{row['steered']:.1f}", gain])
     return table(["class", "CLIP", "VS2", "gain"], rows)
 
 

@@ -1,4 +1,4 @@
-"""Small pieces of a Markdown document: a table, a name that cannot break it, a figure over seeds."""
+"""Small pieces of a Markdown document: a table, a figure over seeds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from .analysis import summary
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def text(value: str) -> str:
-    """A name that cannot break a table."""
-    return value.replace("|", "\\|").replace("\n", " ")
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from ..files.markdown import escaped
 from . import published
-from .markdown import mean, spread, text
+from .markdown import mean, spread
 from .results import CellResult, Outputs, StudyResult
 
 
@@ -27,7 +28,7 @@ class ResultView:
     # Names
 
     def title(self, dataset: str) -> str:
-        return text(self.meta["datasets"].get(dataset, {}).get("title") or dataset)
+        return escaped(self.meta["datasets"].get(dataset, {}).get("title") or dataset)
 
     def registry(self, dataset: str) -> str | None:
         """The data set's name in the registry, if it is used as published."""
@@ -43,7 +44,7 @@ class ResultView:
 
     def label(self, method: str, mark: bool = True) -> str:
         """The name of a row, with a mark if it uses labels."""
-        name = text(self.meta.get("methods", {}).get(method, {}).get("label") or method)
+        name = escaped(self.meta.get("methods", {}).get(method, {}).get("label") or method)
         labels = self.uses_labels(method)
         return f"{name} (uses labels: {labels})" if mark and labels else name
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..files.markdown import escaped
 from . import published
 from .ablation_tables import ablations, gate_shift, reconstruction
 from .class_report import classes, cosines, seeds
 from .cost_table import cost
-from .markdown import distinct, table, text
+from .markdown import distinct, table
 from .order import order
 from .result_view import ResultView, common_seeds, seeds_note
 from .results import CellResult, StudyResult
@@ -83,7 +84,7 @@ def _head(view: ResultView) -> str:
             "- Versions: " + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()) + "."
         )
     return (
-        f"# {text(meta['name'])}\n\n"
+        f"# {escaped(meta['name'])}\n\n"
         "Accuracy is top-1 in %: the mean over SAE seeds ± their standard deviation (n - 1), and in parentheses the gain over "
         "plain CLIP with the same prompts on the same images, in points. n, the number of seeds, stands above the table, or in each "
         "field where it differs; nothing without an SAE depends on a seed, unless it draws a share of the training images. A number "
