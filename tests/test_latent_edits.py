@@ -181,3 +181,17 @@ def test_edits_need_one_sae(tiny_clip):
     model = VS2CLIPForZeroShot(tiny_clip, {0: fitted_sae(tiny_clip, 0), 2: fitted_sae(tiny_clip, 2)})
     with pytest.raises(ValueError, match="edits name latents of one SAE"):
         model.set_steering(edits={"suppress": [4]})
+
+
+def test_edits_and_a_gamma_for_each_latent_serve_training_after_inference_mode(model):
+    """What an evaluation under `torch.inference_mode` has put on the device is used in a training step: torch refuses tensors of
+    inference mode there."""
+    pixels = make_inputs(2)["pixel_values"].double()
+    settings = {"edits": {"amplify": {1: 3.0}, "set": {2: 1.5}, "suppress": [3]}, "gamma": tuple([1.2] * LATENTS)}
+    model.set_steering(**settings)
+    with torch.inference_mode():
+        expected = model.get_image_features(pixel_values=pixels).pooler_output
+    found = model.get_image_features(pixel_values=pixels.requires_grad_()).pooler_output
+    found.sum().backward()
+    assert pixels.grad.isfinite().all() and pixels.grad.any()
+    close(found, expected)

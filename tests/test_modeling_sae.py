@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from numpy_reference import ReferenceSAE
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import make_rows, make_sae, sparse_rows
-from transformers import AutoModel
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from hf_vs2 import SAEConfig, SAEModel
 from hf_vs2.functional import sparse_ops
@@ -408,6 +408,17 @@ def test_a_copy_is_independent():
         clone.mean.zero_()
     clone.config.gamma = 3.0
     assert torch.equal(sae(x).reconstruction, before) and sae.mean.any() and sae.config.gamma == 1.5
+
+
+def test_transformers_trainer_tells_the_eval_loss(tmp_path):
+    """Early stopping and the choice of the best model go by `eval_loss`; a model without labels must still have one."""
+    sae, x = make_sae(total_variance=2.0), make_rows(8)
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    found = Trainer(sae, arguments, eval_dataset=[{"x": row} for row in x]).evaluate()
+    assert found["eval_loss"] == pytest.approx(sae(x).loss.item(), rel=1e-5)
+    assert sae(x, return_loss=False).loss is None
 
 
 # torch.compile

@@ -1,5 +1,7 @@
 """A training folder: the same training goes on or is finished, another one is never written over unless that is asked for."""
 
+# ruff: noqa: F811
+
 import json
 import shutil
 
@@ -137,7 +139,7 @@ def test_train_refuses_another_folder_before_the_first_image(
     capsys,
     caplog,
     monkeypatch,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     """An SAE with other settings, a CLIP, a downloaded SAE in output_dir; the same command again is done in a moment."""
     arguments = ["train", *source(clip_path, images_path), *TRAIN, "--output_dir"]

@@ -262,13 +262,17 @@ class SAEModel(HubMixin, PreTrainedModel):
         return sparse_decode(values, indices, self.W_dec) + self.b_pre
 
     @can_return_tuple
-    def forward(self, x: torch.Tensor, dead_latents: torch.Tensor | None = None, **kwargs: Any) -> SAEOutput:
+    def forward(
+        self, x: torch.Tensor, dead_latents: torch.Tensor | None = None, return_loss: bool = True, **kwargs: Any
+    ) -> SAEOutput:
         """
         Args:
             x (`torch.Tensor` of shape `(batch, hidden_size)`):
                 CLS activations.
             dead_latents (`torch.BoolTensor` of shape `(num_latents,)`, *optional*):
                 Latents that have not been active for long. When given, the loss holds the AuxK term that revives them.
+            return_loss (`bool`, *optional*, defaults to `True`):
+                Whether to say the loss. By this default transformers' `Trainer` knows that there is one without labels (`eval_loss`).
 
         The squared error is divided by the total variance of the training activations (`config.total_variance`), a
         constant, so that the loss of a batch is the mean of the losses of its parts; without it, by the batch's own.
@@ -287,7 +291,7 @@ class SAEModel(HubMixin, PreTrainedModel):
             loss = loss + self.config.aux_k_coefficient * aux_k_loss / scale
         with torch.no_grad():
             fvu = fvu_per_sample(target, reconstruction, self.mean)
-        return SAEOutput(loss, reconstruction, values, order.indices, fvu)
+        return SAEOutput(loss if return_loss else None, reconstruction, values, order.indices, fvu)
 
     def _aux_k_loss(
         self, x: torch.Tensor, pre_activations: torch.Tensor, residual: torch.Tensor, dead_latents: torch.Tensor
