@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from .faults import fault_of, last_line
 from .parsing import Parser, UsageError, nearest
 
 
@@ -59,18 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as finished:  # --help and --version
         return finished.code if isinstance(finished.code, int) else 0
     except KeyboardInterrupt:
-        kept = command.kept(args) if args is not None and hasattr(command, "kept") else ""
-        _complain(f"{prog}: interrupted. {kept}")
+        _complain(f"{prog}: interrupted. {_kept(command, args)}")
         return 130
     except BrokenPipeError:  # `hf-vs2 ... | head`: whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        fault = fault_of(error, args)
         if "--debug" in argv:
             traceback.print_exc()
-        elif not _is_expected(error):
+        elif not fault and not _is_expected(error):
             raise
-        if not isinstance(error, UsageError) or _rank() == 0:  # all processes read the same command line
+        if fault:
+            _complain(f"{prog}: error: {fault} {_kept(command, args)}")
+        elif not isinstance(error, UsageError) or _rank() == 0:  # all processes read the same command line
             _complain(f"{prog}: error: {_message(error)}")
         return 2
     return 0
@@ -119,11 +122,15 @@ def _is_expected(error: Exception) -> bool:
     """Whether an error is about the request or the machine, so that its message is all that helps; others are bugs."""
     if isinstance(error, (ValueError, TypeError, OSError, ImportError)):
         return True
-    import torch
     from datasets.exceptions import DatasetsError
     from safetensors import SafetensorError
 
-    return isinstance(error, (DatasetsError, SafetensorError, torch.OutOfMemoryError))
+    return isinstance(error, (DatasetsError, SafetensorError))
+
+
+def _kept(command: Any, args: Namespace | None) -> str:
+    """What an interruption leaves."""
+    return command.kept(args) if args is not None and hasattr(command, "kept") else ""
 
 
 def _message(error: Exception) -> str:
@@ -133,7 +140,7 @@ def _message(error: Exception) -> str:
     text = re.sub(
         r"\b(split|image_column|label_column|config_name|on_error)=('?)([\w.]+)\2",
         lambda option: f"--{option[1].replace('config_name', 'dataset_config')} {option[3].replace('...', 'NAME')}",
-        str(error) or type(error).__name__,
+        last_line(error),
     )
     if isinstance(error, SafetensorError):  # does not say which file
         return f"a .safetensors file of the model or checkpoint is damaged ({text}): download or write it again"

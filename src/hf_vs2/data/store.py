@@ -444,6 +444,8 @@ class ActivationStore:
 
 
 def _damaged(path: str | Path, error: Exception | str) -> StoreError:
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # the disk, or a missing permission
+        return StoreError(f"{path} can't be read: {error}")
     return StoreError(f"{path} is damaged ({error}): extract the activations again")
 
 

@@ -172,6 +172,11 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full: what a full disk raises is no `OSError` in safetensors, tokenizers and torch."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in _FULL)
+
+
 @contextlib.contextmanager
 def failing_as(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """What a full disk raises does not say which file it was, and is no `OSError` in safetensors, tokenizers and torch: it leaves here
@@ -180,7 +185,7 @@ def failing_as(path: Path, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = any(words in str(error) for words in _FULL)
+        full = is_full(error)
         if not full and (not isinstance(error, known) or getattr(error, "filename", None) is not None):
             raise
         why = "the disk is full" if full else error
