@@ -34,13 +34,13 @@ def fault_of(error: BaseException, args: Namespace | None) -> str | None:
     if not kinds:
         return None
     one, kind = kinds[0]
-    place = getattr(one, "filename", None)
+    place, number = getattr(one, "filename", None), getattr(one, "errno", None)
     if kind == "full":
         return f"the disk is full ({said}). Make room, or give another place{_flags(args, _PLACES)}."
     if kind == "permission":
         if place is None or _is_unreadable(place):
             return None  # it says itself what it could not read
-        return f"{place} can't be written to ({os.strerror(one.errno or errno.EACCES)}): give another place{_flags(args, _PLACES)}."
+        return f"{place} can't be written to ({os.strerror(number or errno.EACCES)}): give another place{_flags(args, _PLACES)}."
     if kind == "worker":
         return f"a worker process was killed, most often because memory ran out ({said}): give less at once{_flags(args, _SMALLER)}."
     if kind in ("memory", "shared memory"):

@@ -265,7 +265,7 @@ def _used_labels(saes: dict[str, SAEConfig]) -> bool | None:
 def _describe_origin(origin: dict[str, Any]) -> Markdown:
     name, revision, subfolder = (origin.get(key) for key in ("name", "revision", "subfolder"))
     parts = [
-        _link(name) if revision and is_hub_id(name) else code(name),
+        _link(str(name)) if revision and is_hub_id(name) else code(name),
         f"a checkpoint of {escaped(origin.get('format'))}",
     ]
     parts += [f"folder {code(subfolder)}"] if subfolder else []
