@@ -16,7 +16,8 @@ from hf_vs2 import VS2CLIPForZeroShot, push_to_hub
 from hf_vs2.encoders.fingerprints import vision_fingerprint
 from hf_vs2.functional import equations as functional
 from hf_vs2.functional.neighbors import nearest_neighbors, pseudo_labels, select_positives
-from hf_vs2.steering.corpus import CorpusSearch, RetrievalCorpus
+from hf_vs2.steering.corpus import RetrievalCorpus
+from hf_vs2.steering.corpus_search import CorpusSearch
 
 
 HIDDEN = 32

@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from hf_vs2.data.store import (
+from hf_vs2.data.store import ActivationStore, _fill
+from hf_vs2.data.store_format import (
     FORMAT,
     FORMAT_VERSION,
     ROW_DTYPES,
-    ActivationStore,
     StoreError,
-    _fill,
     read_shard_header,
     shard_name,
     write_index,

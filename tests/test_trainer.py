@@ -20,7 +20,7 @@ from toy import clip_like_rows, make_sae, sparse_rows
 
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
 from hf_vs2.data.rows import UnionRows, read_ahead, rows_of
-from hf_vs2.data.store import read_shard_header, write_index, write_shard
+from hf_vs2.data.store_format import read_shard_header, write_index, write_shard
 from hf_vs2.functional import prototype_alignment
 from hf_vs2.functional.label_free import row_distance
 from hf_vs2.sae import modeling as modeling_sae

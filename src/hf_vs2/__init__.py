@@ -16,8 +16,9 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .atlas import build_atlas
+    from .clip.classifier import zero_shot_classifier
     from .clip.modeling import VS2CLIPForZeroShot
-    from .clip.pipeline import VS2ZeroShotImageClassificationPipeline, zero_shot_classifier
+    from .clip.pipeline import VS2ZeroShotImageClassificationPipeline
     from .config.latent_edits import LatentEdits
     from .config.sae import SAEConfig
     from .config.vs2_clip import Steering, VS2CLIPConfig
@@ -67,7 +68,7 @@ _HOMES = {
     "VS2CLIPForZeroShot": "clip.modeling",
     "VS2CLIPOutput": "steering.outputs",
     "VS2ZeroShotImageClassificationPipeline": "clip.pipeline",
-    "zero_shot_classifier": "clip.pipeline",
+    "zero_shot_classifier": "clip.classifier",
     "class_embeddings": "data.prompts",
     "Recommendation": "evaluation.recommendation",
     "recommend": "evaluation.recommendation",

@@ -235,7 +235,7 @@ def activations_beside(args: argparse.Namespace) -> Path:
 
 def load_classifier(args: argparse.Namespace) -> VS2ZeroShotImageClassificationPipeline:
     """The model of [`add_checkpoint_flags`] with its tokenizer and image processor, on the best device there is."""
-    from ..clip.pipeline import zero_shot_classifier
+    from ..clip.classifier import zero_shot_classifier
 
     options = {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
     if args.clip is not None:

@@ -19,7 +19,8 @@ from .fingerprint import dataset_fingerprint as fingerprint_of_dataset
 from .images import UnreadableImageError
 from .load import undecoded
 from .names import class_names_of, with_numbered_labels
-from .store import FORMAT, FORMAT_VERSION, ROW_DTYPES, ActivationStore, StoreError, request_key, request_of
+from .store import ActivationStore
+from .store_format import FORMAT, FORMAT_VERSION, ROW_DTYPES, StoreError, request_key, request_of
 
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from transformers.utils import logging
 from ..encoders.vision_tower import VisionTower, best_device
 from .batches import ImageBatch, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
 from .images import UnreadableImageError
-from .store import (
+from .store import ActivationStore
+from .store_format import (
     INDEX_NAME,
     ROW_DTYPES,
-    ActivationStore,
     StoreError,
     differences,
     read_index,

@@ -14,7 +14,8 @@ import torch
 from ..encoders.base_model import resolve_layer
 from ..encoders.families import recorded_family, refuse_family
 from ..functional.finite import first_broken_row
-from .store import ActivationStore, differences
+from .store import ActivationStore
+from .store_format import differences
 
 
 T = TypeVar("T")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from transformers.utils import logging
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
 from ..data.activations import ActivationStore, extract_activations
-from ..data.prompts import SINGLE_TEMPLATE
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
 from ..evaluation.comparison import EvaluationResult, evaluate
@@ -29,6 +27,7 @@ from ..training.arguments import SAETrainingArguments
 from ..training.trainer import SAETrainer
 from .data import DIGIT_NAMES, foreign_images, load_handwriting, require_demo_packages
 from .folds import labels_of, pool_folds, samples_of
+from .result import NUM_FOLDS, DemoResult, ForeignSet
 
 
 if TYPE_CHECKING:
@@ -36,92 +35,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TARGET = "handwritten digits"
-NUM_FOLDS = 3
 NUM_FOREIGN = 300
 MAX_STEPS = 600
 # Not the default 0.99: printed letters are so close to handwriting that the stricter gate shows better what it does.
 GATE = 0.95
-
-
-@dataclass
-class ForeignSet:
-    """Images of another kind, seen by the gate of every fold's SAE."""
-
-    name: str
-    relative_fvu: torch.Tensor
-    """`(num_folds * num_images,)`: per-sample FVU divided by that gate's threshold; up to 1 an image is steered."""
-
-    @property
-    def coverage(self) -> float:
-        """Share of the images that would be steered."""
-        return (self.relative_fvu <= 1).double().mean().item()
-
-
-@dataclass
-class DemoResult:
-    """What the demo measured, and where it put it."""
-
-    output_dir: Path
-    evaluation: EvaluationResult
-    """All images, each by the SAE of the fold that had not seen it, in the order of the data set."""
-    relative_fvu: torch.Tensor
-    """`(num_images,)`: per-sample FVU divided by the gate's threshold of the same fold."""
-    foreign: list[ForeignSet]
-    store: ActivationStore
-    seconds: float = 0.0
-
-    @property
-    def results_path(self) -> Path:
-        return self.output_dir / "results.json"
-
-    @property
-    def figure_path(self) -> Path:
-        return self.output_dir / "demo.png"
-
-    @property
-    def model_path(self) -> Path:
-        return self.output_dir / "model"
-
-    @property
-    def sae_path(self) -> Path:
-        return self.output_dir / "sae"
-
-    def __str__(self) -> str:
-        return "\n".join([*self._measured(), "", *self._places(), "", *self._next_lines()])
-
-    def _measured(self) -> list[str]:
-        meta = self.evaluation.meta
-        foreign = [f"{group.name} {group.coverage:.0%}" for group in self.foreign]
-        low, high = meta["plain_accuracy_by_fvu"]["lower half"], meta["plain_accuracy_by_fvu"]["upper half"]
-        covered = self.evaluation.row("vs2+gate")["coverage"]
-        return [
-            f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE each, no labels:",
-            "",
-            self.evaluation.table(),
-            "",
-            f"The gate lets {covered:.0%} of the digits pass; of foreign images: {', '.join(foreign)}.",
-            f"FVU tells where CLIP errs: it is right on {low:.1f} % of the half that the SAE reconstructs best, and on {high:.1f} % of"
-            " the rest.",
-        ]
-
-    def _places(self) -> list[str]:
-        places = {
-            "picture": self.figure_path,
-            "every figure": self.results_path,
-            "SAE checkpoint": self.sae_path,
-            "steered CLIP": self.model_path,
-            "activations": self.store.path,
-        }
-        return [f"Done in {self.seconds:.0f} s. Written:", *(f"  {what:<15} {path}" for what, path in places.items())]
-
-    def _next_lines(self) -> list[str]:
-        image = str(self.output_dir / "digit.png")
-        return [
-            "Use it in Python:",
-            "  import hf_vs2, transformers",
-            f'  classify = transformers.pipeline("zero-shot-image-classification", model={str(self.model_path)!r})',
-            f"  classify({image!r}, candidate_labels={list(DIGIT_NAMES)}, hypothesis_template={SINGLE_TEMPLATE[0]!r})",
-        ]
 
 
 def run_demo(
@@ -142,7 +59,7 @@ def run_demo(
         ImportError: scikit-learn or matplotlib is missing.
     """
     require_demo_packages()
-    from .figure import draw_demo
+    from .figure import draw_demo  # which needs matplotlib
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from ..methods import METHODS
 
 
 if TYPE_CHECKING:
-    from ..steering.corpus import RetrievalInputs
+    from ..steering.corpus_search import RetrievalInputs
     from ..steering.steerer import Steerer
 
 _NUMBERS_AT_ONCE = 2**23

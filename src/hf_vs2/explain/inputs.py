@@ -19,7 +19,7 @@ from .latent_names import LatentNames, name_latents
 
 
 if TYPE_CHECKING:
-    from ..steering.corpus import RetrievalInputs
+    from ..steering.corpus_search import RetrievalInputs
     from ..steering.steerer import Steerer
 
 

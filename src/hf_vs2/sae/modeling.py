@@ -17,6 +17,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..config.sae import SAEConfig
+from ..files.foreign import prisma, sae_lens, sparsify
+from ..files.foreign.parts import Converted
 from ..files.hub import HubMixin
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype, refuse_variant
 from ..files.weight_files import WeightFiles
@@ -163,9 +165,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         Raises:
             `OSError`: if files are missing. `ValueError`: on a setting that this model can't express exactly, and on damaged files.
         """
-        from ..files.foreign import sparsify
-
-        return sparsify.load(name_or_path, **one_dtype(options))
+        return cls._converted(sparsify.load(name_or_path, **one_dtype(options)))
 
     @classmethod
     def from_sae_lens(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
@@ -174,9 +174,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         `standard` (a plain ReLU: `top_k` is then the number of latents). `scaling_factor` is the constant that activations were
         multiplied by, where `normalize_activations` is `expected_average_only_in`.
         """
-        from ..files.foreign import sae_lens
-
-        return sae_lens.load(name_or_path, **one_dtype(options))
+        return cls._converted(sae_lens.load(name_or_path, **one_dtype(options)))
 
     @classmethod
     def from_prisma(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
@@ -184,9 +182,11 @@ class SAEModel(HubMixin, PreTrainedModel):
         As [`SAEModel.from_sae_lens`], for ViT-Prisma: `config.json` and `weights_name` (by default the one `.safetensors` or `.pt`
         file; on the Hub `weights.pt`). A `.pt` file that holds anything else than tensors is refused: it may be code.
         """
-        from ..files.foreign import prisma
+        return cls._converted(prisma.load(name_or_path, **one_dtype(options)))
 
-        return prisma.load(name_or_path, **one_dtype(options))
+    @classmethod
+    def _converted(cls, found: Converted) -> SAEModel:
+        return cls.from_pretrained(None, config=found.config, state_dict=found.state, dtype=found.dtype)
 
     def save_sparsify(self, folder: str | os.PathLike) -> None:
         """
@@ -196,15 +196,11 @@ class SAEModel(HubMixin, PreTrainedModel):
         Raises:
             `ValueError`: if `activation` is `"absolute"`. `OSError`: if the folder can't be written.
         """
-        from ..files.foreign import sparsify
-
         sparsify.save(self, folder)
 
     def save_sae_lens(self, folder: str | os.PathLike) -> None:
         """As [`SAEModel.save_sparsify`], for SAELens' `SAE.load_from_disk`, which has a place for CLIP and layer (in `metadata`). It
         knows `"absolute"` as `abstopk`."""
-        from ..files.foreign import sae_lens
-
         sae_lens.save(self, folder)
 
     @torch.no_grad()

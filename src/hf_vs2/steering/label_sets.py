@@ -8,22 +8,23 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.functional import normalize
+from transformers import CLIPModel
 from transformers.utils import cached_file
 
+from ..config.vs2_clip import Steering
 from ..encoders.tail import unit_embeds
 from ..files.checkpoint_folder import LABEL_SETS_NAME
 from ..files.weight_files import read_described, write_described
 from ..files.weight_state import weights_state
 from ..functional.label_free import LabelFit
 from ..methods import METHODS, method_named
-
-
-if TYPE_CHECKING:
-    from .steerer import Steerer
+from ..sae.modeling import SAEModel
+from ..sae.statistics import DomainStatistics
+from .outputs import VS2ImageFeatures
 
 
 _KIND = ("hf_vs2.label_sets", 1)
@@ -31,6 +32,23 @@ _BATCH = 1024
 # Class embeddings of the same prompts differ by rounding from batch to batch and device to device; those of other prompts by more.
 _SAME_CLASSES = 1e-4
 _FIT_TENSORS = ("mean", "prototypes", "weights", "received", "scale")
+
+
+class Steers(Protocol):
+    """What label sets ask of a [`Steerer`]."""
+
+    @property
+    def clip(self) -> CLIPModel: ...
+    @property
+    def settings(self) -> Steering: ...
+    @property
+    def sae(self) -> SAEModel: ...
+    @property
+    def statistics(self) -> DomainStatistics: ...
+    @property
+    def unlabelled_rows(self) -> torch.Tensor: ...
+    def with_(self, **settings: Any) -> Steers: ...
+    def features_from_cls(self, rows: torch.Tensor) -> VS2ImageFeatures: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +107,7 @@ class LabelSets:
 
     @torch.compiler.disable  # locks and caches are nothing to trace
     def fitted(
-        self, steerer: Steerer, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None
+        self, steerer: Steers, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None
     ) -> FittedLabels:
         """
         What the method in force makes of class embeddings `(num_classes, projection_dim)`: known, or fitted now. With `labels` it is
@@ -131,19 +149,19 @@ class LabelSets:
         while len(self._recent) > 1 and sum(one.fit.num_floats for one in self._recent) > self.max_floats:
             del self._recent[0]
 
-    def image_mean(self, steerer: Steerer) -> torch.Tensor:
+    def image_mean(self, steerer: Steers) -> torch.Tensor:
         """Mean unit embedding under the step in force, `(projection_dim,)`: as measured, or that of the sketch."""
         with self._lock, _kept_tensors():
             self._check_state(steerer)
             return _SketchRows(self, steerer, steerer.clip.device).mean()
 
-    def named_now(self, steerer: Steerer) -> tuple[FittedLabels, ...]:
+    def named_now(self, steerer: Steers) -> tuple[FittedLabels, ...]:
         """The sets fitted by name, less those of other weights than the model has now."""
         with self._lock:
             self._check_state(steerer)
             return self.named
 
-    def _check_state(self, steerer: Steerer) -> None:
+    def _check_state(self, steerer: Steers) -> None:
         """Everything is dropped when weights or statistics change that it was made of; what a copy brought belongs to those of the
         first use."""
         clip, sae = steerer.clip, steerer.sae
@@ -156,7 +174,7 @@ class LabelSets:
                 self.named = ()
         self._state = state
 
-    def sketch(self, steerer: Steerer) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def sketch(self, steerer: Steers) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views.
 
         Raises:
@@ -193,7 +211,7 @@ class LabelSets:
         name_or_path: str | os.PathLike,
         place: Mapping[str, Any],
         digests: Mapping[str, str] | None,
-        steerer: Steerer,
+        steerer: Steers,
     ) -> LabelSets:
         """
         Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files, for the model that it holds.
@@ -217,9 +235,7 @@ class LabelSets:
         return found
 
 
-def _read(
-    tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any], steerer: Steerer
-) -> FittedLabels:
+def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any], steerer: Steers) -> FittedLabels:
     method = str(about["method"])
     if method_named(method).fit is None:
         raise ValueError(f"label set {number} is of method {method!r}, which fits nothing")
@@ -247,7 +263,7 @@ def _read(
 class _SketchRows:
     """[`UnlabelledRows`]: the sketch of a model's statistics, on a device."""
 
-    def __init__(self, kept: LabelSets, steerer: Steerer, device: torch.device | None):
+    def __init__(self, kept: LabelSets, steerer: Steers, device: torch.device | None):
         self.kept, self.steerer, self.device = kept, steerer, device
 
     def mean(self) -> torch.Tensor:
@@ -276,7 +292,7 @@ def _only_moved(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     return moved and values == found
 
 
-def _settings(steerer: Steerer) -> tuple[float, ...]:
+def _settings(steerer: Steers) -> tuple[float, ...]:
     """What of the steering settings a fit depends on."""
     chosen = steerer.settings
     return () if chosen.rule.step is None else (float(chosen.lambda_), *map(float, chosen.gamma_factors))

@@ -19,7 +19,7 @@ from ..functional.label_free import row_distance
 from ..methods import Batch, LatentStep, NeighborCodes
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
-from .corpus import CorpusSearch, RetrievalInputs
+from .corpus_search import CorpusSearch, RetrievalInputs
 from .label_sets import FittedLabels, LabelSets
 from .outputs import VS2ImageFeatures, per_image
 

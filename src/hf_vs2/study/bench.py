@@ -27,7 +27,7 @@ from ..data.fingerprint import dataset_fingerprint
 from ..data.prompts import class_embeddings
 from ..data.registry import DatasetInfo
 from ..data.rows import rows_of
-from ..data.store import request_key, request_of
+from ..data.store_format import request_key, request_of
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
 from ..encoders.tail import clip_embeds, unit_embeds

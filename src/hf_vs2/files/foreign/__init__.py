@@ -1,4 +1,4 @@
-"""SAEs of other libraries: their checkpoints read into a [`SAEModel`], and a [`SAEModel`] written as theirs.
+"""SAEs of other libraries: their checkpoints read as those of a [`SAEModel`], and a [`SAEModel`] written as theirs.
 
 One module a format, each with `load(name_or_path, ...)` and, where that library's loader takes it, `save(sae, folder)`. Only what a
 top-k SAE computes exactly is converted; everything else is refused. docs/foreign.md has the table.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from transformers.utils import logging
 
 from ...config.sae import SAEConfig
-from ...sae.modeling import SAEModel
 from ...version import __version__
 from .checkpoint import ForeignCheckpoint
 
@@ -82,7 +81,15 @@ class Parts:
         self.W_dec = self.W_dec / norms[:, None]
 
 
-def build(
+class Converted(NamedTuple):
+    """What a checkpoint of another library is as an [`SAEModel`]."""
+
+    config: SAEConfig
+    state: dict[str, torch.Tensor]
+    dtype: torch.dtype
+
+
+def convert(
     parts: Parts,
     checkpoint: ForeignCheckpoint,
     *,
@@ -91,9 +98,9 @@ def build(
     base_model_revision: str | None,
     dtype: torch.dtype | None,
     notes: tuple[str, ...] = (),
-) -> SAEModel:
+) -> Converted:
     """
-    The model in evaluation mode, with a warning of what its files can't tell.
+    Configuration and weights, with a warning of what the files can't tell.
 
     Raises:
         `ValueError`: if no SAE has such settings.
@@ -116,13 +123,11 @@ def build(
         raise ValueError(f"{checkpoint.config_path}: {error}") from error
     state = {name: getattr(parts, name) for name in ("W_enc", "b_enc", "W_dec", "b_pre")}
     state["mean"] = parts.b_pre.to(torch.float32, copy=True)  # two parameters of one memory could not be saved
-    sae = SAEModel.from_pretrained(None, config=config, state_dict=state, dtype=dtype or parts.W_dec.dtype)
-    _warn(sae, checkpoint, notes)
-    return sae
+    _warn(config, checkpoint, notes)
+    return Converted(config, state, dtype or parts.W_dec.dtype)
 
 
-def _warn(sae: SAEModel, checkpoint: ForeignCheckpoint, notes: tuple[str, ...]) -> None:
-    config = sae.config
+def _warn(config: SAEConfig, checkpoint: ForeignCheckpoint, notes: tuple[str, ...]) -> None:
     unknown = [*notes]
     if config.layer is None:
         unknown.append("The layer it reads is not in its files and is taken for the last; give layer= otherwise.")
@@ -162,4 +167,4 @@ def refuse_hook(checkpoint: ForeignCheckpoint, hook: Any) -> NoReturn:
     )
 
 
-__all__ = ["Parts", "build", "layer_of", "refuse_hook"]
+__all__ = ["Converted", "Parts", "convert", "layer_of", "refuse_hook"]

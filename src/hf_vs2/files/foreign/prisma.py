@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.utils import CONFIG_NAME
 
 from ..weight_files import unpickled
 from .checkpoint import ForeignCheckpoint, as_weights
-from .parts import Parts, build, layer_of
+from .parts import Converted, Parts, convert, layer_of
 from .sae_lens import fold_normalization
 
-
-if TYPE_CHECKING:
-    from ...sae.modeling import SAEModel
 
 _HUB_NAME = "weights.pt"
 """What the repositories of ViT-Prisma's authors call it."""
@@ -32,7 +29,7 @@ def load(
     base_model_revision: str | None = None,
     dtype: torch.dtype | None = None,
     **place: Any,
-) -> SAEModel:
+) -> Converted:
     """See [`SAEModel.from_prisma`]."""
     weights_name = weights_name or _weights_of(name_or_path, place.get("subfolder"))
     checkpoint = ForeignCheckpoint.find("prisma", name_or_path, place, CONFIG_NAME, weights_name)
@@ -44,7 +41,7 @@ def load(
     if not setting("cls_token_only", bool, False):
         tokens = "patch tokens alone" if setting("use_patches_only", bool, False) else "CLS and patch tokens"
         notes = (f"It was trained on {tokens}; here it reads the CLS token.",)
-    return build(
+    return convert(
         parts,
         checkpoint,
         layer=layer_of(checkpoint, hook, layer),

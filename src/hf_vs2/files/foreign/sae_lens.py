@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...version import __version__
 from ..checkpoint_folder import looks_like_hub_id
 from .checkpoint import CFG_NAME, ForeignCheckpoint
-from .parts import Parts, build, layer_of
+from .parts import Converted, Parts, convert, layer_of
 from .sparsify import write_files
 
-
-if TYPE_CHECKING:
-    from ...sae.modeling import SAEModel
 
 WEIGHTS_NAME = "sae_weights.safetensors"
 _LAYOUT = "6.0.0"
@@ -47,7 +44,7 @@ def load(
     base_model_revision: str | None = None,
     dtype: torch.dtype | None = None,
     **place: Any,
-) -> SAEModel:
+) -> Converted:
     """See [`SAEModel.from_sae_lens`]."""
     checkpoint = ForeignCheckpoint.find("sae_lens", name_or_path, place, CFG_NAME, WEIGHTS_NAME)
     parts = _parts(checkpoint)
@@ -59,7 +56,7 @@ def load(
         parts.fold_decoder_norms(checkpoint.weights_path)
     metadata = checkpoint.setting("metadata", dict, {})
     hook = metadata.get("hook_name", checkpoint.config.get("hook_name", checkpoint.config.get("hook_point")))
-    return build(
+    return convert(
         parts,
         checkpoint,
         layer=layer_of(checkpoint, hook, layer),
@@ -135,7 +132,7 @@ def fold_normalization(parts: Parts, checkpoint: ForeignCheckpoint, scaling_fact
     parts.fold_scale(scaling_factor)
 
 
-def save(sae: SAEModel, folder: str | os.PathLike) -> None:
+def save(sae: Any, folder: str | os.PathLike) -> None:
     """See [`SAEModel.save_sae_lens`]."""
     config = sae.config
     num_latents, hidden_size = config.weight_shape

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,11 +15,8 @@ from safetensors.torch import save_file
 from ..atomic import failing_as, replace_files
 from ..json_files import write_json
 from .checkpoint import CFG_NAME, ForeignCheckpoint
-from .parts import Parts, build, refuse_hook
+from .parts import Converted, Parts, convert, refuse_hook
 
-
-if TYPE_CHECKING:
-    from ...sae.modeling import SAEModel
 
 WEIGHTS_NAME = "sae.safetensors"
 _RESIDUAL = re.compile(r"(?:.*\.)?layers\.(\d+)")
@@ -39,7 +36,7 @@ def load(
     base_model_revision: str | None = None,
     dtype: torch.dtype | None = None,
     **place: Any,
-) -> SAEModel:
+) -> Converted:
     """See [`SAEModel.from_sparsify`]."""
     checkpoint = ForeignCheckpoint.find("sparsify", name_or_path, place, CFG_NAME, WEIGHTS_NAME)
     setting = checkpoint.setting
@@ -72,7 +69,7 @@ def load(
         activation="absolute" if setting("signed", bool, False) else "relu",
     )
     layer = _layer_of(checkpoint) if layer is None else layer
-    return build(
+    return convert(
         parts,
         checkpoint,
         layer=layer,
@@ -96,7 +93,7 @@ def _layer_of(checkpoint: ForeignCheckpoint) -> int | None:
     return int(residual[1]) if residual else None
 
 
-def save(sae: SAEModel, folder: str | os.PathLike) -> None:
+def save(sae: Any, folder: str | os.PathLike) -> None:
     """See [`SAEModel.save_sparsify`]."""
     config = sae.config
     if config.activation != "relu":
