@@ -117,6 +117,8 @@ class LabelSets:
             `ValueError`: without statistics, or rows where the method needs them.
         """
         method, settings = steerer.settings.method, _settings(steerer)
+        if steerer.settings.rule.needs_rows:
+            steerer.unlabelled_rows  # noqa: B018  which refuses: what an earlier version fitted without rows was another method
         with self._lock, _kept_tensors():
             classes = normalize(class_embeds.float(), dim=-1)
             self._check_state(steerer)
