@@ -10,13 +10,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import CLIPModel
 from transformers.utils import CONFIG_NAME, logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
@@ -46,52 +45,18 @@ from ..training.label_losses import PrototypeAlignment
 from ..training.output_folder import checkpoints
 from ..training.trainer import SAETrainer
 from .config import StudyConfig
+from .materials import DeepFeatures, Encoder, Neighbors, SAESpec
 from .results import Cell
 from .views import AugmentedView
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 logger = logging.get_logger(__name__)
 
 BATCH, IMAGE_BATCH = 1024, 64
 Split = Literal["train", "test"]
-
-
-class Encoder(NamedTuple):
-    """A CLIP and what reads text and images for it."""
-
-    clip: CLIPModel
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: Any
-
-
-class Neighbors(NamedTuple):
-    """Nearest rows of the corpus for each evaluated image, nearest first; each tensor is `(n, num_neighbors)`."""
-
-    similarity: torch.Tensor
-    indices: torch.Tensor
-
-
-class DeepFeatures(NamedTuple):
-    """Unit image embeddings `(n, projection_dim)` of a model with steered inner layers, and the last layer's FVU `(n,)`."""
-
-    features: torch.Tensor
-    fvu: torch.Tensor
-
-
-@dataclass(frozen=True)
-class SAESpec:
-    """Which SAE of the study."""
-
-    trained_on: tuple[str, ...]
-    seed: int
-    top_k: int
-    expansion_factor: int
-    layer: int = -1
-    share: float = 1.0
-    pass_weight: float = 0.0
 
 
 class Bench:

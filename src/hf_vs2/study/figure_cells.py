@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,23 +11,14 @@ import numpy as np
 from ..files.report import STYLES
 from .figure_sheets import (
     COLUMNS,
-    GATED,
     GRID_LINES,
     GROUPS,
-    OTHER,
-    PLAIN,
-    VS2,
+    WIDEST,
     Sheet,
     StudyReader,
-    by_setting,
     distinct,
     in_sheets,
-    mark_default,
-    seed_curve,
     sentence,
-    set_log_ticks,
-    wrapped_shape,
-    zero_line,
 )
 from .results import CellResult
 
@@ -36,11 +26,6 @@ from .results import CellResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-WIDEST = 9.6
-"""Inches that a sheet of heat maps may take, as long as one fits."""
-METHOD_STYLES = {"vs2": (VS2, "-"), "vs2_gate": (GATED, "-."), "centroid": (OTHER, "--")}
 
 
 # Gains
@@ -225,243 +210,3 @@ def _outline(axes: Axes, inside: Sequence[Sequence[bool]]) -> None:
         ):
             if not padded[row + down, column + right]:
                 axes.plot(*ends, color="black", linestyle=(0, (3, 1.5)), linewidth=1.3, clip_on=False)
-
-
-# One setting varied
-
-
-def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    cells = study.first_prompts("share", encoder)
-    methods = distinct(one.cell.method for one in cells)
-    datasets = study.datasets(cells)
-    if not cells:
-        return
-    notes = (
-        "The SAE, the gate's threshold and the centroid are taken from a share of the unlabelled training images. Points of top-1 "
-        "accuracy above plain CLIP on all test images; line: mean over seeds; dots and band: each seed, and their range. "
-        + sentence(study.said(cells))
-    )
-    shape = wrapped_shape(len(datasets))
-    sheet = Sheet(f"Gain against the share of unlabelled images: {encoder}", notes, shape, (2.7, 2.5))
-    for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
-        shares: set[float] = set()
-        for method in methods:
-            style, line = METHOD_STYLES.get(method, (PLAIN, ":"))
-            here = [one for one in cells if (one.cell.dataset, one.cell.method) == (dataset, method)]
-            points = by_setting(here, "share", "gain", missing=1.0)
-            shares |= set(points)
-            seed_curve(axes, points, style, study.label(method), line)
-        zero_line(axes)
-        set_log_ticks(axes, shares, lambda share: f"{100 * share:g}")
-        axes.set_xlabel("share of the training images, %")
-        if number % shape[1] == 0:
-            axes.set_ylabel("gain, points")
-        total = study.about(dataset).get("n_train")
-        if total:
-            above = axes.secondary_xaxis("top")
-            set_log_ticks(above, shares, partial(_images_of, total))
-            above.set_xlabel("training images", fontsize=8)
-            above.spines["top"].set_visible(True)
-        sheet.title(axes, study.headline(dataset))
-    sheet.legend()
-    yield "", sheet.figure
-
-
-def _images_of(total: int, share: float) -> str:
-    return f"{round(share * total):,}"
-
-
-def _two_rows(
-    study: StudyReader, encoder: str, section: str, setting: str, title: str, axis: str, seen: str
-) -> Iterator[tuple[str, Figure]]:
-    """Gain above held-out FVU, against one setting of the SAE."""
-    cells = study.first_prompts(section, encoder, method="vs2")
-    notes = (
-        f"VS2 with {seen}. Above: points of top-1 accuracy above plain CLIP; below: what of the variance of held-out training rows "
-        "the SAE leaves unexplained. Line: mean over seeds; dots and band: each seed, and their range. "
-        + sentence(study.said(cells))
-    )
-    for suffix, datasets in in_sheets(study.datasets(cells)):
-        sheet = Sheet(f"{title}: {encoder}", notes, (2, len(datasets)), (2.5, 1.9), sharex="col", margin=0.4)
-        for column, dataset in enumerate(datasets):
-            here = [one for one in cells if one.cell.dataset == dataset]
-            gain, fvu = by_setting(here, setting, "gain"), by_setting(here, setting, "held_out_fvu")
-            above, below = sheet.axes[:, column]
-            seed_curve(above, gain, VS2, "VS2, gain over plain CLIP")
-            zero_line(above)
-            seed_curve(below, fvu, OTHER, "held-out FVU", "--")
-            below.grid(color=GRID_LINES, linewidth=0.8)
-            for axes in (above, below):
-                mark_default(axes, study.defaults.get(setting), gain)
-            set_log_ticks(below, gain)
-            below.set_xlabel(axis)
-            sheet.title(above, study.headline(dataset))
-        sheet.axes[0, 0].set_ylabel("gain, points")
-        sheet.axes[1, 0].set_ylabel("held-out FVU")
-        sheet.legend()
-        yield suffix, sheet.figure
-
-
-def top_k(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    yield from _two_rows(
-        study, encoder, "top_k", "top_k", "Sparsity of the SAE", "top_k, active latents", "SAEs of different sparsity"
-    )
-
-
-def expansion(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    yield from _two_rows(
-        study,
-        encoder,
-        "expansion",
-        "expansion_factor",
-        "Width of the SAE",
-        "expansion factor",
-        "SAEs of different width",
-    )
-
-
-def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    cells = study.first_prompts("neighbors", encoder, method="vs2pp_majority")
-    datasets = study.datasets(cells)
-    if not cells:
-        return
-    notes = (
-        "VS2++ steers towards the latents of those retrieved training images whose pseudo-label is the majority's, away from the "
-        "others. Points of top-1 accuracy above plain CLIP; line: mean over seeds; dots and band: each seed, and their range; "
-        "dashed: VS2, which retrieves nothing, mean over seeds. " + sentence(study.said(cells))
-    )
-    shape = wrapped_shape(len(datasets))
-    sheet = Sheet(f"Gain of VS2++ against the number of neighbours: {encoder}", notes, shape, (2.5, 2.2), margin=0.4)
-    for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
-        points = by_setting([one for one in cells if one.cell.dataset == dataset], "num_neighbors", "gain")
-        seed_curve(axes, points, OTHER, study.label("vs2pp_majority"))
-        prompts = cells[0].cell.prompts
-        without = study.result.select("table", encoder=encoder, dataset=dataset, method="vs2", prompts=prompts)
-        if without:
-            mean = np.mean([one.figures["gain"] for one in without])
-            axes.axhline(float(mean), color=VS2[0], linestyle="--", linewidth=1.4, label=study.label("vs2"))
-        zero_line(axes)
-        mark_default(axes, study.defaults.get("num_neighbors"), points)
-        set_log_ticks(axes, points)
-        axes.set_xlabel("neighbours")
-        if number % shape[1] == 0:
-            axes.set_ylabel("gain, points")
-        sheet.title(axes, study.headline(dataset))
-    sheet.legend()
-    yield "", sheet.figure
-
-
-# PASS
-
-
-def pass_trade_off(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    cells = study.first_prompts("pass", encoder, method="vs2_pass")
-    datasets = study.datasets(cells)
-    if not cells:
-        return
-    notes = (
-        "VS2 with SAEs trained with PASS, whose prototype loss, weighted by w, uses the labels of training images; w = 0 is VS2. "
-        "Numbers: w. Large marker: mean over seeds, joined in the order of w; dots: each seed. FVU: of held-out training rows. "
-        + sentence(study.said(cells))
-    )
-    shape = wrapped_shape(len(datasets))
-    sheet = Sheet(f"Trade-off of PASS: {encoder}", notes, shape, (2.9, 2.6), margin=0.3)
-    for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
-        here = [one for one in cells if one.cell.dataset == dataset]
-        prompts = here[0].cell.prompts
-        here += study.result.select("table", encoder=encoder, dataset=dataset, method="vs2", prompts=prompts)
-        plain = study.result.plain(encoder, dataset, prompts)
-        if plain is not None:
-            axes.axhline(plain.figures["top1"], color=PLAIN[0], linestyle="--", linewidth=1.2, label="plain CLIP")
-        _draw_pass(axes, here, study.defaults.get("pass_weight"))
-        axes.set_xlabel("held-out FVU")
-        if number % shape[1] == 0:
-            axes.set_ylabel("top-1 accuracy, %")
-        sheet.title(axes, study.headline(dataset))
-    sheet.legend()
-    yield "", sheet.figure
-
-
-def _draw_pass(axes: Axes, cells: Sequence[CellResult], default: float | None) -> None:
-    fvu = by_setting(cells, "pass_weight", "held_out_fvu", missing=0.0)
-    top1 = by_setting(
-        [one for one in cells if one.figures.get("held_out_fvu") is not None], "pass_weight", "top1", missing=0.0
-    )
-    weights = sorted(fvu)
-    places = {weight: (float(np.mean(fvu[weight])), float(np.mean(top1[weight]))) for weight in weights}
-    colour, marker = VS2
-    axes.plot(*zip(*places.values(), strict=True), "-", color=colour, linewidth=1)
-    for weight, place in places.items():
-        is_default = default is not None and math.isclose(weight, default)
-        label = "VS2 (w = 0)" if weight == 0 else "the study's default w" if is_default else "VS2 + PASS"
-        shape = "*" if weight == 0 else "s" if is_default else marker
-        size = 10 if weight == 0 else 7 if is_default else 5
-        face = "white" if is_default else colour
-        axes.plot(*place, shape, color=colour, markerfacecolor=face, markersize=size, linestyle="none", label=label)
-        axes.scatter(fvu[weight], top1[weight], s=5, color=colour, alpha=0.6, linewidths=0)
-    axes.grid(color=GRID_LINES, linewidth=0.8)
-    _label_above(axes, {f"{weight:g}": place for weight, place in places.items()})
-
-
-def _label_above(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
-    """A label for each point in one line at the top, each with a thin line to its point: points may lie close together."""
-    axes.margins(0.08, 0.1)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.3 * (high - low))
-    left, right = axes.get_xlim()
-    order = sorted(places, key=lambda label: places[label])
-    gap = min(0.12, 0.94 / max(1, len(order) - 1))
-    spots: list[float] = []
-    for label in order:
-        wanted = (places[label][0] - left) / (right - left)
-        spots.append(max([wanted, *(spot + gap for spot in spots[-1:])]))
-    for index in range(len(order) - 1, -1, -1):  # back from the right edge
-        spots[index] = min(spots[index], 0.97 - gap * (len(order) - 1 - index))
-    for label, spot in zip(order, spots, strict=True):
-        axes.annotate(
-            label,
-            places[label],
-            (spot, 0.95),
-            textcoords="axes fraction",
-            ha="center",
-            va="center",
-            fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
-        )
-
-
-# Agreement
-
-
-def agreement(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    cells = study.result.select("agreement", encoder=encoder, method="steering_cosine")
-    if not cells:
-        return
-    size = max(len(one.figures["names"]) for one in cells)
-    wide, tall = 0.36 * size + 1.4, 0.28 * size + 1.2
-    columns = max(1, min(int(WIDEST / wide), COLUMNS))
-    notes = (
-        "Mean cosine, over the test images, between the steering vectors that two SAEs of the same data set give an image; "
-        "centroid: the image minus the mean of the training images, without an SAE."
-    )
-    for suffix, datasets in in_sheets(study.datasets(cells), 3 * columns):
-        shape = (math.ceil(len(datasets) / columns), min(columns, len(datasets)))
-        sheet = Sheet(f"Agreement of steering vectors: {encoder}", notes, shape, (wide, tall), foot=0.1)
-        for axes, dataset in zip(sheet.panels(len(datasets)), datasets, strict=True):
-            figures = next(one.figures for one in cells if one.cell.dataset == dataset)
-            names, cosine = figures["names"], np.array(figures["cosine"])
-            low = min(0.0, float(cosine.min()))
-            mesh = axes.pcolormesh(cosine, cmap="cividis", vmin=low, vmax=1, edgecolors="white", linewidth=0.5)
-            for row, column in np.ndindex(*cosine.shape):
-                value = cosine[row, column]
-                colour = "black" if (value - low) / (1 - low) > 0.55 else "white"
-                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-            axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(np.arange(len(names)) + 0.5, names)
-            axes.set_ylim(len(names), 0)
-            axes.tick_params(length=0)
-            sheet.title(axes, study.headline(dataset), beside=1.2)
-            bar = sheet.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=25)
-            bar.set_label("cosine")
-            bar.outline.set_visible(False)
-        yield suffix, sheet.figure

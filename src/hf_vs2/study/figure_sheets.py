@@ -25,6 +25,10 @@ GROUPS = ("without an SAE", "with an SAE", "retrieval or pseudo-labels", "with l
 # One method looks the same in every figure.
 VS2, PLAIN, GATED, OTHER = STYLES
 
+WIDEST = 9.6
+"""Inches that a sheet of heat maps may take, as long as one fits."""
+METHOD_STYLES = {"vs2": (VS2, "-"), "vs2_gate": (GATED, "-."), "centroid": (OTHER, "--")}
+
 
 class StudyReader:
     """What the figures ask of a result."""

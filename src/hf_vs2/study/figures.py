@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.atomic import replace_file
-from . import figure_cells, figure_images
+from . import figure_cells, figure_curves, figure_images
 from .figure_sheets import StudyReader, file_word
 from .results import StudyResult
 
@@ -90,15 +90,15 @@ def _save(figure: Figure, path: Path) -> Path:
 FIGURES: dict[str, Callable[[StudyReader, str], Iterator[tuple[str, Figure]]]] = {
     "gains": figure_cells.gains,
     "grid": figure_cells.grid,
-    "share": figure_cells.share,
-    "top_k": figure_cells.top_k,
-    "expansion": figure_cells.expansion,
+    "share": figure_curves.share,
+    "top_k": figure_curves.top_k,
+    "expansion": figure_curves.expansion,
     "fvu_deciles": figure_images.deciles,
     "risk_coverage": figure_images.risk,
     "per_class": figure_images.classes,
-    "pass": figure_cells.pass_trade_off,
-    "neighbors": figure_cells.neighbors,
-    "agreement": figure_cells.agreement,
+    "pass": figure_curves.pass_trade_off,
+    "neighbors": figure_curves.neighbors,
+    "agreement": figure_curves.agreement,
 }
 
 __all__ = ["draw_figures", "study_figures"]
