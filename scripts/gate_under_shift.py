@@ -30,7 +30,7 @@ def main() -> None:
     config = StudyConfig.from_yaml(args.study, args.output_dir)
     bench, encoder = Bench(config, progress=False), config.encoders[0].name
     names = [info.name for info in config.datasets]
-    wanted = encoder, "vs2_dn", config.prompts[0], config.seeds[0]
+    wanted = encoder, "vs2+distribution_norm", config.prompts[0], config.seeds[0]
     cells = {one.dataset: one for one in plan(config) if (one.encoder, one.method, one.prompts, one.seed) == wanted}
     print("| statistics and SAE of | method |", " | ".join(names), "|\n|---|---|" + "---|" * len(names))
     for source in names:

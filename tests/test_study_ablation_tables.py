@@ -24,7 +24,7 @@ def test_gate_shift_has_coverage_and_table_3_beside_it() -> None:
         )
         for gate in (0.9, 0.99):
             params = {"trained_on": union, "gate": gate}
-            cells.append(cell("vs2_gate", 51.0, 1.0, "sun397", seed, sections=shift, params=params, coverage=coverage))
+            cells.append(cell("vs2+gate", 51.0, 1.0, "sun397", seed, sections=shift, params=params, coverage=coverage))
     about = {name: {"title": title, "registry": name} for name, title in names.items()}
     document = study_markdown(made_up(about, cells))
     assert "one SAE trained on A + B + C" in document
@@ -48,13 +48,13 @@ def test_a_gate_that_could_not_be_had_is_told() -> None:
     union = ["cifar100", "cub200", "tiny_imagenet"]
     about = {name: {"registry": name} for name in union}
     shift = [
-        cell("vs2_gate", 51.0, 1.0, "cub200", seed, params={"trained_on": union, "gate": 0.99}, gate=gate)
+        cell("vs2+gate", 51.0, 1.0, "cub200", seed, params={"trained_on": union, "gate": 0.99}, gate=gate)
         for seed, gate in ((0, 0.96), (1, 0.99))
     ]
     for one in shift:
         one.sections = ["gate_shift"]
     share = cell(
-        "vs2_gate", 52.0, 2.0, "cub200", 0, sections=("share",), params={"share": 0.01, "gate": 0.99}, gate=0.75
+        "vs2+gate", 52.0, 2.0, "cub200", 0, sections=("share",), params={"share": 0.01, "gate": 0.99}, gate=0.75
     )
     document = study_markdown(made_up(about, [*shift, share]))
     assert section(document, "Gate under shift")[0][-1] == "51.00 ± 0.00 (+1.00); 100.0 % steered at q 0.96"
@@ -100,8 +100,8 @@ def test_ablations_list_each_value_and_mark_the_tables_own() -> None:
     [
         ("top_k", "top_k", "vs2", 8, 16),
         ("expansion", "expansion_factor", "vs2", 2, 4),
-        ("share", "share", "vs2_gate", 0.1, 1),
-        ("neighbors", "num_neighbors", "vs2pp_majority", 5, 50),
+        ("share", "share", "vs2+gate", 0.1, 1),
+        ("neighbors", "num_neighbors", "vs2++", 5, 50),
         ("pass", "pass_weight", "vs2_pass", 0.1, 0.8),
     ],
 )

@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from hf_vs2.evaluation.metrics import paired_bootstrap
-from hf_vs2.study.catalog import METHODS
+from hf_vs2.study.catalog import study_methods
 from hf_vs2.study.config import StudyConfig
 from hf_vs2.study.figures import draw_figures, study_figures
 from hf_vs2.study.plan import plan
 from hf_vs2.study.results import Cell, CellResult, Outputs, StudyResult, save_cell
 
 
+METHODS = {name: method for name, method in study_methods().items() if method.default}
+
+
 N, SEEDS, CLASSES = 130, (0, 1), {"cifar10": 10, "eurosat": 45, "flowers102": 3}
 GAMMAS, LAMBDAS = [1.25, 1.5, 2.0], [0.6, 0.9, 2.1]
-METHOD_NAMES = ("vs2", "vs2_gate", "centroid", "negate", "vs2pp_majority", "vs2pp_oracle", "vs2_pass")
+METHOD_NAMES = ("vs2", "vs2+gate", "centroid", "negate", "vs2++", "vs2++oracle", "vs2_pass")
 
 
 def config() -> StudyConfig:
@@ -75,7 +78,7 @@ def measured(folder: Path, cell: Cell) -> CellResult:
         "top1": 100 * float(outputs.right.double().mean()),
         "gain": 100 * (fixed - broken) / N,
         "gain_ci": list(paired_bootstrap(fixed, broken, N, num_resamples=200)),
-        "coverage": 0.4 if cell.method == "vs2_gate" else 1.0,
+        "coverage": 0.4 if cell.method == "vs2+gate" else 1.0,
         "n": N,
     }
     if METHODS[cell.method].seeded:
@@ -231,7 +234,7 @@ def test_risk_coverage(figures, result):
     assert line(risk, "plain CLIP, images below the threshold")[-1] == pytest.approx(100 - 100 * plain.mean())
     np.testing.assert_allclose(line(accuracy, "gated VS2, all images")[[0, -1]], [100 * plain.mean(), steered])
     for quantile in (0.9, 0.99):
-        gated = result.select("gate_shift", dataset="eurosat", method="vs2_gate", gate=quantile)
+        gated = result.select("gate_shift", dataset="eurosat", method="vs2+gate", gate=quantile)
         place = np.mean([one.figures["top1"] for one in gated])
         (mark,) = [one for one in accuracy.lines if one.get_label() == f"gate at q = {quantile}"]
         assert (*mark.get_xdata(), *mark.get_ydata()) == pytest.approx((40, place))  # each gate steers 40 % here

@@ -51,13 +51,15 @@ def test_the_table_lists_failures_first_and_counts_stay_whole() -> None:
     cells = []
     for dataset, gain in (("up", 3.0), ("down", -2.0), ("even", 1.0)):
         cells += [cell("clip", 60.0, dataset=dataset), cell("vs2", 60.0 + gain, gain, dataset, seed=0)]
-        cells += [cell("rec_f", 62.0 if dataset == "even" else 50.0, 2.0 if dataset == "even" else -10.0, dataset, 0)]
+        cells += [
+            cell("reconstruct", 62.0 if dataset == "even" else 50.0, 2.0 if dataset == "even" else -10.0, dataset, 0)
+        ]
     document = study_markdown(made_up({name: {"title": name.upper()} for name in ("up", "down", "even")}, cells))
     assert "**VS2 > CLIP zero-shot**: holds in 2, does not hold in 1 of 3." in document
     found = [row for row in rows(document, "") if row[-1] in ("holds", "does not hold", "within noise")]
     assert [row[:2] + row[4:5] for row in found] == [
         ["VS2 > CLIP zero-shot", 'DOWN, "single"', "-2.00"],
-        ["CLIP zero-shot > rec_f", 'EVEN, "single"', "-2.00"],
+        ["CLIP zero-shot > reconstruct", 'EVEN, "single"', "-2.00"],
     ]
 
 
@@ -66,7 +68,7 @@ def test_failures_come_before_noise(tmp_path: Path) -> None:
     cells = [
         with_outcomes(tmp_path, "clip", 200),
         with_outcomes(tmp_path, "vs2", 202, offset=N - 202, seed=0),
-        with_outcomes(tmp_path, "rec_f", 300, seed=0),
+        with_outcomes(tmp_path, "reconstruct", 300, seed=0),
     ]
     document = study_markdown(made_up({"set": {}}, cells))
     found = [row[-1] for row in rows(document, "") if row[-1] in ("does not hold", "within noise")]

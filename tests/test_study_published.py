@@ -16,7 +16,7 @@ from hf_vs2.study.tables import study_markdown
         ({}, " [64.52]"),
         ({"registry": "food101"}, " [81.20]"),
         ({"prompts": "ensemble"}, " [65.48]"),
-        ({"method": "rec_f"}, " [58.22]"),
+        ({"method": "reconstruct"}, " [58.22]"),
         ({"encoder": "openai/clip-vit-large-patch14"}, " [74.12]"),
         ({"registry": None}, ""),
         ({"prompts": "published"}, ""),
@@ -46,5 +46,5 @@ def test_published_file_has_a_figure_for_every_column() -> None:
                 assert len(row) == len(figures[part]["datasets"])
     table = figures["accuracy"][0]["figures"]
     # Three of table 1's figures, as printed.
-    assert table[B32]["vs2"][0] == 64.52 and table[B16]["vs2pp_oracle"][2] == 81.55
+    assert table[B32]["vs2"][0] == 64.52 and table[B16]["vs2++oracle"][2] == 81.55
     assert table[B32]["rec_a"][2] == 30.56

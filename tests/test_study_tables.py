@@ -13,7 +13,7 @@ from hf_vs2.study.tables import study_markdown
 def test_a_field_is_mean_deviation_gain_and_seeds() -> None:
     """The figures people quote: over seeds, with n - 1, and the oracle marked as a bound."""
     cells = [
-        cell("vs2pp_oracle", 80.0, 20.0, seed=0),
+        cell("vs2++oracle", 80.0, 20.0, seed=0),
         cell("clip", 60.0),
         cell("vs2", 61.0, 1.0, seed=0),
         cell("vs2", 64.0, 4.0, seed=1),
@@ -29,20 +29,23 @@ def test_a_field_is_mean_deviation_gain_and_seeds() -> None:
 
 def test_number_of_seeds_stands_once_if_it_is_one_number() -> None:
     """n in every field hides the figures; n above a table whose rows differ would be false."""
-    cells = [cell("clip", 60.0), *(cell(name, 61.0, 1.0, seed=seed) for name in ("vs2", "rec_f") for seed in (0, 1))]
+    cells = [
+        cell("clip", 60.0),
+        *(cell(name, 61.0, 1.0, seed=seed) for name in ("vs2", "reconstruct") for seed in (0, 1)),
+    ]
     document = study_markdown(made_up({"set": {}}, cells))
     assert document.count("n = 2 SAE seeds.") == 1 and ", n 2" not in document
     document = study_markdown(made_up({"set": {}}, cells[:-1]))
     assert "n = " not in document
     assert (
         rows(document, "VS2")[0][1] == "61.00 ± 0.00 (+1.00), n 2"
-        and rows(document, "rec_f")[0][1] == "61.00 (+1.00), n 1"
+        and rows(document, "reconstruct")[0][1] == "61.00 (+1.00), n 1"
     )
 
 
 def test_rows_are_grouped_and_those_with_labels_last() -> None:
     """A bound that used labels must not stand among the methods that it bounds, nor a control among the paper's rows."""
-    names = ["vs2pp_oracle", "zero_out", "centroid", "vs2", "clip"]
+    names = ["vs2++oracle", "zero_out", "centroid", "vs2", "clip"]
     cells = [
         cell(name, 60.0, seed=None if name in ("clip", "centroid") else 0, prompts=prompts)
         for prompts in ("single", "ensemble")
@@ -83,10 +86,10 @@ def test_mean_per_class_has_its_own_column() -> None:
 def test_neighbours_found_otherwise_than_in_the_paper_get_no_bracket(encoder, number, bracket) -> None:
     """VS2++ with CLIP's own neighbours is another row than the paper's: beside its figure it would look like a failure to repeat it."""
     params = {"num_neighbors": number, "retrieval_encoder": encoder}
-    cells = [cell("clip", 60.0), cell("vs2pp_majority", 61.0, 1.0, seed=0, params=params)]
+    cells = [cell("clip", 60.0), cell("vs2++", 61.0, 1.0, seed=0, params=params)]
     document = study_markdown(made_up({"set": {"registry": "cifar100"}}, cells))
     assert rows(document, "CLIP zero-shot")[0][1] == "60.00 [61.07]"
-    assert rows(document, "vs2pp_majority")[0][1] == f"61.00 (+1.00){bracket}"
+    assert rows(document, "vs2++")[0][1] == f"61.00 (+1.00){bracket}"
 
 
 def test_cost_stands_beside_the_papers() -> None:

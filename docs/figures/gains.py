@@ -15,12 +15,12 @@ METHODS = {
     "distribution_norm_1": "distribution norm, no SAE",
     "balanced_prototypes": "balanced prototypes, no SAE",
     "prototypes": "prototypes, no SAE",
-    "rec_f": "reconstruction",
-    "rec_f_gamma": "amplified reconstruction",
+    "reconstruct": "reconstruction",
+    "amplify": "amplified reconstruction",
     "vs2": "VS2",
-    "vs2_gate": "VS2, gated",
-    "vs2pp_majority": "VS2++, pseudo-labels",
-    "prototypes_sae": "prototypes + SAE view",
+    "vs2+gate": "VS2, gated",
+    "vs2++": "VS2++, pseudo-labels",
+    "prototypes+sae": "prototypes + SAE view",
 }
 DATASETS = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet", "cub100": "CUB-200, 100 classes"}
 

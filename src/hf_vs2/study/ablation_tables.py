@@ -19,15 +19,15 @@ def gate_shift(view: ResultView) -> Iterator[str]:
     """One SAE for several data sets on each of its own and on others, with and without the gate."""
     groups: dict[tuple[str, str, tuple[str, ...]], list[CellResult]] = {}
     for one in view.result.select("gate_shift"):
-        if one.cell.method in ("vs2", "vs2_gate"):
+        if one.cell.method in ("vs2", "vs2+gate"):
             group = (one.cell.encoder, one.cell.prompts, tuple(one.cell.params["trained_on"]))
             groups.setdefault(group, []).append(one)
     for (encoder, prompts, union), cells in groups.items():
-        quantiles = sorted({one.cell.params["gate"] for one in cells if one.cell.method == "vs2_gate"})
+        quantiles = sorted({one.cell.params["gate"] for one in cells if one.cell.method == "vs2+gate"})
         datasets = distinct(one.cell.dataset for one in cells)
         ungated = {name: [one for one in cells if _is(one, name, "vs2")] for name in datasets}
         gated = {
-            (name, quantile): [one for one in cells if _is(one, name, "vs2_gate", gate=quantile)]
+            (name, quantile): [one for one in cells if _is(one, name, "vs2+gate", gate=quantile)]
             for name in datasets
             for quantile in quantiles
         }
@@ -110,7 +110,7 @@ def _ablation(
 def _field(view: ResultView, cells: Sequence[CellResult], seeds: int | None, section: str) -> str:
     """Accuracy, and what explains it: the share steered of a gated model, else FVU where the SAEs of a table differ."""
     field = view.field(cells, seeds, bracket="")
-    if cells and cells[0].cell.method == "vs2_gate":
+    if cells and cells[0].cell.method == "vs2+gate":
         return field + gate_note(cells)
     fvu = [one.figures["held_out_fvu"] for one in cells if one.figures.get("held_out_fvu") is not None]
     return f"{field}; FVU {mean(fvu):.3f}" if fvu and section != "neighbors" else field

@@ -16,7 +16,8 @@ from ..config.sae import SAEConfig
 from ..config.vs2_clip import Steering
 from ..data.registry import DatasetInfo, dataset_info
 from ..training.arguments import SAETrainingArguments
-from .catalog import METHODS
+from .catalog import study_methods
+from .results import SPELLED
 
 
 PROMPTS = ("single", "ensemble", "published")
@@ -139,7 +140,7 @@ class StudyConfig:
         datasets: names of the registry, or mappings with overrides (`path`, `image_column`, ...) or of a data set of your own.
         seeds: of the SAEs.
         prompts: some of [`PROMPTS`].
-        methods: rows of the table, see [`hf_vs2.study.catalog.METHODS`]; all of them by default.
+        methods: rows of the table, see [`hf_vs2.study.catalog`]; those compared by default.
         sae, steering, retrieval, inner_layers, ablations, grid, gate_shift: see the classes of those names.
         views (`int`): augmented views beside the image itself, for the `ens_aug` rows.
         pass_weight (`float`): `w_aux` of PASS in the table.
@@ -213,9 +214,10 @@ class StudyConfig:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            object.__setattr__(self, "methods", tuple(METHODS))
-        _check_choices("methods", self.methods, tuple(METHODS))
+        known = study_methods()
+        chosen = self.methods or tuple(name for name, method in known.items() if method.default)
+        object.__setattr__(self, "methods", tuple(SPELLED.get(name, name) for name in chosen))
+        _check_choices("methods", self.methods, tuple(known))
         _check_choices("prompts", self.prompts, PROMPTS)
         named: tuple[tuple[str, list[Any]], ...] = (
             ("encoders", [one.name for one in self.encoders]),

@@ -128,7 +128,7 @@ def expansion(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
 
 
 def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    cells = study.first_prompts("neighbors", encoder, method="vs2pp_majority")
+    cells = study.first_prompts("neighbors", encoder, method="vs2++")
     datasets = study.datasets(cells)
     if not cells:
         return
@@ -141,7 +141,7 @@ def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     sheet = Sheet(f"Gain of VS2++ against the number of neighbours: {encoder}", notes, shape, (2.5, 2.2), margin=0.4)
     for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
         points = by_setting([one for one in cells if one.cell.dataset == dataset], "num_neighbors", "gain")
-        seed_curve(axes, points, OTHER, study.label("vs2pp_majority"))
+        seed_curve(axes, points, OTHER, study.label("vs2++"))
         prompts = cells[0].cell.prompts
         without = study.result.select("table", encoder=encoder, dataset=dataset, method="vs2", prompts=prompts)
         if without:

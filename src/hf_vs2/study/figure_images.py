@@ -35,7 +35,7 @@ class _Source:
         self.study, self.section, self.trained_on = study, section, trained_on
         wanted = {} if trained_on is None else {"trained_on": trained_on}
         self.steered = study.first_prompts(section, encoder, method="vs2", **wanted)
-        self.gated = study.first_prompts(section, encoder, method="vs2_gate", **wanted)
+        self.gated = study.first_prompts(section, encoder, method="vs2+gate", **wanted)
 
     def headline(self, dataset: str) -> list[str]:
         """The data set, and below it what the SAE was trained on."""

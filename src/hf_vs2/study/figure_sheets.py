@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files.report import STYLES
-from .catalog import METHODS
+from .catalog import study_methods
 from .results import CellResult, Outputs, StudyResult
 
 
@@ -27,7 +27,7 @@ VS2, PLAIN, GATED, OTHER = STYLES
 
 WIDEST = 9.6
 """Inches that a sheet of heat maps may take, as long as one fits."""
-METHOD_STYLES = {"vs2": (VS2, "-"), "vs2_gate": (GATED, "-."), "centroid": (OTHER, "--")}
+METHOD_STYLES = {"vs2": (VS2, "-"), "vs2+gate": (GATED, "-."), "centroid": (OTHER, "--")}
 
 
 class StudyReader:
@@ -65,7 +65,7 @@ class StudyReader:
 
     def group(self, method: str) -> int:
         """The one of [`GROUPS`] that a method belongs to."""
-        about = METHODS.get(method)
+        about = study_methods().get(method)
         if self.uses_labels(method) or about is not None and about.uses_labels:
             return 3
         if about is not None and ("retrieval" in about.settings or "pseudo" in about.label):

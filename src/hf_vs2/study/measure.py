@@ -14,9 +14,9 @@ from ..evaluation.metrics import Tally, row_figures
 from ..files.report import SampleOutputs
 from .analysis import mean_per_class_accuracy
 from .bench import BATCH, Bench
-from .catalog import METHODS
+from .catalog import study_methods
 from .cost import measure_cost
-from .methods import RUNS, Scored, usable_gate
+from .methods import Scored, run_of, usable_gate
 from .plan import COSINE, COST, GRID
 from .results import Cell, Outputs
 
@@ -34,7 +34,7 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
     special = {GRID: _grid, COST: _cost, COSINE: _cosine}
     if cell.method in special:
         return special[cell.method](bench, cell), None
-    method = METHODS[cell.method]
+    method = study_methods()[cell.method]
     labels, chosen = bench.labels(cell.encoder, cell.dataset), None
     if "inner" in method.settings:
         chosen = bench.limited(cell.dataset, "test", cell.params["test_limit"])
@@ -45,7 +45,7 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
     if method.seeded and "inner" not in method.settings:
         sae = bench.sae(cell.encoder, bench.spec(cell))  # now, so that its training is not part of the method's time
     started = time.perf_counter()
-    outputs, right5 = _collect(RUNS[cell.method](bench, cell), labels)
+    outputs, right5 = _collect(run_of(cell.method)(bench, cell), labels)
     outputs.images = chosen
     seconds = time.perf_counter() - started
     figures = _figures(outputs, right5, outputs if plain is None else plain)

@@ -12,8 +12,10 @@ from ..encoders.tail import unit_embeds
 from ..functional.equations import centroid_steer, contrastive_direction, steer
 from ..functional.label_free import distribution_norm_scores
 from ..functional.neighbors import select_positives
+from ..methods import method_named
 from ..sae.modeling import SAEModel
 from ..steering.retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
+from .catalog import study_methods
 from .results import Cell
 
 
@@ -71,32 +73,22 @@ def distribution_norm(coefficient: float, score: str) -> Run:
 # With an SAE on the last layer
 
 
-def steered(method: str, **fixed: float) -> Run:
-    """One of the wrapper's methods; `fixed` settings take the place of the study's."""
+def steered(method: str, dictionary: str | None = None, **fixed: float) -> Run:
+    """A method of the library, with a dictionary one of its controls; `fixed` settings take the place of the study's."""
+    rule = method_named(method)
 
     def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
-        model, classes = bench.model(cell), bench.classes(cell)
-        quantile = cell.params.get("gate")
-        gate = None if quantile is None else usable_gate(model.sae, quantile)
+        fitted = rule.needs_statistics or dictionary is not None
+        model = bench.adapted_model(cell, dictionary) if fitted else bench.model(cell)
+        classes, gate = bench.classes(cell), cell.params.get("gate")
+        if gate is not None and rule.reads_latents:
+            gate = usable_gate(model.sae, gate)
         model.set_steering(method=method, gate=gate, **fixed)
         for rows in bench.batches(cell):
             out = model.image_features_from_cls(rows)
-            yield Scored(unit_embeds(out.features) @ classes.T, out.fvu, out.steered)
-
-    return run
-
-
-def by_labels(method: str, dictionary: str | None = None) -> Run:
-    """A method of the wrapper that needs statistics of unlabelled training rows, scored as the wrapper scores it; with a dictionary,
-    the control of a rule that reads the SAE."""
-
-    def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
-        model, classes = bench.adapted_model(cell, dictionary), bench.classes(cell)
-        # Of few held-out rows the model takes the highest quantile that they can vouch for.
-        model.set_steering(method=method, gate=cell.params.get("gate"))
-        for rows in bench.batches(cell):
-            out = model.image_features_from_cls(rows)
-            yield Scored(model.class_logits(out, classes), out.fvu, out.steered)
+            cosines = unit_embeds(out.features) @ classes.T if rule.fit is None else None
+            scores = model.class_logits(out, classes) if cosines is None else cosines
+            yield Scored(scores, out.fvu, out.steered)
 
     return run
 
@@ -274,22 +266,18 @@ RUNS: dict[str, Run] = {
     "distribution_norm_1": distribution_norm(1.0, "cosine"),
     "mean_logit": distribution_norm(1.0, "dot"),
     "rec_a": inner_layers("reconstruct", None),
-    "rec_f": steered("reconstruct"),
-    "rec_f_gamma": steered("amplify"),
     # The code is edited and the change decoded, no more: lambda 1.
     "zero_out": steered("vs2", gamma=0.0, lambda_=1.0),
     "negate": steered("vs2", gamma=-1.0, lambda_=1.0),
-    "vs2": steered("vs2"),
-    "vs2_gate": steered("vs2"),
     "vs2_last2": inner_layers("vs2", 2),
     "vs2_last3": inner_layers("vs2", 3),
     "ens_aug": views(None),
     "vs2_ens_aug": views("vs2"),
     "vs2_pass": steered("vs2"),
     "oracle_prototypes": oracle_prototypes,
-    "vs2pp_majority": vs2pp("majority"),
-    "vs2pp_query": vs2pp("query"),
-    "vs2pp_oracle": vs2pp("majority", true=True),
+    "vs2++": vs2pp("majority"),
+    "vs2++query": vs2pp("query"),
+    "vs2++oracle": vs2pp("majority", true=True),
     "rag": rag(None),
     "rag_pseudo": rag("majority"),
     "rag_oracle": rag("majority", true=True),
@@ -297,18 +285,14 @@ RUNS: dict[str, Run] = {
     "clip_steering_oracle": clip_steering(true=True),
     "knn_vote": _with_neighbors(_vote),
     "linear_probe": probe,
-    "vs2_random": by_labels("vs2", "random"),
-    "vs2_pca": by_labels("vs2", "pca"),
-    "vs2_dn": by_labels("vs2+distribution_norm"),
-    "corrected_dn": by_labels("corrected+distribution_norm"),
-    "distribution_norm_gate": by_labels("distribution_norm"),
-    "balanced_norm": by_labels("balanced_norm"),
-    "balanced_prototypes": by_labels("balanced_prototypes"),
-    "prototypes": by_labels("prototypes"),
-    "prototypes_gate": by_labels("prototypes"),
-    "prototypes_pca": by_labels("prototypes+pca"),
-    "prototypes_sae": by_labels("prototypes+sae"),
-    "prototypes_random": by_labels("prototypes+sae", "random"),
-    "prototypes_pca_sae": by_labels("prototypes+pca+sae"),
 }
-"""How each of [`hf_vs2.study.catalog.METHODS`] scores a cell."""
+"""How each of [`hf_vs2.study.catalog.OWN`] scores a cell."""
+
+
+def run_of(name: str) -> Run:
+    """How a method of [`hf_vs2.study.catalog.study_methods`] scores a cell."""
+    if name in RUNS:
+        return RUNS[name]
+    method = study_methods()[name]
+    assert method.rule is not None
+    return steered(method.rule, method.dictionary)

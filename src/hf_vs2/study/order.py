@@ -16,11 +16,11 @@ from .results import CellResult
 
 ORDER = (
     ("vs2", "clip"),
-    ("vs2", "rec_f_gamma"),
-    ("rec_f_gamma", "rec_f"),
-    ("clip", "rec_f"),
-    ("vs2pp_majority", "vs2"),
-    ("vs2pp_oracle", "vs2pp_majority"),
+    ("vs2", "amplify"),
+    ("amplify", "reconstruct"),
+    ("clip", "reconstruct"),
+    ("vs2++", "vs2"),
+    ("vs2++oracle", "vs2++"),
     ("vs2", "vs2_last2"),
     ("vs2_last2", "vs2_last3"),
 )
@@ -30,10 +30,10 @@ CONTROLS = ("centroid", "distribution_norm_0.5", "distribution_norm_1", "mean_lo
 DICTIONARIES = (
     ("vs2", "vs2_random"),
     ("vs2", "vs2_pca"),
-    ("prototypes_sae", "prototypes"),
-    ("prototypes_sae", "prototypes_random"),
-    ("prototypes_sae", "prototypes_pca"),
-    ("corrected_dn", "distribution_norm_1"),
+    ("prototypes+sae", "prototypes"),
+    ("prototypes+sae", "prototypes+random"),
+    ("prototypes+sae", "prototypes+pca"),
+    ("corrected+distribution_norm", "distribution_norm_1"),
 )
 """A rule of the SAE, and the same without it or with a dictionary that nobody trained."""
 HOLDS, FAILS, OPEN = "holds", "does not hold", "within noise"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..training.domain import SKETCH_ROWS
-from .catalog import METHODS
+from .catalog import study_methods
 from .config import StudyConfig
 from .results import Cell
 
@@ -28,7 +28,7 @@ def plan(config: StudyConfig) -> dict[Cell, list[str]]:
 
 class _Planner:
     def __init__(self, config: StudyConfig):
-        self.config = config
+        self.config, self.methods = config, study_methods()
 
     def all(self) -> Iterator[tuple[str, Cell]]:
         for encoder in self.config.encoders:
@@ -50,11 +50,11 @@ class _Planner:
         methods = ["clip", *(name for name in self.config.methods if name != "clip")]
         for prompts in self.config.prompts:
             for method in methods:
-                if not METHODS[method].seeded:
+                if not self.methods[method].seeded:
                     yield "table", self.row(encoder, dataset, method, prompts)
         for seed in self.config.seeds:
             for method in methods:
-                if METHODS[method].seeded:
+                if self.methods[method].seeded:
                     for prompts in self.config.prompts:
                         yield "table", self.row(encoder, dataset, method, prompts, seed)
 
@@ -69,15 +69,15 @@ class _Planner:
             for share in chosen.share:
                 part = {} if share == 1 else {"share": share}
                 yield "share", self.row(encoder, dataset, "vs2", prompts, seed, **part)
-                yield "share", self.row(encoder, dataset, "vs2_gate", prompts, seed, **part)
+                yield "share", self.row(encoder, dataset, "vs2+gate", prompts, seed, **part)
                 yield "share", self.row(encoder, dataset, "centroid", prompts, seed if part else None, **part)
             for number in chosen.num_neighbors:
-                yield "neighbors", self.row(encoder, dataset, "vs2pp_majority", prompts, seed, num_neighbors=number)
+                yield "neighbors", self.row(encoder, dataset, "vs2++", prompts, seed, num_neighbors=number)
             for weight in chosen.pass_weight:
                 yield "pass", self.row(encoder, dataset, "vs2_pass", prompts, seed, pass_weight=weight)
 
         for number in chosen.sketch_rows:
-            for method in ("prototypes", "prototypes_pca"):
+            for method in ("prototypes", "prototypes+pca"):
                 yield "sketch", self.row(encoder, dataset, method, prompts, sketch_rows=number)
 
     def others(self, encoder: str, dataset: str) -> Iterator[tuple[str, Cell]]:
@@ -100,12 +100,12 @@ class _Planner:
             for seed in self.config.seeds:
                 yield "gate_shift", self.row(encoder, dataset, "vs2", prompts, seed, **union)
                 for quantile in shift.quantiles:
-                    yield "gate_shift", self.row(encoder, dataset, "vs2_gate", prompts, seed, **union, gate=quantile)
+                    yield "gate_shift", self.row(encoder, dataset, "vs2+gate", prompts, seed, **union, gate=quantile)
 
     def row(
         self, encoder: str, dataset: str, method: str, prompts: str, seed: int | None = None, **varied: Any
     ) -> Cell:
-        return self.cell(encoder, dataset, method, prompts, seed, METHODS[method].settings, **varied)
+        return self.cell(encoder, dataset, method, prompts, seed, self.methods[method].settings, **varied)
 
     def cell(
         self,

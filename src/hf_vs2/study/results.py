@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,23 @@ FORMAT = "hf_vs2.study"
 FORMAT_VERSION = 1
 CELLS = "cells"
 RESULTS_NAME = "results.json"
+SPELLED = {
+    "rec_f": "reconstruct",
+    "rec_f_gamma": "amplify",
+    "vs2_gate": "vs2+gate",
+    "vs2pp_majority": "vs2++",
+    "vs2pp_query": "vs2++query",
+    "vs2pp_oracle": "vs2++oracle",
+    "vs2_dn": "vs2+distribution_norm",
+    "corrected_dn": "corrected+distribution_norm",
+    "distribution_norm_gate": "distribution_norm+gate",
+    "prototypes_gate": "prototypes+gate",
+    "prototypes_pca": "prototypes+pca",
+    "prototypes_sae": "prototypes+sae",
+    "prototypes_random": "prototypes+random",
+    "prototypes_pca_sae": "prototypes+pca+sae",
+}
+"""How studies before 0.2 spelled methods: their files, cells and results go on being read."""
 
 
 @dataclass(frozen=True)
@@ -183,18 +200,25 @@ class StudyResult:
                 raise ValueError(f"format {content['format']!r} version {content['format_version']!r}")
             cells = [
                 CellResult(
-                    Cell(*(one[name] for name in ("encoder", "dataset", "method", "prompts", "seed", "params"))),
+                    _cell(one),
                     one["figures"],
                     one["sections"],
                     path.parent / one["outputs"] if "outputs" in one else None,
                 )
                 for one in content["cells"]
             ]
-            return cls(content["meta"], cells)
+            about = content["meta"].get("methods", {})
+            meta = content["meta"] | {"methods": {SPELLED.get(name, name): one for name, one in about.items()}}
+            return cls(meta, cells)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not the result file of a study: JSON of format {FORMAT!r} version {FORMAT_VERSION} was expected."
             ) from error
+
+
+def _cell(content: Mapping[str, Any]) -> Cell:
+    method = SPELLED.get(content["method"], content["method"])
+    return Cell(content["encoder"], content["dataset"], method, content["prompts"], content["seed"], content["params"])
 
 
 def _property(cell: Cell, name: str) -> Any:
@@ -220,10 +244,13 @@ def save_cell(folder: Path, cell: Cell, figures: dict[str, Any], outputs: Output
 
 
 def load_cell(folder: Path, cell: Cell) -> CellResult | None:
-    """The cell as it was measured before; `None` when it was not, or, with a warning, when its files are damaged or another cell's."""
+    """The cell as it was measured before; `None` when it was not, or, with a warning, when its files are damaged or
+    another cell's."""
     target = folder / f"{cell.name}.json"
     if not target.is_file():
-        return None
+        earlier = [replace(cell, method=old) for old, new in SPELLED.items() if new == cell.method]
+        found = next(filter(None, (load_cell(folder, one) for one in earlier)), None)
+        return None if found is None else replace(found, cell=cell)
     path = None
     try:
         content = read_json(target)

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from ..data.registry import available
 from ..files.atomic import replace_text
+from ..files.digests import json_digest
 from ..files.json_files import write_json
 from ..version import __version__
 from .bench import Bench
-from .catalog import METHODS
+from .catalog import study_methods
 from .config import StudyConfig
 from .measure import measure
 from .plan import plan
@@ -36,12 +37,12 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
 
     Args:
         config (`StudyConfig`): the study.
-        datasets: only these data sets of it, to share the work between machines with one file system; the last call, without
-            this, finds all cells measured.
+        datasets: only these data sets of it, to share the work between machines with one file system. Cells of the
+            others stay in the results as they are there; the last call, without this, finds all cells measured.
         progress (`bool`): show a progress bar.
 
     Returns:
-        [`StudyResult`]: the cells of the study (those of `datasets`) in the order of its plan.
+        [`StudyResult`]: the cells of the study in the order of its plan.
 
     Raises:
         ValueError: an unknown data set, images without labels, or what cannot be extracted or trained; cells measured before stay.
@@ -66,18 +67,35 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
             measured[cell] = result
             bar.update()
         bar.set_description("study")
-    study = StudyResult(_meta(config, bench, list(measured.values())), list(measured.values()))
+    results = list(measured.values())
+    study = _with_others(StudyResult(_meta(config, bench, results), results), folder / RESULTS_NAME, config)
     study.to_json(folder / RESULTS_NAME)
     write_json(folder / REPORTS_NAME, reports(study))
     replace_text(folder / TABLE_NAME, study_markdown(study))
     return study
 
 
+def _with_others(study: StudyResult, path: Path, config: StudyConfig) -> StudyResult:
+    """The result with the cells that `path` has of other data sets of the same study."""
+    asked = {one.cell.dataset for one in study}
+    if len(asked) == len(config.datasets) or not path.is_file():
+        return study
+    earlier, planned = StudyResult.from_json(path), [cell.identity for cell in plan(config)]
+    others = [one for one in earlier if one.cell.dataset not in asked and one.cell.identity in planned]
+    about = {one.cell.dataset: earlier.meta["datasets"].get(one.cell.dataset) for one in others}
+    order = [one.name for one in config.datasets]
+    datasets = study.meta["datasets"] | {name: one for name, one in about.items() if one is not None}
+    study.meta["datasets"] = {name: datasets[name] for name in order if name in datasets}
+    places = {json_digest(identity): number for number, identity in enumerate(planned)}
+    cells = sorted([*study, *others], key=lambda one: places[json_digest(one.cell.identity)])
+    return StudyResult(study.meta, cells)
+
+
 def _check_labels(bench: Bench, cells: Collection[Cell]) -> None:
     """Training images need no labels, except for some methods: said before anything long begins."""
     for name in dict.fromkeys(cell.dataset for cell in cells):
-        needy = {cell.method for cell in cells if cell.dataset == name and cell.method in METHODS}
-        needy = {method for method in needy if METHODS[method].uses_labels}
+        asked = {cell.method for cell in cells if cell.dataset == name}
+        needy = {method for method, about in study_methods().items() if about.uses_labels} & asked
         column = bench.config.dataset(name).label_column
         if needy and column not in bench.images(name, "train").column_names:
             raise ValueError(
@@ -88,7 +106,7 @@ def _check_labels(bench: Bench, cells: Collection[Cell]) -> None:
 
 def _plain(measured: dict[Cell, CellResult], cell: Cell) -> Any:
     """Plain CLIP's outcomes on the cell's images, which the plan measures before."""
-    if cell.method == "clip" or cell.method not in METHODS:
+    if cell.method == "clip" or cell.method not in study_methods():
         return None
     for other, result in measured.items():
         if other.method == "clip" and all(
@@ -127,7 +145,9 @@ def _meta(config: StudyConfig, bench: Bench, results: list[CellResult]) -> dict[
         },
         "seeds": list(config.seeds),
         "prompts": list(config.prompts),
-        "methods": {name: {"label": one.label, "uses_labels": one.uses_labels} for name, one in METHODS.items()},
+        "methods": {
+            name: {"label": one.label, "uses_labels": one.uses_labels} for name, one in study_methods().items()
+        },
         "defaults": {
             "gamma": config.steering.gamma,
             "lambda": config.steering.lambda_,
