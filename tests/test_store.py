@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from hf_vs2.data.rows import rows_of
 from hf_vs2.data.store import ActivationStore, _fill
 from hf_vs2.data.store_format import (
     FORMAT,
@@ -234,7 +235,7 @@ def in_order(store):
 
 
 def training_statistics(store):
-    yield activation_statistics(store, torch.arange(len(store)))
+    yield activation_statistics(rows_of(store), torch.arange(len(store)))
 
 
 @pytest.mark.parametrize("read", [at_random, in_order, training_statistics])

@@ -63,7 +63,7 @@ def make_model(clip: CLIPModel, seed: int) -> VS2CLIPForZeroShot:
     model = VS2CLIPForZeroShot(clip, make_calibrated(seed), gate=0.9, gamma=1.5 + seed)
     model.set_corpus(RetrievalCorpus.from_store(make_rows(30, 32, seed=seed), clip=clip))
     with model.steering(method="prototypes"):
-        model._scoring.fitted(model, make_rows(2, 24, seed=seed), labels=("one", "two"))
+        model.steerer.fit_classes(make_rows(2, 24, seed=seed), ("one", "two"))
     return model
 
 
@@ -462,7 +462,7 @@ def test_a_store_of_an_earlier_version_is_read(tmp_path, monkeypatch):
         write_tensors(path, tensors, {name: value for name, value in about.items() if name != "digests"})
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_vs2.data.store.write_tensors", write)
+        patch.setattr("hf_vs2.data.store_format.write_tensors", write)
         store_folder(tmp_path)
     with bounded_memory():
         assert len(store_numbers(tmp_path)[0]) == 10
