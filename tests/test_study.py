@@ -151,7 +151,6 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(study):
 
     assert new(replace(config, steering=replace(config.steering, gate=0.5))) == {
         "vs2+gate",
-        "distribution_norm+gate",
         "prototypes+gate",
     }
     assert new(replace(config, views=2)) == {"ens_aug", "vs2_ens_aug"}

@@ -72,9 +72,7 @@ class Tally:
         broken = first_broken_row(scores)
         if broken is not None:
             number = sum(map(len, self.predictions)) + broken
-            raise ValueError(
-                f"The scores of row {number} are not finite: extract the activations again in float32."
-            )
+            raise ValueError(f"The scores of row {number} are not finite: extract the activations again in float32.")
         self.predictions.append(scores.argmax(-1))
         self.steered.append(torch.ones(len(scores), dtype=torch.bool) if steered is None else steered.cpu())
         self.fvu += [] if fvu is None else [fvu.float().cpu()]
