@@ -14,7 +14,7 @@ import torch
 from hf_vs2.study import StudyConfig
 from hf_vs2.study.bench import Bench
 from hf_vs2.study.plan import plan
-from hf_vs2.study.results import Cell
+from hf_vs2.study.results.cells import Cell
 
 
 GATE = 0.99

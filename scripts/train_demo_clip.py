@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
-from hf_vs2.data.prompts import ENSEMBLE_TEMPLATES, SINGLE_TEMPLATE, class_embeddings
+from hf_vs2.data.labels.prompts import ENSEMBLE_TEMPLATES, SINGLE_TEMPLATE, class_embeddings
 from hf_vs2.demo.data import (
     DIGIT_NAMES,
     DIGITS,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_vs2.study.results import Cell, CellResult, Outputs, StudyResult, save_cell
+from hf_vs2.study.results.cells import Cell, CellResult, Outputs, StudyResult, save_cell
 
 
 B32 = "openai/clip-vit-base-patch32"

@@ -21,7 +21,7 @@ from hf_vs2.atlas.flips import movers
 from hf_vs2.atlas.statistics import NUM_BINS, LatentStatistics, gather, histograms, nearest_latents
 from hf_vs2.data.activations import extract_activations
 from hf_vs2.data.images import UnreadableImageError, open_image
-from hf_vs2.data.prompts import class_embeddings
+from hf_vs2.data.labels.prompts import class_embeddings
 from hf_vs2.data.rows import rows_of
 
 

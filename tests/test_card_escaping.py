@@ -7,7 +7,7 @@ import pytest
 from test_model_card import TRAINING_DATA, clip, folder, make_result, sae  # noqa: F401
 
 from hf_vs2.files.markdown import code, escaped, number
-from hf_vs2.files.model_card import create_model_card
+from hf_vs2.files.sharing.model_card import create_model_card
 
 
 HOSTILE = (

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from toy import forget_digests, make_rows, make_sae
 
 from hf_vs2 import SAEModel, calibrate, measure_statistics, push_to_hub
-from hf_vs2.files import hub_push
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
+from hf_vs2.files.sharing import hub_push
 
 
 NAME = "statistics.safetensors"

@@ -10,9 +10,9 @@ import pytest
 from test_cli import checkpoint, clip_path, images_path, run, source, with_checkpoint  # noqa: F401 (fixtures)
 
 from hf_vs2 import EvaluationResult, SAEModel, VS2CLIPForZeroShot, zero_shot_classifier
-from hf_vs2.files.hub_push import _as_json
 from hf_vs2.files.json_files import from_json, read_json, to_json, write_json
-from hf_vs2.files.model_card import create_model_card
+from hf_vs2.files.sharing.hub_push import _as_json
+from hf_vs2.files.sharing.model_card import create_model_card
 
 
 INFINITE = {"__float__": "Infinity"}

@@ -26,7 +26,7 @@ from transformers import CLIPModel, pipeline
 import hf_vs2
 from hf_vs2 import VS2CLIPForZeroShot, calibrate, measure_statistics, push_to_hub, zero_shot_classifier
 from hf_vs2.config.latent_edits import LatentEdits
-from hf_vs2.data.prompts import class_embeddings
+from hf_vs2.data.labels.prompts import class_embeddings
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
 from hf_vs2.methods import METHODS, prototypes
 from hf_vs2.steering import label_sets as label_scoring

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from toy import make_sae
 
 from hf_vs2 import VS2CLIPForZeroShot
-from hf_vs2.data.prompts import class_embeddings
+from hf_vs2.data.labels.prompts import class_embeddings
 from hf_vs2.explain.latent_names import closest_words, embedding_directions, name_latents, read_vocabulary
 
 

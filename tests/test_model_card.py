@@ -27,9 +27,9 @@ from hf_vs2 import (
     push_to_hub,
     write_model_card,
 )
-from hf_vs2.files.card_edits import Card, card_to_upload, merge_metadata, refresh_card
-from hf_vs2.files.card_results import ResultFacts
 from hf_vs2.files.report import EvaluationResult
+from hf_vs2.files.sharing.card_edits import Card, card_to_upload, merge_metadata, refresh_card
+from hf_vs2.files.sharing.card_results import ResultFacts
 
 
 TRAINING_DATA = {

@@ -13,8 +13,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 import hf_vs2
 from hf_vs2.atlas.material import truth_of
-from hf_vs2.data.lists import names_in
-from hf_vs2.data.names import (
+from hf_vs2.data.labels.lists import names_in
+from hf_vs2.data.labels.names import (
     clean_class_names,
     match_names,
     names_by_place,
@@ -347,7 +347,7 @@ def test_numbering_is_cleaned_or_named(caplog):
 
 def test_templates_come_from_json_too(tmp_path):
     """A JSON list of prompts must not be read as lines."""
-    from hf_vs2.data.prompts import resolve_templates
+    from hf_vs2.data.labels.prompts import resolve_templates
 
     file = tmp_path / "t.json"
     file.write_text('["a {}.", "the {}."]')

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
-from hf_vs2.data.prompts import (
+from hf_vs2.data.labels.prompts import (
     ENSEMBLE_TEMPLATES,
     SINGLE_TEMPLATE,
     class_embeddings,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from hf_vs2.data.prompts import clean_class_names, resolve_templates
+from hf_vs2.data.labels.prompts import clean_class_names, resolve_templates
 from hf_vs2.data.registry import DatasetInfo, available, dataset_info
 
 

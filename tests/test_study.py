@@ -17,10 +17,10 @@ from hf_vs2.data import load_images
 from hf_vs2.evaluation.comparison import evaluate
 from hf_vs2.study import StudyConfig, StudyResult, run_study
 from hf_vs2.study.bench import Bench
-from hf_vs2.study.catalog import OWN, study_methods
 from hf_vs2.study.methods import RUNS
 from hf_vs2.study.plan import plan
-from hf_vs2.study.results import CELLS, Cell, CellResult, Outputs, load_cell, save_cell
+from hf_vs2.study.results.catalog import OWN, study_methods
+from hf_vs2.study.results.cells import CELLS, Cell, CellResult, Outputs, load_cell, save_cell
 from hf_vs2.study.run import _check_labels
 from hf_vs2.study.views import AugmentedView
 

@@ -3,7 +3,7 @@
 import pytest
 from made_up_study import B16, cell, made_up, rows
 
-from hf_vs2.study.tables import study_markdown
+from hf_vs2.study.documents.tables import study_markdown
 
 
 def section(document: str, start: str) -> list[list[str]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_vs2.study.analysis import (
+from hf_vs2.study.results.analysis import (
     MAX_POINTS,
     agreement,
     fixed_confusions,
@@ -16,7 +16,7 @@ from hf_vs2.study.analysis import (
     risk_coverage,
     summary,
 )
-from hf_vs2.study.results import Outputs
+from hf_vs2.study.results.cells import Outputs
 
 
 NAMES = ["cat", "dog", "fox", "owl"]

@@ -10,7 +10,7 @@ import yaml
 from test_cli import clip_path, images_path  # noqa: F401  (fixtures)
 from test_study import description
 
-from hf_vs2.files.card_edits import Card
+from hf_vs2.files.sharing.card_edits import Card
 from hf_vs2.study import StudyResult
 
 

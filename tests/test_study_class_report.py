@@ -4,8 +4,8 @@ from pathlib import Path
 
 from made_up_study import made_up, rows, with_outcomes
 
-from hf_vs2.study.results import Cell, CellResult
-from hf_vs2.study.tables import study_markdown
+from hf_vs2.study.documents.tables import study_markdown
+from hf_vs2.study.results.cells import Cell, CellResult
 
 
 def test_images_of_all_seeds_in_classes_confusions_and_agreement(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hf_vs2.evaluation.metrics import paired_bootstrap
-from hf_vs2.study.catalog import study_methods
 from hf_vs2.study.config import StudyConfig
-from hf_vs2.study.figures import draw_figures, study_figures
+from hf_vs2.study.drawings.figures import draw_figures, study_figures
 from hf_vs2.study.plan import plan
-from hf_vs2.study.results import Cell, CellResult, Outputs, StudyResult, save_cell
+from hf_vs2.study.results.catalog import study_methods
+from hf_vs2.study.results.cells import Cell, CellResult, Outputs, StudyResult, save_cell
 
 
 METHODS = {name: method for name, method in study_methods().items() if method.default}

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from made_up_study import N, cell, made_up, rows, with_outcomes
 
-from hf_vs2.study.order import ORDER
-from hf_vs2.study.published import published
-from hf_vs2.study.tables import study_markdown
+from hf_vs2.study.documents.order import ORDER
+from hf_vs2.study.documents.published import published
+from hf_vs2.study.documents.tables import study_markdown
 
 
 @pytest.mark.parametrize(

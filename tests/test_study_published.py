@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from made_up_study import B16, B32, cell, made_up, rows
 
-from hf_vs2.study.published import published
-from hf_vs2.study.tables import study_markdown
+from hf_vs2.study.documents.published import published
+from hf_vs2.study.documents.tables import study_markdown
 
 
 @pytest.mark.parametrize(

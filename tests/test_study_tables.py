@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from made_up_study import cell, made_up, rows, with_outcomes
 
-from hf_vs2.study.results import Cell, CellResult
-from hf_vs2.study.tables import study_markdown
+from hf_vs2.study.documents.tables import study_markdown
+from hf_vs2.study.results.cells import Cell, CellResult
 
 
 def test_a_field_is_mean_deviation_gain_and_seeds() -> None:

@@ -23,7 +23,7 @@ from hf_vs2.atlas.writing import atlas_folder
 from hf_vs2.data.activations import ActivationStore
 from hf_vs2.files.atomic import replace_file, replace_folder, replace_text
 from hf_vs2.files.weight_files import WeightFiles, write_tensors
-from hf_vs2.study.results import Cell, Outputs, load_cell, save_cell
+from hf_vs2.study.results.cells import Cell, Outputs, load_cell, save_cell
 
 
 READS = 40
@@ -223,7 +223,7 @@ def test_a_save_that_cannot_be_finished_says_so(savers, tmp_path, monkeypatch):
     old(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr("hf_vs2.files.atomic._move", lambda folder: None)
-        patch.setattr("hf_vs2.files.model_card.write_model_card", lambda folder: None)  # which would open it
+        patch.setattr("hf_vs2.files.sharing.model_card.write_model_card", lambda folder: None)  # which would open it
         new(tmp_path / "out")
 
     def refuse(folder):

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from .config.sae import SAEConfig
     from .config.vs2_clip import Steering, VS2CLIPConfig
     from .data.activations import ActivationStore, extract_activations
+    from .data.labels.prompts import class_embeddings
     from .data.load import load_images
-    from .data.prompts import class_embeddings
     from .data.registry import DatasetInfo, dataset_info
     from .evaluation.comparison import EvaluationResult, evaluate
     from .evaluation.grid import steering_grid
     from .evaluation.recommendation import Recommendation, recommend
     from .explain.explanation import VS2Explanation
-    from .files.hub import push_to_hub
-    from .files.model_card import create_model_card, write_model_card
+    from .files.sharing.hub import push_to_hub
+    from .files.sharing.model_card import create_model_card, write_model_card
     from .sae.modeling import SAEModel, SAEOutput
     from .sae.statistics import DomainStatistics
     from .steering.corpus import RetrievalCorpus
@@ -58,18 +58,18 @@ _HOMES = {
     "evaluate": "evaluation",
     "VS2Explanation": "explain.explanation",
     "steering_grid": "evaluation.grid",
-    "push_to_hub": "files.hub",
+    "push_to_hub": "files.sharing.hub",
     "PrototypeAlignment": "training.label_losses",
     "LatentEdits": "config.latent_edits",
-    "create_model_card": "files.model_card",
-    "write_model_card": "files.model_card",
+    "create_model_card": "files.sharing.model_card",
+    "write_model_card": "files.sharing.model_card",
     "SAEModel": "sae.modeling",
     "SAEOutput": "sae.modeling",
     "VS2CLIPForZeroShot": "clip.modeling",
     "VS2CLIPOutput": "steering.outputs",
     "VS2ZeroShotImageClassificationPipeline": "clip.pipeline",
     "zero_shot_classifier": "clip.classifier",
-    "class_embeddings": "data.prompts",
+    "class_embeddings": "data.labels.prompts",
     "Recommendation": "evaluation.recommendation",
     "recommend": "evaluation.recommendation",
     "DatasetInfo": "data.registry",

@@ -14,8 +14,8 @@ MOVED = {
     "auto_classes": "clip.auto_classes",
     "base_model": "encoders.base_model",
     "calibration": "training.calibration",
-    "card_edits": "files.card_edits",
-    "card_results": "files.card_results",
+    "card_edits": "files.sharing.card_edits",
+    "card_results": "files.sharing.card_results",
     "checkpoint_config": "config.checks",
     "checkpoint_folder": "files.checkpoint_folder",
     "configuration_sae": "config.sae",
@@ -36,8 +36,8 @@ MOVED = {
     "foreign": "files.foreign",
     "graphed_step": "training.graphed_step",
     "grid": "evaluation.grid",
-    "hub": "files.hub",
-    "hub_push": "files.hub_push",
+    "hub": "files.sharing.hub",
+    "hub_push": "files.sharing.hub_push",
     "image_batches": "data.batches",
     "images": "data.images",
     "label_free": "functional.label_free",
@@ -45,7 +45,7 @@ MOVED = {
     "label_scoring": "steering.label_sets",
     "latent_edits": "config.latent_edits",
     "latent_names": "explain.latent_names",
-    "model_card": "files.model_card",
+    "model_card": "files.sharing.model_card",
     "modeling_sae": "sae.modeling",
     "modeling_vs2_clip": "clip.modeling",
     "neighbors": "functional.neighbors",
@@ -54,7 +54,7 @@ MOVED = {
     "pipeline_inputs": "data.inputs",
     "processing": "encoders.processing",
     "prompt_cache": "clip.prompt_cache",
-    "prompts": "data.prompts",
+    "prompts": "data.labels.prompts",
     "recommendation": "evaluation.recommendation",
     "registry": "data.registry",
     "report": "files.report",
@@ -75,8 +75,14 @@ MOVED = {
     "weight_files": "files.weight_files",
     "weight_state": "files.weight_state",
 }
+_STUDY = {
+    "documents": "ablation_tables class_report cost_table markdown order published reports result_view tables",
+    "results": "analysis catalog",
+    "drawings": "figures figure_cells figure_images figure_sheets",
+}
 _COMMANDS = "atlas calibrate classify convert demo evaluate explain extract push recommend study train"
 MOVED |= {f"cli.{name}": f"cli.commands.{name}" for name in _COMMANDS.split()}
+MOVED |= {f"study.{name}": f"study.{folder}.{name}" for folder, names in _STUDY.items() for name in names.split()}
 
 
 class MovedModules(MetaPathFinder, Loader):

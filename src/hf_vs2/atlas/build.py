@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.lists import Names
+from ..data.labels.lists import Names
 from ..data.rows import Rows, RowSource, StoreRows
 from ..evaluation.inputs import check_replayable, replayable_rows
 from ..files.report import Results

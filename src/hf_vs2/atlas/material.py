@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.lists import Names
-from ..data.names import clean_class_names
-from ..data.prompts import class_embeddings
+from ..data.labels.lists import Names
+from ..data.labels.names import clean_class_names
+from ..data.labels.prompts import class_embeddings
 from ..data.rows import Rows
 from ..evaluation.grid import steering_grid
 from ..evaluation.inputs import class_labels, named_labels

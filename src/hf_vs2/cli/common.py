@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..clip.modeling import VS2CLIPForZeroShot
     from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
     from ..data.activations import ActivationStore
-    from ..data.lists import Names
+    from ..data.labels.lists import Names
 
 
 # Output
@@ -267,8 +267,8 @@ def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, A
 def labels_from(args: argparse.Namespace, dataset: Any = None, required: bool = False) -> Names | None:
     """What `--labels` stands for. With the data set it is refused before anything long begins where it does not fit
     the classes of `--label_column`, and, if `required`, where neither has names."""
-    from ..data.lists import names_in
-    from ..data.names import check_names, class_names_of, clean_class_names, read_labels
+    from ..data.labels.lists import names_in
+    from ..data.labels.names import check_names, class_names_of, clean_class_names, read_labels
 
     column = None if dataset is None else args.label_column
     if args.labels is None:

@@ -21,8 +21,8 @@ from ..config.vs2_clip import Steering, VS2CLIPConfig
 from ..encoders.base_model import loaded_revision
 from ..encoders.processing import save_processing
 from ..files.checkpoint_folder import CORPUS_FOLDER
-from ..files.hub import HubMixin
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
+from ..files.sharing.hub import HubMixin
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
 from ..steering.corpus_search import RetrievalInputs, pop_retrieval_inputs

@@ -18,8 +18,8 @@ from ..config.vs2_clip import Steering
 from ..data.batches import Normalizer, read_pixels
 from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
-from ..data.names import clean_class_names
-from ..data.prompts import resolve_templates
+from ..data.labels.names import clean_class_names
+from ..data.labels.prompts import resolve_templates
 from ..encoders.loading import check_clip
 from ..encoders.processing import knows_words
 from ..encoders.tail import logits_of, unit_embeds

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.prompts import class_embeddings
+from ..data.labels.prompts import class_embeddings
 from ..files.weight_state import weights_state
 
 

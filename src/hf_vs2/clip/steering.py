@@ -18,8 +18,8 @@ from transformers import CLIPModel
 from ..config.latent_edits import LatentEdits
 from ..config.vs2_clip import Steering, VS2CLIPConfig
 from ..data.inputs import DEFAULT_TEMPLATES
-from ..data.names import clean_class_names
-from ..data.prompts import class_embeddings
+from ..data.labels.names import clean_class_names
+from ..data.labels.prompts import class_embeddings
 from ..explain.explanation import VS2Explanation, explain_rows
 from ..explain.inputs import explain_images, resolve_names
 from ..sae.modeling import SAEModel

@@ -17,8 +17,8 @@ from .batches import Columns, ImageReader, describe_processor
 from .extraction import Extraction
 from .fingerprint import dataset_fingerprint as fingerprint_of_dataset
 from .images import UnreadableImageError
+from .labels.names import class_names_of, with_numbered_labels
 from .load import undecoded
-from .names import class_names_of, with_numbered_labels
 from .store import ActivationStore
 from .store_format import FORMAT, FORMAT_VERSION, ROW_DTYPES, StoreError, request_key, request_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers.utils import logging
 
+from .folders.listing import HEIF_BRANDS, heif_is_readable
 from .web import read_url
 
 
@@ -32,8 +32,6 @@ ROTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The brands of HEIC files, as phones write them.
-HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"))
 LONGEST_NAME = 500  # letters of a path, an address or base64 in a message
 
 
@@ -109,11 +107,6 @@ def one_line(text: Any) -> str:
     """A person's words in a message or a table: on one line, and without letters that steer a terminal."""
     shown = str(text).encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda letter: repr(letter[0])[1:-1], shown)
-
-
-def heif_is_readable() -> bool:
-    """Whether HEIC files (.heic, .heif) can be read here."""
-    return importlib.util.find_spec("pillow_heif") is not None
 
 
 def _decode(value: Any, timeout: float | None) -> Image.Image:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ImageMode
 
+from .folders.listing import IMAGE_EXTENSIONS, suffix_of
+from .folders.local import DATA_SUFFIXES, load_dataset, open_file, open_folder
 from .images import UnreadableImageError, open_image
-from .listing import IMAGE_EXTENSIONS, suffix_of
-from .local import DATA_SUFFIXES, load_dataset, open_file, open_folder
-from .names import number_labels
+from .labels.names import number_labels
 
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from .labels.names import class_names_of, clean_class_names, find_names
+from .labels.prompts import SINGLE_TEMPLATE, resolve_templates
 from .load import load_images
-from .names import class_names_of, clean_class_names, find_names
-from .prompts import SINGLE_TEMPLATE, resolve_templates
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..data.activations import ActivationStore
-from ..data.prompts import SINGLE_TEMPLATE
+from ..data.labels.prompts import SINGLE_TEMPLATE
 from ..evaluation.comparison import EvaluationResult
 from .data import DIGIT_NAMES
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.lists import Names
+from ..data.labels.lists import Names
 from ..data.rows import Rows, RowSource
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..files.json_files import write_json

@@ -11,8 +11,8 @@ import torch
 
 from ..data.batches import Normalizer, read_pixels
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages
-from ..data.names import clean_class_names
-from ..data.prompts import class_embeddings
+from ..data.labels.names import clean_class_names
+from ..data.labels.prompts import class_embeddings
 from ..files.json_files import read_json
 from .explanation import VS2Explanation, explain_rows
 from .latent_names import LatentNames, name_latents

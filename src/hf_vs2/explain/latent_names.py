@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from ..data.lists import names_in, read_list
-from ..data.names import clean_class_names, clean_name
-from ..data.prompts import class_embeddings
+from ..data.labels.lists import names_in, read_list
+from ..data.labels.names import clean_class_names, clean_name
+from ..data.labels.prompts import class_embeddings
 
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from transformers.utils.generic import can_return_tuple
 from ..config.sae import SAEConfig
 from ..files.foreign import prisma, sae_lens, sparsify
 from ..files.foreign.parts import Converted
-from ..files.hub import HubMixin
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype, refuse_variant
+from ..files.sharing.hub import HubMixin
 from ..files.weight_files import WeightFiles
 from ..functional.equations import fvu_per_sample, top_k
 from ..functional.sparse_ops import LatentOrder, linear_at, sparse_decode

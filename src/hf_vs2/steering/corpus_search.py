@@ -115,7 +115,7 @@ class CorpusSearch:
         if class_embeds is None:
             raise ValueError(
                 "method='vs2++' labels the neighbours itself and needs to know the classes: give class_embeds=, a text embedding a "
-                "class, as hf_vs2.data.prompts.class_embeddings(clip, tokenizer, names) makes them. (The model called with input_ids "
+                "class, as hf_vs2.data.labels.prompts.class_embeddings(clip, tokenizer, names) makes them. (The model called with input_ids "
                 "takes those.)"
             )
         width = clip.config.projection_dim

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import StudyConfig
-    from .figures import draw_figures
-    from .results import StudyResult
+    from .documents.tables import study_markdown
+    from .drawings.figures import draw_figures
+    from .results.cells import StudyResult
     from .run import run_study
-    from .tables import study_markdown
 
 _LAZY = {
     "StudyConfig": "config",
     "StudyResult": "results",
-    "draw_figures": "figures",
+    "draw_figures": "drawings.figures",
     "run_study": "run",
-    "study_markdown": "tables",
+    "study_markdown": "documents.tables",
 }
 
 __all__ = ["StudyConfig", "StudyResult", "draw_figures", "run_study", "study_markdown"]

@@ -23,7 +23,7 @@ from ..config.sae import SAEConfig
 from ..data.activations import ActivationStore, extract_activations
 from ..data.batches import Columns, ImageReader, Normalizer, read_batches, spans_of_dataset
 from ..data.fingerprint import dataset_fingerprint
-from ..data.prompts import class_embeddings
+from ..data.labels.prompts import class_embeddings
 from ..data.registry import DatasetInfo
 from ..data.rows import rows_of
 from ..data.store_format import request_key, request_of
@@ -46,7 +46,7 @@ from ..training.output_folder import checkpoints
 from ..training.trainer import SAETrainer
 from .config import StudyConfig
 from .materials import DeepFeatures, Encoder, Neighbors, SAESpec
-from .results import Cell
+from .results.cells import Cell
 from .views import AugmentedView
 
 

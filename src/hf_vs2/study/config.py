@@ -16,8 +16,8 @@ from ..config.sae import SAEConfig
 from ..config.vs2_clip import Steering
 from ..data.registry import DatasetInfo, dataset_info
 from ..training.arguments import SAETrainingArguments
-from .catalog import study_methods
-from .results import SPELLED
+from .results.catalog import study_methods
+from .results.cells import SPELLED
 
 
 PROMPTS = ("single", "ensemble", "published")
@@ -140,7 +140,7 @@ class StudyConfig:
         datasets: names of the registry, or mappings with overrides (`path`, `image_column`, ...) or of a data set of your own.
         seeds: of the SAEs.
         prompts: some of [`PROMPTS`].
-        methods: rows of the table, see [`hf_vs2.study.catalog`]; those compared by default.
+        methods: rows of the table, see [`hf_vs2.study.results.catalog`]; those compared by default.
         sae, steering, retrieval, inner_layers, ablations, grid, gate_shift: see the classes of those names.
         views (`int`): augmented views beside the image itself, for the `ens_aug` rows.
         pass_weight (`float`): `w_aux` of PASS in the table.

@@ -12,13 +12,13 @@ from torch.nn.functional import cosine_similarity
 from ..evaluation.grid import steering_grid
 from ..evaluation.metrics import Tally, row_figures
 from ..files.report import SampleOutputs
-from .analysis import mean_per_class_accuracy
 from .bench import BATCH, Bench
-from .catalog import study_methods
 from .cost import measure_cost
 from .methods import Scored, run_of, usable_gate
 from .plan import COSINE, COST, GRID
-from .results import Cell, Outputs
+from .results.analysis import mean_per_class_accuracy
+from .results.catalog import study_methods
+from .results.cells import Cell, Outputs
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from ..functional.neighbors import select_positives
 from ..methods import method_named
 from ..sae.modeling import SAEModel
 from ..steering.retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
-from .catalog import study_methods
-from .results import Cell
+from .results.catalog import study_methods
+from .results.cells import Cell
 
 
 if TYPE_CHECKING:
@@ -286,11 +286,11 @@ RUNS: dict[str, Run] = {
     "knn_vote": _with_neighbors(_vote),
     "linear_probe": probe,
 }
-"""How each of [`hf_vs2.study.catalog.OWN`] scores a cell."""
+"""How each of [`hf_vs2.study.results.catalog.OWN`] scores a cell."""
 
 
 def run_of(name: str) -> Run:
-    """How a method of [`hf_vs2.study.catalog.study_methods`] scores a cell."""
+    """How a method of [`hf_vs2.study.results.catalog.study_methods`] scores a cell."""
     if name in RUNS:
         return RUNS[name]
     method = study_methods()[name]

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..training.domain import SKETCH_ROWS
-from .catalog import study_methods
 from .config import StudyConfig
-from .results import Cell
+from .results.catalog import study_methods
+from .results.cells import Cell
 
 
 GRID, COST, COSINE = "grid", "cost", "steering_cosine"

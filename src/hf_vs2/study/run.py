@@ -19,13 +19,13 @@ from ..files.digests import json_digest
 from ..files.json_files import write_json
 from ..version import __version__
 from .bench import Bench
-from .catalog import study_methods
 from .config import StudyConfig
+from .documents.reports import REPORTS_NAME, reports
+from .documents.tables import study_markdown
 from .measure import measure
 from .plan import plan
-from .reports import REPORTS_NAME, reports
-from .results import CELLS, RESULTS_NAME, Cell, CellResult, StudyResult, load_cell, save_cell
-from .tables import study_markdown
+from .results.catalog import study_methods
+from .results.cells import CELLS, RESULTS_NAME, Cell, CellResult, StudyResult, load_cell, save_cell
 
 
 TABLE_NAME = "table.md"

@@ -27,7 +27,7 @@ from ..data.extraction import naming_lost_partners
 from ..data.rows import RowSource, chosen_rows, read_ahead, rows_of, training_labels
 from ..files.atomic import failing_as, remove_folder, replace_folder
 from ..files.digests import tensor_digest
-from ..files.model_card import write_model_card
+from ..files.sharing.model_card import write_model_card
 from ..sae.modeling import SAEModel, SAEOutput
 from ..version import __version__
 from .arguments import SAETrainingArguments

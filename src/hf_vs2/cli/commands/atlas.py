@@ -78,7 +78,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     from ...atlas import build_atlas
     from ...atlas.writing import check_output
-    from ...data.prompts import resolve_templates
+    from ...data.labels.prompts import resolve_templates
     from ...explain.latent_names import read_vocabulary
     from ...files.checkpoint_folder import RESULTS_NAME, TRAINING_LOG_NAME
 
@@ -121,7 +121,7 @@ def _activations(args: Namespace, clip: Any, dataset: Any, image_processor: Any)
     """The store that a flag names, if it is of these images, or one extracted when needed."""
     from ...data.activations import ActivationStore, StoreError
     from ...data.fingerprint import dataset_fingerprint
-    from ...data.names import with_numbered_labels
+    from ...data.labels.names import with_numbered_labels
 
     column = args.label_column
     if args.activations is None:

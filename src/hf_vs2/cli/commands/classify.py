@@ -55,8 +55,8 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     from transformers.utils import logging
 
-    from ...data.lists import names_in
-    from ...data.prompts import resolve_templates
+    from ...data.labels.lists import names_in
+    from ...data.labels.prompts import resolve_templates
     from ...files.json_files import write_json
 
     if args.top_k < 1 or args.batch_size < 1:
@@ -93,7 +93,7 @@ def run(args: Namespace) -> None:
 
 def _image_names(given: Sequence[str], on_error: str = "raise") -> Iterator[str]:
     """Files and URLs as they are; folders replaced by the images in them."""
-    from ...data.listing import list_images
+    from ...data.folders.listing import list_images
 
     for name in given:
         if not os.path.isdir(name):

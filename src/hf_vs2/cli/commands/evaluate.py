@@ -89,7 +89,7 @@ def run(args: Namespace) -> None:
 
     from ...evaluation.comparison import evaluate
     from ...files.checkpoint_folder import RESULTS_NAME
-    from ...files.model_card import write_model_card
+    from ...files.sharing.model_card import write_model_card
 
     _check_prompts(args)
     model, tokenizer, image_processor = load_steered_clip(args)
@@ -128,7 +128,7 @@ def run(args: Namespace) -> None:
 
 def _check_prompts(args: Namespace) -> None:
     """Refuse unknown methods, templates and doubled class names before anything long begins."""
-    from ...data.prompts import resolve_templates
+    from ...data.labels.prompts import resolve_templates
     from ...evaluation.methods import check_methods
 
     check_methods(args.method or ())

@@ -63,8 +63,8 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: Namespace) -> None:
     from ...data.images import open_image
-    from ...data.lists import names_in
-    from ...data.prompts import resolve_templates
+    from ...data.labels.lists import names_in
+    from ...data.labels.prompts import resolve_templates
     from ...explain.figure import draw_explanation, leading_labels
     from ...explain.latent_names import read_vocabulary
 

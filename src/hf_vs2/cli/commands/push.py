@@ -39,7 +39,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ...files.hub import push_to_hub
+    from ...files.sharing.hub import push_to_hub
 
     commit = push_to_hub(
         args.path,

@@ -59,8 +59,8 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from ...data.lists import names_in
-    from ...data.prompts import class_embeddings, resolve_templates
+    from ...data.labels.lists import names_in
+    from ...data.labels.prompts import class_embeddings, resolve_templates
     from ...evaluation.recommendation import recommend
 
     if args.labels is None and args.label_column is None:

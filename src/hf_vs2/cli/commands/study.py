@@ -42,9 +42,9 @@ def run(args: Namespace) -> None:
     import datasets
 
     from ...study.config import StudyConfig
-    from ...study.figures import draw_figures
-    from ...study.reports import REPORTS_NAME
-    from ...study.results import RESULTS_NAME
+    from ...study.documents.reports import REPORTS_NAME
+    from ...study.drawings.figures import draw_figures
+    from ...study.results.cells import RESULTS_NAME
     from ...study.run import TABLE_NAME, run_study
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

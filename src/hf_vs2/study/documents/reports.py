@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .analysis import agreement, fixed_confusions, fvu_deciles, per_class, risk_coverage
-from .results import CellResult, Outputs, StudyResult
+from ..results.analysis import agreement, fixed_confusions, fvu_deciles, per_class, risk_coverage
+from ..results.cells import CellResult, Outputs, StudyResult
 
 
 REPORTS_NAME = "reports.json"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from transformers.utils import logging
 
+from ..labels.names import sorted_names
 from .listing import composed
-from .names import sorted_names
 
 
 logger = logging.get_logger(__name__)

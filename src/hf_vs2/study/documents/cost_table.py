@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..results.cells import CellResult
 from . import published
 from .markdown import table
 from .result_view import ResultView
-from .results import CellResult
 
 
 def cost(view: ResultView) -> Iterator[str]:

@@ -8,19 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..files.report import STYLES
-from .figure_sheets import (
-    COLUMNS,
-    GRID_LINES,
-    GROUPS,
-    WIDEST,
-    Sheet,
-    StudyReader,
-    distinct,
-    in_sheets,
-    sentence,
-)
-from .results import CellResult
+from ...files.report import STYLES
+from ..results.cells import CellResult
+from .figure_sheets import COLUMNS, GRID_LINES, GROUPS, WIDEST, Sheet, StudyReader, distinct, in_sheets, sentence
 
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..files.markdown import escaped
+from ...files.markdown import escaped
+from ..results.analysis import agreement, fixed_confusions, per_class
+from ..results.cells import Outputs
 from . import published
-from .analysis import agreement, fixed_confusions, per_class
 from .markdown import table
 from .result_view import ResultView
-from .results import Outputs
 
 
 SHOWN_CLASSES = 5

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files.report import STYLES
-from .catalog import study_methods
-from .results import CellResult, Outputs, StudyResult
+from ...files.report import STYLES
+from ..results.catalog import study_methods
+from ..results.cells import CellResult, Outputs, StudyResult
 
 
 if TYPE_CHECKING:

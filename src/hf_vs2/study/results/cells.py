@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..files.digests import file_digest, json_digest
-from ..files.json_files import read_json, write_json
-from ..files.weight_files import read_tensors, write_tensors
+from ...files.digests import file_digest, json_digest
+from ...files.json_files import read_json, write_json
+from ...files.weight_files import read_tensors, write_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +55,7 @@ class Cell:
 
     Args:
         encoder (`str`), dataset (`str`): their names in the study.
-        method (`str`): see [`hf_vs2.study.catalog`], or `"grid"`, `"cost"` and `"steering_cosine"`, which are no rows of a table.
+        method (`str`): see [`hf_vs2.study.results.catalog`], or `"grid"`, `"cost"` and `"steering_cosine"`, which are no rows of a table.
         prompts (`str`): name of the prompt set; `""` where there is none.
         seed (`int`, *optional*): of the SAE; `None` for a method without one.
         params (`dict`): settings that differ from cell to cell: `gamma`, `lambda`, `gate`, `top_k`, `expansion_factor`, `share`,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from ..training.domain import SKETCH_ROWS
+from ...training.domain import SKETCH_ROWS
+from ..results.cells import CellResult
 from . import published
 from .markdown import distinct, mean, spread, table
 from .result_view import ResultView, common_seeds, gate_as_asked, gate_note, seeds_note
-from .results import CellResult
 
 
 Note = Callable[[str | None, Collection[str | None], str], str]

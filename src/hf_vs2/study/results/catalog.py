@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..methods import GATE, METHODS
-from ..methods import Method as Rule
+from ...methods import GATE, METHODS
+from ...methods import Method as Rule
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..files.markdown import escaped
+from ...files.markdown import escaped
+from ..results.cells import CellResult, Outputs, StudyResult
 from . import published
 from .markdown import mean, spread
-from .results import CellResult, Outputs, StudyResult
 
 
 class ResultView:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..results.cells import CellResult
 from .figure_sheets import (
     COLUMNS,
     GRID_LINES,
@@ -29,7 +30,6 @@ from .figure_sheets import (
     wrapped_shape,
     zero_line,
 )
-from .results import CellResult
 
 
 if TYPE_CHECKING:

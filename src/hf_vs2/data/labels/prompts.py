@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..encoders.tail import unit_embeds
+from ...encoders.tail import unit_embeds
 from .lists import names_in, read_list
 from .names import clean_class_names
 

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 
-from ..config.latent_edits import LatentEdits
-from ..config.sae import SAEConfig
-from .atomic import replace_text
+from ...config.latent_edits import LatentEdits
+from ...config.sae import SAEConfig
+from ..atomic import replace_text
+from ..checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, is_hub_id, looks_like_hub_id
+from ..markdown import Markdown, code, escaped, number
 from .card_edits import Card, CardError, license_of, refresh_card
 from .card_results import ResultFacts, read_results
-from .checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, is_hub_id, looks_like_hub_id
-from .markdown import Markdown, code, escaped, number
 
 
 if TYPE_CHECKING:
     import jinja2
 
-    from .report import Results
+    from ..report import Results
 
 logger = logging.get_logger(__name__)
 

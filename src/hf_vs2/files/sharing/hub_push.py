@@ -14,10 +14,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import CONFIG_NAME, logging
 
-from ..version import __version__
-from .card_edits import card_to_upload, license_of
-from .card_results import ResultFacts
-from .checkpoint_folder import (
+from ...version import __version__
+from ..checkpoint_folder import (
     CARD_NAME,
     CORPUS_FILES,
     LABEL_SETS_NAME,
@@ -29,10 +27,12 @@ from .checkpoint_folder import (
     CheckpointFolder,
     local_paths,
 )
-from .json_files import from_json, read_json, to_json
+from ..json_files import from_json, read_json, to_json
+from ..place import check_token
+from ..weight_files import is_of_http, opened
+from .card_edits import card_to_upload, license_of
+from .card_results import ResultFacts
 from .model_card import create_model_card, read_card
-from .place import check_token
-from .weight_files import is_of_http, opened
 
 
 logger = logging.get_logger(__name__)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .analysis import fvu_deciles, per_class, risk_coverage
+from ..results.analysis import fvu_deciles, per_class, risk_coverage
+from ..results.cells import CellResult, Outputs
 from .figure_sheets import GATED, GRID_LINES, PLAIN, VS2, Sheet, StudyReader, distinct, file_word, in_sheets, sentence
-from .results import CellResult, Outputs
 
 
 if TYPE_CHECKING:

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
-from ..config.packaged_code import PackagedCode
-from .atomic import failing_as, replace_files
-from .checkpoint_folder import TENSOR_FILES, VS2_TYPE, CheckpointFolder
-from .digests import digests_in
-from .place import refuse_variant
-from .weight_files import check_numbers
+from ...config.packaged_code import PackagedCode
+from ..atomic import failing_as, replace_files
+from ..checkpoint_folder import TENSOR_FILES, VS2_TYPE, CheckpointFolder
+from ..digests import digests_in
+from ..place import refuse_variant
+from ..weight_files import check_numbers
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from .report import Results
+    from ..report import Results
 
 _HUB_OPTIONS = (
     *("private", "create_pr", "revision", "tag", "token", "commit_message", "commit_description"),

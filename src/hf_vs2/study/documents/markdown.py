@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .analysis import summary
+from ..results.analysis import summary
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

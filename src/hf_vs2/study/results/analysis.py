@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation.metrics import accuracy_by_class, count_by_class, mean_per_class, paired_bootstrap
-from .results import Outputs
+from ...evaluation.metrics import accuracy_by_class, count_by_class, mean_per_class, paired_bootstrap
+from .cells import Outputs
 
 
 MAX_POINTS = 200

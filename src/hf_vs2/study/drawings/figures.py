@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files.atomic import replace_file
+from ...files.atomic import replace_file
+from ..results.cells import StudyResult
 from . import figure_cells, figure_curves, figure_images
 from .figure_sheets import StudyReader, file_word
-from .results import StudyResult
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import unicodedata
@@ -12,8 +13,6 @@ from pathlib import Path
 
 from PIL import Image
 from transformers.utils import logging
-
-from .images import HEIF_BRANDS, heif_is_readable
 
 
 logger = logging.get_logger(__name__)
@@ -58,6 +57,13 @@ _HINTS = {
     **dict.fromkeys((".zip", ".rar", ".7z"), "unpack them"),
     **dict.fromkeys((".csv", ".tsv", ".jsonl"), "a list of images is opened by its own path"),
 }
+# The brands of HEIC files, as phones write them.
+HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"))
+
+
+def heif_is_readable() -> bool:
+    """Whether HEIC files (.heic, .heif) can be read here."""
+    return importlib.util.find_spec("pillow_heif") is not None
 
 
 @dataclass

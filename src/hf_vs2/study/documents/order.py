@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..results.cells import CellResult
 from .markdown import distinct, mean, spread, table
 from .result_view import ResultView
-from .results import CellResult
 
 
 ORDER = (

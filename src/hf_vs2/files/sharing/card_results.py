@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from transformers.utils import logging
 
-from ..config.sae import SAEConfig
-from .checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
-from .markdown import Markdown, code, escaped, number
-from .report import EvaluationResult, Results, format_table
+from ...config.sae import SAEConfig
+from ..checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
+from ..markdown import Markdown, code, escaped, number
+from ..report import EvaluationResult, Results, format_table
 
 
 logger = logging.get_logger(__name__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..files.markdown import escaped
+from ...files.markdown import escaped
+from ..results.cells import CellResult, StudyResult
 from . import published
 from .ablation_tables import ablations, gate_shift, reconstruction
 from .class_report import classes, cosines, seeds
@@ -12,7 +13,6 @@ from .cost_table import cost
 from .markdown import distinct, table
 from .order import order
 from .result_view import ResultView, common_seeds, seeds_note
-from .results import CellResult, StudyResult
 
 
 PAPER_ROWS = (

@@ -1,0 +1,1 @@
+"""What a folder or a list of images means."""

@@ -1,0 +1,1 @@
+"""Names of classes and the prompts around them, read alike everywhere."""

@@ -1,0 +1,1 @@
+"""What is shared on the Hub: pushes, and model cards with everything in them escaped."""

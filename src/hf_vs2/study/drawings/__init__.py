@@ -1,0 +1,1 @@
+"""A study's results as figures; matplotlib is imported when one is drawn."""
