@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from draws import drawn, shares_with, trained
 
-from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot
 from hf_vs2.study import StudyConfig
 from hf_vs2.study.bench import Bench
 
@@ -22,40 +22,20 @@ SHARES = (None, 0.3, 0.5, 0.8, 0.95)
 ROWS, IMAGES = 4096, 2000
 
 
-def drawn(
-    labels: torch.Tensor, share: float | None, top: int, number: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Numbers of images, some of them twice, with `share` of class `top` and the rest even; `None`: all even."""
-    num_classes = int(labels.max()) + 1
-    wanted = torch.full((num_classes,), 1 / num_classes if share is None else (1 - share) / (num_classes - 1))
-    if share is not None:
-        wanted[top] = share
-    weights = wanted[labels] / labels.bincount(minlength=num_classes)[labels]
-    return torch.multinomial(weights, number, replacement=True, generator=generator)
-
-
-def fitted(bench: Bench, encoder: str, rows: torch.Tensor, folder: str, seed: int) -> VS2CLIPForZeroShot:
-    arguments = SAETrainingArguments(
-        output_dir=folder, max_steps=1500, seed=seed, save_steps=0, disable_tqdm=True, report_to="none"
-    )
-    trainer = SAETrainer(SAEConfig(hidden_size=rows.shape[1], top_k=16), arguments, rows)
-    trainer.train()
-    return VS2CLIPForZeroShot(bench.encoder(encoder).clip, trainer.model.eval()).eval()
-
-
 def gains(
     bench: Bench, encoder: str, dataset: str, share: float | None, seed: int, folder: str, even_rows: bool
 ) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     train, test = bench.labels(encoder, dataset, "train"), bench.labels(encoder, dataset)
+    num_classes = int(train.max()) + 1
     held_out = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[len(test) // 2 :]
     top = int(test[held_out][torch.randint(len(held_out), (1,), generator=generator)])
-    rows = bench.rows(encoder, dataset, "train").tensor(-1)[
-        drawn(train, None if even_rows else share, top, ROWS, generator)
-    ]
-    chosen = held_out[drawn(test[held_out], share, top, IMAGES, generator)]
+    uneven = shares_with(num_classes, share, top)
+    wanted = shares_with(num_classes, None, top) if even_rows else uneven
+    rows = bench.rows(encoder, dataset, "train").tensor(-1)[drawn(train, wanted, ROWS, generator)]
+    chosen = held_out[drawn(test[held_out], uneven, IMAGES, generator)]
     images, labels = bench.rows(encoder, dataset, "test").tensor(-1)[chosen], test[chosen]
-    model = fitted(bench, encoder, rows, folder, seed)
+    model = trained(bench.encoder(encoder).clip, rows, folder, seed=seed)
     classes = bench.class_matrix(encoder, dataset, "single")
 
     def accuracy(method: str) -> float:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Image as ImageFeature
+from draws import drawn, shares_with
 from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
@@ -51,11 +52,6 @@ class Scenario(NamedTuple):
     asked: torch.Tensor
 
 
-def drawn(labels: torch.Tensor, wanted: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
-    weights = wanted[labels] / labels.bincount(minlength=len(wanted))[labels].clamp_min(1)
-    return torch.multinomial(weights, number, replacement=True, generator=generator)
-
-
 def scenarios(
     train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], seed: int
 ) -> Iterator[Scenario]:
@@ -78,9 +74,8 @@ def scenarios(
         yield Scenario("few images", some(number), images, labels, everything)
     for share in (0.3, 0.5, 0.8, 0.95):
         for _ in range(4):
-            wanted = torch.full((num_classes,), (1 - share) / (num_classes - 1))
-            wanted[torch.randint(num_classes, (1,), generator=generator)] = share
-            yield uneven(f"{share:.0%} of one label", wanted)
+            common = int(torch.randint(num_classes, (1,), generator=generator))
+            yield uneven(f"{share:.0%} of one label", shares_with(num_classes, share, common))
     for _ in range(4):
         wanted = 1 / torch.arange(1, num_classes + 1)[torch.randperm(num_classes, generator=generator)]
         yield uneven("long tail", wanted / wanted.sum())

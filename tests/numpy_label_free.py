@@ -48,12 +48,20 @@ def distribution_norm(e: np.ndarray, W: np.ndarray, mean: np.ndarray) -> np.ndar
     return np.array([scale(mean, W) * float(q @ p) for p in text_directions(W)])
 
 
+def log_odds(logits: np.ndarray, c: int) -> float:
+    """log p_c / (1 - p_c): also where p_c is 1 to the last digit. A single label: its logit."""
+    others = np.delete(logits, c)
+    if not len(others):
+        return float(logits[c])
+    return float(logits[c] - others.max() - math.log(np.exp(others - others.max()).sum()))
+
+
 def balanced_mean(E: np.ndarray, W: np.ndarray, surest: int = 20) -> np.ndarray:
     """Each label's mean of its surest rows, weighted by their probability; labels weighted by mass / (mass + 1)."""
     P = np.array([softmax(100.0 * (W @ e)) for e in E])
     total, weight = np.zeros(E.shape[1]), 0.0
     for c in range(len(W)):
-        rows = sorted(range(len(E)), key=lambda i: -P[i, c])[:surest]
+        rows = sorted(range(len(E)), key=lambda i: -log_odds(100.0 * (W @ E[i]), c))[:surest]
         mass = sum(P[i, c] for i in rows)
         centre = sum(P[i, c] * E[i] for i in rows) / mass
         total, weight = total + mass / (mass + 1) * centre, weight + mass / (mass + 1)
@@ -103,6 +111,65 @@ def iterated(E, W, mean, views, counted, kappa, balance) -> dict:
             for v, view in enumerate(views):
                 M[v][c] = unit(sum(counted[i] * r[i, c] * view[i] for i in range(n)))
     return {"mean": mean, "P": P, "w": w, "n": [k * kappa / (1 - k) for k in w], "M": M, "scale": scale(mean, W)}
+
+
+def others_say(E: np.ndarray, r: np.ndarray, i: int, c: int) -> tuple[float, float]:
+    """Cosine of row i to what all other rows of label c add up to, and how many rows these are."""
+    others = [j for j in range(len(E)) if j != i]
+    return float(unit(E[i]) @ unit(r[others, c] @ E[others])), float(r[others, c].sum())
+
+
+def relative(v: np.ndarray, w: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """w (v - u), u the mean of v weighted by p w."""
+    u = sum(p * w * v) / sum(p * w)
+    return np.array([w[c] * (v[c] - u) for c in range(len(v))])
+
+
+def anchored(E: np.ndarray, W: np.ndarray, T: float) -> dict:
+    """The five steps of `fit_anchored_prototypes`, row by row."""
+    n, C = len(E), len(W)
+    L = np.array([[T * float(e @ w) for w in W] for e in E])
+    p = r = np.array([softmax(row) for row in L])
+    for _ in range(20):
+        prior = np.array([math.log(max(0.1, sum(r[i, c] for i in range(n)) / n)) for c in range(C)])
+        r = np.array([softmax(row + prior) for row in L])
+    count = r.sum(0)
+    share = max(count) / n
+    weights = [k / (k + 5) for k in count]
+    m = sum(weights[c] * sum(r[i, c] * E[i] for i in range(n)) / count[c] for c in range(C)) / sum(weights)
+    X = np.array([unit(e - m) for e in E])
+
+    def look():
+        told = [[others_say(X, r, i, c) for c in range(C)] for i in range(n)]
+        return np.array([[v for v, _ in row] for row in told]), np.array([[k for _, k in row] for row in told])
+
+    v, left = look()
+    each = np.array([[r[i, c] / (count[c] + 5) for c in range(C)] for i in range(n)])
+
+    def entropy(b):
+        return -sum(float(each[i] @ np.log(softmax(b * v[i]))) for i in range(n)) / each.sum()
+
+    low, high = 0.0, 100.0  # of a convex function
+    for _ in range(60):
+        third = (high - low) / 3
+        low, high = (low, high - third) if entropy(low + third) < entropy(high - third) else (low + third, high)
+    explained = 1 - entropy((low + high) / 2) / math.log(C)
+    h = min(1, max(0, (explained - 0.5) / 0.1)) * (1 - min(1, max(0, (share - 0.5) / 0.2)))
+    for step in range(2):
+        if step:
+            v, left = look()
+        r = np.array(
+            [softmax(L[i] + prior + 15 * h * relative(v[i], left[i] / (left[i] + 20), p[i])) for i in range(n)]
+        )
+    P = np.array([unit(sum(r[i, c] * X[i] for i in range(n))) for c in range(C)])
+    count = r.sum(0)
+    return {"m": m, "P": P, "n": count, "w": count / (count + 20), "h": h, "R": explained, "share": share, "T": T}
+
+
+def anchored_scores(e: np.ndarray, W: np.ndarray, fit: dict) -> np.ndarray:
+    plain = W @ e
+    v = fit["P"] @ unit(e - fit["m"])
+    return plain + 15 * fit["h"] / fit["T"] * relative(v, fit["w"], softmax(fit["T"] * plain))
 
 
 def prototype_scores(e: np.ndarray, fit: dict, views=()) -> np.ndarray:

@@ -32,6 +32,11 @@ _SUREST, _CONFIDENCE = 20, 100.0
 _BLOCK = 2**24
 
 
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU where the device has none: sums in which neither the order of the rows nor the device shows."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 # Means
 
 
@@ -86,12 +91,26 @@ def balanced_mean(embeds: torch.Tensor, classes: torch.Tensor, surest: int = _SU
         surest: rows a label, weighted by their probability. A label that no row looks like counts little.
     """
     blocks = embeds.split(max(1, _BLOCK // len(classes)))
-    confidence = torch.cat([(_CONFIDENCE * block @ classes.T).softmax(-1) for block in blocks]).T
-    weights, chosen = confidence.topk(min(surest, len(embeds)), dim=-1)
+    texts = exact(classes)
+    odds = torch.cat([_log_odds(_CONFIDENCE * exact(block) @ texts.T).to(embeds) for block in blocks]).T
+    surest_odds, chosen = odds.topk(min(surest, len(embeds)), dim=-1)
+    weights = torch.ones_like(surest_odds) if len(classes) == 1 else surest_odds.sigmoid()
     mass = weights.sum(-1, keepdim=True)
     means = torch.stack([weight @ embeds[rows] for weight, rows in zip(weights, chosen, strict=True)])
     trust = mass / (mass + 1)
     return (trust * means / mass.clamp_min(torch.finfo(mass.dtype).tiny)).sum(0) / trust.sum()
+
+
+def _log_odds(logits: torch.Tensor) -> torch.Tensor:
+    """`l_c - log sum_{k != c} exp l_k`, shaped as `logits`. Many probabilities are 1 as far as a float can say; their odds differ, so that neither
+    the order of the rows nor the device decides which rows are the surest. A single label: its logits."""
+    if logits.shape[1] == 1:
+        return logits
+    top = logits.argmax(-1, keepdim=True)
+    others = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+    sure = logits.log_softmax(-1)
+    # All but the top have at most a half: what is left of 1 is exact for them.
+    return (sure - (-sure.exp().clamp_max(0.5)).log1p()).scatter(-1, top, logits.gather(-1, top) - others)
 
 
 def score_scale(mean: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+"""What helps without labels on *your* CLIP? Every rule, on even, one-sided, few and foreign images: scores in points over plain CLIP.
+
+    python scripts/true_clip.py --embeddings FOLDER --output results.json        # unit embeddings, see below
+    python scripts/true_clip.py --rows TEST+MORE --clip CLIP --output results.json   # CLS rows of the last layer
+    python scripts/true_clip.py --study examples/studies/paper.yaml --output results.json   # images: extracted once
+
+`--embeddings`: safetensors files with `image_embeds` (n, d), `label` (n,), `class_embeds` (C, d) and, if there are any, `unlabelled_extra` (m, d).
+`--rows`: activation stores, or safetensors files with `cls`, `label` and the class names as JSON in the metadata (`names`); what follows a `+` is
+only fitted to. Each set is split at random into halves; rules are fitted to one half and `unlabelled_extra`, and scored on the other. How
+images are drawn stands in `scripts/scenarios.py`. Writes JSON, prints Markdown; docs/true-clip.md tells what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from draws import trained
+from rivals import Scores, first_rule, transclip, zlap
+from scenarios import ImageSet, Scenario, embedding_sets, row_sets, scenarios_of, study_sets
+from torch.nn.functional import normalize
+
+from hf_vs2.evaluation.controls import control_model
+from hf_vs2.evaluation.methods import CONTROLS
+from hf_vs2.evaluation.recommendation import decide, gather_evidence
+from hf_vs2.functional.anchored import anchored_scores, fit_anchored_prototypes
+from hf_vs2.functional.equations import centroid_steer
+from hf_vs2.functional.label_free import (
+    LabelFit,
+    balanced_mean,
+    distribution_norm_scores,
+    fit_balanced_prototypes,
+    fit_prototypes,
+    label_scores,
+    norm_fit,
+)
+
+
+Rule = Callable[[torch.Tensor, torch.Tensor, float], Scores]
+
+
+def fitted(fit: Callable[[torch.Tensor, torch.Tensor], LabelFit]) -> Rule:
+    def rule(f: torch.Tensor, W: torch.Tensor, T: float) -> Scores:
+        known = fit(f, W)
+        return lambda images: label_scores(images, known)
+
+    return rule
+
+
+def distribution(coefficient: float, score: str) -> Rule:
+    return lambda f, W, T: lambda images: distribution_norm_scores(images, W, f.mean(0), W.mean(0), coefficient, score)
+
+
+def centroid(f: torch.Tensor, W: torch.Tensor, T: float) -> Scores:
+    return lambda images: normalize(centroid_steer(images, f.mean(0), 1.05), dim=-1) @ W.T
+
+
+def anchored(f: torch.Tensor, W: torch.Tensor, T: float) -> Scores:
+    known = fit_anchored_prototypes(f, W, T)
+    return lambda images: anchored_scores(images, W, known)
+
+
+RULES: dict[str, Rule] = {
+    "centroid, in embeddings": centroid,
+    "distribution_norm, 0.25": distribution(0.25, "cosine"),
+    "distribution_norm, dot, 0.5": distribution(0.5, "dot"),
+    "distribution_norm": fitted(lambda f, W: norm_fit(W, f.mean(0))),
+    "balanced_norm": fitted(lambda f, W: norm_fit(W, balanced_mean(f, W))),
+    "prototypes": fitted(lambda f, W: fit_prototypes(f, W, f.mean(0))),
+    "balanced_prototypes": fitted(fit_balanced_prototypes),
+    "first rule, beta 15": first_rule(15.0),
+    "first rule, beta 30": first_rule(30.0),
+    "anchored_prototypes": anchored,
+    "TransCLIP": transclip,
+    "ZLaP": zlap,
+}
+
+
+STEERED = (
+    *("centroid", "vs2", "vs2_random", "vs2_pca", "corrected+distribution_norm", "prototypes+pca", "prototypes+sae"),
+    "prototypes+random",
+)
+"""What needs CLS rows, and mostly an SAE."""
+
+
+def evidence_of(f: torch.Tensor, W: torch.Tensor, T: float) -> dict[str, Any]:
+    """What the rows say without labels, and what `hf-vs2 recommend` makes of it."""
+    evidence, known = gather_evidence(f, W, T), fit_anchored_prototypes(f, W, T)
+    found = asdict(evidence) | {"explained": known.explained.item(), "commonest": known.commonest.item()}
+    found |= {"image mean": f.mean(0).norm().item(), "text mean": W.mean(0).norm().item()}
+    return found | {"recommended": decide(evidence)[0]}
+
+
+def steered(one: Scenario, steps: int) -> dict[str, torch.Tensor]:
+    """Answers of what steers CLS rows, and of its controls, with an SAE and statistics of the rows that are fitted to."""
+    if one.source.cls is None or one.own.cls is None or one.own.clip is None:
+        raise SystemExit("--sae_steps needs CLS rows: --rows or --study.")
+    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+        model = trained(one.own.clip, one.source.cls[one.fit], folder, steps)
+    controls = {dictionary: control_model(model, dictionary) for dictionary in ("random", "pca")}
+    answers = {}
+    for name in STEERED:
+        method, dictionary = CONTROLS.get(name, (name, ""))
+        using = controls.get(dictionary, model)
+        with using.steering(method=method, gate=None):
+            images = using.image_features_from_cls(one.own.cls[one.scored])
+            answers[f"{name}, at CLS"] = using.class_logits(images, one.own.classes).argmax(-1)
+    return answers
+
+
+@torch.no_grad()
+def measure(one: Scenario, rules: dict[str, Rule], sae_steps: int) -> dict[str, Any]:
+    """Points over plain CLIP of each rule, and by image."""
+    rows, W, T = one.rows, one.own.classes, one.own.temperature
+    plain = (one.images @ W.T).argmax(-1)
+    answers = {name: rule(rows, W, T)(one.images).argmax(-1) for name, rule in rules.items()}
+    evidence = evidence_of(rows, W, T)
+    method = evidence["recommended"]
+    answers["recommended"] = plain if method == "none" else RULES[method](rows, W, T)(one.images).argmax(-1)
+    if sae_steps:
+        answers |= steered(one, sae_steps)
+    right = plain == one.labels
+    return {
+        "evidence": evidence,
+        "plain": 100 * right.double().mean().item(),
+        "changes": {name: (found == one.labels).double() - right.double() for name, found in answers.items()},
+    }
+
+
+def pooled(draws: list[tuple[Scenario, torch.Tensor]]) -> dict[str, float]:
+    """Mean gain over draws, the worst draw, and a normal 95 % interval of the mean over the images that were scored: an image that several draws
+    score counts once, however often it was seen."""
+    gains = [100 * change.mean().item() for _, change in draws]
+    size = max(len(one.own.embeds) for one, _ in draws)
+    total, weight = torch.zeros(size, dtype=torch.double), torch.zeros(size, dtype=torch.double)
+    for one, change in draws:
+        share = torch.full_like(change, 1 / (len(change) * len(draws)))
+        weight.index_add_(0, one.scored, share)
+        total.index_add_(0, one.scored, share * change)
+    mean = total.sum()
+    error = 100 * (total - weight * mean).square().sum().sqrt().item()
+    gain = sum(gains) / len(gains)
+    return {
+        "gain": gain,
+        "low": gain - 1.96 * error,
+        "high": gain + 1.96 * error,
+        "worst": min(gains),
+        "images": int((weight > 0).sum()),
+    }
+
+
+def scored(
+    images: list[ImageSet], seeds: int, chosen: list[str], rules: dict[str, Rule], sae_steps: int
+) -> Iterator[dict[str, Any]]:
+    for one in images:
+        kinds: dict[str, list[Scenario]] = {}
+        for scenario in scenarios_of(one, [other for other in images if other.encoder == one.encoder], seeds):
+            if not chosen or any(scenario.kind.startswith(word) for word in chosen):
+                kinds.setdefault(scenario.kind, []).append(scenario)
+        for kind, draws in kinds.items():
+            found = [measure(draw, rules, sae_steps) for draw in draws]
+            yield {
+                "set": one.name,
+                "encoder": one.encoder,
+                "kind": kind,
+                "draws": len(draws),
+                "labels": len(draws[0].own.classes),
+                "rows": sum(len(draw.fit) for draw in draws) / len(draws),
+                "plain": sum(each["plain"] for each in found) / len(found),
+                "rules": {
+                    name: pooled([(draw, each["changes"][name]) for draw, each in zip(draws, found, strict=True)])
+                    for name in found[0]["changes"]
+                },
+                "each": [
+                    {
+                        "evidence": each["evidence"],
+                        "gains": {name: 100 * change.mean().item() for name, change in each["changes"].items()},
+                    }
+                    for each in found
+                ],
+            }
+
+
+def row_of(result: dict[str, Any]) -> str:
+    """A row of the table: gain, interval, worst draw; `!` where a rule is surely below plain CLIP."""
+    fields = []
+    for found in result["rules"].values():
+        sure = "!" if found["high"] < 0 else ""
+        fields.append(
+            f"{found['gain']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}] ({found['worst']:+.1f}){sure}"
+        )
+    start = f"| {result['set']} | {result['kind']} | {result['draws']} | {result['plain']:.1f} |"
+    return f"{start} {' | '.join(fields)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embeddings", type=Path, nargs="+", default=[], help="Files, or folders of such files.")
+    parser.add_argument("--temperature", type=float, default=100.0, help="exp(logit_scale), of --embeddings.")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="TEST[+MORE]", help="CLS rows, of --clip.")
+    parser.add_argument("--clip", help="Hub id or path, of --rows.")
+    parser.add_argument("--study", type=Path, help="A study's YAML: its encoders and data sets.")
+    parser.add_argument("--output_dir", help="Of the study, where it is not the file's own.")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="ROWS", help="Score no image that is in these --rows."
+    )
+    parser.add_argument("--half", type=int, choices=(0, 1), help="Score one half of the images alone.")
+    parser.add_argument("--kinds", nargs="+", default=[], help="Only kinds of draws that begin so; all by default.")
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
+    parser.add_argument(
+        "--sae_steps", type=int, default=0, help="Train an SAE on each draw of CLS rows: VS2, its controls."
+    )
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    images = embedding_sets(args.embeddings, args.temperature)
+    if args.rows:
+        images += row_sets(args.rows, args.clip, args.without)
+    if args.study:
+        images += study_sets(args.study, args.output_dir)
+    if args.half is not None:
+        images = [one.half(args.half) for one in images]
+    results = []
+    rules = {name: RULES[name] for name in args.rules}
+    for result in scored(images, args.seeds, args.kinds, rules, args.sae_steps):
+        if not results:
+            names = list(result["rules"])
+            print(
+                "| set | images | draws | plain |", " | ".join(names), "|\n|---|---|---:|---:|" + "---:|" * len(names)
+            )
+        results.append(result)
+        print(row_of(result), flush=True)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
