@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from draws import trained
 from rivals import Scores, first_rule, transclip, zlap
-from scenarios import ImageSet, Scenario, embedding_sets, row_sets, scenarios_of, study_sets
+from scenarios import LEAST_ROWS, ImageSet, Scenario, embedding_sets, row_sets, scenarios_of, study_sets
 from torch.nn.functional import normalize
 
 from hf_vs2.evaluation.controls import control_model
-from hf_vs2.evaluation.methods import CONTROLS
+from hf_vs2.evaluation.methods import controls
 from hf_vs2.evaluation.recommendation import decide, gather_evidence
 from hf_vs2.functional.anchored import anchored_scores, fit_anchored_prototypes
 from hf_vs2.functional.equations import centroid_steer
@@ -93,7 +93,7 @@ STEERED = (
 def evidence_of(f: torch.Tensor, W: torch.Tensor, T: float) -> dict[str, Any]:
     """What the rows say without labels, and what `hf-vs2 recommend` makes of it."""
     evidence, known = gather_evidence(f, W, T), fit_anchored_prototypes(f, W, T)
-    found = asdict(evidence) | {"explained": known.explained.item(), "commonest": known.commonest.item()}
+    found = asdict(evidence) | {name: known.facts[name] for name in ("explained", "commonest")}
     found |= {"image mean": f.mean(0).norm().item(), "text mean": W.mean(0).norm().item()}
     return found | {"recommended": decide(evidence)[0]}
 
@@ -104,11 +104,11 @@ def steered(one: Scenario, steps: int) -> dict[str, torch.Tensor]:
         raise SystemExit("--sae_steps needs CLS rows: --rows or --study.")
     with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
         model = trained(one.own.clip, one.source.cls[one.fit], folder, steps)
-    controls = {dictionary: control_model(model, dictionary) for dictionary in ("random", "pca")}
+    known, others = controls(), {dictionary: control_model(model, dictionary) for dictionary in ("random", "pca")}
     answers = {}
     for name in STEERED:
-        method, dictionary = CONTROLS.get(name, (name, ""))
-        using = controls.get(dictionary, model)
+        method, dictionary = known.get(name, (name, ""))
+        using = others.get(dictionary, model)
         with using.steering(method=method, gate=None):
             images = using.image_features_from_cls(one.own.cls[one.scored])
             answers[f"{name}, at CLS"] = using.class_logits(images, one.own.classes).argmax(-1)
@@ -162,7 +162,8 @@ def scored(
     for one in images:
         kinds: dict[str, list[Scenario]] = {}
         for scenario in scenarios_of(one, [other for other in images if other.encoder == one.encoder], seeds):
-            if not chosen or any(scenario.kind.startswith(word) for word in chosen):
+            asked = not chosen or any(scenario.kind.startswith(word) for word in chosen)
+            if asked and min(len(scenario.fit), len(scenario.scored)) >= LEAST_ROWS:
                 kinds.setdefault(scenario.kind, []).append(scenario)
         for kind, draws in kinds.items():
             found = [measure(draw, rules, sae_steps) for draw in draws]

@@ -79,6 +79,22 @@ def check_temperature(clip: CLIPModel) -> None:
         )
 
 
+def softmax_temperature(clip: CLIPModel) -> float:
+    """
+    `exp(logit_scale)`.
+
+    Raises:
+        `ValueError`: the model scores each label by itself, by a sigmoid (SigLIP), so that its answers are no probabilities to fit to.
+    """
+    if getattr(clip, "logit_bias", None) is not None:
+        raise ValueError(
+            f"{type(clip).__name__} scores labels by a sigmoid, and this method is fitted to the probabilities of a softmax. Use "
+            "method='none' with it."
+        )
+    check_temperature(clip)
+    return float(clip.logit_scale.detach().float().exp())
+
+
 class Tail(NamedTuple):
     """`post_layernorm`, projection and class embeddings as one affine map of a centred, scaled row, in float64."""
 
@@ -119,4 +135,13 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
     return Tail(matrix * norm.weight.to(device).double(), matrix @ norm.bias.to(device).double(), norm.eps)
 
 
-__all__ = ["Tail", "check_scores", "check_temperature", "clip_embeds", "fold_tail", "logits_of", "unit_embeds"]
+__all__ = [
+    "Tail",
+    "check_scores",
+    "check_temperature",
+    "clip_embeds",
+    "fold_tail",
+    "logits_of",
+    "softmax_temperature",
+    "unit_embeds",
+]

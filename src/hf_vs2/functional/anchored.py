@@ -8,12 +8,11 @@ device shows. Nothing is modified in place.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
-from .label_free import exact
+from .label_free import LabelFit, exact
 
 
 STRENGTH = 15.0
@@ -37,28 +36,7 @@ _NEWTON_STEPS, _SHARPEST = 30, 100.0
 _TINY = 1e-12
 
 
-class AnchoredFit(NamedTuple):
-    """What scores images for one label set: `e . W_c + strength w_c (v_c - u)`, see [`anchored_scores`]."""
-
-    mean: torch.Tensor
-    """`(projection_dim,)`: the centre `m`, in which each label counts alike. Not of unit length."""
-    prototypes: torch.Tensor
-    """`(num_classes, projection_dim)`, of unit length."""
-    weights: torch.Tensor
-    """`(num_classes,)`: how much each prototype counts, `n_c / (n_c + 20)`."""
-    received: torch.Tensor
-    """`(num_classes,)`: how many unlabelled rows each prototype rests on; shares of rows add up to `n`."""
-    strength: torch.Tensor
-    """A scalar, `beta h / T`: 0 is plain CLIP."""
-    temperature: torch.Tensor
-    """A scalar, the `T` that it was fitted for."""
-    explained: torch.Tensor
-    """A scalar, up to 1: the part of what the text says of the rows that the other rows explain. At most 0.5: plain CLIP."""
-    commonest: torch.Tensor
-    """A scalar: the share of the commonest label among the rows. At least 0.7: plain CLIP."""
-
-
-def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, temperature: float) -> AnchoredFit:
+def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, temperature: float) -> LabelFit:
     """
     Fit prototypes to unlabelled rows for one label set, and how far they may be trusted.
 
@@ -84,6 +62,10 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
         embeds: unit embeddings of unlabelled images.
         classes: unit class embeddings.
         temperature: `exp(logit_scale)`, 100 for OpenAI's CLIPs.
+
+    Returns:
+        [`LabelFit`] for [`anchored_scores`]: `weights` are `n_c / (n_c + 20)`, `scale` is `15 h / T` (0: plain CLIP), and `facts` holds the
+        `temperature`, `explained` (R; at most 0.5: plain CLIP) and `commonest`, the share of the commonest label (at least 0.7: plain CLIP).
     """
     rows, texts = exact(embeds).unique(dim=0), exact(classes)
     logits = temperature * rows @ texts.T
@@ -106,23 +88,24 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
     weights = received / (received + ROWS)
     nats = torch.where(nats * weights.amax() < _LEAST_NATS, 0.0, nats)
     prototypes = normalize(shares.T @ queries, dim=-1)
-    scalars = nats / temperature, nats.new_tensor(temperature), explained, commonest
-    return AnchoredFit(*(part.to(classes) for part in (mean, prototypes, weights, received, *scalars)))
+    facts = {"temperature": temperature, "explained": explained.item(), "commonest": commonest.item()}
+    parts = [part.to(classes) for part in (mean, prototypes, weights, received, nats / temperature)]
+    return LabelFit(parts[0], parts[1], parts[2], parts[3], parts[4], facts=facts)
 
 
-def anchored_scores(embeds: torch.Tensor, classes: torch.Tensor, fit: AnchoredFit) -> torch.Tensor:
+def anchored_scores(embeds: torch.Tensor, classes: torch.Tensor, fit: LabelFit) -> torch.Tensor:
     """
     `(batch, num_classes)` scores on the scale of plain cosines, to be multiplied by the temperature as those are.
 
-    `e . W_c + strength w_c (v_c - u)` with `v_c = norm(e - m) . P_c` and `u = sum_c p_c w_c v_c / sum_c p_c w_c`, `p = softmax(T e W^T)`. What is
-    added is 0 on average over the labels that the text sees, so scores stay where they were; with `strength` 0 they are plain
+    `e . W_c + scale w_c (v_c - u)` with `v_c = norm(e - m) . P_c` and `u = sum_c p_c w_c v_c / sum_c p_c w_c`, `p = softmax(T e W^T)`. What is
+    added is 0 on average over the labels that the text sees, so scores stay where they were; with a scale of 0 they are plain
     CLIP's, bit for bit.
     """
     plain = embeds @ classes.T
-    if not fit.strength:
+    if not fit.scale:
         return plain
     cosines = normalize(embeds - fit.mean, dim=-1) @ fit.prototypes.T
-    return plain + fit.strength * _relative(cosines, fit.weights, (fit.temperature * plain).softmax(-1))
+    return plain + fit.scale * _relative(cosines, fit.weights, (fit.facts["temperature"] * plain).softmax(-1))
 
 
 def _shares(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,4 +157,4 @@ def _ramp(value: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return ((value - low) / (high - low)).clamp(0, 1)
 
 
-__all__ = ["AnchoredFit", "anchored_scores", "fit_anchored_prototypes"]
+__all__ = ["anchored_scores", "fit_anchored_prototypes"]

@@ -6,7 +6,7 @@ embeddings `W`; `x` is `(batch, hidden_size)`, CLS rows. Nothing is modified in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -215,6 +215,8 @@ class LabelFit(NamedTuple):
     """A scalar, see [`score_scale`]."""
     views: tuple[torch.Tensor, ...] = ()
     """One matrix `(num_classes, d_v)` a view, with rows of unit length."""
+    facts: Mapping[str, float] = {}
+    """What else a method's scores need, or a user may want to know, by name."""
 
     @property
     def num_floats(self) -> int:
@@ -223,7 +225,8 @@ class LabelFit(NamedTuple):
     def on(self, device: torch.device) -> LabelFit:
         """The same on a device."""
         mean, prototypes, weights, received, scale = (part.to(device) for part in self[:5])
-        return LabelFit(mean, prototypes, weights, received, scale, tuple(view.to(device) for view in self.views))
+        views = tuple(view.to(device) for view in self.views)
+        return LabelFit(mean, prototypes, weights, received, scale, views, self.facts)
 
 
 def label_scores(embeds: torch.Tensor, fit: LabelFit, views: Sequence[torch.Tensor] = ()) -> torch.Tensor:

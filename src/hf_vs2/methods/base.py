@@ -133,6 +133,9 @@ class UnlabelledRows(Protocol):
     def views(self) -> tuple[torch.Tensor, ...]:
         """The method's views of the same rows, `(n, d_v)` each."""
 
+    def temperature(self) -> float:
+        """`exp(logit_scale)` of the CLIP. `ValueError`: its scores are no softmax."""
+
 
 @dataclass(frozen=True)
 class View:

@@ -16,7 +16,7 @@ from transformers import CLIPModel
 from transformers.utils import cached_file
 
 from ..config.vs2_clip import Steering
-from ..encoders.tail import unit_embeds
+from ..encoders.tail import softmax_temperature, unit_embeds
 from ..files.checkpoint_folder import LABEL_SETS_NAME
 from ..files.weight_files import read_described, write_described
 from ..files.weight_state import weights_state
@@ -201,7 +201,8 @@ class LabelSets:
         tensors: dict[str, torch.Tensor] = {}
         listed = []
         for number, known in enumerate(self.named):
-            listed.append({"method": known.method, "settings": known.settings, "labels": known.labels})
+            about = {"method": known.method, "settings": known.settings, "labels": known.labels}
+            listed.append(about | {"facts": dict(known.fit.facts)})
             named = {"class_embeds": known.class_embeds} | {name: getattr(known.fit, name) for name in _FIT_TENSORS}
             named |= {f"view_{place}": view for place, view in enumerate(known.fit.views)}
             tensors |= {f"{number}.{name}": tensor.clone() for name, tensor in named.items()}
@@ -258,7 +259,8 @@ def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, 
                 f"{number}.{name} is {tuple(own[name].shape)}, for these labels and this model it is {shape}"
             )
     mean, prototypes, weights, received, scale = (own[name] for name in _FIT_TENSORS)
-    fit = LabelFit(mean, prototypes, weights, received, scale, tuple(own[name] for name in views))
+    facts = {str(name): float(value) for name, value in about.get("facts", {}).items()}
+    fit = LabelFit(mean, prototypes, weights, received, scale, tuple(own[name] for name in views), facts)
     return FittedLabels(method, tuple(map(float, about["settings"])), own["class_embeds"], fit, labels)
 
 
@@ -274,6 +276,9 @@ class _SketchRows:
 
     def embeds(self) -> torch.Tensor:
         return self.kept.sketch(self.steerer)[0].to(self.device)
+
+    def temperature(self) -> float:
+        return softmax_temperature(self.steerer.clip)
 
     def views(self) -> tuple[torch.Tensor, ...]:
         return tuple(view.to(self.device) for view in self.kept.sketch(self.steerer)[1])
