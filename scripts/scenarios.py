@@ -96,7 +96,7 @@ def embedding_sets(paths: Sequence[Path], temperature: float) -> list[ImageSet]:
     for file in files:
         held = load_file(file)
         with safe_open(file, "pt") as opened:
-            encoder = (opened.metadata() or {}).get("encoder", str(file.parent))
+            encoder = (opened.metadata() or {}).get("encoder", file.parent.name)
         unit = {name: normalize(held[name].float(), dim=-1) for name in ("image_embeds", "class_embeds")}
         extra = held.get("unlabelled_extra")
         extra = unit["image_embeds"][:0] if extra is None else normalize(extra.float(), dim=-1)
@@ -136,7 +136,17 @@ def row_sets(pairs: Sequence[str], name: str, without: Sequence[str]) -> list[Im
         embeds = embedded(clip, cls)
         classes = normalize(class_embeddings(clip, tokenizer, names, "single").float(), dim=-1)
         scale, count = float(clip.logit_scale.detach().exp()), len(rows)
-        found = ImageSet(Path(test).stem, name, embeds[:count], labels, classes, scale, embeds[count:], clip, cls)
+        found = ImageSet(
+            Path(test).stem,
+            Path(name).name if Path(name).exists() else name,
+            embeds[:count],
+            labels,
+            classes,
+            scale,
+            embeds[count:],
+            clip,
+            cls,
+        )
         sets.append(found.only(_unseen(found.embeds, seen).nonzero().squeeze(-1)))
     return sets
 

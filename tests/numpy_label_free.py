@@ -159,7 +159,7 @@ def anchored(E: np.ndarray, W: np.ndarray, T: float) -> dict:
         if step:
             v, left = look()
         r = np.array(
-            [softmax(L[i] + prior + 15 * h * relative(v[i], left[i] / (left[i] + 20), p[i])) for i in range(n)]
+            [softmax(L[i] + prior + 22 * h * relative(v[i], left[i] / (left[i] + 20), p[i])) for i in range(n)]
         )
     P = np.array([unit(sum(r[i, c] * X[i] for i in range(n))) for c in range(C)])
     count = r.sum(0)
@@ -169,7 +169,7 @@ def anchored(E: np.ndarray, W: np.ndarray, T: float) -> dict:
 def anchored_scores(e: np.ndarray, W: np.ndarray, fit: dict) -> np.ndarray:
     plain = W @ e
     v = fit["P"] @ unit(e - fit["m"])
-    return plain + 15 * fit["h"] / fit["T"] * relative(v, fit["w"], softmax(fit["T"] * plain))
+    return plain + 22 * fit["h"] / fit["T"] * relative(v, fit["w"], softmax(fit["T"] * plain))
 
 
 def prototype_scores(e: np.ndarray, fit: dict, views=()) -> np.ndarray:

@@ -36,6 +36,8 @@ from hf_vs2.steering import label_sets as label_scoring
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
 LABELS = ["three", "zero", "seven", "nine"]
 SCORING = [name for name, method in METHODS.items() if method.fit]
+# Of these random images and labels anchored prototypes learn nothing, as they should: tests/test_anchored.py has others.
+ALWAYS = [name for name in SCORING if name != "anchored_prototypes"]
 FITTED = "prototypes+pca+sae"
 STATISTICS, LABEL_SETS = "statistics.safetensors", "label_sets.safetensors"
 
@@ -167,7 +169,7 @@ def numpy_logits(model, rows, classes):
     return np.exp(clip.logit_scale.item()) * np.array(scores)
 
 
-@pytest.mark.parametrize("method", SCORING)
+@pytest.mark.parametrize("method", ALWAYS)
 def test_numpy_agrees_through_the_whole_model(model, tiny_clip, method):
     """Every method from CLS rows to logits: which rows it is fitted on, steered or not, by which mean, with which views."""
     model.set_steering(method=method)
@@ -237,7 +239,7 @@ def test_the_pipelines_answer_what_the_model_does(named, images, method):
 # The gate
 
 
-@pytest.mark.parametrize("method", SCORING)
+@pytest.mark.parametrize("method", ALWAYS)
 def test_gated_images_have_plain_clips_logits_bit_for_bit(model, tiny_clip, method):
     """The promise of the gate holds for scores too, beside treated and broken images, in any order."""
     inputs = make_inputs(10)
@@ -623,7 +625,7 @@ def test_what_inference_mode_kept_can_be_trained_with(model, tiny_clip, num_clas
         model.class_logits(model.image_features(inputs["pixel_values"]), classes_there)
     for _ in range(2):  # the second would go back through a graph that was kept
         model.class_logits(model.image_features(inputs["pixel_values"]), classes).sum().backward()
-    assert not any(tensor.requires_grad for tensor in model.fit_classes(classes).fit[:-1])
+    assert not any(tensor.requires_grad for tensor in model.fit_classes(classes).fit[:5])
     assert tiny_clip.visual_projection.weight.grad.abs().sum() > 0
 
 
@@ -656,7 +658,7 @@ def test_a_set_fitted_by_name_goes_with_the_checkpoint(named, images, fits, tmp_
     assert [one.labels for one in found.fitted_label_sets] == [tuple(LABELS), ("dog", "cat")]
     loaded, settings = found.fitted_label_sets[0], found.steering_settings
     assert settings == named.steering_settings and (loaded.method, loaded.settings) == (fitted.method, fitted.settings)
-    for ours, theirs in zip((*loaded.fit[:-1], *loaded.fit.views), (*fitted.fit[:-1], *fitted.fit.views), strict=True):
+    for ours, theirs in zip((*loaded.fit[:5], *loaded.fit.views), (*fitted.fit[:5], *fitted.fit.views), strict=True):
         assert torch.equal(ours, theirs)
     again = hf_vs2.zero_shot_classifier(found, device="cpu")(images, LABELS)
     for ours, theirs in zip(again, expected, strict=True):

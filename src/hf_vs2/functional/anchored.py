@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from .label_free import LabelFit, exact
 
 
-STRENGTH = 15.0
+STRENGTH = 22.0
 """Nats that a unit of cosine to a prototype adds to a logit, where everything is trusted (beta)."""
 ROWS = 20.0
 """A prototype that rests on so many rows counts half (kappa)."""
@@ -51,12 +51,12 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
     4. *Trust.* `R = 1 - min_b H(b) / log C`, where `H(b)` is the cross-entropy of `softmax(b v_i)` to `r_i`, each label counted alike
        (weights `r_ic / (n_c + 5)`): how much of what the text says of a row the other rows tell too. Where they tell less than
        half, `h = 0`; from 0.6 on `h = 1`. Where one label has more than half of the rows, h falls, to 0 at 0.7.
-    5. Twice: `r_i = softmax(l_i + log max(s, 0.1) + 15 h w_ic (v_ic - u_i))`, `w_ic = (n_c - r_ic) / (n_c - r_ic + 20)`, where
+    5. Twice: `r_i = softmax(l_i + log max(s, 0.1) + 22 h w_ic (v_ic - u_i))`, `w_ic = (n_c - r_ic) / (n_c - r_ic + 20)`, where
        `u_i = sum_c p_ic w_ic v_ic / sum_c p_ic w_ic` is what prototypes say on average of the labels that the text sees: a label with few rows is
        neither favoured nor punished. Then `P_c = norm(sum_i r_ic x_i)`, `w_c = n_c / (n_c + 20)`.
 
-    The constants 5, 20, 15 and the two rounds are those of the rule that this one grew out of; all are in nats, rows or shares, so that they mean the
-    same for every CLIP whose softmax is a probability. Rows that are exactly alike count once. Labels that a model scores by a sigmoid have no such softmax: don't fit them.
+    All constants are in nats, rows or shares, so that they mean the same for every CLIP whose softmax is a probability; docs/true-clip.md says where each
+    comes from. Rows that are exactly alike count once. Labels that a model scores by a sigmoid have no such softmax: don't fit them.
 
     Args:
         embeds: unit embeddings of unlabelled images.
@@ -64,7 +64,7 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
         temperature: `exp(logit_scale)`, 100 for OpenAI's CLIPs.
 
     Returns:
-        [`LabelFit`] for [`anchored_scores`]: `weights` are `n_c / (n_c + 20)`, `scale` is `15 h / T` (0: plain CLIP), and `facts` holds the
+        [`LabelFit`] for [`anchored_scores`]: `weights` are `n_c / (n_c + 20)`, `scale` is `22 h / T` (0: plain CLIP), and `facts` holds the
         `temperature`, `explained` (R; at most 0.5: plain CLIP) and `commonest`, the share of the commonest label (at least 0.7: plain CLIP).
     """
     rows, texts = exact(embeds).unique(dim=0), exact(classes)
