@@ -18,7 +18,7 @@ from hf_vs2.study.results.cells import Cell
 
 
 GATE = 0.99
-METHODS = {"vs2": "VS2", "distribution_norm": "distribution norm"}
+METHODS = {"vs2": "VS2", "full_distribution_norm": "distribution norm"}
 
 
 @torch.no_grad()

@@ -26,26 +26,26 @@ def mean_of(vectors) -> np.ndarray:
     return total
 
 
-def text_directions(W: np.ndarray) -> np.ndarray:
-    """P0_c = norm(W_c - mean W); one class is its own mean, and stays."""
+def text_directions(W: np.ndarray, c: float = 1.0) -> np.ndarray:
+    """P0_c = norm(W_c - c mean W); one class is its own mean, and stays."""
     if len(W) == 1:
         return W.copy()
-    centre = mean_of(W)
+    centre = c * mean_of(W)
     return np.array([unit(w - centre) for w in W])
 
 
-def scale(mean: np.ndarray, W: np.ndarray) -> float:
-    """sqrt(1 - |mean|^2) times the mean length of W_c - mean W."""
-    left = math.sqrt(max(0.0, 1.0 - float(mean @ mean)))
+def scale(mean: np.ndarray, W: np.ndarray, c: float = 1.0) -> float:
+    """sqrt(1 - 2c |mean|^2 + c^2 |mean|^2) times the mean length of W_c - c mean W."""
+    left = math.sqrt(max(0.0, 1.0 - (2 * c - c * c) * float(mean @ mean)))
     if len(W) == 1:
         return left
-    centre = mean_of(W)
+    centre = c * mean_of(W)
     return left * sum(float(np.linalg.norm(w - centre)) for w in W) / len(W)
 
 
-def distribution_norm(e: np.ndarray, W: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    q = unit(e - mean)
-    return np.array([scale(mean, W) * float(q @ p) for p in text_directions(W)])
+def distribution_norm(e: np.ndarray, W: np.ndarray, mean: np.ndarray, c: float = 1.0) -> np.ndarray:
+    q = unit(e - c * mean)
+    return np.array([scale(mean, W, c) * float(q @ p) for p in text_directions(W, c)])
 
 
 def log_odds(logits: np.ndarray, c: int) -> float:

@@ -292,7 +292,7 @@ def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, image
         tmp_path / "out" / "results.json",
     )
     result = read_json(tmp_path / "out" / "results.json")
-    assert [row["method"] for row in result["rows"]] == ["clip", "vs2+gate", "distribution_norm", "distribution_norm"]
+    assert [row["method"] for row in result["rows"]] == ["clip", "vs2+gate", "distribution_norm"]
     assert result["meta"]["templates"] == {"custom": ["a {} square.", "a {} patch."]}
     assert result["per_class"]["class_names"] == ["scarlet", "navy", "lime"]
     assert result["rows"][2]["reference"] == "train" and result["rows"][1]["gate"] == 0.5

@@ -151,7 +151,7 @@ def test_schema(result, tmp_path):
     }
     assert all(fields | {"seconds"} <= set(row) for row in content["rows"])
     names = [(row["method"], row["prompts"], row.get("coefficient")) for row in content["rows"]]
-    one_set = [(m, c) for m in evaluation_methods() for c in ((0.5, 1.0) if m == "distribution_norm" else (None,))]
+    one_set = [(m, 0.25 if m == "distribution_norm" else None) for m in evaluation_methods()]
     assert names == [(method, prompts, c) for prompts in ("single", "ensemble") for method, c in one_set]
     clip, gated = content["rows"][0], result.row("vs2+gate")
     assert (clip["gain"], clip["gain_ci"], clip["coverage"]) == (0, [0, 0], 0)
@@ -284,7 +284,8 @@ def test_a_store_brings_labels_and_class_names(images, labels, tokenizer, tmp_pa
     store = extract(make_tiny_clip(), (0, -1))
     model = make_model(store.tensor(layer=-1))
     from_store = evaluate(model, store, None, None, tokenizer, reference_rows=store, batch_size=16)
-    from_tensor = evaluate(model, store.tensor(layer=-1), labels, NAMES, tokenizer, batch_size=16)
+    rows = store.tensor(layer=-1)
+    from_tensor = evaluate(model, rows, labels, NAMES, tokenizer, batch_size=16, reference_rows=rows)
     assert [row["top1"] for row in from_store.rows] == [row["top1"] for row in from_tensor.rows]
     assert from_store.meta["dataset"]["fingerprint"] == store.metadata["dataset"]["fingerprint"]
     with pytest.raises(ValueError, match=r"holds layers \[0\], not 2: extract"):
@@ -298,33 +299,29 @@ def test_a_store_brings_labels_and_class_names(images, labels, tokenizer, tmp_pa
 # Distribution normalisation
 
 
+@pytest.mark.parametrize("statistics", [False, True])
 @torch.no_grad()
-def test_distribution_normalisation(rows, labels, tokenizer):
-    """The strongest control without an SAE must be the published one, with an image mean of training rows."""
-    model, train, test = make_model(rows), rows[:30], rows[30:]
-    result = evaluate(model, test, labels[30:], NAMES, tokenizer, reference_rows=train, batch_size=8)
+def test_distribution_normalisation_with_other_training_rows(rows, labels, tokenizer, statistics):
+    """A control without an SAE: by its equation, with an image mean of the training rows named, whether the checkpoint has its own or none."""
+    model, train, test = make_model(rows, statistics=statistics), rows[:30], rows[30:]
+    model.set_steering(coefficient=0.3)
+    wanted = ("distribution_norm", "full_distribution_norm", "balanced_norm")
+    result = evaluate(model, test, labels[30:], NAMES, tokenizer, methods=wanted, reference_rows=train, batch_size=8)
     with model.steering(enabled=False):
         phi, mu = (normalize(model.image_features_from_cls(x).features, dim=-1) for x in (test, train))
     psi = class_embeddings(model.clip, tokenizer, NAMES, "ensemble")
-    paper = (phi - mu.mean(0) / 2) @ (psi - psi.mean(0) / 2).T
-    cosine = normalize(phi - mu.mean(0), dim=-1) @ normalize(psi - psi.mean(0), dim=-1).T
-    for coefficient, scores in ((0.5, paper), (1.0, cosine)):
-        index = result.index("distribution_norm", "ensemble", coefficient)
+    for method, coefficient in (("distribution_norm", 0.3), ("full_distribution_norm", 1.0)):
+        scores = distribution_norm_scores(phi, psi, mu.mean(0), psi.mean(0), coefficient, "cosine")
+        index = result.index(method, "ensemble")
         assert torch.equal(result.samples[index].predictions, scores.argmax(-1))
         assert result.rows[index]["reference"] == "train"
+        assert result.rows[index].get("coefficient") == (0.3 if coefficient < 1 else None)
+    others = [row for row in result.rows if row["method"] == "balanced_norm"]
+    assert [row["reference"] for row in others] == (["checkpoint"] * 2 if statistics else [])
     # As printed in the paper, the text mean adds the same to each class.
+    paper = distribution_norm_scores(phi, psi, mu.mean(0), psi.mean(0))
     shifted = distribution_norm_scores(phi, psi, mu.mean(0), torch.ones(24))
     assert torch.equal(shifted.argmax(-1), paper.argmax(-1))
-
-
-def test_distribution_normalisation_says_when_it_saw_the_test_set(rows, labels, tokenizer):
-    """Without training rows the method is transductive; a reader of the table must be able to see it."""
-    result = evaluate(make_model(rows), rows, labels, NAMES, tokenizer, methods=("distribution_norm",))
-    own = evaluate(
-        make_model(rows), rows, labels, NAMES, tokenizer, methods=("distribution_norm",), reference_rows=rows
-    )
-    assert {row["reference"] for row in result.rows if "coefficient" in row} == {"evaluated"}
-    assert [row["top1"] for row in result.rows] == [row["top1"] for row in own.rows]
 
 
 # The interval

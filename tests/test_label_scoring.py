@@ -163,7 +163,8 @@ def numpy_logits(model, rows, classes):
     }.get(rule.fit, lambda: None)()
     rows = rows.double().numpy()
     if fit is None:
-        scores = [reference.distribution_norm(embed(x), W, mean) for x in rows]
+        c = settings.coefficient if rule.name == "distribution_norm" else 1.0
+        scores = [reference.distribution_norm(embed(x), W, mean, c) for x in rows]
     else:
         scores = [reference.prototype_scores(embed(x), fit, views(x)) for x in rows]
     return np.exp(clip.logit_scale.item()) * np.array(scores)
@@ -376,7 +377,7 @@ def test_without_rows_what_is_fitted_to_rows_is_refused(model, tiny_clip, method
     expected = logits(model, rows, classes)
     model.set_domain_statistics(model.domain_statistics.without_rows(model.image_mean()))
     assert torch.equal(logits(model, rows, classes), expected)
-    if method == "distribution_norm":
+    if not METHODS[method].needs_rows:
         return
     with pytest.raises(
         ValueError, match=f"method='{re.escape(method)}' is fitted to rows.*Use method='distribution_norm'"
@@ -673,6 +674,60 @@ def test_a_set_fitted_by_name_goes_with_the_checkpoint(named, images, fits, tmp_
     found.save_pretrained(tmp_path, full=full)
     assert LABEL_SETS not in CheckpointFolder.open(tmp_path).files
     assert VS2CLIPForZeroShot.from_pretrained(tmp_path).fitted_label_sets == ()
+
+
+def as_saved_before(folder):
+    """What a version that subtracted the means in full under the name of distribution norm wrote."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("coefficient") == 0.4, "which tells the two apart must always be written"
+    (folder / "config.json").write_text(json.dumps(config | {"method": "distribution_norm"}))
+    tensors = load_file(folder / LABEL_SETS)
+    with safe_open(folder / LABEL_SETS, "pt") as opened:
+        about = opened.metadata()
+    (name,) = about
+    described = json.loads(about[name])
+    for one in described["label_sets"]:
+        del one["facts"]
+        one["method"] = "distribution_norm"
+    save_file(tensors, folder / LABEL_SETS, metadata={name: json.dumps(described)})
+
+
+def test_distribution_norm_of_a_checkpoint_saved_before_goes_on_as_it_was(named, images, tmp_path, caplog):
+    """The name has another meaning now: other scores without a word would be the worst way to learn that."""
+    named.set_steering(method="full_distribution_norm", gate=0.9, coefficient=0.4)
+    fitted = named.fit_label_set(LABELS)
+    expected = zero_shot_classifier(named)(images, LABELS)
+    named.save_pretrained(tmp_path)
+    as_saved_before(tmp_path)
+    again = VS2CLIPForZeroShot.from_pretrained(tmp_path)
+    said = [record for record in caplog.records if "full_distribution_norm" in record.getMessage()]
+    assert len(said) == 1 and "\n" not in said[0].getMessage() and "docs/migration.md" in said[0].getMessage()
+    assert again.steering_settings.method == "full_distribution_norm"
+    assert again.fitted_label_sets[0].method == "full_distribution_norm"
+    found = zero_shot_classifier(again)(images, LABELS)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-6)
+    assert again.fit_label_set(LABELS).fit.received.equal(fitted.fit.received) and len(again.fitted_label_sets) == 1
+    again.set_steering(method="distribution_norm", coefficient=0.25)
+    again.save_pretrained(tmp_path / "new")
+    assert VS2CLIPForZeroShot.from_pretrained(tmp_path / "new").steering_settings.method == "distribution_norm"
+
+
+@torch.no_grad()
+def test_the_coefficient_of_distribution_norm_counts(model, tiny_clip):
+    """0 is plain CLIP's order of labels, 1 the full one; another coefficient is another fit."""
+    rows, classes = cls_rows(tiny_clip, make_inputs(20)["pixel_values"]), classes_of(tiny_clip)
+    scores = {}
+    for coefficient in (0, 0.25, 1):
+        model.set_steering(method="distribution_norm", coefficient=coefficient)
+        scores[coefficient] = logits(model, rows, classes)
+    with model.steering(enabled=False):
+        torch.testing.assert_close(scores[0], logits(model, rows, classes), rtol=0, atol=1e-3)
+    with model.steering(method="full_distribution_norm"):
+        assert torch.equal(scores[1], logits(model, rows, classes))
+    assert not torch.allclose(scores[0.25], scores[1], atol=1e-2)
+    with pytest.raises(ValueError, match="coefficient=1.5 must be a number from 0 to 1"):
+        model.set_steering(coefficient=1.5)
 
 
 def test_a_move_to_another_device_keeps_what_has_a_name(named, monkeypatch):

@@ -109,9 +109,8 @@ def test_rows_are_those_of_evaluate(study, clip_path, images_path):  # noqa: F81
         assert torch.equal(cell.outputs().predictions, expected.samples[index].predictions), ours
         for name in ("top1", "gain", "gain_ci", "coverage", "fixed", "broken"):
             assert cell.figures[name] == pytest.approx(expected.rows[index][name]), (ours, name)
-    for coefficient, ours in ((0.5, "distribution_norm_0.5"), (1.0, "distribution_norm_1")):
-        index = expected.index("distribution_norm", coefficient=coefficient)
-        assert torch.equal(one(result, ours).outputs().predictions, expected.samples[index].predictions)
+    index = expected.index("full_distribution_norm")
+    assert torch.equal(one(result, "distribution_norm_1").outputs().predictions, expected.samples[index].predictions)
 
 
 def test_a_second_run_measures_nothing_and_an_interrupted_one_only_what_is_missing(study, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ DATASETS = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet", "cub100": "
 METHODS = {
     "centroid": "centroid",
     "distribution_norm_1": "distribution norm",
-    "distribution_norm+gate": "distribution norm, gated",
+    "full_distribution_norm+gate": "distribution norm, gated",
     "balanced_norm": "balanced norm",
     "balanced_prototypes": "balanced prototypes",
     "prototypes": "prototypes",

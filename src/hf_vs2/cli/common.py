@@ -140,6 +140,7 @@ def add_steering_flags(parser: Parser, method: bool = False) -> None:
         )
     parser.flag("--gamma", type=float, help="Amplification of the active latents.")
     parser.flag("--lambda_", "--lambda", type=float, help="Size of the step.")
+    parser.flag("--coefficient", type=float, help="Of distribution_norm: how much of both means is subtracted.")
     parser.flag(
         "--gate",
         type=_gate,
@@ -259,7 +260,7 @@ def load_steered_clip(args: argparse.Namespace) -> tuple[VS2CLIPForZeroShot, Pre
 
 def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, Any]:
     """Settings from [`add_steering_flags`]; what was not given is left to the checkpoint."""
-    names = ("gamma", "lambda_", "gate", "fvu_threshold", *(("method",) if method else ()))
+    names = ("gamma", "lambda_", "coefficient", "gate", "fvu_threshold", *(("method",) if method else ()))
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return settings | {"gate": None} if settings.get("gate") == "none" else settings
 

@@ -7,12 +7,16 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from ..functional.neighbors import POSITIVES
-from ..methods import Method, method_named
+from ..methods import BEFORE, Method, method_named
 from .checks import CheckpointConfig, check_clip_config
 from .latent_edits import LatentEdits
 from .sae import SAEConfig, is_finite
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Steering:
         num_neighbors (`int`): of `"vs2++"`, the paper's N.
         positives (`str`): of `"vs2++"`, whose latents are amplified: those of the neighbours with the `"majority"` pseudo-label,
             or with the `"query"`'s own (eq. 4).
+        coefficient (`float`): of `"distribution_norm"`, how much of both means is subtracted, 0 to 1.
         edits ([`LatentEdits`] or `dict` of its fields, *optional*): latents changed by hand, on top of any method; for edits alone
             use `gamma=1`. The gate holds for them too.
     """
@@ -44,6 +49,7 @@ class Steering:
     num_neighbors: int = 50
     positives: str = "majority"
     edits: LatentEdits | None = None
+    coefficient: float = 0.25
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", LatentEdits.of(self.edits))
@@ -55,6 +61,8 @@ class Steering:
         for name, value in (("lambda_", self.lambda_), *(("gamma", factor) for factor in self.gamma_factors)):
             if not isinstance(value, Real) or not is_finite(value):
                 raise ValueError(f"{name} must be made of finite numbers, not {value!r}.")
+        if not isinstance(self.coefficient, Real) or not 0 <= self.coefficient <= 1:
+            raise ValueError(f"coefficient={self.coefficient!r} must be a number from 0 to 1.")
         if self.gate is not None and self.fvu_threshold is not None:
             raise ValueError(
                 f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude each "
@@ -105,7 +113,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     Args:
         clip_config (`CLIPConfig` or `dict`, *optional*): the CLIP.
         sae_configs (`list[SAEConfig]` or list of `dict`, *optional*): one SAE a steered layer, ascending.
-        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives, edits: see [`Steering`]. `edits` is a `dict` here, and
+        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives, edits, coefficient: see [`Steering`]. `edits` is a `dict` here, and
             not written where there are none.
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): where the CLIP comes from.
         holds_clip (`bool`, *optional*, defaults to `False`): whether the checkpoint holds the CLIP's weights too (full) or only
@@ -147,6 +155,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     holds_label_sets: bool = False
     digests: dict[str, str] | None = None
     edits: dict | None = None
+    coefficient: int | float = 0.25
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.clip_config is None:
@@ -161,6 +170,17 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         ]
         super().__post_init__(**kwargs)
         self.steering()  # refuses settings that exclude each other
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers. What a file of before `coefficient` calls distribution norm keeps its meaning, and its new name."""
+        method = config_dict.get("method") if isinstance(config_dict, dict) else None
+        if method in BEFORE and "coefficient" not in config_dict:
+            logger.warning(
+                f"method={method!r} of a checkpoint saved before is {BEFORE[method]!r} now: it goes on as it was (docs/migration.md)."
+            )
+            config_dict = config_dict | {"method": BEFORE[method]}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def check_fields(cls, config_dict: Any) -> None:

@@ -7,6 +7,8 @@ prompt ensemble, centroid steering without an SAE, and distribution normalisatio
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ from ..data.labels.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_
 from ..data.rows import Rows, RowSource, StoreRows
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..files.report import EvaluationResult, SampleOutputs
-from ..functional.label_free import distribution_norm_scores
+from ..training.domain import measure_statistics
 from ..version import __version__
 from .controls import control_model
 from .inputs import check_replayable, class_labels, named_labels, replayable_rows
@@ -33,6 +35,8 @@ from .metrics import Tally, per_class_table, row_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_REFERENCE = "+reference"
 
 
 @torch.no_grad()
@@ -70,10 +74,8 @@ def evaluate(
             after it or not, and the methods' controls, which are a rule of the SAE with another dictionary (see [`control_model`]). Plain CLIP is always there: gains are measured against it. `+gate` takes the model's
             own gate, else the SAE's default quantile (`sae.config.gate`). What the model lacks statistics or calibration for is
             left out, with a warning; so is `"centroid"` with one gamma a latent.
-        reference_rows: UNLABELLED TRAINING rows, a tensor or a store, for the image mean of distribution normalisation. Without
-            them it is that of the checkpoint's statistics, and where there are none that of the evaluated rows, which makes that
-            method transductive (it has then seen the whole test set before it classifies the first image); its rows say so in
-            `reference`.
+        reference_rows: UNLABELLED TRAINING rows, a tensor or a store, whose mean image takes the place of the checkpoint's in
+            methods that are fitted to nothing else (distribution norm); `reference` of a table's row says which it was.
         batch_size: rows at a time. Memory does not grow with the number of rows, but for a few numbers each.
         num_resamples, seed: of the paired bootstrap.
         meta: facts to add to the result's `meta`: the checkpoint, the data set and so on.
@@ -102,13 +104,14 @@ def evaluate(
         name: class_embeddings(model.clip, tokenizer, names, chosen, progress=progress, clean=clean)
         for name, chosen in prompt_sets.items()
     }
-    variants = variants_of(model, methods)
-    image_mean, mean_of = None, ""
-    if any(variant.coefficient is not None for variant in variants):
-        image_mean, mean_of = _image_mean(model, rows, reference, batch_size)
+    variants = variants_of(model, methods, reference is not None)
     dictionaries = {variant.dictionary for variant in variants} - {None}
     models = {None: model} | {name: control_model(model, str(name)) for name in dictionaries}
-    tallies = _run(models, rows, target, variants, classifiers, image_mean, batch_size)
+    takers = [variant for variant in variants if reference is not None and variant.takes_reference]
+    if reference is not None and takers:
+        models[_REFERENCE] = _with_mean(model, reference, batch_size)
+    used = {variant: models[_REFERENCE if variant in takers else variant.dictionary] for variant in variants}
+    tallies = _run(model, used, rows, target, classifiers, batch_size)
 
     table, samples = [], []
     for name in prompt_sets:
@@ -120,10 +123,8 @@ def evaluate(
                 samples[-1], tally.right5, target, plain, num_resamples, seed
             )
             row |= variant.facts | {"seconds": round(tally.seconds, 4)}
-            if variant.coefficient is not None:
-                row["reference"] = mean_of
-            elif variant.scores_by_labels:
-                row["reference"] = "checkpoint"
+            if variant.scores_by_labels:
+                row["reference"] = "train" if variant in takers else "checkpoint"
             table.append(row)
     facts = _meta(model, rows, class_names, prompt_sets) | {"seed": seed, "num_resamples": num_resamples}
     return EvaluationResult(
@@ -153,34 +154,32 @@ def _prompt_sets(templates: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _run(
-    models: Mapping[str | None, VS2CLIPForZeroShot],
+    model: VS2CLIPForZeroShot,
+    used: Mapping[Variant, VS2CLIPForZeroShot],
     rows: Rows,
     target: torch.Tensor,
-    variants: list[Variant],
     classifiers: Mapping[str, torch.Tensor],
-    image_mean: torch.Tensor | None,
     batch_size: int,
 ) -> dict[tuple[Variant, str], Tally]:
     """One pass over the rows. Image features do not depend on the prompts: each kind is computed once a batch.
 
-    `models` are by dictionary, `None` is the one that is evaluated."""
-    tallies = {(variant, name): Tally() for variant in variants for name in classifiers}
-    text_means = {name: classifier.mean(0) for name, classifier in classifiers.items()}
+    `used` has the model of each variant: `model`, or one with another dictionary or mean image."""
+    tallies = {(variant, name): Tally() for variant in used for name in classifiers}
     steerers = {
-        (variant.dictionary, variant.settings): models[variant.dictionary].steerer.with_(**dict(variant.settings))
-        for variant in variants
+        (variant.dictionary, variant.settings): own.steerer.with_(**dict(variant.settings))
+        for variant, own in used.items()
     }
     for steerer in steerers.values():  # once a label set, so it is not part of the time that an image takes
         if steerer.is_steering and steerer.settings.rule.fit is not None:
             for classifier in classifiers.values():
                 steerer.fit_classes(classifier)
-    model, done = models[None], 0
+    done = 0
     for batch in rows.batches(batch_size):
         batch_target = target[done : done + len(batch)]
         names = [f"row {number}" for number in range(done, done + len(batch))]
         done += len(batch)
         shared: dict[Any, tuple[Any, torch.Tensor, float]] = {}
-        for variant in variants:
+        for variant in used:
             key = variant.dictionary, variant.settings
             steerer = steerers[key]
             if key not in shared:
@@ -191,43 +190,31 @@ def _run(
             output, images, seconds = shared[key]
             for name, classifier in classifiers.items():
                 start = _now(model)
-                if variant.scores_by_labels:
-                    scores = steerer.class_logits(output, classifier)
-                else:
-                    scores = _scores(variant, images, classifier, image_mean, text_means[name])
+                scores = (
+                    steerer.class_logits(output, classifier) if variant.scores_by_labels else images @ classifier.T
+                )
                 tally = tallies[variant, name]
                 tally.seconds += seconds + _now(model) - start
-                touched = output.steered if variant.coefficient is None else None
-                tally.add(scores, batch_target, output.fvu, touched)
+                tally.add(scores, batch_target, output.fvu, output.steered)
     return tallies
 
 
-def _scores(
-    variant: Variant,
-    images: torch.Tensor,
-    classifier: torch.Tensor,
-    image_mean: torch.Tensor | None,
-    text_mean: torch.Tensor,
-) -> torch.Tensor:
-    if variant.coefficient is None or image_mean is None:
-        return images @ classifier.T
-    return distribution_norm_scores(
-        images, classifier, image_mean, text_mean, variant.coefficient, variant.score or "dot"
-    )
-
-
-def _image_mean(
-    model: VS2CLIPForZeroShot, rows: Rows, reference: Rows | None, batch_size: int
-) -> tuple[torch.Tensor, str]:
-    """Mean of plain CLIP's unit image embeddings `(projection_dim,)`, and where it comes from."""
-    if reference is None and model.domain_statistics is not None:
-        plain = model.steerer.with_(method="none", gate=None, fvu_threshold=None)
-        return plain.label_sets.image_mean(plain).to(model.clip.device), "checkpoint"
-    chosen = rows if reference is None else reference
-    total = torch.zeros(model.clip.visual_projection.out_features, dtype=torch.float64, device=model.clip.device)
-    for batch in chosen.batches(batch_size):
-        total += unit_embeds(clip_embeds(model.clip, batch)).double().sum(0)
-    return (total / len(chosen)).float(), "evaluated" if reference is None else "train"
+def _with_mean(model: VS2CLIPForZeroShot, reference: Rows, batch_size: int) -> VS2CLIPForZeroShot:
+    """The model with the mean image of other rows in its statistics; without any of its own, with those of these rows, none of them kept."""
+    known = model.domain_statistics
+    if known is None:
+        found = measure_statistics(model.sae, reference, clip=model.clip, sketch_rows=0)
+    else:
+        total = torch.zeros(model.clip.config.projection_dim, dtype=torch.float64)
+        for part in reference.batches(batch_size):
+            total += unit_embeds(clip_embeds(model.clip, part)).double().sum(0).cpu()
+        found = dataclasses.replace(known, image_mean=(total / len(reference)).float())
+    sae = copy.deepcopy(model.sae)
+    sae.set_domain_statistics(found)
+    now = model.steering_settings
+    other = VS2CLIPForZeroShot(model.clip, sae).eval()
+    other.set_steering(gamma=now.gamma, lambda_=now.lambda_, coefficient=now.coefficient)
+    return other
 
 
 def _now(model: VS2CLIPForZeroShot) -> float:

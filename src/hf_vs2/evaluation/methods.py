@@ -32,8 +32,6 @@ def controls() -> dict[str, tuple[str, str]]:
     }
 
 
-DISTRIBUTION_NORMS = ((0.5, "dot"), (1.0, "cosine"))
-"""Coefficient and score of the two distribution-normalised rows, see [`distribution_norm_scores`]."""
 _OFF = (("enabled", False),)
 
 
@@ -48,7 +46,6 @@ class Variant:
     tau: float | None = None
     gate: float | None = None
     coefficient: float | None = None
-    score: str | None = None
     dictionary: str | None = None
 
     @property
@@ -58,13 +55,19 @@ class Variant:
         return name is not None and method_named(name).fit is not None
 
     @property
+    def takes_reference(self) -> bool:
+        """Whether the mean of reference rows is all that it is fitted to."""
+        rule = method_named(dict(self.settings).get("method", "none"))
+        return rule.fit is not None and not rule.needs_rows
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a result file says about the settings."""
         facts: dict[str, Any] = {"gamma": self.gamma, "lambda": self.lambda_, "tau": self.tau}
         if self.method.endswith(GATE):
             facts["gate"] = self.gate
         if self.coefficient is not None:
-            facts |= {"coefficient": self.coefficient, "score": self.score}
+            facts["coefficient"] = self.coefficient
         if self.dictionary is not None:
             facts["dictionary"] = self.dictionary
         return facts
@@ -91,15 +94,17 @@ def check_methods(methods: Sequence[str]) -> None:
             )
 
 
-def variants_of(model: VS2CLIPForZeroShot, methods: Sequence[str]) -> list[Variant]:
-    """The rows to evaluate for one prompt set: plain CLIP, then those of [`evaluation_methods`] in its order, then others."""
+def variants_of(model: VS2CLIPForZeroShot, methods: Sequence[str], has_reference: bool = False) -> list[Variant]:
+    """The rows to evaluate for one prompt set: plain CLIP, then those of [`evaluation_methods`] in its order, then others.
+    `has_reference`: whether there are reference rows for methods that need but a mean image."""
     default = evaluation_methods()
     ordered = [name for name in default[1:] if name in methods]
     ordered += [name for name in dict.fromkeys(methods) if name not in default]
     missing = [name for name in ordered if _method(name).needs_statistics and model.domain_statistics is None]
     if not _has_rows(model):
         missing += [name for name in ordered if name.removesuffix(GATE) in controls() or _method(name).needs_rows]
-    missing = [name for name in missing if name != "distribution_norm"]  # takes its mean from the rows given
+    if has_reference:
+        missing = [name for name in missing if _method(name).fit is None or _method(name).needs_rows]
     if missing:
         logger.warning(
             f"No rows for {', '.join(dict.fromkeys(missing))}: the model has no statistics of unlabelled images to "
@@ -118,8 +123,6 @@ def _has_rows(model: VS2CLIPForZeroShot) -> bool:
 
 
 def _variants(model: VS2CLIPForZeroShot, name: str) -> list[Variant]:
-    if name == "distribution_norm":
-        return [Variant(name, _OFF, coefficient=c, score=score) for c, score in DISTRIBUTION_NORMS]
     base, now = name.removesuffix(GATE), model.steering_settings
     method, dictionary = controls().get(base, (base, None))
     # One number a latent is no figure for a table; `meta` holds them.
@@ -130,6 +133,7 @@ def _variants(model: VS2CLIPForZeroShot, name: str) -> list[Variant]:
         return []
     settings: dict[str, Any] = {"enabled": True, "gate": None, "fvu_threshold": None, "method": method}
     shown = {"gamma": ("gamma", gamma), "lambda": ("lambda_", now.lambda_)}
+    shown["coefficient"] = ("coefficient", now.coefficient)
     facts: dict[str, Any] = {"dictionary": dictionary} | dict(shown[name] for name in rule.shows)
     if name.endswith(GATE):
         gate = _gate(model, method, name)
@@ -167,4 +171,4 @@ def _no_gate(name: str, lacking: str) -> None:
     )
 
 
-__all__ = ["CLIP", "DISTRIBUTION_NORMS", "Variant", "check_methods", "controls", "evaluation_methods", "variants_of"]
+__all__ = ["CLIP", "Variant", "check_methods", "controls", "evaluation_methods", "variants_of"]

@@ -54,8 +54,8 @@ class EvaluationResult:
             interval, `fixed` and `broken` (images that plain CLIP got wrong and this method right, and the other way round),
             `coverage` (share of images the method touched), `mean_fvu` (mean per-sample FVU over all images, steered or
             not), `n`, `gamma`, `lambda`, `tau`, `seconds` (steering and classifying; prompts and reading rows left out).
-            Distribution normalisation adds `coefficient`, `score` and `reference` (`"train"` or `"evaluated"`: where its
-            image mean comes from).
+            Methods that are fitted to unlabelled images add `reference`, where these come from (`"checkpoint"` or `"train"`), and
+            distribution norm its `coefficient`. Files of before have two rows of it, 0.5 and 1 (the full one), with a `score`.
         meta (`dict`): versions, model, data, templates, class names, seed.
         per_class (`dict`): `class_names`, `support` (images a class) and `accuracy`: for each row a list of one percentage a
             class, `None` for a class without images.
@@ -227,7 +227,7 @@ def _caption(rows: list[dict[str, Any]]) -> str:
         values = list(dict.fromkeys(f"{row[key]:.4g}" for row in rows if row.get(key) is not None))
         if values:
             parts.append(f"{key} {', '.join(values)}")
-    if any(row.get("reference") == "evaluated" for row in rows):
+    if any(row.get("reference") == "evaluated" for row in rows):  # of versions before 0.2
         parts.append("distribution_norm took its image mean from the evaluated images themselves")
     return "; ".join(parts) + "."
 

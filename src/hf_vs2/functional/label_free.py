@@ -73,9 +73,9 @@ def centred(embeds: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return normalize(embeds - mean, dim=-1)
 
 
-def centred_classes(classes: torch.Tensor) -> torch.Tensor:
-    """`P0 = norm(W - mean W)`, `(num_classes, projection_dim)`. A single class is its own mean and stays as it is."""
-    return classes if len(classes) == 1 else centred(classes, classes.mean(0))
+def centred_classes(classes: torch.Tensor, coefficient: float = 1.0) -> torch.Tensor:
+    """`P0 = norm(W - c mean W)`, `(num_classes, projection_dim)`. A single class is its own mean and stays as it is."""
+    return classes if len(classes) == 1 else centred(classes, coefficient * classes.mean(0))
 
 
 def balanced_mean(embeds: torch.Tensor, classes: torch.Tensor, surest: int = _SUREST) -> torch.Tensor:
@@ -113,17 +113,17 @@ def _log_odds(logits: torch.Tensor) -> torch.Tensor:
     return (sure - (-sure.exp().clamp_max(0.5)).log1p()).scatter(-1, top, logits.gather(-1, top) - others)
 
 
-def score_scale(mean: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+def score_scale(mean: torch.Tensor, classes: torch.Tensor, coefficient: float = 1.0) -> torch.Tensor:
     """What centred cosines are multiplied by to spread as plain cosines do, a scalar.
 
-    `q . P_c` is a cosine of what is left of two unit vectors, whose lengths are about `sqrt(1 - ||mean||^2)` (the root mean square
-    of `||e - mean||` over the rows that the mean is of) and `||W_c - mean W||`. Their product puts the scores back on the scale
-    that the model's temperature was trained for. The order of the classes does not depend on it.
+    `q . P_c` is a cosine of what is left of two unit vectors, whose lengths are about `sqrt(1 - c (2 - c) ||mean||^2)` (the root mean
+    square of `||e - c mean||` over the rows that the mean is of, c the coefficient) and `||W_c - c mean W||`. Their product puts the scores
+    back on the scale that the model's temperature was trained for. The order of the classes does not depend on it.
     """
-    left = (1 - mean.square().sum()).clamp_min(0).sqrt()
+    left = (1 - coefficient * (2 - coefficient) * mean.square().sum()).clamp_min(0).sqrt()
     if len(classes) == 1:
         return left
-    return left * (classes - classes.mean(0)).norm(dim=-1).mean()
+    return left * (classes - coefficient * classes.mean(0)).norm(dim=-1).mean()
 
 
 # Views of a row
@@ -243,10 +243,11 @@ def _with_views(
     return scores
 
 
-def norm_fit(classes: torch.Tensor, mean: torch.Tensor) -> LabelFit:
-    """Distribution norm as a [`LabelFit`]: the classes' own directions, and no rows behind them."""
-    none = torch.zeros_like(classes[:, 0])
-    return LabelFit(mean, centred_classes(classes), none, none, score_scale(mean, classes))
+def norm_fit(classes: torch.Tensor, mean: torch.Tensor, coefficient: float = 1.0) -> LabelFit:
+    """Distribution norm as a [`LabelFit`]: `norm(e - c mean) . norm(W - c mean W)`, the classes' own directions, and no rows behind them.
+    By default the means are subtracted in full, which is where prototypes begin."""
+    none, scale = torch.zeros_like(classes[:, 0]), score_scale(mean, classes, coefficient)
+    return LabelFit(coefficient * mean, centred_classes(classes, coefficient), none, none, scale)
 
 
 def fit_prototypes(

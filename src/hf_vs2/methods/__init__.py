@@ -2,6 +2,7 @@
 
 from . import plain, centroid, reconstruct, vs2, vs2pp, corrected, distribution_norm, combined, anchored, prototypes  # noqa: F401, I001
 from .base import (
+    BEFORE,
     GATE,
     METHODS,
     Batch,
@@ -18,6 +19,7 @@ from .base import (
 
 
 __all__ = [
+    "BEFORE",
     "GATE",
     "METHODS",
     "Batch",

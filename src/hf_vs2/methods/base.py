@@ -133,6 +133,10 @@ class UnlabelledRows(Protocol):
     def views(self) -> tuple[torch.Tensor, ...]:
         """The method's views of the same rows, `(n, d_v)` each."""
 
+    @property
+    def coefficient(self) -> float:
+        """The setting of that name."""
+
     def temperature(self) -> float:
         """`exp(logit_scale)` of the CLIP. `ValueError`: its scores are no softmax."""
 
@@ -181,7 +185,7 @@ class Method:
         last_layer_only (`bool`): whether it has no meaning at an inner layer.
         one_direction (`bool`): whether it needs one gamma for all latents.
         explains (`bool`): whether its scores are sums over the latents that it changes.
-        shows (`tuple[str, ...]`): which of `"gamma"` and `"lambda"` a result has to name.
+        shows (`tuple[str, ...]`): which of the settings `"gamma"`, `"lambda"` and `"coefficient"` it reads, which a result has to name.
         controls (mapping `str -> str`): rows of a comparison that run this method with another dictionary in the SAE's place, see
             [`control_model`]: the row's name -> the dictionary.
         compared (`bool`): whether [`evaluate`] has it in its table when nobody names methods; compared_gated (`bool`): its gated
@@ -250,6 +254,8 @@ PLAIN = "none"
 """The method that is no method."""
 GATE = "+gate"
 """What the name of a gated row of a comparison ends in."""
+BEFORE = {"distribution_norm": "full_distribution_norm"}
+"""What a method's name means in files that say no `coefficient`: another rule had it when they were saved."""
 METHODS: dict[str, Method] = {}
 """All methods by name, in the order of tables."""
 
@@ -289,7 +295,8 @@ def method_named(name: Any) -> Method:
 
 
 def then(step_of: str, fit_of: str, **facts: Any) -> Method:
-    """The method that moves rows as `step_of` does and scores them as `fit_of` does, registered as `"step_of+fit_of"`."""
+    """The method that moves rows as `step_of` does and scores them as `fit_of` does, registered as `"step_of+fit_of"` if no
+    other name is given."""
     step, fit = METHODS[step_of], METHODS[fit_of]
     given = {name: getattr(step, name) for name in ("step", "one_direction", "shows", "needs_statistics")}
     given |= {name: getattr(fit, name) for name in ("fit", "score", "views")}

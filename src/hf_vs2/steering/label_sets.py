@@ -21,7 +21,7 @@ from ..files.checkpoint_folder import LABEL_SETS_NAME
 from ..files.weight_files import read_described, write_described
 from ..files.weight_state import weights_state
 from ..functional.label_free import LabelFit
-from ..methods import METHODS, method_named
+from ..methods import BEFORE, METHODS, method_named
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
 from .outputs import VS2ImageFeatures
@@ -57,7 +57,7 @@ class FittedLabels:
     What a method has fitted for one label set.
 
     Args:
-        method (`str`), settings (`tuple`): the method, and gamma and lambda where its step depends on them.
+        method (`str`), settings (`tuple`): the method, and coefficient, lambda and gamma where it depends on them.
         class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length; by these the set is recognised.
         fit ([`LabelFit`]): what scores images.
         labels (`tuple[str]`, *optional*): where they are known by name.
@@ -240,6 +240,8 @@ class LabelSets:
 
 def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any], steerer: Steers) -> FittedLabels:
     method = str(about["method"])
+    if method == "distribution_norm" and "facts" not in about:  # of a version that subtracted the means in full
+        method = BEFORE[method]
     if method_named(method).fit is None:
         raise ValueError(f"label set {number} is of method {method!r}, which fits nothing")
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
@@ -277,6 +279,10 @@ class _SketchRows:
     def embeds(self) -> torch.Tensor:
         return self.kept.sketch(self.steerer)[0].to(self.device)
 
+    @property
+    def coefficient(self) -> float:
+        return self.steerer.settings.coefficient
+
     def temperature(self) -> float:
         return softmax_temperature(self.steerer.clip)
 
@@ -301,8 +307,9 @@ def _only_moved(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
 
 def _settings(steerer: Steers) -> tuple[float, ...]:
     """What of the steering settings a fit depends on."""
-    chosen = steerer.settings
-    return () if chosen.rule.step is None else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
+    chosen, rule = steerer.settings, steerer.settings.rule
+    step = () if rule.step is None else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
+    return (float(chosen.coefficient), *step) if "coefficient" in rule.shows else step
 
 
 __all__ = ["FittedLabels", "LabelSets"]

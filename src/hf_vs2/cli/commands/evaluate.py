@@ -65,7 +65,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--reference_split",
         metavar="S",
-        help="Their split. Without both flags: the checkpoint's mean, or else that of the evaluated images.",
+        help="Their split. Without both flags: the checkpoint's mean.",
     )
     parser.section("prompts")
     parser.flag(

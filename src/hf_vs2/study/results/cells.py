@@ -38,7 +38,7 @@ SPELLED = {
     "vs2pp_oracle": "vs2++oracle",
     "vs2_dn": "vs2+distribution_norm",
     "corrected_dn": "corrected+distribution_norm",
-    "distribution_norm_gate": "distribution_norm+gate",
+    "distribution_norm_gate": "full_distribution_norm+gate",
     "prototypes_gate": "prototypes+gate",
     "prototypes_pca": "prototypes+pca",
     "prototypes_sae": "prototypes+sae",
