@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 from hf_vs2.evaluation.controls import control_model
 from hf_vs2.evaluation.methods import controls
-from hf_vs2.evaluation.recommendation import decide, gather_evidence
+from hf_vs2.evaluation.recommendation import decide, gather_evidence, weigh
 from hf_vs2.functional.anchored import anchored_scores, fit_anchored_prototypes
 from hf_vs2.functional.equations import centroid_steer
 from hf_vs2.functional.label_free import (
@@ -41,8 +41,10 @@ from hf_vs2.functional.label_free import (
     label_scores,
     norm_fit,
 )
+from hf_vs2.methods import METHODS
 
 
+LABELLED = 100
 Rule = Callable[[torch.Tensor, torch.Tensor, float], Scores]
 
 
@@ -69,9 +71,9 @@ def anchored(f: torch.Tensor, W: torch.Tensor, T: float) -> Scores:
 
 RULES: dict[str, Rule] = {
     "centroid, in embeddings": centroid,
-    "distribution_norm, 0.25": distribution(0.25, "cosine"),
-    "distribution_norm, dot, 0.5": distribution(0.5, "dot"),
-    "distribution_norm": fitted(lambda f, W: norm_fit(W, f.mean(0))),
+    "distribution_norm": fitted(lambda f, W: norm_fit(W, f.mean(0), 0.25)),
+    "distribution norm, dot, 0.5": distribution(0.5, "dot"),
+    "full_distribution_norm": fitted(lambda f, W: norm_fit(W, f.mean(0))),
     "balanced_norm": fitted(lambda f, W: norm_fit(W, balanced_mean(f, W))),
     "prototypes": fitted(lambda f, W: fit_prototypes(f, W, f.mean(0))),
     "balanced_prototypes": fitted(fit_balanced_prototypes),
@@ -92,10 +94,19 @@ STEERED = (
 
 def evidence_of(f: torch.Tensor, W: torch.Tensor, T: float) -> dict[str, Any]:
     """What the rows say without labels, and what `hf-vs2 recommend` makes of it."""
-    evidence, known = gather_evidence(f, W, T), fit_anchored_prototypes(f, W, T)
-    found = asdict(evidence) | {name: known.facts[name] for name in ("explained", "commonest")}
-    found |= {"image mean": f.mean(0).norm().item(), "text mean": W.mean(0).norm().item()}
+    evidence = gather_evidence(f, W, T)
+    found = asdict(evidence) | {"image mean": f.mean(0).norm().item(), "text mean": W.mean(0).norm().item()}
     return found | {"recommended": decide(evidence)[0]}
+
+
+def with_labels(one: Scenario, start: str, fits: dict[str, Scores], number: int = LABELLED) -> str:
+    """What `hf-vs2 recommend` says when so many of the images that are fitted to have labels; none is of the scored ones."""
+    own = one.fit[one.fit < len(one.own.embeds)] if one.source.name == one.own.name else one.fit[:0]
+    chosen = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(len(own)))[:number]]
+    embeds, labels = one.own.embeds[chosen], one.own.labels[chosen]
+    right = {name: scores(embeds).argmax(-1) == labels for name, scores in fits.items() if name in METHODS}
+    right["none"] = (embeds @ one.own.classes.T).argmax(-1) == labels
+    return weigh(start, right)[0]
 
 
 def steered(one: Scenario, steps: int) -> dict[str, torch.Tensor]:
@@ -120,10 +131,15 @@ def measure(one: Scenario, rules: dict[str, Rule], sae_steps: int) -> dict[str, 
     """Points over plain CLIP of each rule, and by image."""
     rows, W, T = one.rows, one.own.classes, one.own.temperature
     plain = (one.images @ W.T).argmax(-1)
-    answers = {name: rule(rows, W, T)(one.images).argmax(-1) for name, rule in rules.items()}
+    fits = {name: rule(rows, W, T) for name, rule in rules.items()}
+    answers = {name: scores(one.images).argmax(-1) for name, scores in fits.items()}
     evidence = evidence_of(rows, W, T)
     method = evidence["recommended"]
-    answers["recommended"] = plain if method == "none" else RULES[method](rows, W, T)(one.images).argmax(-1)
+    if method == "none" or method in answers:
+        known = {"none": plain, **answers}
+        evidence["with labels"] = with_labels(one, method, fits)
+        answers["recommended"] = known[method]
+        answers[f"recommended, {LABELLED} labels"] = known[evidence["with labels"]]
     if sae_steps:
         answers |= steered(one, sae_steps)
     right = plain == one.labels

@@ -154,7 +154,7 @@ def anchored(E: np.ndarray, W: np.ndarray, T: float) -> dict:
         third = (high - low) / 3
         low, high = (low, high - third) if entropy(low + third) < entropy(high - third) else (low + third, high)
     explained = 1 - entropy((low + high) / 2) / math.log(C)
-    h = min(1, max(0, (explained - 0.5) / 0.1)) * (1 - min(1, max(0, (share - 0.5) / 0.2)))
+    h = min(1, max(0, (explained - 0.5) / 0.1)) * (1 - min(1, max(0, (share - 0.4) / 0.2)))
     for step in range(2):
         if step:
             v, left = look()

@@ -1,12 +1,13 @@
-"""Which method to use for one's images and labels: from unlabelled images alone, or, with some labels, from a comparison."""
+"""Which method to use for one's images and labels: by what unlabelled images say, and, with some labels, by a paired test."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -14,134 +15,36 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.rows import Rows, RowSource
-from ..encoders.tail import clip_embeds, unit_embeds
+from ..encoders.tail import softmax_temperature, unit_embeds
 from ..files.json_files import write_json
-from ..functional.label_free import balanced_mean, fit_balanced_prototypes, fit_prototypes, label_scores, norm_fit
 from ..methods import METHODS
 from ..training.domain import SKETCH_ROWS, measure_statistics
+from .evidence import Evidence, Shift, decide, embeds_of, gather_evidence, inside, shift_of
 from .inputs import are_stored, check_replayable, named_labels, replayable_rows
 from .metrics import Gain
 
 
-# The rule. Put there by eye on development halves of three data sets and their shifts; what came of it is in docs/recommend.md.
-LEAST_CONFIDENCE, LEAST_STABILITY, LEAST_EVENNESS, LEAST_AGREEMENT = 0.5, 0.85, 0.94, 0.7
-LEAST_INSIDE, MOST_DRIFT = 0.8, 0.05
 LEAST_LABELS = 10
-"""With fewer, all may happen to agree, and a gain's interval closes on nothing."""
+"""With fewer no test tells anything."""
 LEAST_IMAGES = 20
-"""With fewer, drawing them again tells nothing of how far answers depend on which were seen."""
-TO_KNOW = "label 100 images to know"
-_GATE = 0.99
+"""With fewer there is nothing to tell from."""
+ERROR, POWER = 0.05, 0.8
+"""Of the paired test: how often it may name a method that is no better, and how often it should find one that is."""
+TO_KNOW = "label 100 images, know"
+_SAFE = ("none", "anchored_prototypes")
 _SHOWN = {
     "inside": "of your images inside the checkpoint's gate by distance",
     "inside_fvu": "of your images inside its gate by FVU",
-    "drift": "more confidence of plain CLIP in the checkpoint's images than in yours",
+    "drift": "more confidence of plain CLIP in the checkpoint's images than in yours, label by label",
+    "evenness_here": "evenness of the labels among your images (1: as even as so many images can be)",
     "rows": "unlabelled images that methods are fitted to",
     "rows_per_label": "of them a label",
     "confidence": "mean probability of plain CLIP's answer",
-    "evenness": "evenness of the labels (1: all alike often)",
-    "largest_share": "share of the commonest label",
-    "agreement": "answers of prototypes that are plain CLIP's",
-    "stability": "answers that stay when the images are drawn again",
+    "explained": "of what CLIP says of them can be told from the other images (needed: 50%)",
+    "commonest": "of them of the commonest label (at most 60%)",
+    "evenness": "evenness of the labels among them",
+    "trust": "of their strength for anchored prototypes",
 }
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """
-    What unlabelled images and a label set say, without any label. Shares are 0 to 1.
-
-    Args:
-        rows (`int`), rows_per_label (`float`): unlabelled images, and how many of them there are a label.
-        confidence (`float`): mean of plain CLIP's largest probability. Where it is low, CLIP does not know the labels, and what is
-            fitted to its guesses is fitted to errors.
-        evenness (`float`): of the labels among the images, by [`balanced_norm`]'s guesses: the exponential of their entropy over the
-            number of labels. 1 when all are alike often, `1 / num_labels` when all images get one.
-        largest_share (`float`): of the commonest label, by balanced prototypes, whose guesses follow an uneven set best.
-        agreement (`float`): of prototypes and plain CLIP.
-        stability (`float`): of balanced prototypes' guesses, when the images that they are fitted to are drawn again with
-            replacement.
-    """
-
-    rows: int
-    rows_per_label: float
-    confidence: float
-    evenness: float
-    largest_share: float
-    agreement: float
-    stability: float
-
-
-@torch.no_grad()
-def gather_evidence(
-    embeds: torch.Tensor, classes: torch.Tensor, scale: float, num_resamples: int = 3, seed: int = 0
-) -> Evidence:
-    """
-    Look at unlabelled images and a label set.
-
-    Args:
-        embeds: unit image embeddings of plain CLIP, `(n, projection_dim)`.
-        classes: unit class embeddings, `(num_classes, projection_dim)`.
-        scale: the CLIP's temperature, `exp(logit_scale)`.
-        num_resamples, seed: of the images, for the stability.
-    """
-    plain = embeds @ classes.T
-    balanced = fit_balanced_prototypes(embeds, classes)
-    guesses = label_scores(embeds, balanced).argmax(-1)
-    even = label_scores(embeds, norm_fit(classes, balanced_mean(embeds, classes))).argmax(-1)
-    prototypes = label_scores(embeds, fit_prototypes(embeds, classes, embeds.mean(0))).argmax(-1)
-    generator = torch.Generator().manual_seed(seed)
-    same = []
-    for _ in range(num_resamples):
-        drawn = torch.randint(len(embeds), (len(embeds),), generator=generator)
-        again = label_scores(embeds, fit_balanced_prototypes(embeds[drawn], classes)).argmax(-1)
-        same.append((again == guesses).double().mean().item())
-    shares = even.bincount(minlength=len(classes)).double() / len(embeds)
-    entropy = -torch.special.xlogy(shares, shares).sum().item()
-    return Evidence(
-        rows=len(embeds),
-        rows_per_label=len(embeds) / len(classes),
-        confidence=(scale * plain).softmax(-1).amax(-1).mean().item(),
-        evenness=math.exp(entropy) / len(classes),
-        largest_share=guesses.bincount().max().item() / len(embeds),
-        agreement=(prototypes == plain.argmax(-1)).double().mean().item(),
-        stability=sum(same) / len(same),
-    )
-
-
-def decide(evidence: Evidence) -> tuple[str, list[str]]:
-    """The method, and why: `"none"` is plain CLIP."""
-    if evidence.confidence < LEAST_CONFIDENCE:
-        return "none", [
-            f"CLIP is not sure of these labels: its answer gets {evidence.confidence:.0%} on average (a method needs "
-            f"{LEAST_CONFIDENCE:.0%}). What is fitted to its guesses would be fitted to errors."
-        ]
-    if evidence.stability < LEAST_STABILITY:
-        return "none", [
-            f"Only {evidence.stability:.0%} of the answers stay when the unlabelled images are drawn again (a method needs "
-            f"{LEAST_STABILITY:.0%}): there are too few images for these labels."
-        ]
-    reasons = [
-        f"CLIP is sure enough of these labels (its answer gets {evidence.confidence:.0%} on average), and {evidence.stability:.0%} of the "
-        "answers stay when the unlabelled images are drawn again."
-    ]
-    if evidence.evenness >= LEAST_EVENNESS and evidence.agreement >= LEAST_AGREEMENT:
-        reasons.append(
-            f"The images are spread over the labels (evenness {evidence.evenness:.2f}), and prototypes agree with plain CLIP on "
-            f"{evidence.agreement:.0%}: their balance assumption is no risk."
-        )
-        return "prototypes", reasons
-    uneven = evidence.evenness < LEAST_EVENNESS
-    found = (
-        f"evenness {evidence.evenness:.2f}, the commonest label about {evidence.largest_share:.0%}"
-        if uneven
-        else f"prototypes agree with plain CLIP on {evidence.agreement:.0%} only"
-    )
-    reasons.append(
-        f"The images may not be spread evenly over the labels ({found}). Distribution norm and prototypes assume that they are and could do "
-        "much harm; balanced prototypes do not."
-    )
-    return "balanced_prototypes", reasons
 
 
 @dataclass
@@ -150,16 +53,15 @@ class Recommendation:
     What to use, and why.
 
     Args:
-        method (`str`): one of [`Steering`]'s; `"none"` is plain CLIP, which is the answer wherever labels do not show
-            a gain.
+        method (`str`): one of [`Steering`]'s; `"none"` is plain CLIP.
         reasons (`list[str]`): sentences.
         calibrate_first (`bool`): the images are not those of the checkpoint; the recommendation is about a checkpoint that is
             calibrated on them.
-        evidence (`dict`): the numbers behind it, see [`Evidence`], and the share of images `inside` the gates.
+        evidence (`dict`): the numbers behind it, see [`Evidence`], and how the images differ from the checkpoint's, see [`Shift`].
         candidates (`list[dict]`): with labels, a row a method: `top1`, `gain` over plain CLIP in points, `gain_ci`, its 95 % paired
-            bootstrap interval, `n`, and `n_needed`, about how many labels it would take to tell such a gain from none.
-        by_rule (`str`): what the label-free rule names. Its thresholds come from one stand-in encoder; on a true CLIP
-            it named methods that lose (`docs/recommend.md`).
+            bootstrap interval, `n`, `p` of the exact paired test (against plain CLIP, not corrected for the number of methods), and
+            `n_needed`, with how many labels such a gain is found in 4 of 5 cases.
+        by_rule (`str`): the answer without labels.
     """
 
     method: str
@@ -195,17 +97,15 @@ def recommend(
     labels: torch.Tensor | Sequence[int] | None = None,
     *,
     class_names: Names | None = None,
-    num_resamples: int = 3,
     seed: int = 0,
     batch_size: int = 1024,
 ) -> Recommendation:
     """
     Recommend a method for a label set and images, and say why; plain CLIP is among the answers.
 
-    Without labels the answer is plain CLIP. What the label-free rule would name stands beside it, with reasons
-    (`by_rule`): its thresholds come from one stand-in encoder, and on a true CLIP it named methods that lose, see
-    `docs/recommend.md`. With labels of some of the images it compares, and names a method that surely gains on them.
-    Of fewer than 20 images, or one label, there is too little to tell.
+    Without labels: `"anchored_prototypes"` where the images bear out what CLIP says of them, else plain CLIP, see [`decide`]. With labels of
+    some of the images all methods are compared with that on these, and a paired test decides; it says how large a gain it would
+    have found. Of fewer than 20 images, or one label, there is too little to tell.
 
     Args:
         model: the wrapper. It is left as it was found.
@@ -215,7 +115,7 @@ def recommend(
         labels (*optional*): the class of each row, `(n,)`; -1 where it is not known.
         class_names (*optional*): what `class_embeds` are of, where `labels` are those of a store with class names:
             they are matched by name, see [`match_names`]. Without it they are places in `class_embeds`.
-        num_resamples, seed: of the draws.
+        seed: of the draws.
         batch_size: rows at a time.
 
     Raises:
@@ -232,26 +132,28 @@ def recommend(
     # Only the rows that are looked at are read: a store may be larger than memory.
     drawn = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
     own = torch.cat([*source.batches(batch_size, drawn.sort().values)]).cpu()
-    shown = _inside(model, own)
-    drift, noise = _drift(model, own, classes, batch_size)
-    shown |= {} if drift is None else {"drift": drift}
-    strange = _strange(model, shown, noise)
-    trial = _trial(model, own if strange else None, seed)
-    known = trial.domain_statistics
-    assert known is not None and known.rows is not None
-    embeds = _embeds(model, known.rows, batch_size)
-    evidence = gather_evidence(embeds, classes, _temperature(model), num_resamples, seed)
-    by_rule, reasons = decide(evidence)
-    reasons.insert(0, _without_labels(by_rule))
-    if strange:
-        reasons.insert(0, f"{strange} What follows holds once it is calibrated on yours (hf-vs2 calibrate).")
-    method, candidates = "none", []
+    shown = inside(model, own)
+    shift = shift_of(model, own, classes, shown.get("inside", 1.0), batch_size)
+    trial = _trial(model, own if shift.calibrate else None, seed)
+    known, evidence, by_rule, reasons = trial.domain_statistics, {}, "none", []
+    if shift.why and not shift.calibrate:
+        reasons = [shift.why, "So nothing that the checkpoint knows speaks for a method on these images."]
+    elif known is not None and known.rows is not None:
+        found = gather_evidence(embeds_of(model, known.rows, batch_size), classes, softmax_temperature(model.clip))
+        evidence = asdict(found)
+        by_rule, reasons = decide(found)
+    if shift.calibrate:
+        reasons.insert(0, f"{shift.why} What follows holds once it is calibrated on yours (hf-vs2 calibrate).")
+    if shift.labels_only:
+        reasons.append(shift.labels_only)
+    method, candidates = by_rule, []
     if target is not None and (target >= 0).any():
         chosen = (target >= 0).nonzero().squeeze(-1)
-        candidates = _compare(trial, source.batches(batch_size, chosen), target[chosen], classes, seed)
-        method, told = _reconsider(by_rule, candidates)
-        reasons.append(told)
-    return Recommendation(method, reasons, bool(strange), shown | asdict(evidence), candidates, by_rule)
+        right = _answers(trial, source.batches(batch_size, chosen), target[chosen], classes)
+        candidates = _candidates(right, seed)
+        method, told = weigh(by_rule, right)
+        reasons += told
+    return Recommendation(method, reasons, shift.calibrate, shown | shift.figures | evidence, candidates, by_rule)
 
 
 def _name(method: str) -> str:
@@ -260,70 +162,6 @@ def _name(method: str) -> str:
 
 def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _without_labels(by_rule: str) -> str:
-    return (
-        f"Without labels nothing shows a gain. The label-free rule names {_name(by_rule)}, for the reasons below; "
-        "but its thresholds come from one stand-in encoder, and on OpenAI's ViT-B/32 it named a method that loses on 6 of 8 halves of data sets "
-        "(docs/recommend.md)."
-    )
-
-
-def _inside(model: VS2CLIPForZeroShot, rows: torch.Tensor) -> dict[str, float]:
-    """Share of the rows that the checkpoint's gates would let through."""
-    shares = {}
-    known = model.domain_statistics
-    settings: dict[str, dict[str, Any]] = {}
-    if known is not None and known.distance_quantiles:
-        settings["inside"] = {"method": "distribution_norm", "gate": _GATE}
-    levels = [float(level) for level in model.sae.config.fvu_quantiles or {}]
-    if levels:
-        settings["inside_fvu"] = {"method": "vs2", "gate": min(_GATE, max(levels))}
-    for name, setting in settings.items():
-        gated = model.steerer.with_(fvu_threshold=None, enabled=True, **setting)
-        steered = gated.features_from_cls(rows).steered
-        assert steered is not None
-        shares[name] = steered.double().mean().item()
-    return shares
-
-
-def _embeds(model: VS2CLIPForZeroShot, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
-    return unit_embeds(torch.cat([clip_embeds(model.clip, part).cpu() for part in rows.split(batch_size)]))
-
-
-def _temperature(model: VS2CLIPForZeroShot) -> float:
-    return float(model.clip.logit_scale.exp())
-
-
-def _drift(
-    model: VS2CLIPForZeroShot, rows: torch.Tensor, classes: torch.Tensor, batch_size: int
-) -> tuple[float | None, float]:
-    """By how much plain CLIP is surer of the checkpoint's images than of these, and the standard error of that. Blur and noise leave
-    images inside the gates, but not CLIP as sure of them."""
-    known = model.domain_statistics
-    if known is None or known.rows is None:
-        return None, 0.0
-    sure = [
-        (_temperature(model) * _embeds(model, one, batch_size) @ classes.T).softmax(-1).amax(-1).double()
-        for one in (known.rows, rows)
-    ]
-    error = sum(float(one.var(correction=0)) / len(one) for one in sure) ** 0.5
-    return float(sure[0].mean() - sure[1].mean()), error
-
-
-def _strange(model: VS2CLIPForZeroShot, shown: dict[str, float], noise: float) -> str:
-    """Why the checkpoint's statistics say nothing about these images; empty where they do."""
-    if model.domain_statistics is None or model.domain_statistics.rows is None:
-        return "The checkpoint keeps no rows of unlabelled images."
-    if shown.get("inside", 1.0) < LEAST_INSIDE:
-        return f"These are not the images that the checkpoint is for: its gate by distance lets {shown['inside']:.0%} through."
-    if abs(shown["drift"]) > max(MOST_DRIFT, 3 * noise):
-        return (
-            "These may not be the images that the checkpoint is for: plain CLIP's answer gets "
-            f"{abs(shown['drift']):.0%} {'less' if shown['drift'] > 0 else 'more'} on average than on its own."
-        )
-    return ""
 
 
 def _trial(model: VS2CLIPForZeroShot, rows: torch.Tensor | None, seed: int) -> VS2CLIPForZeroShot:
@@ -357,59 +195,120 @@ def _checked_labels(rows: Rows, labels: Any, class_names: Names | None, num_clas
     return target.long()
 
 
-def _compare(
-    model: VS2CLIPForZeroShot,
-    blocks: Iterable[torch.Tensor],
-    target: torch.Tensor,
-    classes: torch.Tensor,
-    seed: int,
-) -> list[dict[str, Any]]:
-    names = [name for name, method in METHODS.items() if method.candidate]
-    steerers = {name: model.steerer.with_(method=name, gate=None) for name in ("none", *names)}
+def _answers(
+    model: VS2CLIPForZeroShot, blocks: Iterable[torch.Tensor], target: torch.Tensor, classes: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Which labelled images each method has right, bool `(n,)`; plain CLIP first."""
+    names = ["none", *(name for name, method in METHODS.items() if method.candidate)]
+    steerers = {name: model.steerer.with_(method=name, gate=None, fvu_threshold=None, enabled=True) for name in names}
     answers: dict[str, list[torch.Tensor]] = {name: [] for name in steerers}
     classes = classes.to(model.clip.device)
     for block in blocks:
         for name, steerer in steerers.items():
             scores = steerer.class_logits(steerer.features_from_cls(block), classes)
             answers[name].append(scores.argmax(-1).cpu())
-    right = {name: torch.cat(given) == target for name, given in answers.items()}
-    plain = right["none"]
-    top1 = {name: 100 * correct.double().mean().item() for name, correct in right.items()}
-    candidates: list[dict[str, Any]] = [{"method": "none", "top1": top1["none"], "n": len(target)}]
-    for name in names:
-        gain = Gain.of(right[name], plain, seed=seed)
-        facts = {"gain": gain.points, "gain_ci": list(gain.interval), "n": gain.n, "n_needed": _needed(gain)}
-        candidates.append({"method": name, "top1": top1[name]} | facts)
-    return candidates
+    return {name: torch.cat(given) == target for name, given in answers.items()}
 
 
-def _needed(gain: Gain) -> int | None:
-    """Labels with which a gain like this one would have an interval above (or below) 0: its half width is about
-    `1.96 sqrt(p / n)`, p the share of answers that differ."""
+def _candidates(right: Mapping[str, torch.Tensor], seed: int) -> list[dict[str, Any]]:
+    plain, found = right["none"], []
+    for name, correct in right.items():
+        one: dict[str, Any] = {"method": name, "top1": 100 * correct.double().mean().item(), "n": len(correct)}
+        if name != "none":
+            gain = Gain.of(correct, plain, seed=seed)
+            one |= {"gain": gain.points, "gain_ci": list(gain.interval), "p": sign_test(gain.fixed, gain.broken)}
+            one["n_needed"] = _needed(gain, len(right) - 1)
+        found.append(one)
+    return found
+
+
+def sign_test(fixed: int, broken: int) -> float:
+    """The exact paired test (McNemar): how likely so one-sided a split of the answers that differ, or a more one-sided one, is by chance."""
+    differ = fixed + broken
+    tail = sum(math.comb(differ, number) for number in range(min(fixed, broken) + 1))
+    return min(1.0, float(2 * tail / 2**differ)) if differ < 1000 else _normal_test(fixed, broken)
+
+
+def _normal_test(fixed: int, broken: int) -> float:
+    distance = (abs(fixed - broken) - 1) / math.sqrt(fixed + broken)
+    return min(1.0, 2 * (1 - NormalDist().cdf(distance)))
+
+
+def _deviations(tests: int) -> float:
+    """How many standard errors a gain has to have, to be found by one of so many tests with [`POWER`]."""
+    return NormalDist().inv_cdf(1 - ERROR / 2 / tests) + NormalDist().inv_cdf(POWER)
+
+
+def _needed(gain: Gain, tests: int) -> int | None:
+    """Labels with which a gain like this one is found in 4 of 5 cases; its variance is `p / n`, p the share of answers that differ."""
     if gain.fixed == gain.broken:
         return None
-    return math.ceil(1.96**2 * gain.n * (gain.fixed + gain.broken) / (gain.fixed - gain.broken) ** 2)
+    return math.ceil(_deviations(tests) ** 2 * gain.n * (gain.fixed + gain.broken) / (gain.fixed - gain.broken) ** 2)
 
 
-def _reconsider(method: str, candidates: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """The method after the comparison, and what it says: the rule's one where it surely gains, a surely better one,
-    else plain CLIP."""
-    gains = {one["method"]: one for one in candidates if "gain" in one}
-    best, chosen, n = max(gains.values(), key=lambda one: one["gain"]), gains.get(method), candidates[0]["n"]
+def weigh(start: str, right: Mapping[str, torch.Tensor]) -> tuple[str, list[str]]:
+    """
+    The method after a comparison on labelled images, and what it says: the answer without labels, unless another method is surely
+    better than it, or it is surely worse than plain CLIP.
+
+    Args:
+        start: the answer without labels.
+        right: which images each method has right, bool `(n,)`; `"none"`, plain CLIP, among them.
+    """
+    n, others = len(right["none"]), [name for name in right if name != start]
     if n < LEAST_LABELS:
-        return "none", f"{n} labelled images are too few to compare on; give {LEAST_LABELS} or more."
-    than = 0.0 if chosen is None or chosen["gain_ci"][0] <= 0 else chosen["gain"]
-    if best["gain_ci"][0] > than:
-        instead = "plain CLIP" if chosen is None else f"{method} with {chosen['gain']:+.1f}"
-        return best["method"], f"On {n} labelled images {best['method']} gains {_gain(best)}, in place of {instead}."
-    if chosen is None:
-        return "none", f"On {n} labelled images no method surely gains; the best, {best['method']}: {_gain(best)}."
-    if chosen["gain_ci"][1] < 0:
-        return "none", f"But on {n} labelled images it loses: {_gain(chosen)}. Keep plain CLIP."
-    if chosen["gain_ci"][0] > 0:
-        return method, f"On {n} labelled images it gains {_gain(chosen)}."
-    needed = f"; about {chosen['n_needed']:,} labels would tell" if chosen["n_needed"] else ""
-    return "none", f"{n} labelled images do not tell: {_gain(chosen)}{needed}. Keep plain CLIP until then."
+        return start, [
+            f"{n} labelled images are too few to compare on; give {LEAST_LABELS} or more. The answer is that without labels."
+        ]
+    against = {name: Gain.of(right[name], right[start]) for name in right}
+    p = {name: len(others) * sign_test(against[name].fixed, against[name].broken) for name in others}
+    plain = {name: Gain.of(right[name], right["none"]) for name in right}
+    better = [name for name in others if p[name] < ERROR and against[name].points > 0]
+    if better:
+        best = max(better, key=lambda name: against[name].points)
+        told = [
+            f"On {n} labelled images {_name(best)} is surely better than {_name(start)}: {_shown(against[best], p[best])}."
+        ]
+        return best, told + _rivals(best, right, plain)
+    if start != "none" and plain[start].points < 0 and sign_test(plain[start].fixed, plain[start].broken) < ERROR:
+        return "none", [f"But on {n} labelled images it surely loses: {_shown(plain[start])}. Keep plain CLIP."]
+    best = max(others, key=lambda name: against[name].points)
+    differ = max(1, against[best].fixed + against[best].broken) / n
+    found = 100 * _deviations(len(others)) * math.sqrt(differ / n)
+    measured = "" if start == "none" else f"{_name(start)} gains {_shown(plain[start])}, and "
+    return start, [
+        f"On {n} labelled images {measured}no other method is surely better than {_name(start)}; the best, {_name(best)}: "
+        f"{_shown(against[best], p[best])}. The test finds a difference of {found:.0f} points or more in 4 of 5 cases; for one of 2 points "
+        f"it takes about {math.ceil(n * (found / 2) ** 2):,} labels."
+    ]
+
+
+def _rivals(best: str, right: Mapping[str, torch.Tensor], plain: Mapping[str, Gain]) -> list[str]:
+    """Methods that the labels can't tell from the best, with the price of each: another draw of the same images would name one of them."""
+    close = []
+    for name in right:
+        gain = Gain.of(right[name], right[best])
+        if name != best and plain[name].points > 0 and sign_test(gain.fixed, gain.broken) >= ERROR:
+            close.append(name)
+    told = (
+        [
+            f"These labels do not tell it from {', '.join(f'{_name(name)} ({plain[name].points:+.1f})' for name in close)}."
+        ]
+        if close
+        else []
+    )
+    if best not in _SAFE:
+        told.append(
+            f"The price of {best}: fitted to images mostly of one label, it lost tens of points where anchored_prototypes fall back to plain "
+            "CLIP (docs/recommend.md). Take it where the images stay like these."
+        )
+    return told
+
+
+def _shown(gain: Gain, p: float | None = None) -> str:
+    low, high = gain.interval
+    beside = "" if p is None else f", p = {min(1.0, p):.2g}"
+    return f"{gain.points:+.1f} points [{low:+.1f}, {high:+.1f}]{beside}"
 
 
 def _gain(one: dict[str, Any]) -> str:
@@ -420,7 +319,7 @@ def _gain(one: dict[str, Any]) -> str:
 def _number(name: str, value: float) -> str:
     if name in ("rows", "rows_per_label"):
         return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
-    return f"{value:.2f}" if name == "evenness" else f"{value:.0%}"
+    return f"{value:.2f}" if name.startswith("evenness") else f"{value:.0%}"
 
 
 def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
@@ -435,4 +334,4 @@ def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-__all__ = ["Evidence", "Recommendation", "decide", "gather_evidence", "recommend"]
+__all__ = ["Evidence", "Recommendation", "Shift", "decide", "gather_evidence", "recommend", "sign_test", "weigh"]

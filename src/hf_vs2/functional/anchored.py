@@ -28,7 +28,7 @@ _SHARE_STEPS = 20
 # The part of the text's answer that the other rows explain: nothing is trusted up to the first, everything from the second.
 _EXPLAINED = (0.5, 0.6)
 # Share of the commonest label: everything is trusted up to the first, nothing from the second.
-_COMMONEST = (0.5, 0.7)
+_COMMONEST = (0.4, 0.6)
 # Fewer nats than this change no answer worth the name: plain CLIP, bit for bit.
 _LEAST_NATS = 0.1
 _NEWTON_STEPS, _SHARPEST = 30, 100.0
@@ -50,7 +50,7 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
     3. *What the other rows say.* `v_ic = x_i . norm(sum_{j != i} r_jc x_j)`: no row judges its own prototype.
     4. *Trust.* `R = 1 - min_b H(b) / log C`, where `H(b)` is the cross-entropy of `softmax(b v_i)` to `r_i`, each label counted alike
        (weights `r_ic / (n_c + 5)`): how much of what the text says of a row the other rows tell too. Where they tell less than
-       half, `h = 0`; from 0.6 on `h = 1`. Where one label has more than half of the rows, h falls, to 0 at 0.7.
+       half, `h = 0`; from 0.6 on `h = 1`. Where one label has more than 0.4 of the rows, h falls, to 0 at 0.6.
     5. Twice: `r_i = softmax(l_i + log max(s, 0.1) + 22 h w_ic (v_ic - u_i))`, `w_ic = (n_c - r_ic) / (n_c - r_ic + 20)`, where
        `u_i = sum_c p_ic w_ic v_ic / sum_c p_ic w_ic` is what prototypes say on average of the labels that the text sees: a label with few rows is
        neither favoured nor punished. Then `P_c = norm(sum_i r_ic x_i)`, `w_c = n_c / (n_c + 20)`.
@@ -65,7 +65,8 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
 
     Returns:
         [`LabelFit`] for [`anchored_scores`]: `weights` are `n_c / (n_c + 20)`, `scale` is `22 h / T` (0: plain CLIP), and `facts` holds the
-        `temperature`, `explained` (R; at most 0.5: plain CLIP) and `commonest`, the share of the commonest label (at least 0.7: plain CLIP).
+        `temperature`, `explained` (R; at most 0.5: plain CLIP), `commonest`, the share of the commonest label (at least 0.6: plain CLIP), and
+        `trust`, which is h, or 0 where it would change next to nothing: plain CLIP, bit for bit.
     """
     rows, texts = exact(embeds).unique(dim=0), exact(classes)
     logits = temperature * rows @ texts.T
@@ -89,6 +90,7 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
     nats = torch.where(nats * weights.amax() < _LEAST_NATS, 0.0, nats)
     prototypes = normalize(shares.T @ queries, dim=-1)
     facts = {"temperature": temperature, "explained": explained.item(), "commonest": commonest.item()}
+    facts["trust"] = nats.item() / STRENGTH
     parts = [part.to(classes) for part in (mean, prototypes, weights, received, nats / temperature)]
     return LabelFit(parts[0], parts[1], parts[2], parts[3], parts[4], facts=facts)
 
