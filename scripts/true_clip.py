@@ -205,6 +205,17 @@ def scored(
             }
 
 
+def rounded(figures: Any) -> Any:
+    """Three digits after the point: a thousandth of a point is more than anybody reads."""
+    if isinstance(figures, dict):
+        return {name: rounded(value) for name, value in figures.items()}
+    return (
+        [rounded(one) for one in figures]
+        if isinstance(figures, list)
+        else (round(figures, 3) if isinstance(figures, float) else figures)
+    )
+
+
 def row_of(result: dict[str, Any]) -> str:
     """A row of the table: gain, interval, worst draw; `!` where a rule is surely below plain CLIP."""
     fields = []
@@ -255,7 +266,7 @@ def main() -> None:
         results.append(result)
         print(row_of(result), flush=True)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(rounded(results)) + "\n", encoding="utf-8")
     print(f"wrote {args.output}")
 
 

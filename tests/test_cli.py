@@ -380,6 +380,40 @@ def test_recommend_says_what_to_run(checkpoint, images_path, tmp_path, capsys):
         run(capsys, *command[1:])
 
 
+@pytest.mark.parametrize("kind", ["sae", "light", "full"])
+def test_a_recommendation_that_is_applied_is_used(kind, checkpoint, images_path, tmp_path, capsys, monkeypatch):
+    """Whoever applies it need not repeat it: every command, the Space and Python read it from the checkpoint."""
+    if kind == "sae":
+        shutil.copytree(checkpoint, tmp_path / "own")
+    else:
+        VS2CLIPForZeroShot.from_pretrained(checkpoint).save_pretrained(tmp_path / "own", full=kind == "full")
+    monkeypatch.setattr(
+        "hf_vs2.evaluation.recommendation.decide", lambda evidence: ("balanced_prototypes", ["So it is."])
+    )
+    given = [
+        "recommend",
+        "--checkpoint",
+        tmp_path / "own",
+        "--dataset",
+        images_path,
+        "--split",
+        "train",
+        "--disable_tqdm",
+    ]
+    given += ["--activations_dir", tmp_path / "rows", "--labels", *COLOURS]
+    out = run(capsys, *given, "--apply")
+    assert str(tmp_path / "own") in out
+    assert VS2CLIPForZeroShot.from_pretrained(tmp_path / "own").steering_settings.method == "balanced_prototypes"
+    image = images_path / "test" / "red" / "00.png"
+    command = [image, "--checkpoint", tmp_path / "own", "--labels", *COLOURS, "--gate", "none"]
+    asked = json.loads(run(capsys, "classify", *command, "--method", "balanced_prototypes", "--json"))
+    assert json.loads(run(capsys, "classify", *command, "--json")) == asked
+    assert "what no latent does" in run(capsys, "explain", *command)
+    assert "no folder here" in complaint(
+        capsys, *with_checkpoint("recommend", "user/sae", images_path), "--labels", "a", "b", "--apply"
+    )
+
+
 def test_classify_honours_the_gate(checkpoint, images_path, capsys):
     """A threshold of 0 lets no image pass, and then every answer is plain CLIP's to the last bit; `--gate none` passes all."""
     arguments = ["classify", images_path / "test", "--checkpoint", checkpoint, "--labels", *COLOURS, "--json"]

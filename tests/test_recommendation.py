@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch.nn.functional import normalize
 
 from hf_vs2.encoders.fingerprints import vision_fingerprint
 from hf_vs2.encoders.tail import clip_embeds
-from hf_vs2.evaluation.recommendation import Evidence, decide, gather_evidence, recommend
-from hf_vs2.functional.label_free import balanced_mean, label_scores, norm_fit
+from hf_vs2.evaluation.evidence import evenness, shift_of
+from hf_vs2.evaluation.recommendation import Evidence, decide, gather_evidence, recommend, sign_test, weigh
 from hf_vs2.methods import METHODS
 
 
-SURE = Evidence(4096, 40.0, confidence=0.8, evenness=0.97, largest_share=0.1, agreement=0.8, stability=0.98)
+SURE = Evidence(4096, 40.0, confidence=0.8, explained=0.7, commonest=0.1, evenness=0.97, trust=1.0)
 C, D = 8, 32
 
 
@@ -49,12 +50,10 @@ def classes():
 @pytest.mark.parametrize(
     ("changed", "method", "says"),
     [
-        ({}, "prototypes", "spread over the labels"),
-        ({"confidence": 0.49}, "none", "not sure of these labels"),
-        ({"stability": 0.84}, "none", "too few images"),
-        ({"evenness": 0.93}, "balanced_prototypes", "commonest label about 10%"),
-        ({"agreement": 0.69}, "balanced_prototypes", "agree with plain CLIP on 69% only"),
-        ({"confidence": 0.2, "evenness": 0.1}, "none", "not sure"),
+        ({}, "anchored_prototypes", "70% of what CLIP says"),
+        ({"explained": 0.49, "trust": 0}, "none", "Only 49%"),
+        ({"commonest": 0.6, "trust": 0}, "none", "60% of the images are of one label"),
+        ({"trust": 0, "rows_per_label": 0.4}, "none", "0.4 images a label are too few"),
     ],
 )
 def test_the_rule_and_its_reasons(changed, method, says):
@@ -63,28 +62,84 @@ def test_the_rule_and_its_reasons(changed, method, says):
     assert found == method and says in reasons[-1]
 
 
-@pytest.mark.parametrize(
-    ("share", "method"), [(1 / C, "prototypes"), (0.5, "balanced_prototypes"), (0.95, "balanced_prototypes")]
-)
-def test_images_of_one_label_get_no_balance_assumption(share, method):
-    """The user whose images are 95 % one class: distribution norm would take that class away from them."""
+@pytest.mark.parametrize(("share", "method"), [(1 / C, "anchored_prototypes"), (0.95, "none")])
+def test_images_of_one_label_are_not_fitted_to(share, method):
+    """The user whose images are 95 % one class: what is fitted to them takes that class away from them, or gives it too often."""
     embeds, classes, labels = clusters(share)
     evidence = gather_evidence(embeds, classes, scale=30.0)
     assert decide(evidence)[0] == method
-    assert evidence.largest_share == pytest.approx(labels.bincount().max().item() / len(labels), abs=0.1)
-    guesses = label_scores(embeds, norm_fit(classes, balanced_mean(embeds, classes))).argmax(-1)
-    shares = guesses.bincount(minlength=C) / len(guesses)
-    assert evidence.evenness == pytest.approx(
-        (-(shares * shares.clamp_min(1e-30).log()).sum()).exp().item() / C, rel=1e-4
-    )
+    assert evidence.commonest == pytest.approx(labels.bincount().max().item() / len(labels), abs=0.1)
 
 
 def test_labels_that_clip_does_not_know_keep_plain_clip():
     """Where CLIP guesses, every method is fitted to guesses."""
-    embeds, classes, _ = clusters(1 / C)
+    embeds, _, _ = clusters(1 / C)
     unknown = normalize(torch.randn(C, D, generator=torch.Generator().manual_seed(9)), dim=-1)
-    assert gather_evidence(embeds, classes, 30.0).confidence > 0.5
     assert decide(gather_evidence(embeds, unknown, 3.0))[0] == "none"
+
+
+@pytest.mark.parametrize(("labels", "images"), [(120, 96), (10, 30), (100, 4096)])
+def test_evenness_is_judged_by_what_so_many_images_can_show(labels, images):
+    """96 images of 120 labels can't show more than 96: they used to pass for uneven whatever they were."""
+    drawn = torch.randint(labels, (images,), generator=torch.Generator().manual_seed(2))
+    assert evenness(drawn.bincount(minlength=labels), images) > 0.9
+    assert evenness(torch.arange(images).remainder(labels).bincount(minlength=labels), images) == 1
+    few = drawn % (labels // 5)
+    assert evenness(few.bincount(minlength=labels), images) < 0.5
+
+
+# Labels
+
+
+def right(n, fixed, broken, plain=0.5):
+    """Which of n images plain CLIP and another method have right."""
+    base = torch.arange(n) < plain * n
+    other = base.clone()
+    other[: int(broken)] = False
+    other[n - int(fixed) :] = True
+    return base, other
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken", "p"), [(5, 0, 0.0625), (6, 0, 0.03125), (0, 0, 1), (8, 2, 0.109375), (9, 12, 0.6636)]
+)
+def test_the_exact_test(fixed, broken, p):
+    """Of five answers that differ, all for the better, chance makes one set in 16."""
+    assert sign_test(fixed, broken) == sign_test(broken, fixed) == pytest.approx(p, abs=1e-4)
+    assert sign_test(560, 500) == pytest.approx(sign_test(520, 460), abs=0.02)  # exact below 1,000, normal above
+
+
+@pytest.mark.parametrize(
+    ("n", "start", "fixed", "broken", "answer", "says"),
+    [
+        (9, "anchored_prototypes", 4, 0, "anchored_prototypes", "9 labelled images are too few"),
+        (100, "none", 3, 2, "none", "The test finds a difference of"),
+        (100, "anchored_prototypes", 3, 6, "anchored_prototypes", "no other method is surely better"),
+        (100, "none", 25, 2, "vs2", "vs2 is surely better than plain CLIP: +23.0 points"),
+        (100, "anchored_prototypes", 25, 2, "vs2", "surely better than anchored_prototypes"),
+        (100, "anchored_prototypes", 0, 12, "none", "plain CLIP is surely better than anchored_prototypes"),
+        (100, "anchored_prototypes", 0, 6, "none", "surely loses"),
+    ],
+)
+def test_labels_decide_by_a_paired_test(n, start, fixed, broken, answer, says):
+    """What chance would do too must not change the answer, and a reader must learn how much could have been found."""
+    base, other = right(n, fixed, broken)
+    answers = {"none": base, "vs2": other, "anchored_prototypes": base}
+    if answer == "none" and start != "none":
+        answers = {"none": base, "anchored_prototypes": other, "vs2": other, "prototypes": other}
+    found, told = weigh(start, answers)
+    assert found == answer and any(says in one for one in told)
+
+
+def test_methods_that_labels_can_not_tell_apart_are_both_named():
+    """Another seed names the other one: each has its price."""
+    base, good = right(200, 40, 4)
+    _, close = right(200, 36, 3)
+    found, told = weigh(
+        "none", {"none": base, "prototypes": good, "balanced_prototypes": close, "anchored_prototypes": base}
+    )
+    assert found == "prototypes"
+    assert "do not tell it from balanced_prototypes (+16.5)" in told[1] and "The price of prototypes" in told[2]
 
 
 # The whole way
@@ -116,13 +171,12 @@ def test_foreign_images_ask_for_a_calibration_first(rows, classes):
     assert "keeps no rows" in found.reasons[0] and "inside" not in found.evidence
 
 
-def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path, monkeypatch):
+def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path):
     """Gains must be those of the labelled images alone, whatever the others are."""
     model = make_model(rows, statistics=True)
     with torch.no_grad(), model.steering(method="prototypes"):
         truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     labels = torch.where(torch.arange(60) < 50, truth, -1)
-    monkeypatch.setattr("hf_vs2.evaluation.recommendation.LEAST_CONFIDENCE", 1.1)  # without labels: plain CLIP
     assert recommend(model, rows, classes).method == "none"
     found = recommend(model, rows, classes, labels)
     by_method = {one["method"]: one for one in found.candidates}
@@ -143,25 +197,30 @@ def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path, mo
     assert "| prototypes | 100.00 |" in str(found) and str(found).startswith("Recommended: prototypes")
 
 
-def test_a_drop_of_confidence_asks_for_a_calibration(rows, classes):
-    """Blurred and noisy images pass the gates; what was fitted to sharp ones may harm them."""
-    model = make_model(rows, statistics=True)
-    model.clip.logit_scale.data.fill_(3.5)
-    with torch.no_grad(), model.steering(enabled=False):
-        sure = model.class_logits(model.image_features_from_cls(rows), classes).softmax(-1).amax(-1)
-    unsure = rows[sure[:40].argmin()].repeat(60, 1)  # within the gate, and all of them alike
-    assert "drift" in recommend(model, rows, classes).evidence
-    found = recommend(model, unsure, classes)
-    drift = found.evidence["drift"]
-    known = model.domain_statistics.rows.float()
-    with torch.no_grad(), model.steering(enabled=False):
-        sure = [
-            model.class_logits(model.image_features_from_cls(one), classes).softmax(-1).amax(-1).mean().item()
-            for one in (known, unsure)
-        ]
-    assert drift == pytest.approx(sure[0] - sure[1], abs=1e-4) and abs(drift) > 0.05
-    assert found.evidence["inside"] == 1 and found.calibrate_first
-    assert "plain CLIP's answer gets" in found.reasons[0] and "calibrate" in found.reasons[0]
+def shift(monkeypatch, ours, theirs, classes, inside=1.0):
+    monkeypatch.setattr("hf_vs2.evaluation.evidence.embeds_of", lambda model, rows, batch_size: rows)
+    monkeypatch.setattr("hf_vs2.evaluation.evidence.softmax_temperature", lambda clip: 30.0)
+    model = SimpleNamespace(clip=None, domain_statistics=SimpleNamespace(rows=theirs))
+    return shift_of(model, ours, classes, inside, 100)
+
+
+@pytest.mark.parametrize(
+    ("share", "noise", "inside", "calibrate", "says"),
+    [
+        (1 / C, 0.6, 1.0, False, ""),
+        (0.95, 0.6, 1.0, False, "keep it as it is"),
+        (1 / C, 3.0, 1.0, True, "less sure of them"),
+        (0.95, 3.0, 1.0, False, "Gather images of all labels"),
+        (0.95, 0.6, 0.3, True, "lets 30% through"),
+    ],
+)
+def test_fewer_labels_are_not_other_images(monkeypatch, share, noise, inside, calibrate, says):
+    """200 horses were told to calibrate on horses, which cost 49 points; blurred images of all labels should."""
+    theirs, classes, _ = clusters(1 / C)
+    ours, _, _ = clusters(share, n=400, noise=noise, seed=0)
+    found = shift(monkeypatch, ours, theirs, classes, inside)
+    assert found.calibrate == calibrate and says in found.why + found.labels_only
+    assert bool(found.why) == (noise > 1 or inside < 0.8)
 
 
 def test_a_handful_of_labels_decides_nothing(rows, classes):
@@ -171,36 +230,20 @@ def test_a_handful_of_labels_decides_nothing(rows, classes):
         truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     labels = torch.where(torch.arange(60) < 9, truth, -1)
     found = recommend(model, rows, classes, labels)
-    assert "9 labelled images are too few" in found.reasons[-1] and found.method == "none"
+    assert "9 labelled images are too few" in found.reasons[-1] and found.method == found.by_rule
 
 
-def test_without_labels_the_answer_is_plain_clip(rows, classes, monkeypatch, tmp_path):
-    """On OpenAI's ViT-B/32 the rule named methods that lose: it may say what it would name, but not recommend it."""
+def test_without_labels_the_answer_is_the_rules(rows, classes, monkeypatch, tmp_path):
+    """It says how to know, too."""
     model = make_model(rows, statistics=True)
-    monkeypatch.setattr("hf_vs2.evaluation.recommendation.decide", lambda evidence: ("prototypes", ["So it is."]))
+    assert recommend(model, rows, classes).method == "none", "of random labels nothing can be learnt"
+    chosen = ("anchored_prototypes", ["So it is."])
+    monkeypatch.setattr("hf_vs2.evaluation.recommendation.decide", lambda evidence: chosen)
     found = recommend(model, rows, classes)
-    assert (found.method, found.by_rule, found.candidates) == ("none", "prototypes", [])
-    assert str(found).startswith("Recommended: plain CLIP; label 100 images to know\n")
-    assert "The label-free rule names prototypes" in found.reasons[0] and "one stand-in encoder" in found.reasons[0]
+    assert (found.method, found.by_rule, found.candidates) == ("anchored_prototypes", "anchored_prototypes", [])
+    assert str(found).startswith("Recommended: anchored_prototypes; label 100 images, know\n")
     written = json.loads(found.to_json(tmp_path / "r.json").read_text())
-    assert (written["method"], written["by_rule"]) == ("none", "prototypes")
-
-
-def test_labels_that_do_not_tell_keep_plain_clip(rows, classes, monkeypatch):
-    """Half of the rule's changes right, half wrong: no gain is shown, so none is promised."""
-    model = make_model(rows, statistics=True)
-    monkeypatch.setattr("hf_vs2.evaluation.recommendation.decide", lambda evidence: ("prototypes", ["So it is."]))
-    answers = {}
-    for method in ("none", "prototypes"):
-        with torch.no_grad(), model.steering(method=method):
-            answers[method] = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
-    changed = (answers["none"] != answers["prototypes"]).nonzero().squeeze(-1)
-    assert len(changed) > 10
-    labels = answers["none"].index_copy(0, changed[::2], answers["prototypes"][changed[::2]])
-    found = recommend(model, rows, classes, labels)
-    gains = {one["method"]: one for one in found.candidates}
-    assert gains["prototypes"]["gain_ci"][0] < 0 < gains["prototypes"]["gain_ci"][1]
-    assert found.method == "none" and found.by_rule == "prototypes"
+    assert (written["method"], written["by_rule"]) == ("anchored_prototypes", "anchored_prototypes")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ..encoders.processing import save_processing
 from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
 from ..files.sharing.hub import HubMixin
+from ..methods import method_named
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
 from ..steering.corpus_search import RetrievalInputs, pop_retrieval_inputs
@@ -166,7 +167,8 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
                 sae,
                 gamma=defaults.gamma,
                 lambda_=defaults.lambda_,
-                gate=defaults.gate if defaults.fvu_quantiles else None,
+                gate=_default_gate(sae),
+                method=defaults.method,
             )
         elif model_type != VS2CLIPConfig.model_type:
             raise ValueError(
@@ -360,6 +362,13 @@ def _unit(embeds: torch.Tensor) -> torch.Tensor:
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     target = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
+
+
+def _default_gate(sae: SAEModel) -> float | None:
+    """That of an SAE checkpoint for its method, where there are held-out rows to take its threshold from."""
+    known = sae.domain_statistics
+    by_fvu = method_named(sae.config.method).reads_latents
+    return sae.config.gate if (sae.config.fvu_quantiles if by_fvu else known and known.distance_quantiles) else None
 
 
 __all__ = ["VS2CLIPForZeroShot"]

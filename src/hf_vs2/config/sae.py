@@ -65,6 +65,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             How many held-out rows the quantiles come from.
         gamma (`float`, *optional*, defaults to 1.5), lambda_ (`float`, *optional*, defaults to 2.1):
             Default steering, eq. 2-3 (the paper's best on CIFAR-100).
+        method (`str`, *optional*, defaults to `"vs2"`):
+            Default method, one of [`METHODS`]; `hf-vs2 recommend --apply` writes it.
         gate (`float`, *optional*, defaults to 0.99):
             Default gate: the quantile of `fvu_quantiles` above which an input is left to plain CLIP. `None`: no gate.
         training_data (`dict`, *optional*):
@@ -103,6 +105,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
     num_calibration_rows: int | None = None
     gamma: int | float = 1.5
     lambda_: int | float = 2.1
+    method: str = "vs2"
     gate: float | None = 0.99
     training_data: dict | None = None
     training_metrics: dict | None = None

@@ -43,7 +43,7 @@ class VS2Explanation(ModelOutput):
         normalisation (`torch.Tensor` of shape `(batch, num_labels)`): what `post_layernorm` and the unit length of the embedding,
             set by the steered row, do to the score of the plain one. It belongs to no single latent.
         replacement (`torch.Tensor` of shape `(batch, num_labels)`): with `method="amplify"` what the SAE's reconstruction does in the
-            place of the row; 0 otherwise.
+            place of the row; with methods that change scores alone (prototypes, distribution norm) all that they change; 0 otherwise.
         latent_indices (`torch.Tensor` of shape `(batch, m)`): the latents that are active or changed. Where an image has fewer than
             another, others with value and change 0 fill its row.
         latent_values (`torch.Tensor` of shape `(batch, m)`): their values in the image's own code, 0 where not active.
@@ -204,6 +204,9 @@ def explain_rows(
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, moves.change.shape[1] * moves.x.shape[1]))
     batches = [tail.parts(_Moves(*batch)) for batch in zip(*(part.split(at_once) for part in moves), strict=True)]
     parts = ScoreParts(*(torch.cat(part) for part in zip(*batches, strict=True)))
+    if _scores_rows_as_they_are(steerer):
+        added = _added(steerer, rows, class_embeds)
+        parts = parts._replace(steered=parts.steered + added, replacement=parts.replacement + added)
     check_scores(steerer.clip, torch.cat([part.flatten(1) for part in parts], dim=1), image_name)
     return VS2Explanation(
         plain_scores=parts.plain,
@@ -242,10 +245,13 @@ def _moves(
     sae, weight = steerer.sae, steerer.clip.vision_model.post_layernorm.weight
     rows = rows.to(weight.device, weight.dtype)
     retrieval["class_embeds"] = class_embeds
-    # With steering off nothing is left of the method; its code is asked for all the same.
-    asked = steerer if steerer.is_steering else steerer.with_(method="none", edits=None)
+    # With steering off, or where rows stay as they are, nothing of the method is in the rows; their code is asked for all the same.
+    stays = not steerer.is_steering or _scores_rows_as_they_are(steerer)
+    asked = steerer.with_(method="none", edits=None, gate=None, fvu_threshold=None) if stays else steerer
     record, batch, step = asked.move(rows, -1, **retrieval)
-    steered = record.steered if steerer.is_steering else torch.zeros_like(record.steered)
+    steered = record.steered
+    if stays:
+        steered = steerer.steer(rows).steered if steerer.is_steering else torch.zeros_like(steered)
     x, values = batch.x, _by_latent(batch.values, batch.indices, len(sae.W_dec))
     if step is None:
         start, change, keeps_norm = x, torch.zeros_like(values), False
@@ -261,6 +267,21 @@ def _moves(
         batch.code.fvu,
         steered,
     )
+
+
+def _scores_rows_as_they_are(steerer: Steerer) -> bool:
+    """Whether the method changes scores alone: what it adds to plain CLIP's is then of no latent."""
+    rule = steerer.settings.rule
+    return steerer.is_steering and rule.fit is not None and rule.step is None and steerer.settings.edits is None
+
+
+def _added(steerer: Steerer, rows: torch.Tensor, class_embeds: torch.Tensor) -> torch.Tensor:
+    """What such a method adds to the logits of rows, float64 `(batch, num_labels)`."""
+    images = steerer.features_from_cls(rows)
+    embeds = unit_embeds(images.features)
+    classes = normalize(class_embeds.float(), dim=-1).to(embeds.device)
+    added = steerer.scores(images, embeds, classes) - embeds @ classes.T
+    return steerer.clip.logit_scale.double().exp().cpu() * added.double().cpu()
 
 
 def _by_latent(entries: torch.Tensor, latents: torch.Tensor, num_latents: int) -> torch.Tensor:
@@ -301,6 +322,8 @@ def check_explainable(steerer: Steerer) -> None:
             "the layers above make of that is no sum. Explain VS2CLIPForZeroShot(clip, sae) with the last layer's SAE."
         )
     rule = steerer.settings.rule
+    if _scores_rows_as_they_are(steerer):
+        return
     # Edits make a sum of any step; what is fitted to a label set does not score by cosines.
     if steerer.is_steering and not rule.explains and (rule.fit is not None or steerer.settings.edits is None):
         explained = [name for name, method in METHODS.items() if method.explains]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UP, DOWN = STYLES[0][0], STYLES[1][0]
 GREY = "0.6"
 TOTAL = "0.25"
-NO_LATENT = ("reconstruction", "normalisation")
+NO_LATENT = ("no latent", "normalisation")
 COLUMN_INCHES, UPPER_INCHES, ROW_INCHES = 3.3, 3.1, 0.26
 MAX_BARS = 8
 

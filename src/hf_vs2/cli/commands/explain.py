@@ -139,7 +139,7 @@ def _block(parts: dict[str, Any], steered: bool) -> list[str]:
         rows.append((what, values, latent["contribution"]))
     rows.append(("other latents", "", parts["others"]))
     if parts["replacement"]:
-        rows.append(("reconstruction in place of the row", "", parts["replacement"]))
+        rows.append(("what no latent does", "", parts["replacement"]))
     rows += [("normalisation", "", parts["normalisation"]), ("steered score", "", parts["steered"])]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return lines + [f"  {what:<{widths[0]}}  {values:>{widths[1]}}  {score:+8.3f}" for what, values, score in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common import (
     activations_beside,
@@ -23,17 +24,22 @@ from ..common import (
 from ..parsing import Parser, UsageError
 
 
+if TYPE_CHECKING:
+    from ...clip.modeling import VS2CLIPForZeroShot
+
+
 USAGE = "--checkpoint O --dataset D --labels NAME... [options]"
 DESCRIPTION = """\
-Recommends a method for your images and labels, and says why. With labels of some images (--label_column), methods are
-compared on them, and one that surely gains is named. Without, the answer is plain CLIP; beside it stands what a rule
-would name that goes by how sure CLIP is, whether the images are spread over the labels, and how far answers depend on
-which were seen. Its thresholds come from one stand-in encoder, and on a true CLIP it named methods that lose."""
+Recommends a method for your images and labels, and says why. Without labels: anchored prototypes, where the images bear
+out what CLIP says of them, else plain CLIP. With labels of some images (--label_column) all methods are compared on
+them, and a paired test decides; it says how large a difference it would have found. Label 100 images, know.
+--apply writes the method into the checkpoint, for classify, explain and the Space."""
 EXAMPLES = """\
 examples:
   hf-vs2 recommend --checkpoint outputs/sae-photos --dataset photos/ --labels cat dog horse
   hf-vs2 recommend --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
       --image_column img --label_column fine_label --output recommendation.json
+  hf-vs2 recommend --checkpoint outputs/sae-photos --dataset checked/ --label_column label --apply
 
 How often it is right, and what it costs when it is not: docs/recommend.md."""
 
@@ -53,6 +59,9 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--output", type=Path, metavar="JSON", help="Write the recommendation and its evidence to this file, too."
     )
+    parser.flag(
+        "--apply", action="store_true", help="Write the method into the checkpoint, which is used from then on."
+    )
     add_progress_flag(parser)
     parser.section("extraction of activations")
     add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
@@ -65,6 +74,10 @@ def run(args: Namespace) -> None:
 
     if args.labels is None and args.label_column is None:
         raise UsageError("name the labels to choose from with --labels")
+    if args.apply and not Path(args.checkpoint, args.subfolder or "").is_dir():
+        raise UsageError(
+            f"{args.checkpoint} is no folder here, and --apply writes into the checkpoint: download it first"
+        )
     labels_from(args)
     resolve_templates(args.templates)
     model, tokenizer, image_processor = load_steered_clip(args)
@@ -83,6 +96,10 @@ def run(args: Namespace) -> None:
             places = {"recommendation": found.to_json(args.output), **places}
     finally:  # shown in any case
         say(str(found))
+    if args.apply and found.calibrate_first:
+        say("Not applied: it holds once the checkpoint is calibrated on these images.")
+    elif args.apply:
+        places = {"checkpoint": _apply(args, model, found.method), **places}
     say_written(places)
     say("", *_next_lines(args, found.method, found.calibrate_first))
     if not found.candidates:
@@ -90,6 +107,26 @@ def run(args: Namespace) -> None:
             f"To know: hf-vs2 recommend --checkpoint {args.checkpoint} --dataset LABELLED --label_column label, with "
             "100 labelled images"
         )
+
+
+def _apply(args: Namespace, model: VS2CLIPForZeroShot, method: str) -> Path:
+    """The method as the checkpoint's own, with a gate only where it is calibrated for one."""
+    from ...config.sae import SAEConfig
+    from ...methods import method_named
+
+    folder = Path(args.checkpoint, args.subfolder or "")
+    described, _ = SAEConfig.get_config_dict(folder)
+    if described["model_type"] == SAEConfig.model_type:
+        model.sae.config.method = method
+        model.sae.save_pretrained(folder)
+        return folder
+    chosen, known = method_named(method), model.domain_statistics
+    gate = model.steering_settings.gate
+    if not chosen.reads_latents and (known is None or not known.distance_quantiles):
+        gate = None
+    model.set_steering(method=method, gate=gate, fvu_threshold=None)
+    model.save_pretrained(folder, full=described["holds_clip"])
+    return folder
 
 
 def _next_lines(args: Namespace, method: str, calibrate_first: bool) -> list[str]:
