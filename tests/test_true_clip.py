@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
+from test_cli import clip_path, images_path  # noqa: F401 (fixtures)
 from test_label_free import drawn_classes, images_of
+from test_study import description
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -61,3 +64,14 @@ def test_it_runs_on_ones_own_embeddings(tmp_path):
         [sys.executable, str(SCRIPTS / "recommend_table.py"), str(output)], capture_output=True, text=True, check=True
     ).stdout
     assert "| **all** |" in table
+
+
+def test_the_sets_of_a_study(scripts, clip_path, images_path, tmp_path):  # noqa: F811
+    """One command for one's own CLIP: test images are scored, training images are the unlabelled ones."""
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(description(clip_path, images_path, tmp_path / "out")))
+    found, other = scripts[0].study_sets(tmp_path / "study.yaml", None)
+    assert len(found.embeds) == len(found.labels) == 24 and len(found.extra) == 120 and len(other.extra) == 60
+    assert len(found.cls) == 144 and found.temperature == pytest.approx(found.clip.logit_scale.exp().item())
+    torch.testing.assert_close(found.embeds.norm(dim=-1), torch.ones(24))
+    kinds = {one.kind for one in scripts[0].scenarios_of(found, [found, other], 1)}
+    assert kinds >= {"even", "80% of one label", "other images: half"}
