@@ -363,9 +363,21 @@ def test_inner_layers_are_refused(tiny_clip, model):
 
 def test_explaining_such_scores_is_refused(model, tiny_clip):
     """They are no sums over latents; numbers that do not add up would be believed."""
-    model.set_steering(method="prototypes+sae")
+    model.set_steering(method="vs2+distribution_norm")
     with pytest.raises(ValueError, match="no sums over latents.*Explain one of .*'vs2'"):
         model.explain_from_cls(torch.zeros(1, 32), classes_of(tiny_clip))
+
+
+@pytest.mark.parametrize("method", [name for name in SCORING if METHODS[name].step is None])
+def test_scores_of_rows_as_they_are_are_explained_in_one_part(model, tiny_clip, method):
+    """What a recommendation wrote into the checkpoint must not stop `explain`: what no latent does is said to be of none."""
+    rows, classes = cls_rows(tiny_clip, make_inputs(10)["pixel_values"]), classes_of(tiny_clip)
+    model.set_steering(method=method, gate=0.5)
+    found = model.explain_from_cls(rows, classes)
+    torch.testing.assert_close(found.steered_scores.float(), logits(model, rows, classes), rtol=0, atol=1e-4)
+    assert not found.contributions.any() and not found.normalisation.any() and found.fvu.isfinite().all()
+    torch.testing.assert_close(found.plain_scores + found.replacement, found.steered_scores)
+    assert 0 < found.steered.sum() < 10 and not found.replacement[~found.steered].any()
 
 
 @pytest.mark.parametrize("method", SCORING)
@@ -690,6 +702,7 @@ def as_saved_before(folder):
         del one["facts"]
         one["method"] = "distribution_norm"
     save_file(tensors, folder / LABEL_SETS, metadata={name: json.dumps(described)})
+    forget_digests(folder)
 
 
 def test_distribution_norm_of_a_checkpoint_saved_before_goes_on_as_it_was(named, images, tmp_path, caplog):
