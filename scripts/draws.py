@@ -23,7 +23,8 @@ def shares_with(num_classes: int, share: float | None, common: int) -> torch.Ten
 
 
 def drawn(labels: torch.Tensor, wanted: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
-    """Numbers of `number` images, some of them twice, whose labels have the shares `wanted` `(num_classes,)` on average."""
+    """Numbers of `number` images, some of them twice, whose labels have the shares `wanted` `(num_classes,)` on
+    average."""
     weights = wanted[labels] / labels.bincount(minlength=len(wanted))[labels].clamp_min(1)
     return torch.multinomial(weights, number, replacement=True, generator=generator)
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""What `hf-vs2 recommend` and fixed choices gain, on all draws that `scripts/true_clip.py` measured, by kind of encoder.
+"""What `hf-vs2 recommend` and fixed choices gain, on all draws that `scripts/true_clip.py` measured, by kind of
+encoder.
 
     python scripts/recommend_table.py examples/results/true-clip/*.json
 
-A draw is a scenario: what is fitted to and what is scored. Prints, as Markdown, the mean gain over plain CLIP in points, the worst draw, and in how many draws more
-than a point is lost.
+A draw is a scenario: what is fitted to and what is scored. Prints, as Markdown, the mean gain over plain CLIP in
+points, the worst draw, and in how many draws more than a point is lost.
 """
 
 from __future__ import annotations

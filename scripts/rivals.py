@@ -1,8 +1,9 @@
 """Rules of other people that `scripts/true_clip.py` scores beside the library's, as functions of unit embeddings.
 
-Each takes unlabelled rows `f` `(n, d)`, class embeddings `W` `(C, d)` and the temperature T, and returns a function from test images to scores.
-Written from the papers' equations; where these leave something open, the constants are those of the authors' code, which was read and not copied:
-TransCLIP (Zanella et al., 2406.01837; MaxZanella/transduction-for-vlms), ZLaP (Stojnic et al., 2404.04072; vladan-stojnic/ZLaP).
+Each takes unlabelled rows `f` `(n, d)`, class embeddings `W` `(C, d)` and the temperature T, and returns a function
+from test images to scores. Written from the papers' equations; where these leave something open, the constants are
+those of the authors' code, which was read and not copied: TransCLIP (Zanella et al., 2406.01837;
+MaxZanella/transduction-for-vlms), ZLaP (Stojnic et al., 2404.04072; vladan-stojnic/ZLaP).
 """
 
 from collections.abc import Callable
@@ -29,9 +30,10 @@ def transclip(f: torch.Tensor, W: torch.Tensor, T: float) -> Scores:
     """
     TransCLIP, zero-shot: it sees all test images at once, here together with the unlabelled ones.
 
-    `z_i ~ y_i exp((log p_i + 50/6 sum_j (w_ij + w_ji) z_j) / 50)`, with the text's `y_i = softmax(T x_i W^T)`, Gaussians `log p_ik = -1/2
-    sum_d (x_id - mu_kd)^2 / var_d` and the cosines w of each row to its three nearest. Ten times: five rounds of z, then `mu_k = norm(sum_i
-    z_ik x_i)` and the common diagonal variance; begun from the mean of the eight surest rows of each label and a variance of 1/d.
+    `z_i ~ y_i exp((log p_i + 50/6 sum_j (w_ij + w_ji) z_j) / 50)`, with the text's `y_i = softmax(T x_i W^T)`,
+    Gaussians `log p_ik = -1/2 sum_d (x_id - mu_kd)^2 / var_d` and the cosines w of each row to its three nearest. Ten
+    times: five rounds of z, then `mu_k = norm(sum_i z_ik x_i)` and the common diagonal variance; begun from the mean
+    of the eight surest rows of each label and a variance of 1/d.
     """
 
     def scores(images: torch.Tensor) -> torch.Tensor:
@@ -62,10 +64,11 @@ def transclip(f: torch.Tensor, W: torch.Tensor, T: float) -> Scores:
 
 def zlap(f: torch.Tensor, W: torch.Tensor, T: float) -> Scores:
     """
-    ZLaP, inductive: labels spread over a graph of the unlabelled rows and the texts, and an image asks its neighbours in it.
+    ZLaP, inductive: labels spread over a graph of the unlabelled rows and the texts, and an image asks its neighbours
+    in it.
 
-    Edges: the five nearest rows of each row and its five nearest texts, the latter's cosines to the power of 5; made symmetric and
-    normalised, `Z = (I - 0.3 A)^-1`. Score c of an image: its own edges, times `Z[:, c]`.
+    Edges: the five nearest rows of each row and its five nearest texts, the latter's cosines to the power of 5; made
+    symmetric and normalised, `Z = (I - 0.3 A)^-1`. Score c of an image: its own edges, times `Z[:, c]`.
     """
     size = len(W) + len(f)
 

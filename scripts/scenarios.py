@@ -34,7 +34,8 @@ SAME = 0.9999
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Unit embeddings `(n, d)` with their labels `(n,)`, class embeddings `(C, d)`, and `(m, d)` more that are only fitted to."""
+    """Unit embeddings `(n, d)` with their labels `(n,)`, class embeddings `(C, d)`, and `(m, d)` more that are only
+    fitted to."""
 
     name: str
     encoder: str
@@ -186,7 +187,8 @@ def scenarios_of(own: ImageSet, same_encoder: Sequence[ImageSet], seeds: int) ->
     - `even`: fitted to a half and `extra`, scored on the other half; both ways, for each seed.
     - `the same rows`: scored on the very half that it was fitted to.
     - `N rows a label`: of the rows of `even`, so many in all.
-    - `P% of one label`: of the rows and of the images scored; `, scored on even`: of the rows alone. As many rows as there are, no image twice.
+    - `P% of one label`: of the rows and of the images scored; `, scored on even`: of the rows alone. As many rows as
+      there are, no image twice.
     - `few labels shown`: half or a fifth of the labels have images.
     - `long tail`: label k of a random order has 1/k of the images of the first.
     - `more labels`: the label sets of the encoder's other sets are added.

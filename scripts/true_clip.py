@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""What helps without labels on *your* CLIP? Every rule, on even, one-sided, few and foreign images: scores in points over plain CLIP.
+"""What helps without labels on *your* CLIP? Every rule, on even, one-sided, few and foreign images: scores in points
+over plain CLIP.
 
     python scripts/true_clip.py --embeddings FOLDER --output results.json        # unit embeddings, see below
     python scripts/true_clip.py --rows TEST+MORE --clip CLIP --output results.json   # CLS rows of the last layer
     python scripts/true_clip.py --study examples/studies/paper.yaml --output results.json   # images: extracted once
 
-`--embeddings`: safetensors files with `image_embeds` (n, d), `label` (n,), `class_embeds` (C, d) and, if there are any, `unlabelled_extra` (m, d).
-`--rows`: activation stores, or safetensors files with `cls`, `label` and the class names as JSON in the metadata (`names`); what follows a `+` is
-only fitted to. Each set is split at random into halves; rules are fitted to one half and `unlabelled_extra`, and scored on the other. How
-images are drawn stands in `scripts/scenarios.py`. Writes JSON, prints Markdown; docs/true-clip.md tells what came out.
+`--embeddings`: safetensors files with `image_embeds` (n, d), `label` (n,), `class_embeds` (C, d) and, if there are
+any, `unlabelled_extra` (m, d). `--rows`: activation stores, or safetensors files with `cls`, `label` and the class
+names as JSON in the metadata (`names`); what follows a `+` is only fitted to. Each set is split at random into halves;
+rules are fitted to one half and `unlabelled_extra`, and scored on the other. How images are drawn stands in
+`scripts/scenarios.py`. Writes JSON, prints Markdown; docs/true-clip.md tells what came out.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ def evidence_of(f: torch.Tensor, W: torch.Tensor, T: float) -> dict[str, Any]:
 
 
 def with_labels(one: Scenario, start: str, fits: dict[str, Scores], number: int = LABELLED) -> str:
-    """What `hf-vs2 recommend` says when so many of the images that are fitted to have labels; none is of the scored ones."""
+    """What `hf-vs2 recommend` says when so many of the images that are fitted to have labels; none is of the scored
+    ones."""
     own = one.fit[one.fit < len(one.own.embeds)] if one.source.name == one.own.name else one.fit[:0]
     chosen = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(len(own)))[:number]]
     embeds, labels = one.own.embeds[chosen], one.own.labels[chosen]
@@ -151,8 +154,8 @@ def measure(one: Scenario, rules: dict[str, Rule], sae_steps: int) -> dict[str, 
 
 
 def pooled(draws: list[tuple[Scenario, torch.Tensor]]) -> dict[str, float]:
-    """Mean gain over draws, the worst draw, and a normal 95 % interval of the mean over the images that were scored: an image that several draws
-    score counts once, however often it was seen."""
+    """Mean gain over draws, the worst draw, and a normal 95 % interval of the mean over the images that were scored:
+    an image that several draws score counts once, however often it was seen."""
     gains = [100 * change.mean().item() for _, change in draws]
     size = max(len(one.own.embeds) for one, _ in draws)
     total, weight = torch.zeros(size, dtype=torch.double), torch.zeros(size, dtype=torch.double)

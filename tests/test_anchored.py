@@ -1,4 +1,5 @@
-"""Anchored prototypes: the equations once more in numpy, and the promise that chose them: where rows can't be trusted, plain CLIP."""
+"""Anchored prototypes: the equations once more in numpy, and the promise that chose them: where rows can't be trusted,
+plain CLIP."""
 
 import numpy as np
 import numpy_label_free as reference
@@ -104,7 +105,8 @@ def test_a_label_without_rows_is_neither_favoured_nor_punished(classes):
 
 
 def test_what_is_added_is_nothing_on_average(classes):
-    """Scores go into a softmax at CLIP's temperature, or a threshold: a shift of all of them would be read as confidence."""
+    """Scores go into a softmax at CLIP's temperature, or a threshold: a shift of all of them would be read as
+    confidence."""
     rows = uneven(classes, noise=0.3)
     fit = fit_anchored_prototypes(rows, classes, T)
     plain = rows @ classes.T
@@ -138,7 +140,8 @@ def test_one_row_is_no_evidence_for_itself(classes):
 
 @pytest.fixture(scope="module")
 def grouped():
-    """A model whose unlabelled images are of four kinds, fresh CLS rows of these, and what a text tower that mixes them up says."""
+    """A model whose unlabelled images are of four kinds, fresh CLS rows of these, and what a text tower that mixes
+    them up says."""
     clip, kinds = make_tiny_clip(), torch.arange(4).repeat(50)
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     noise = [torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
@@ -174,7 +177,8 @@ def test_through_the_whole_model(grouped, tmp_path):
 
 
 def test_scores_of_a_sigmoid_are_refused(grouped, monkeypatch):
-    """SigLIP's are no probabilities that add up to 1: what is fitted to their softmax would be fitted to nothing that the model says."""
+    """SigLIP's are no probabilities that add up to 1: what is fitted to their softmax would be fitted to nothing that
+    the model says."""
     model, _, classes = grouped
     monkeypatch.setattr(model.clip, "logit_bias", torch.nn.Parameter(torch.zeros(())), raising=False)
     with pytest.raises(ValueError, match="scores labels by a sigmoid.*Use method='none'"):

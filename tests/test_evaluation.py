@@ -302,7 +302,8 @@ def test_a_store_brings_labels_and_class_names(images, labels, tokenizer, tmp_pa
 @pytest.mark.parametrize("statistics", [False, True])
 @torch.no_grad()
 def test_distribution_normalisation_with_other_training_rows(rows, labels, tokenizer, statistics):
-    """A control without an SAE: by its equation, with an image mean of the training rows named, whether the checkpoint has its own or none."""
+    """A control without an SAE: by its equation, with an image mean of the training rows named, whether the checkpoint
+    has its own or none."""
     model, train, test = make_model(rows, statistics=statistics), rows[:30], rows[30:]
     model.set_steering(coefficient=0.3)
     wanted = ("distribution_norm", "full_distribution_norm", "balanced_norm")

@@ -252,7 +252,8 @@ def test_labels_in_another_order_have_the_same_scores(classes, embeds, fit):
 
 @pytest.mark.parametrize("fit", FITS)
 def test_rows_in_another_order_give_the_same_scores(fit):
-    """Of more than 40 rows of a label CLIP is so sure that a float says 1: their order, or the device, used to choose the 20 surest."""
+    """Of more than 40 rows of a label CLIP is so sure that a float says 1: their order, or the device, used to choose
+    the 20 surest."""
     classes = drawn_classes(4, seed=5).float()
     rows = images_of(classes.double(), torch.arange(4).repeat(80), noise=0.5).float()
     assert ((100 * rows @ classes.T).softmax(-1) == 1).sum(0).amax() > 40

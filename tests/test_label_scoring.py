@@ -36,7 +36,8 @@ from hf_vs2.steering import label_sets as label_scoring
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
 LABELS = ["three", "zero", "seven", "nine"]
 SCORING = [name for name, method in METHODS.items() if method.fit]
-# Of these random images and labels anchored prototypes learn nothing, as they should: tests/test_anchored.py has others.
+# Of these random images and labels anchored prototypes learn nothing, as they should: tests/test_anchored.py has
+# others.
 ALWAYS = [name for name in SCORING if name != "anchored_prototypes"]
 FITTED = "prototypes+pca+sae"
 STATISTICS, LABEL_SETS = "statistics.safetensors", "label_sets.safetensors"
@@ -370,7 +371,8 @@ def test_explaining_such_scores_is_refused(model, tiny_clip):
 
 @pytest.mark.parametrize("method", [name for name in SCORING if METHODS[name].step is None])
 def test_scores_of_rows_as_they_are_are_explained_in_one_part(model, tiny_clip, method):
-    """What a recommendation wrote into the checkpoint must not stop `explain`: what no latent does is said to be of none."""
+    """What a recommendation wrote into the checkpoint must not stop `explain`: what no latent does is said to be of
+    none."""
     rows, classes = cls_rows(tiny_clip, make_inputs(10)["pixel_values"]), classes_of(tiny_clip)
     model.set_steering(method=method, gate=0.5)
     found = model.explain_from_cls(rows, classes)

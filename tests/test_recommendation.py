@@ -64,7 +64,8 @@ def test_the_rule_and_its_reasons(changed, method, says):
 
 @pytest.mark.parametrize(("share", "method"), [(1 / C, "anchored_prototypes"), (0.95, "none")])
 def test_images_of_one_label_are_not_fitted_to(share, method):
-    """The user whose images are 95 % one class: what is fitted to them takes that class away from them, or gives it too often."""
+    """The user whose images are 95 % one class: what is fitted to them takes that class away from them, or gives it
+    too often."""
     embeds, classes, labels = clusters(share)
     evidence = gather_evidence(embeds, classes, scale=30.0)
     assert decide(evidence)[0] == method

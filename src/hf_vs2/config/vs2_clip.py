@@ -113,15 +113,16 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     Args:
         clip_config (`CLIPConfig` or `dict`, *optional*): the CLIP.
         sae_configs (`list[SAEConfig]` or list of `dict`, *optional*): one SAE a steered layer, ascending.
-        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives, edits, coefficient: see [`Steering`]. `edits` is a `dict` here, and
-            not written where there are none.
-        base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): where the CLIP comes from.
-        holds_clip (`bool`, *optional*, defaults to `False`): whether the checkpoint holds the CLIP's weights too (full) or only
-            names it (light).
+        method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives, edits, coefficient: see [`Steering`].
+            `edits` is a `dict` here, and not written where there are none.
+        base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): where the CLIP comes
+            from.
+        holds_clip (`bool`, *optional*, defaults to `False`): whether the checkpoint holds the CLIP's weights too
+            (full) or only names it (light).
         holds_corpus (`bool`, *optional*, defaults to `False`): whether the checkpoint has a [`RetrievalCorpus`] in its
             subfolder `corpus`.
-        holds_statistics (`bool`, *optional*, defaults to `False`), holds_label_sets (`bool`, *optional*, defaults to `False`):
-            whether it has [`DomainStatistics`] beside the weights, and what was fitted for label sets.
+        holds_statistics (`bool`, *optional*, defaults to `False`), holds_label_sets (`bool`, *optional*, defaults to
+            `False`): whether it has [`DomainStatistics`] beside the weights, and what was fitted for label sets.
         digests (`dict[str, str]`, *optional*): digest of each safetensors file that was saved with this configuration;
             `save_pretrained` writes it.
     """
@@ -173,11 +174,13 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers. What a file of before `coefficient` calls distribution norm keeps its meaning, and its new name."""
+        """As in transformers. What a file of before `coefficient` calls distribution norm keeps its meaning, and its
+        new name."""
         method = config_dict.get("method") if isinstance(config_dict, dict) else None
         if method in BEFORE and "coefficient" not in config_dict:
             logger.warning(
-                f"method={method!r} of a checkpoint saved before is {BEFORE[method]!r} now: it goes on as it was (docs/migration.md)."
+                f"method={method!r} of a checkpoint saved before is {BEFORE[method]!r} now: it goes on as it was "
+                "(docs/migration.md)."
             )
             config_dict = config_dict | {"method": BEFORE[method]}
         return super().from_dict(config_dict, **kwargs)

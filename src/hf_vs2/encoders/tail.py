@@ -84,11 +84,13 @@ def softmax_temperature(clip: CLIPModel) -> float:
     `exp(logit_scale)`.
 
     Raises:
-        `ValueError`: the model scores each label by itself, by a sigmoid (SigLIP), so that its answers are no probabilities to fit to.
+        `ValueError`: the model scores each label by itself, by a sigmoid (SigLIP), so that its answers are no
+            probabilities to fit to.
     """
     if getattr(clip, "logit_bias", None) is not None:
         raise ValueError(
-            f"{type(clip).__name__} scores labels by a sigmoid, and this method is fitted to the probabilities of a softmax. Use "
+            f"{type(clip).__name__} scores labels by a sigmoid, and this method is fitted to the probabilities of a "
+            "softmax. Use "
             "method='none' with it."
         )
     check_temperature(clip)

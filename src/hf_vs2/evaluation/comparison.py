@@ -70,12 +70,14 @@ def evaluate(
         tokenizer: the CLIP's tokenizer.
         templates: one or several prompt sets, each of them anything [`resolve_templates`] takes. A row's `prompts` is
             `"single"`, `"ensemble"` or, for any other set, `"custom"` (`"custom2"` and so on for further ones).
-        methods: which rows, by default [`evaluation_methods`]: any method of [`METHODS`] but those that need a corpus, with `+gate`
-            after it or not, and the methods' controls, which are a rule of the SAE with another dictionary (see [`control_model`]). Plain CLIP is always there: gains are measured against it. `+gate` takes the model's
-            own gate, else the SAE's default quantile (`sae.config.gate`). What the model lacks statistics or calibration for is
-            left out, with a warning; so is `"centroid"` with one gamma a latent.
-        reference_rows: UNLABELLED TRAINING rows, a tensor or a store, whose mean image takes the place of the checkpoint's in
-            methods that are fitted to nothing else (distribution norm); `reference` of a table's row says which it was.
+        methods: which rows, by default [`evaluation_methods`]: any method of [`METHODS`] but those that need a corpus,
+            with `+gate` after it or not, and the methods' controls, which are a rule of the SAE with another
+            dictionary (see [`control_model`]). Plain CLIP is always there: gains are measured against it. `+gate`
+            takes the model's own gate, else the SAE's default quantile (`sae.config.gate`). What the model lacks
+            statistics or calibration for is left out, with a warning; so is `"centroid"` with one gamma a latent.
+        reference_rows: UNLABELLED TRAINING rows, a tensor or a store, whose mean image takes the place of the
+            checkpoint's in methods that are fitted to nothing else (distribution norm); `reference` of a table's row
+            says which it was.
         batch_size: rows at a time. Memory does not grow with the number of rows, but for a few numbers each.
         num_resamples, seed: of the paired bootstrap.
         meta: facts to add to the result's `meta`: the checkpoint, the data set and so on.
@@ -200,7 +202,8 @@ def _run(
 
 
 def _with_mean(model: VS2CLIPForZeroShot, reference: Rows, batch_size: int) -> VS2CLIPForZeroShot:
-    """The model with the mean image of other rows in its statistics; without any of its own, with those of these rows, none of them kept."""
+    """The model with the mean image of other rows in its statistics; without any of its own, with those of these rows,
+    none of them kept."""
     known = model.domain_statistics
     if known is None:
         found = measure_statistics(model.sae, reference, clip=model.clip, sketch_rows=0)

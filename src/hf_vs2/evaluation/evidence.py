@@ -1,4 +1,5 @@
-"""What unlabelled images and a label set say, without any label: of a method's chances, and of whether a checkpoint is for them."""
+"""What unlabelled images and a label set say, without any label: of a method's chances, and of whether a checkpoint is
+for them."""
 
 from __future__ import annotations
 
@@ -28,12 +29,13 @@ class Evidence:
 
     Args:
         rows (`int`), rows_per_label (`float`): unlabelled images, and how many of them there are a label.
-        confidence (`float`): mean of plain CLIP's largest probability. Said, not decided by: true CLIPs are sure where methods lose.
+        confidence (`float`): mean of plain CLIP's largest probability. Said, not decided by: true CLIPs are sure where
+            methods lose.
         explained (`float`): the part of what the text says of an image that the other images tell too, see
             [`fit_anchored_prototypes`]. Where it is low, there is nothing that a method could learn.
         commonest (`float`): share of the commonest label.
-        evenness (`float`): of the labels among the images: the exponential of the entropy of their shares over what as many images have
-            that are drawn evenly, at most 1. (96 images can't show more than 96 of 120 labels.)
+        evenness (`float`): of the labels among the images: the exponential of the entropy of their shares over what as
+            many images have that are drawn evenly, at most 1. (96 images can't show more than 96 of 120 labels.)
         trust (`float`): how far anchored prototypes go by these images; 0 is plain CLIP.
     """
 
@@ -69,7 +71,8 @@ def gather_evidence(embeds: torch.Tensor, classes: torch.Tensor, scale: float) -
 
 
 def evenness(received: torch.Tensor, number: int) -> float:
-    """Of labels that `received` `(num_classes,)` of `number` images: 1 where they are as even as images that are drawn evenly."""
+    """Of labels that `received` `(num_classes,)` of `number` images: 1 where they are as even as images that are drawn
+    evenly."""
     drawn = torch.ones(_EVEN_DRAWS, len(received)).multinomial(
         number, replacement=True, generator=torch.Generator().manual_seed(0)
     )
@@ -87,18 +90,23 @@ def decide(evidence: Evidence) -> tuple[str, list[str]]:
     told = f"{evidence.explained:.0%} of what CLIP says of an image can be told from the other images"
     if evidence.trust > 0:
         return "anchored_prototypes", [
-            f"{told} (needed: 50%, trusted in full from 60%), and no label has most of them (the commonest {evidence.commonest:.0%}). "
-            f"Anchored prototypes add what the images teach to CLIP's scores, here at {evidence.trust:.0%} of their strength. Of all methods "
-            "they alone gained on both kinds of encoder that were tried and lost nowhere beyond noise (docs/true-clip.md)."
+            f"{told} (needed: 50%, trusted in full from 60%), and no label has most of them (the commonest "
+            f"{evidence.commonest:.0%}). "
+            f"Anchored prototypes add what the images teach to CLIP's scores, here at {evidence.trust:.0%} of their "
+            "strength. Of all methods "
+            "they alone gained on both kinds of encoder that were tried and lost nowhere beyond noise "
+            "(docs/true-clip.md)."
         ]
     if evidence.explained <= 0.5:
         return "none", [
-            f"Only {told} (needed: 50%): the labels are not the groups that these images fall into, or there are too few images. Methods "
+            f"Only {told} (needed: 50%): the labels are not the groups that these images fall into, or there are too "
+            "few images. Methods "
             "that are fitted to such images lost up to tens of points on a true CLIP (docs/true-clip.md)."
         ]
     if evidence.commonest >= 0.5:
         return "none", [
-            f"About {evidence.commonest:.0%} of the images are of one label: what is fitted to them would take or give that label too often."
+            f"About {evidence.commonest:.0%} of the images are of one label: what is fitted to them would take or "
+            "give that label too often."
         ]
     return "none", [f"{evidence.rows_per_label:.1f} images a label are too few to learn from."]
 
@@ -134,8 +142,8 @@ class Shift:
     Args:
         why (`str`): why the statistics say nothing of them; empty where they do.
         labels_only (`str`): what to say where they are of fewer labels, and otherwise alike.
-        figures (`dict`): `drift`, by how much plain CLIP is surer of the checkpoint's images within the labels that it gives, and
-            `evenness_here`.
+        figures (`dict`): `drift`, by how much plain CLIP is surer of the checkpoint's images within the labels that it
+            gives, and `evenness_here`.
     """
 
     why: str
@@ -151,8 +159,8 @@ class Shift:
 def shift_of(
     model: VS2CLIPForZeroShot, rows: torch.Tensor, classes: torch.Tensor, inside: float, batch_size: int
 ) -> Shift:
-    """Other images, or other labels? Blur and noise leave images inside the gates, but CLIP less sure within each label that it gives; where
-    only the labels' shares differ, it is as sure."""
+    """Other images, or other labels? Blur and noise leave images inside the gates, but CLIP less sure within each
+    label that it gives; where only the labels' shares differ, it is as sure."""
     known = model.domain_statistics
     if known is None or known.rows is None:
         return Shift("The checkpoint keeps no rows of unlabelled images.", "", {})
@@ -173,7 +181,8 @@ def shift_of(
         )
     uneven = even < MUCH_LESS_EVEN * before and inside >= LEAST_INSIDE
     labels_only = (
-        f"Your images are of few of the labels (evenness {even:.2f}, the checkpoint's {before:.2f}). Don't calibrate on them: what is fitted "
+        f"Your images are of few of the labels (evenness {even:.2f}, the checkpoint's {before:.2f}). Don't calibrate "
+        "on them: what is fitted "
         "to such images loses most. "
         + (
             "Gather images of all labels for that."
@@ -189,8 +198,8 @@ def _sure(embeds: torch.Tensor, classes: torch.Tensor, scale: float) -> torch.Te
 
 
 def _drift(ours: torch.Tensor, theirs: torch.Tensor, classes: torch.Tensor, scale: float) -> tuple[float, float]:
-    """By how much plain CLIP is surer of the checkpoint's images, label by label that it gives, weighted as ours have them, and the standard
-    error of that."""
+    """By how much plain CLIP is surer of the checkpoint's images, label by label that it gives, weighted as ours have
+    them, and the standard error of that."""
     answers = [(one @ classes.T).argmax(-1) for one in (ours, theirs)]
     sure = [_sure(one, classes, scale) for one in (ours, theirs)]
     shared = [label for label in answers[0].unique().tolist() if (answers[1] == label).any()]

@@ -95,7 +95,8 @@ def check_methods(methods: Sequence[str]) -> None:
 
 
 def variants_of(model: VS2CLIPForZeroShot, methods: Sequence[str], has_reference: bool = False) -> list[Variant]:
-    """The rows to evaluate for one prompt set: plain CLIP, then those of [`evaluation_methods`] in its order, then others.
+    """The rows to evaluate for one prompt set: plain CLIP, then those of [`evaluation_methods`] in its order, then
+    others.
     `has_reference`: whether there are reference rows for methods that need but a mean image."""
     default = evaluation_methods()
     ordered = [name for name in default[1:] if name in methods]

@@ -1,4 +1,5 @@
-"""Which method to use for one's images and labels: by what unlabelled images say, and, with some labels, by a paired test."""
+"""Which method to use for one's images and labels: by what unlabelled images say, and, with some labels, by a paired
+test."""
 
 from __future__ import annotations
 
@@ -55,12 +56,13 @@ class Recommendation:
     Args:
         method (`str`): one of [`Steering`]'s; `"none"` is plain CLIP.
         reasons (`list[str]`): sentences.
-        calibrate_first (`bool`): the images are not those of the checkpoint; the recommendation is about a checkpoint that is
-            calibrated on them.
-        evidence (`dict`): the numbers behind it, see [`Evidence`], and how the images differ from the checkpoint's, see [`Shift`].
-        candidates (`list[dict]`): with labels, a row a method: `top1`, `gain` over plain CLIP in points, `gain_ci`, its 95 % paired
-            bootstrap interval, `n`, `p` of the exact paired test (against plain CLIP, not corrected for the number of methods), and
-            `n_needed`, with how many labels such a gain is found in 4 of 5 cases.
+        calibrate_first (`bool`): the images are not those of the checkpoint; the recommendation is about a checkpoint
+            that is calibrated on them.
+        evidence (`dict`): the numbers behind it, see [`Evidence`], and how the images differ from the checkpoint's,
+            see [`Shift`].
+        candidates (`list[dict]`): with labels, a row a method: `top1`, `gain` over plain CLIP in points, `gain_ci`,
+            its 95 % paired bootstrap interval, `n`, `p` of the exact paired test (against plain CLIP, not corrected
+            for the number of methods), and `n_needed`, with how many labels such a gain is found in 4 of 5 cases.
         by_rule (`str`): the answer without labels.
     """
 
@@ -103,14 +105,15 @@ def recommend(
     """
     Recommend a method for a label set and images, and say why; plain CLIP is among the answers.
 
-    Without labels: `"anchored_prototypes"` where the images bear out what CLIP says of them, else plain CLIP, see [`decide`]. With labels of
-    some of the images all methods are compared with that on these, and a paired test decides; it says how large a gain it would
-    have found. Of fewer than 20 images, or one label, there is too little to tell.
+    Without labels: `"anchored_prototypes"` where the images bear out what CLIP says of them, else plain CLIP, see
+    [`decide`]. With labels of some of the images all methods are compared with that on these, and a paired test
+    decides; it says how large a gain it would have found. Of fewer than 20 images, or one label, there is too little
+    to tell.
 
     Args:
         model: the wrapper. It is left as it was found.
-        rows: CLS rows of the last layer of your images, `(n, hidden_size)`, or a store of them. Of more than 4,096 a random choice
-            is looked at.
+        rows: CLS rows of the last layer of your images, `(n, hidden_size)`, or a store of them. Of more than 4,096 a
+            random choice is looked at.
         class_embeds: `(num_classes, projection_dim)`, see [`class_embeddings`].
         labels (*optional*): the class of each row, `(n,)`; -1 where it is not known.
         class_names (*optional*): what `class_embeds` are of, where `labels` are those of a store with class names:
@@ -119,7 +122,8 @@ def recommend(
         batch_size: rows at a time.
 
     Raises:
-        ValueError, TypeError: on rows of another width or with NaN, an inner layer that is steered, labels that do not match.
+        ValueError, TypeError: on rows of another width or with NaN, an inner layer that is steered, labels that do not
+            match.
     """
     check_replayable(model)
     source = replayable_rows(model, rows, "rows")
@@ -223,7 +227,8 @@ def _candidates(right: Mapping[str, torch.Tensor], seed: int) -> list[dict[str, 
 
 
 def sign_test(fixed: int, broken: int) -> float:
-    """The exact paired test (McNemar): how likely so one-sided a split of the answers that differ, or a more one-sided one, is by chance."""
+    """The exact paired test (McNemar): how likely so one-sided a split of the answers that differ, or a more one-sided
+    one, is by chance."""
     differ = fixed + broken
     tail = sum(math.comb(differ, number) for number in range(min(fixed, broken) + 1))
     return min(1.0, float(2 * tail / 2**differ)) if differ < 1000 else _normal_test(fixed, broken)
@@ -240,7 +245,8 @@ def _deviations(tests: int) -> float:
 
 
 def _needed(gain: Gain, tests: int) -> int | None:
-    """Labels with which a gain like this one is found in 4 of 5 cases; its variance is `p / n`, p the share of answers that differ."""
+    """Labels with which a gain like this one is found in 4 of 5 cases; its variance is `p / n`, p the share of answers
+    that differ."""
     if gain.fixed == gain.broken:
         return None
     return math.ceil(_deviations(tests) ** 2 * gain.n * (gain.fixed + gain.broken) / (gain.fixed - gain.broken) ** 2)
@@ -248,8 +254,8 @@ def _needed(gain: Gain, tests: int) -> int | None:
 
 def weigh(start: str, right: Mapping[str, torch.Tensor]) -> tuple[str, list[str]]:
     """
-    The method after a comparison on labelled images, and what it says: the answer without labels, unless another method is surely
-    better than it, or it is surely worse than plain CLIP.
+    The method after a comparison on labelled images, and what it says: the answer without labels, unless another
+    method is surely better than it, or it is surely worse than plain CLIP.
 
     Args:
         start: the answer without labels.
@@ -258,7 +264,8 @@ def weigh(start: str, right: Mapping[str, torch.Tensor]) -> tuple[str, list[str]
     n, others = len(right["none"]), [name for name in right if name != start]
     if n < LEAST_LABELS:
         return start, [
-            f"{n} labelled images are too few to compare on; give {LEAST_LABELS} or more. The answer is that without labels."
+            f"{n} labelled images are too few to compare on; give {LEAST_LABELS} or more. The answer is that without "
+            "labels."
         ]
     against = {name: Gain.of(right[name], right[start]) for name in right}
     p = {name: len(others) * sign_test(against[name].fixed, against[name].broken) for name in others}
@@ -267,7 +274,8 @@ def weigh(start: str, right: Mapping[str, torch.Tensor]) -> tuple[str, list[str]
     if better:
         best = max(better, key=lambda name: against[name].points)
         told = [
-            f"On {n} labelled images {_name(best)} is surely better than {_name(start)}: {_shown(against[best], p[best])}."
+            f"On {n} labelled images {_name(best)} is surely better than {_name(start)}: "
+            f"{_shown(against[best], p[best])}."
         ]
         return best, told + _rivals(best, right, plain)
     if start != "none" and plain[start].points < 0 and sign_test(plain[start].fixed, plain[start].broken) < ERROR:
@@ -277,14 +285,17 @@ def weigh(start: str, right: Mapping[str, torch.Tensor]) -> tuple[str, list[str]
     found = 100 * _deviations(len(others)) * math.sqrt(differ / n)
     measured = "" if start == "none" else f"{_name(start)} gains {_shown(plain[start])}, and "
     return start, [
-        f"On {n} labelled images {measured}no other method is surely better than {_name(start)}; the best, {_name(best)}: "
-        f"{_shown(against[best], p[best])}. The test finds a difference of {found:.0f} points or more in 4 of 5 cases; for one of 2 points "
+        f"On {n} labelled images {measured}no other method is surely better than {_name(start)}; the best, "
+        f"{_name(best)}: "
+        f"{_shown(against[best], p[best])}. The test finds a difference of {found:.0f} points or more in 4 of 5 "
+        "cases; for one of 2 points "
         f"it takes about {math.ceil(n * (found / 2) ** 2):,} labels."
     ]
 
 
 def _rivals(best: str, right: Mapping[str, torch.Tensor], plain: Mapping[str, Gain]) -> list[str]:
-    """Methods that the labels can't tell from the best, with the price of each: another draw of the same images would name one of them."""
+    """Methods that the labels can't tell from the best, with the price of each: another draw of the same images would
+    name one of them."""
     close = []
     for name in right:
         gain = Gain.of(right[name], right[best])
@@ -292,14 +303,16 @@ def _rivals(best: str, right: Mapping[str, torch.Tensor], plain: Mapping[str, Ga
             close.append(name)
     told = (
         [
-            f"These labels do not tell it from {', '.join(f'{_name(name)} ({plain[name].points:+.1f})' for name in close)}."
+            "These labels do not tell it from "
+            f"{', '.join(f'{_name(name)} ({plain[name].points:+.1f})' for name in close)}."
         ]
         if close
         else []
     )
     if best not in _SAFE:
         told.append(
-            f"The price of {best}: fitted to images mostly of one label, it lost tens of points where anchored_prototypes fall back to plain "
+            f"The price of {best}: fitted to images mostly of one label, it lost tens of points where "
+            "anchored_prototypes fall back to plain "
             "CLIP (docs/recommend.md). Take it where the images stay like these."
         )
     return told

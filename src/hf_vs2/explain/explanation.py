@@ -34,22 +34,25 @@ _NUMBERS_AT_ONCE = 2**23
 @dataclass
 class VS2Explanation(ModelOutput):
     """
-    For each image and label the score before and after steering, and what each latent did to it. Tensors are on the CPU, scores in
-    float64, so that the parts add up: `plain_scores + normalisation + replacement + contributions.sum(-1) == steered_scores`.
+    For each image and label the score before and after steering, and what each latent did to it. Tensors are on the
+    CPU, scores in float64, so that the parts add up:
+    `plain_scores + normalisation + replacement + contributions.sum(-1) == steered_scores`.
 
     Args:
         plain_scores, steered_scores (`torch.Tensor` of shape `(batch, num_labels)`): logits, as in `logits_per_image`.
         contributions (`torch.Tensor` of shape `(batch, num_labels, m)`): of each latent to each score.
-        normalisation (`torch.Tensor` of shape `(batch, num_labels)`): what `post_layernorm` and the unit length of the embedding,
-            set by the steered row, do to the score of the plain one. It belongs to no single latent.
-        replacement (`torch.Tensor` of shape `(batch, num_labels)`): with `method="amplify"` what the SAE's reconstruction does in the
-            place of the row; with methods that change scores alone (prototypes, distribution norm) all that they change; 0 otherwise.
-        latent_indices (`torch.Tensor` of shape `(batch, m)`): the latents that are active or changed. Where an image has fewer than
-            another, others with value and change 0 fill its row.
+        normalisation (`torch.Tensor` of shape `(batch, num_labels)`): what `post_layernorm` and the unit length of the
+            embedding, set by the steered row, do to the score of the plain one. It belongs to no single latent.
+        replacement (`torch.Tensor` of shape `(batch, num_labels)`): with `method="amplify"` what the SAE's
+            reconstruction does in the place of the row; with methods that change scores alone (prototypes,
+            distribution norm) all that they change; 0 otherwise.
+        latent_indices (`torch.Tensor` of shape `(batch, m)`): the latents that are active or changed. Where an image
+            has fewer than another, others with value and change 0 fill its row.
         latent_values (`torch.Tensor` of shape `(batch, m)`): their values in the image's own code, 0 where not active.
         latent_changes (`torch.Tensor` of shape `(batch, m)`): what steering adds to those values.
         fvu (`torch.Tensor` of shape `(batch,)`): per-sample FVU.
-        steered (`torch.BoolTensor` of shape `(batch,)`): which images were steered; the others have changes and contributions of 0.
+        steered (`torch.BoolTensor` of shape `(batch,)`): which images were steered; the others have changes and
+            contributions of 0.
         labels (`tuple[str, ...]`): the labels.
         names (`dict[int, str]`): names of latents, of those that have one.
     """
@@ -245,7 +248,8 @@ def _moves(
     sae, weight = steerer.sae, steerer.clip.vision_model.post_layernorm.weight
     rows = rows.to(weight.device, weight.dtype)
     retrieval["class_embeds"] = class_embeds
-    # With steering off, or where rows stay as they are, nothing of the method is in the rows; their code is asked for all the same.
+    # With steering off, or where rows stay as they are, nothing of the method is in the rows; their code is asked for
+    # all the same.
     stays = not steerer.is_steering or _scores_rows_as_they_are(steerer)
     asked = steerer.with_(method="none", edits=None, gate=None, fvu_threshold=None) if stays else steerer
     record, batch, step = asked.move(rows, -1, **retrieval)

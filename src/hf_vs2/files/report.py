@@ -49,18 +49,19 @@ class EvaluationResult:
     Evaluated rows, and what is needed to read them.
 
     Args:
-        rows (`list[dict]`): one a method and prompt set. `top1`, `top5` (%, `None` for five classes or fewer, where it says
-            nothing), `gain` over plain CLIP with the same prompts (points) with `gain_ci`, its 95 % paired bootstrap
-            interval, `fixed` and `broken` (images that plain CLIP got wrong and this method right, and the other way round),
-            `coverage` (share of images the method touched), `mean_fvu` (mean per-sample FVU over all images, steered or
-            not), `n`, `gamma`, `lambda`, `tau`, `seconds` (steering and classifying; prompts and reading rows left out).
-            Methods that are fitted to unlabelled images add `reference`, where these come from (`"checkpoint"` or `"train"`), and
-            distribution norm its `coefficient`. Files of before have two rows of it, 0.5 and 1 (the full one), with a `score`.
+        rows (`list[dict]`): one a method and prompt set. `top1`, `top5` (%, `None` for five classes or fewer, where it
+            says nothing), `gain` over plain CLIP with the same prompts (points) with `gain_ci`, its 95 % paired
+            bootstrap interval, `fixed` and `broken` (images that plain CLIP got wrong and this method right, and the
+            other way round), `coverage` (share of images the method touched), `mean_fvu` (mean per-sample FVU over all
+            images, steered or not), `n`, `gamma`, `lambda`, `tau`, `seconds` (steering and classifying; prompts and
+            reading rows left out). Methods that are fitted to unlabelled images add `reference`, where these come from
+            (`"checkpoint"` or `"train"`), and distribution norm its `coefficient`. Files of before have two rows of
+            it, 0.5 and 1 (the full one), with a `score`.
         meta (`dict`): versions, model, data, templates, class names, seed.
-        per_class (`dict`): `class_names`, `support` (images a class) and `accuracy`: for each row a list of one percentage a
-            class, `None` for a class without images.
-        labels (`torch.Tensor`, *optional*), samples (`list[SampleOutputs]`, *optional*): per-image outcomes, in the order
-            of `rows`. Not written to the result file.
+        per_class (`dict`): `class_names`, `support` (images a class) and `accuracy`: for each row a list of one
+            percentage a class, `None` for a class without images.
+        labels (`torch.Tensor`, *optional*), samples (`list[SampleOutputs]`, *optional*): per-image outcomes, in the
+            order of `rows`. Not written to the result file.
     """
 
     rows: list[dict[str, Any]]

@@ -1,8 +1,9 @@
-"""Anchored prototypes: CLIP's own scores kept whole, and beside them what unlabelled rows teach, as far as the rows themselves support it.
+"""Anchored prototypes: CLIP's own scores kept whole, and beside them what unlabelled rows teach, as far as the rows
+themselves support it.
 
-Shapes: `embeds` is `(n, projection_dim)`, unit image embeddings `f`; `classes` is `(num_classes, projection_dim)`, unit class embeddings
-`W`; `temperature` is the CLIP's `T = exp(logit_scale)`. Fitting is worked out in float64, where neither the order of the rows nor the
-device shows. Nothing is modified in place.
+Shapes: `embeds` is `(n, projection_dim)`, unit image embeddings `f`; `classes` is `(num_classes, projection_dim)`,
+unit class embeddings `W`; `temperature` is the CLIP's `T = exp(logit_scale)`. Fitting is worked out in float64, where
+neither the order of the rows nor the device shows. Nothing is modified in place.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _CENTRE_ROWS = 5.0
 # A label with a smaller share of the rows counts as having this one when rows are dealt out.
 _LEAST_SHARE = 0.1
 _SHARE_STEPS = 20
-# The part of the text's answer that the other rows explain: nothing is trusted up to the first, everything from the second.
+# The part of the text's answer that the other rows explain: nothing is trusted up to the first, everything from the
+# second.
 _EXPLAINED = (0.5, 0.6)
 # Share of the commonest label: everything is trusted up to the first, nothing from the second.
 _COMMONEST = (0.4, 0.6)
@@ -42,21 +44,24 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
 
     With `l_ic = T f_i . W_c`, `p = softmax(l)`:
 
-    1. *Who has how many rows.* `r_i = softmax(l_i + log max(s, 0.1))` and `s_c = mean_i r_ic`, in turns (expectation maximisation): a label
-       that has more than a tenth of the rows may claim the more of them. Without this the rarest labels of rows that are mostly of
-       one label are made of that label's rows.
-    2. *Centre.* `m = sum_c a_c mu_c / sum_c a_c`, `mu_c = sum_i r_ic f_i / n_c`, `n_c = sum_i r_ic`, `a_c = n_c / (n_c + 5)`: each label counts
-       alike. `x_i = norm(f_i - m)`.
+    1. *Who has how many rows.* `r_i = softmax(l_i + log max(s, 0.1))` and `s_c = mean_i r_ic`, in turns (expectation
+       maximisation): a label that has more than a tenth of the rows may claim the more of them. Without this the
+       rarest labels of rows that are mostly of one label are made of that label's rows.
+    2. *Centre.* `m = sum_c a_c mu_c / sum_c a_c`, `mu_c = sum_i r_ic f_i / n_c`, `n_c = sum_i r_ic`, `a_c = n_c / (n_c
+       + 5)`: each label counts alike. `x_i = norm(f_i - m)`.
     3. *What the other rows say.* `v_ic = x_i . norm(sum_{j != i} r_jc x_j)`: no row judges its own prototype.
-    4. *Trust.* `R = 1 - min_b H(b) / log C`, where `H(b)` is the cross-entropy of `softmax(b v_i)` to `r_i`, each label counted alike
-       (weights `r_ic / (n_c + 5)`): how much of what the text says of a row the other rows tell too. Where they tell less than
-       half, `h = 0`; from 0.6 on `h = 1`. Where one label has more than 0.4 of the rows, h falls, to 0 at 0.6.
-    5. Twice: `r_i = softmax(l_i + log max(s, 0.1) + 22 h w_ic (v_ic - u_i))`, `w_ic = (n_c - r_ic) / (n_c - r_ic + 20)`, where
-       `u_i = sum_c p_ic w_ic v_ic / sum_c p_ic w_ic` is what prototypes say on average of the labels that the text sees: a label with few rows is
-       neither favoured nor punished. Then `P_c = norm(sum_i r_ic x_i)`, `w_c = n_c / (n_c + 20)`.
+    4. *Trust.* `R = 1 - min_b H(b) / log C`, where `H(b)` is the cross-entropy of `softmax(b v_i)` to `r_i`, each
+       label counted alike (weights `r_ic / (n_c + 5)`): how much of what the text says of a row the other rows tell
+       too. Where they tell less than half, `h = 0`; from 0.6 on `h = 1`. Where one label has more than 0.4 of the
+       rows, h falls, to 0 at 0.6.
+    5. Twice: `r_i = softmax(l_i + log max(s, 0.1) + 22 h w_ic (v_ic - u_i))`, `w_ic = (n_c - r_ic) / (n_c - r_ic +
+       20)`, where `u_i = sum_c p_ic w_ic v_ic / sum_c p_ic w_ic` is what prototypes say on average of the labels that
+       the text sees: a label with few rows is neither favoured nor punished. Then `P_c = norm(sum_i r_ic x_i)`, `w_c =
+       n_c / (n_c + 20)`.
 
-    All constants are in nats, rows or shares, so that they mean the same for every CLIP whose softmax is a probability; docs/true-clip.md says where each
-    comes from. Rows that are exactly alike count once. Labels that a model scores by a sigmoid have no such softmax: don't fit them.
+    All constants are in nats, rows or shares, so that they mean the same for every CLIP whose softmax is a
+    probability; docs/true-clip.md says where each comes from. Rows that are exactly alike count once. Labels that a
+    model scores by a sigmoid have no such softmax: don't fit them.
 
     Args:
         embeds: unit embeddings of unlabelled images.
@@ -64,8 +69,9 @@ def fit_anchored_prototypes(embeds: torch.Tensor, classes: torch.Tensor, tempera
         temperature: `exp(logit_scale)`, 100 for OpenAI's CLIPs.
 
     Returns:
-        [`LabelFit`] for [`anchored_scores`]: `weights` are `n_c / (n_c + 20)`, `scale` is `22 h / T` (0: plain CLIP), and `facts` holds the
-        `temperature`, `explained` (R; at most 0.5: plain CLIP), `commonest`, the share of the commonest label (at least 0.6: plain CLIP), and
+        [`LabelFit`] for [`anchored_scores`]: `weights` are `n_c / (n_c + 20)`, `scale` is `22 h / T` (0: plain CLIP),
+        and `facts` holds the `temperature`, `explained` (R; at most 0.5: plain CLIP), `commonest`, the share of the
+        commonest label (at least 0.6: plain CLIP), and
         `trust`, which is h, or 0 where it would change next to nothing: plain CLIP, bit for bit.
     """
     rows, texts = exact(embeds).unique(dim=0), exact(classes)
@@ -99,9 +105,9 @@ def anchored_scores(embeds: torch.Tensor, classes: torch.Tensor, fit: LabelFit) 
     """
     `(batch, num_classes)` scores on the scale of plain cosines, to be multiplied by the temperature as those are.
 
-    `e . W_c + scale w_c (v_c - u)` with `v_c = norm(e - m) . P_c` and `u = sum_c p_c w_c v_c / sum_c p_c w_c`, `p = softmax(T e W^T)`. What is
-    added is 0 on average over the labels that the text sees, so scores stay where they were; with a scale of 0 they are plain
-    CLIP's, bit for bit.
+    `e . W_c + scale w_c (v_c - u)` with `v_c = norm(e - m) . P_c` and `u = sum_c p_c w_c v_c / sum_c p_c w_c`, `p =
+    softmax(T e W^T)`. What is added is 0 on average over the labels that the text sees, so scores stay where they
+    were; with a scale of 0 they are plain CLIP's, bit for bit.
     """
     plain = embeds @ classes.T
     if not fit.scale:
@@ -120,7 +126,8 @@ def _shares(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _without_own(shares: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines of each row to the prototypes of all other rows, and how many rows these rest on, both `(n, num_classes)`."""
+    """Cosines of each row to the prototypes of all other rows, and how many rows these rest on, both `(n,
+    num_classes)`."""
     sums = shares.T @ queries
     dots = queries @ sums.T
     squares = sums.square().sum(-1) - 2 * shares * dots + shares.square()

@@ -33,7 +33,8 @@ _BLOCK = 2**24
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64, on the CPU where the device has none: sums in which neither the order of the rows nor the device shows."""
+    """In float64, on the CPU where the device has none: sums in which neither the order of the rows nor the device
+    shows."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
@@ -102,8 +103,9 @@ def balanced_mean(embeds: torch.Tensor, classes: torch.Tensor, surest: int = _SU
 
 
 def _log_odds(logits: torch.Tensor) -> torch.Tensor:
-    """`l_c - log sum_{k != c} exp l_k`, shaped as `logits`. Many probabilities are 1 as far as a float can say; their odds differ, so that neither
-    the order of the rows nor the device decides which rows are the surest. A single label: its logits."""
+    """`l_c - log sum_{k != c} exp l_k`, shaped as `logits`. Many probabilities are 1 as far as a float can say; their
+    odds differ, so that neither the order of the rows nor the device decides which rows are the surest. A single
+    label: its logits."""
     if logits.shape[1] == 1:
         return logits
     top = logits.argmax(-1, keepdim=True)
@@ -116,9 +118,10 @@ def _log_odds(logits: torch.Tensor) -> torch.Tensor:
 def score_scale(mean: torch.Tensor, classes: torch.Tensor, coefficient: float = 1.0) -> torch.Tensor:
     """What centred cosines are multiplied by to spread as plain cosines do, a scalar.
 
-    `q . P_c` is a cosine of what is left of two unit vectors, whose lengths are about `sqrt(1 - c (2 - c) ||mean||^2)` (the root mean
-    square of `||e - c mean||` over the rows that the mean is of, c the coefficient) and `||W_c - c mean W||`. Their product puts the scores
-    back on the scale that the model's temperature was trained for. The order of the classes does not depend on it.
+    `q . P_c` is a cosine of what is left of two unit vectors, whose lengths are about `sqrt(1 - c (2 - c) ||mean||^2)`
+    (the root mean square of `||e - c mean||` over the rows that the mean is of, c the coefficient) and `||W_c - c mean
+    W||`. Their product puts the scores back on the scale that the model's temperature was trained for. The order of
+    the classes does not depend on it.
     """
     left = (1 - coefficient * (2 - coefficient) * mean.square().sum()).clamp_min(0).sqrt()
     if len(classes) == 1:
@@ -244,8 +247,8 @@ def _with_views(
 
 
 def norm_fit(classes: torch.Tensor, mean: torch.Tensor, coefficient: float = 1.0) -> LabelFit:
-    """Distribution norm as a [`LabelFit`]: `norm(e - c mean) . norm(W - c mean W)`, the classes' own directions, and no rows behind them.
-    By default the means are subtracted in full, which is where prototypes begin."""
+    """Distribution norm as a [`LabelFit`]: `norm(e - c mean) . norm(W - c mean W)`, the classes' own directions, and
+    no rows behind them. By default the means are subtracted in full, which is where prototypes begin."""
     none, scale = torch.zeros_like(classes[:, 0]), score_scale(mean, classes, coefficient)
     return LabelFit(coefficient * mean, centred_classes(classes, coefficient), none, none, scale)
 

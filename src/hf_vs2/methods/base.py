@@ -177,19 +177,20 @@ class Method:
         step (`(Batch) -> LatentStep`, *optional*): how a row moves; without it rows stay.
         fit (`(classes, UnlabelledRows) -> LabelFit`, *optional*): what is fitted for unit class embeddings
             `(num_classes, projection_dim)`; without it scores are cosines, as in CLIP.
-        score (`(embeds, classes, LabelFit, views) -> scores`): how the fit scores unit embeddings `(batch, projection_dim)`, on the scale
-            of cosines, `(batch, num_classes)`; by default [`label_scores`].
+        score (`(embeds, classes, LabelFit, views) -> scores`): how the fit scores unit embeddings `(batch,
+            projection_dim)`, on the scale of cosines, `(batch, num_classes)`; by default [`label_scores`].
         views (`tuple[View, ...]`): of methods with a fit.
-        needs_statistics (`bool`): of unlabelled rows; a method with a fit always does. needs_rows (`bool`): the rows themselves,
-            not only their means. needs_corpus (`bool`): for neighbours.
+        needs_statistics (`bool`): of unlabelled rows; a method with a fit always does. needs_rows (`bool`): the rows
+            themselves, not only their means. needs_corpus (`bool`): for neighbours.
         last_layer_only (`bool`): whether it has no meaning at an inner layer.
         one_direction (`bool`): whether it needs one gamma for all latents.
         explains (`bool`): whether its scores are sums over the latents that it changes.
-        shows (`tuple[str, ...]`): which of the settings `"gamma"`, `"lambda"` and `"coefficient"` it reads, which a result has to name.
-        controls (mapping `str -> str`): rows of a comparison that run this method with another dictionary in the SAE's place, see
-            [`control_model`]: the row's name -> the dictionary.
-        compared (`bool`): whether [`evaluate`] has it in its table when nobody names methods; compared_gated (`bool`): its gated
-            row too.
+        shows (`tuple[str, ...]`): which of the settings `"gamma"`, `"lambda"` and `"coefficient"` it reads, which a
+            result has to name.
+        controls (mapping `str -> str`): rows of a comparison that run this method with another dictionary in the SAE's
+            place, see [`control_model`]: the row's name -> the dictionary.
+        compared (`bool`): whether [`evaluate`] has it in its table when nobody names methods; compared_gated (`bool`):
+            its gated row too.
         candidate (`bool`): whether [`recommend`] compares it where there are labels.
     """
 
@@ -295,8 +296,8 @@ def method_named(name: Any) -> Method:
 
 
 def then(step_of: str, fit_of: str, **facts: Any) -> Method:
-    """The method that moves rows as `step_of` does and scores them as `fit_of` does, registered as `"step_of+fit_of"` if no
-    other name is given."""
+    """The method that moves rows as `step_of` does and scores them as `fit_of` does, registered as `"step_of+fit_of"`
+    if no other name is given."""
     step, fit = METHODS[step_of], METHODS[fit_of]
     given = {name: getattr(step, name) for name in ("step", "one_direction", "shows", "needs_statistics")}
     given |= {name: getattr(fit, name) for name in ("fit", "score", "views")}

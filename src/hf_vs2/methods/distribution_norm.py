@@ -7,8 +7,8 @@ from .base import Method, UnlabelledRows, register
 
 
 def fit(classes: torch.Tensor, rows: UnlabelledRows) -> LabelFit:
-    """`norm(e - c mean e) . norm(W - c mean W)`, c the setting `coefficient`. The authors' code has c = 0.25 too, but does not bring
-    embeddings to unit length first."""
+    """`norm(e - c mean e) . norm(W - c mean W)`, c the setting `coefficient`. The authors' code has c = 0.25 too, but
+    does not bring embeddings to unit length first."""
     found = norm_fit(classes, rows.mean(), rows.coefficient)
     return found._replace(facts={"coefficient": rows.coefficient})
 
