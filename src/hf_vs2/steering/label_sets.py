@@ -116,8 +116,6 @@ class LabelSets:
         Raises:
             `ValueError`: without statistics, or rows where the method needs them.
         """
-        if steerer.settings.rule.needs_rows:
-            steerer.unlabelled_rows  # noqa: B018  a set that was saved with it may be of a version that did without
         method, settings = steerer.settings.method, _settings(steerer)
         if steerer.settings.rule.needs_rows:
             steerer.unlabelled_rows  # noqa: B018  which refuses: what an earlier version fitted without rows was another method
