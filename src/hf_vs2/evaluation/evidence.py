@@ -15,7 +15,7 @@ from ..functional.anchored import fit_anchored_prototypes
 LEAST_INSIDE = 0.8
 """Share of the images inside the gate by distance: with less they are others than the checkpoint's."""
 MOST_DRIFT = 0.1
-"""Within predicted labels. On CIFAR-10 images of few labels had 0.07 at most, blurred and noisy ones 0.12 at least."""
+"""Within predicted labels. Above what images of few labels showed; what blurs images less than this is not noticed."""
 MUCH_LESS_EVEN = 0.5
 """Of the checkpoint's evenness: images that are less even are not to be fitted to."""
 _GATE = 0.99
@@ -159,8 +159,8 @@ class Shift:
 def shift_of(
     model: VS2CLIPForZeroShot, rows: torch.Tensor, classes: torch.Tensor, inside: float, batch_size: int
 ) -> Shift:
-    """Other images, or other labels? Blur and noise leave images inside the gates, but CLIP less sure within each
-    label that it gives; where only the labels' shares differ, it is as sure."""
+    """Other images, or other labels? Strong blur and noise leave images inside the gates, but CLIP less sure within
+    each label that it gives; where only the labels' shares differ, it is as sure."""
     known = model.domain_statistics
     if known is None or known.rows is None:
         return Shift("The checkpoint keeps no rows of unlabelled images.", "", {})
