@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from .common import check_places
 from .faults import fault_of, last_line
 from .parsing import Parser, UsageError, nearest
 
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             _without_command(argv)
         command = import_module(f".commands.{name}", __name__)
-        args = _parser(prog, command).parse(argv[1:])
+        parser = _parser(prog, command)
+        args = parser.parse(argv[1:])
+        check_places(parser, args)
         _run(command, args)
     except SystemExit as finished:  # --help and --version
         return finished.code if isinstance(finished.code, int) else 0

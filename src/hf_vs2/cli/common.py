@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.schema import LARGEST_BATCH, Kind, number, whole
 from .parsing import Parser, UsageError
+from .places import check_writable
 
 
 if TYPE_CHECKING:
@@ -51,6 +53,11 @@ def say_written(places: Mapping[str, Any]) -> None:
 
 # Flags
 
+BATCH = whole(1, LARGEST_BATCH)
+LAYER = whole(-1000, 1000)
+QUANTILE = number(above=0, below=1)
+GATE = Kind("a quantile above 0 and below 1, or none", lambda value: value == "none" or QUANTILE.accepts(value))
+
 TEMPLATES = "single, ensemble or a file of prompts (.txt, .csv, .json)."
 
 
@@ -78,10 +85,14 @@ def add_dataset_flags(parser: Parser, required: bool = True) -> None:
 def add_extraction_flags(parser: Parser, activations_dir: str | None = None) -> None:
     """`activations_dir`: help of that flag, for commands that cache activations beside their own output."""
     if activations_dir is not None:
-        parser.flag("--activations_dir", type=Path, help=activations_dir)
-    parser.flag("--batch_size", type=int, default=64, help="Images per forward pass of CLIP.")
+        parser.flag("--activations_dir", type=Path, help=activations_dir, writes="folder")
+    parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass of CLIP.")
     parser.flag(
-        "--num_workers", type=int, default=0, help="Processes that decode and resize; 0: the main one does it."
+        "--num_workers",
+        type=int,
+        kind=whole(0, 1024),
+        default=0,
+        help="Processes that decode and resize; 0: the main one does it.",
     )
     parser.flag(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the activations on disk."
@@ -138,16 +149,27 @@ def add_steering_flags(parser: Parser, method: bool = False) -> None:
             metavar="NAME",
             help="vs2, centroid, distribution_norm, balanced_norm, prototypes and others: docs/label-free.md.",
         )
-    parser.flag("--gamma", type=float, help="Amplification of the active latents.")
-    parser.flag("--lambda_", "--lambda", type=float, help="Size of the step.")
-    parser.flag("--coefficient", type=float, help="Of distribution_norm: how much of both means is subtracted.")
+    parser.flag("--gamma", type=float, kind=number(), help="Amplification of the active latents.")
+    parser.flag("--lambda_", "--lambda", type=float, kind=number(), help="Size of the step.")
+    parser.flag(
+        "--coefficient",
+        type=float,
+        kind=number(0, 1),
+        help="Of distribution_norm: how much of both means is subtracted.",
+    )
     parser.flag(
         "--gate",
         type=_gate,
+        kind=GATE,
         metavar="Q",
         help="Quantile of FVU (or distance) above which an image is left to plain CLIP, or none.",
     )
-    parser.flag("--fvu_threshold", type=float, help="That threshold itself, instead of a quantile.")
+    parser.flag(
+        "--fvu_threshold",
+        type=float,
+        kind=number(0, infinite=True),
+        help="That threshold itself, instead of a quantile.",
+    )
 
 
 def add_progress_flag(parser: Parser) -> None:
@@ -221,6 +243,15 @@ def extract(
         dataset_id=args.dataset,
         **options,
     )
+
+
+def check_places(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse places that this command can't write to, before it reads anything."""
+    for name, (flag, kind) in parser.writes.items():
+        if getattr(args, name) is not None:
+            check_writable(getattr(args, name), flag, kind == "folder")
+    if "activations_dir" in parser.writes and args.activations_dir is None and os.path.isdir(args.checkpoint):
+        check_writable(activations_beside(args), "--activations_dir")
 
 
 def activations_beside(args: argparse.Namespace) -> Path:

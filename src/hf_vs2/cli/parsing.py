@@ -11,9 +11,10 @@ import textwrap
 import types
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from ..config.schema import Kind, many, shown
+from ..files.yaml_files import read_yaml
 
 
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -47,6 +48,10 @@ class Parser(argparse.ArgumentParser):
         # What looks like a number is the value of a flag; before Python 3.14 argparse takes -1e-1 and -inf for flags.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
         self.flags: dict[str, argparse.Action] = {}
+        self.writes: dict[str, tuple[str, str]] = {}
+        """By the name of the value: the flag, and whether it is the place of a file or a folder that the command writes."""
+        self.kinds: dict[str, tuple[str, Kind]] = {}
+        """By the name of the value: the flag, and what its value can be."""
         self.alternatives: list[set[str]] = []
         """Sets of flags of which one at most may be given: one on the command line drops the others from the file."""
         self._section: Any = self
@@ -55,8 +60,20 @@ class Parser(argparse.ArgumentParser):
         """Begin a group of flags in the help."""
         self._section = self.add_argument_group(title)
 
-    def flag(self, *names: str, help: str, default: Any = None, **options: Any) -> None:
-        """`add_argument` in the current section; the help says what the default is."""
+    def flag(
+        self,
+        *names: str,
+        help: str,
+        default: Any = None,
+        kind: Kind | None = None,
+        writes: Literal["file", "folder"] | None = None,
+        **options: Any,
+    ) -> None:
+        """`add_argument` in the current section; the help says what the default is.
+
+        Args:
+            kind: what the value can be. writes: what the command writes there.
+        """
         if "action" not in options:
             options["default"] = default
             options.setdefault("metavar", _metavar(options))
@@ -65,6 +82,10 @@ class Parser(argparse.ArgumentParser):
                 help = f"{help} [{shown}]"
         action = self._section.add_argument(*names, help=help.replace("%", "%%"), **options)
         self.flags |= dict.fromkeys(action.option_strings, action)
+        if writes is not None:
+            self.writes[action.dest] = (names[0], writes)
+        if kind is not None:
+            self.kinds[action.dest] = (names[0], many(kind) if "nargs" in options else kind)
 
     def common_flags(self) -> None:
         """What every command has."""
@@ -77,14 +98,14 @@ class Parser(argparse.ArgumentParser):
         fields = {field.name: field for field in dataclasses.fields(cls)}
         hints = get_type_hints(cls)
         for name in names:
-            field, kind = fields[name], _without_none(hints[name])
-            text = field.metadata.get("help", "")
-            if kind is bool:
+            field, hint = fields[name], _without_none(hints[name])
+            text, kind = field.metadata.get("help", ""), field.metadata.get("kind")
+            if hint is bool:
                 self.flag(f"--{name}", action="store_true", help=text)
             elif field.default is dataclasses.MISSING:
-                self.flag(f"--{name}", type=kind, required=True, help=text)
+                self.flag(f"--{name}", type=hint, required=True, help=text, kind=kind)
             else:
-                self.flag(f"--{name}", type=kind, default=field.default, help=text)
+                self.flag(f"--{name}", type=hint, default=field.default, help=text, kind=kind)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """
@@ -100,6 +121,12 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             raise UsageError(f"unknown argument {name}{nearest(name, self.flags)}; see {self.prog} --help")
+        for name, (flag, kind) in self.kinds.items():
+            if getattr(args, name) is not None:
+                try:
+                    kind.read(getattr(args, name), flag)
+                except ValueError as error:
+                    raise UsageError(f"{error} See {self.prog} --help") from error
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -169,11 +196,8 @@ def _without_none(kind: Any) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        # Every scalar stays text, as on the command line: YAML would read `no` as False, and `5e-4` as text anyway.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506  makes text, lists and dicts alone
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not a YAML file: {error}") from error
+    # Every scalar stays text, as on the command line: YAML would read `no` as False.
+    content = read_yaml(path, path, as_text=True)
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold one `flag: value` a line, without the dashes (top_k: 64)")
     return content
@@ -182,7 +206,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _as_arguments(action: argparse.Action, name: str, value: Any, where: str) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in values):
-        raise UsageError(f"{where}: expected a value, not {value!r}")
+        raise UsageError(f"{where}: expected a value, not {shown(value)}")
     if value in ("", "~", "null"):
         return []
     if action.nargs == 0:  # a switch

@@ -6,11 +6,17 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.utils import CONFIG_NAME
 
 from .packaged_code import PackagedCode
+from .schema import shown
+
+
+_Config = TypeVar("_Config")
 
 
 # By these transformers opens other files, or fetches kernels, which are code. No checkpoint of ours has them.
@@ -32,6 +38,24 @@ _LARGEST_SIZE = 500_000
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Attributes of transformers' configs that its files hold, but that are no field of theirs.
 _NO_FIELDS = ("model_type", "_name_or_path", "name_or_path", "num_labels", "output_attentions", "torch_dtype")
+
+
+def strict_values(cls: type[_Config]) -> type[_Config]:
+    """`huggingface_hub`'s `strict`, whose refusal of a value of another kind than its field's is a `ValueError` here, in one line."""
+    cls = strict(cls)
+    set_checked = cls.__setattr__
+
+    def __setattr__(self: _Config, name: str, value: Any) -> None:
+        try:
+            set_checked(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            kind = cls.__annotations__.get(name, "what transformers takes")
+            raise ValueError(
+                f"{name}={shown(value)} must be of the kind {getattr(kind, '__name__', kind)}."
+            ) from error
+
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
+    return cls
 
 
 class CheckpointConfig(PackagedCode):
@@ -172,4 +196,4 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-__all__ = ["OF_OTHERS", "CheckpointConfig", "check_clip_config", "refuse_requests"]
+__all__ = ["OF_OTHERS", "CheckpointConfig", "check_clip_config", "refuse_requests", "strict_values"]

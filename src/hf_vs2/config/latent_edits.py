@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .sae import is_finite
+from .schema import shown
 
 
 class EditTable(NamedTuple):
@@ -109,8 +110,8 @@ def _pairs(name: str, given: Any) -> tuple[tuple[int, float], ...]:
         raise ValueError(f"{name} names a latent twice: {given!r}.")
     pairs = []
     for latent, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not is_finite(float(value)):
-            raise ValueError(f"{name} of latent {latent} must be a finite number, not {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, Real) or not is_finite(value):
+            raise ValueError(f"{name} of latent {latent} must be a finite number, not {shown(value)}.")
         pairs.append((_latent(name, latent), float(value)))
     return tuple(sorted(pairs))
 

@@ -6,18 +6,17 @@ import math
 import sys
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..functional.equations import ACTIVATIONS
-from .checks import CheckpointConfig
+from .checks import CheckpointConfig, strict_values
 
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format. It only grows: a reader of version n reads every version up to n."""
 
 
-@strict
+@strict_values
 class SAEConfig(CheckpointConfig, PreTrainedConfig):
     r"""
     Configuration of a [`SAEModel`], a top-k sparse autoencoder on the CLS activations of a frozen CLIP image encoder
@@ -241,9 +240,9 @@ def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_row
     return low_value + (high_value - low_value) * (quantile - low) / (high - low)
 
 
-def is_finite(value: float) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether this is a number that a float can hold; JSON knows whole numbers of any size."""
-    return abs(value) <= sys.float_info.max
+    return bool(abs(value) <= sys.float_info.max)
 
 
 def holds_samples(found: Any) -> bool:

@@ -2,18 +2,20 @@
 
 import copy
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from ..functional.neighbors import POSITIVES
 from ..methods import BEFORE, Method, method_named
-from .checks import CheckpointConfig, check_clip_config
+from .checks import CheckpointConfig, check_clip_config, strict_values
 from .latent_edits import LatentEdits
-from .sae import SAEConfig, is_finite
+from .sae import SAEConfig
+from .schema import FLAG, check_fields, number, one_of, optional, setting, whole
+
+
+FINITE = number()
 
 
 logger = logging.get_logger(__name__)
@@ -42,27 +44,22 @@ class Steering:
 
     method: str = "vs2"
     gamma: float | tuple[float, ...] = 1.5
-    lambda_: float = 2.1
-    gate: float | None = None
-    fvu_threshold: float | None = None
-    enabled: bool = True
-    num_neighbors: int = 50
-    positives: str = "majority"
+    lambda_: float = setting(FINITE, default=2.1)
+    gate: float | None = setting(optional(FINITE), default=None)
+    fvu_threshold: float | None = setting(optional(number(0, infinite=True)), default=None)
+    enabled: bool = setting(FLAG, default=True)
+    num_neighbors: int = setting(whole(1), default=50)
+    positives: str = setting(one_of(POSITIVES), default="majority")
     edits: LatentEdits | None = None
-    coefficient: float = 0.25
+    coefficient: float = setting(number(0, 1), default=0.25)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", LatentEdits.of(self.edits))
         rule = self.rule
-        if self.positives not in POSITIVES:
-            raise ValueError(f"positives={self.positives!r} is not known. Use one of {list(POSITIVES)}.")
-        if isinstance(self.num_neighbors, bool) or not isinstance(self.num_neighbors, int) or self.num_neighbors < 1:
-            raise ValueError(f"num_neighbors={self.num_neighbors!r} must be a positive whole number.")
-        for name, value in (("lambda_", self.lambda_), *(("gamma", factor) for factor in self.gamma_factors)):
-            if not isinstance(value, Real) or not is_finite(value):
-                raise ValueError(f"{name} must be made of finite numbers, not {value!r}.")
-        if not isinstance(self.coefficient, Real) or not 0 <= self.coefficient <= 1:
-            raise ValueError(f"coefficient={self.coefficient!r} must be a number from 0 to 1.")
+        check_fields(self)
+        for factor in self.gamma_factors:
+            if not FINITE.accepts(factor):
+                FINITE.read(factor, "gamma")
         if self.gate is not None and self.fvu_threshold is not None:
             raise ValueError(
                 f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude each "
@@ -72,8 +69,6 @@ class Steering:
             raise ValueError(
                 f"gate={self.gate} must be a quantile between 0 and 1. To give the FVU threshold itself, use fvu_threshold=."
             )
-        if self.fvu_threshold is not None and not self.fvu_threshold >= 0:
-            raise ValueError(f"fvu_threshold={self.fvu_threshold} must not be negative.")
         if rule.one_direction and isinstance(self.gamma, tuple):
             raise ValueError(
                 f"method={self.method!r} steers along one direction: gamma must be one number, not one a latent."
@@ -105,7 +100,7 @@ class Steering:
         return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
 
 
-@strict
+@strict_values
 class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     r"""
     Configuration of [`VS2CLIPForZeroShot`].
@@ -170,7 +165,10 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
             SAEConfig(**sae) if isinstance(sae, dict) else copy.deepcopy(sae) for sae in self.sae_configs
         ]
         super().__post_init__(**kwargs)
-        self.steering()  # refuses settings that exclude each other
+        try:
+            self.steering()  # refuses settings that exclude each other
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -193,12 +191,12 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         check_clip_config(config_dict["clip_config"])
         if not isinstance(config_dict["sae_configs"], list):
             raise ValueError("sae_configs must be a list.")
-        for number, sae in enumerate(config_dict["sae_configs"]):
+        for place, sae in enumerate(config_dict["sae_configs"]):
             if not isinstance(sae, SAEConfig):
                 try:
                     SAEConfig.check_fields(sae)
                 except ValueError as error:
-                    raise ValueError(f"sae_configs[{number}]: {error}") from error
+                    raise ValueError(f"sae_configs[{place}]: {error}") from error
 
     def steering(self) -> Steering:
         """The steering settings, validated."""

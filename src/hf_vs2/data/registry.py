@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
+from ..config.schema import FLAG, TEXT, Kind, check_fields, many, one_of, optional, read_fields, setting, shown
+from ..files.yaml_files import read_yaml
 from .labels.names import class_names_of, clean_class_names, find_names
 from .labels.prompts import SINGLE_TEMPLATE, resolve_templates
 from .load import load_images
@@ -54,33 +55,28 @@ class DatasetInfo:
         ValueError: something is missing or of a kind that cannot be used.
     """
 
-    name: str
-    source_id: str
-    title: str = ""
-    config_name: str | None = None
-    revision: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str = "image"
-    label_column: str = "label"
+    name: str = setting(TEXT)
+    source_id: str = setting(TEXT)
+    title: str = setting(TEXT, default="")
+    config_name: str | None = setting(optional(TEXT), default=None)
+    revision: str | None = setting(optional(TEXT), default=None)
+    train_split: str = setting(TEXT, default="train")
+    test_split: str = setting(TEXT, default="test")
+    image_column: str = setting(TEXT, default="image")
+    label_column: str = setting(TEXT, default="label")
     classes: Mapping[str, str] | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     templates: tuple[str, ...] = SINGLE_TEMPLATE
-    metric: str = "accuracy"
-    pitfalls: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    verified: bool = False
-    verification: str = ""
+    metric: str = setting(one_of(METRICS), default="accuracy")
+    pitfalls: tuple[str, ...] = setting(many(TEXT), default=())
+    sources: tuple[str, ...] = setting(many(TEXT), default=())
+    verified: bool = setting(FLAG, default=False)
+    verification: str = setting(Kind("a text", lambda value: isinstance(value, str)), default="")
 
     def __post_init__(self) -> None:
         if not self.title:
             object.__setattr__(self, "title", self.name)
-        for key in ("name", "source_id", "title", "train_split", "test_split", "image_column", "label_column"):
-            value = getattr(self, key)
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"data set {self.name!r}: {key} must be a text, not {value!r}.")
-        if self.metric not in METRICS:
-            raise ValueError(f"data set {self.name!r}: metric {self.metric!r} is not one of {', '.join(METRICS)}.")
+        check_fields(self, f"data set {shown(self.name)}: ")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DatasetInfo:
@@ -203,6 +199,8 @@ def dataset_info(spec: str | Mapping[str, Any]) -> DatasetInfo:
     """
     if isinstance(spec, Mapping):
         return _from_mapping(spec)
+    if not isinstance(spec, str):
+        raise ValueError(f"a data set must be a name or `key: value` lines, not {shown(spec)}.")
     if spec in available():
         return _built_in(spec)
     if spec.lower().endswith((".yaml", ".yml")):
@@ -213,18 +211,18 @@ def dataset_info(spec: str | Mapping[str, Any]) -> DatasetInfo:
 
 def _from_mapping(content: Mapping[str, Any]) -> DatasetInfo:
     name = content.get("name")
-    if name in available():
-        return _built_in(str(name)).replace(**{str(key): value for key, value in content.items()})
+    if isinstance(name, str) and name in available():
+        return _built_in(name).replace(**{str(key): value for key, value in content.items()})
     if name and not {"path", "hub_id"} & set(content):
         raise ValueError(_no_such_name(name))
     return DatasetInfo.from_dict(content)
 
 
 def _no_such_name(name: Any) -> str:
-    near = difflib.get_close_matches(str(name), available(), n=1)
+    near = difflib.get_close_matches(str(name)[:100], available(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return (
-        f"{name!r} is not a data set that comes with the package ({', '.join(available())}), and there is no path to one of "
+        f"{shown(name)} is not a data set that comes with the package ({', '.join(available())}), and there is no path to one of "
         f"your own: give {{'name': ..., 'path': ...}} or a .yaml file.{hint}"
     )
 
@@ -238,35 +236,31 @@ def _built_in(name: str) -> DatasetInfo:
 
 def _read(file: Any) -> Mapping[str, Any]:
     """A YAML file on disk or in the package."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not a YAML file: {error}") from error
+    content = read_yaml(file, file)
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} must hold `key: value` lines: name, path and so on.")
     return content
 
 
+_PLACE = Kind("a path or an id", lambda value: isinstance(value, (str, os.PathLike)), lambda value, _: str(value))
+_AS_IT_IS = Kind("", lambda value: True)
+
+
 def _fields(content: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of [`DatasetInfo`] from the keys and plain values of YAML."""
-    fields = [field.name for field in dataclasses.fields(DatasetInfo) if field.name != "source_id"]
-    known = ["path", "hub_id", *fields]
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(known)}"
-            raise ValueError(f"data set {content.get('name')!r} has no setting {key!r}{hint}")
-    if "path" in content and "hub_id" in content:
-        raise ValueError(f"data set {content.get('name')!r} has both path and hub_id: give one.")
-    given = {key: value for key, value in content.items() if key in fields}
-    for key in {"path", "hub_id"} & set(content):
-        given["source_id"] = str(content[key])
+    where = f"data set {shown(content.get('name'))}"
+    kinds = {"path": _PLACE, "hub_id": _PLACE}
+    # The values of the others are read when the object is made.
+    kinds |= {field.name: _AS_IT_IS for field in dataclasses.fields(DatasetInfo) if field.name != "source_id"}
+    given = read_fields(content, kinds, where)
+    if "path" in given and "hub_id" in given:
+        raise ValueError(f"{where} has both path and hub_id: give one.")
+    for key in {"path", "hub_id"} & set(given):
+        given["source_id"] = given.pop(key)
     if "templates" in given:
         given["templates"] = resolve_templates(given["templates"] or [])
-    for key in {"pitfalls", "sources"} & set(given):
-        given[key] = tuple([given[key]] if isinstance(given[key], str) else given[key])
     for key in {"classes", "aliases"} & set(given):
-        given[key] = _names(given[key], f"data set {content.get('name')!r}: {key}")
+        given[key] = _names(given[key], f"{where}: {key}")
     if "aliases" in given:
         given["aliases"] = given["aliases"] or {}
     return given
@@ -279,7 +273,7 @@ def _names(value: Any, where: str) -> dict[str, str] | None:
     if not isinstance(value, Mapping):
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise ValueError(
-                f"{where} must be a list of names, or `label name: name in prompts` lines, not {value!r}."
+                f"{where} must be a list of names, or `label name: name in prompts` lines, not {shown(value)}."
             )
         names = list(value)
         value = dict(zip(names, names, strict=True))

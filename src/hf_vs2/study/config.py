@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config.sae import SAEConfig
+from ..config.sae import ACTIVATIONS, SAEConfig
+from ..config.schema import (
+    FILE_NAME,
+    FLAG,
+    LARGEST_EXPANSION,
+    LARGEST_SEED,
+    TEXT,
+    Kind,
+    check_fields,
+    kinds_of,
+    many,
+    number,
+    one_of,
+    optional,
+    part,
+    part_of,
+    read_fields,
+    setting,
+    shown,
+    whole,
+)
 from ..config.vs2_clip import Steering
 from ..data.registry import DatasetInfo, dataset_info
+from ..files.yaml_files import read_yaml
 from ..training.arguments import SAETrainingArguments
 from .results.catalog import study_methods
 from .results.cells import SPELLED
@@ -22,7 +39,7 @@ from .results.cells import SPELLED
 
 PROMPTS = ("single", "ensemble", "published")
 """Prompt sets: `"a photo of a {}."`, OpenAI's seven, and the templates that the registry has for the data set."""
-SAE_FIELDS = ("top_k", "expansion_factor", "activation")
+QUANTILE = number(above=0, below=1)
 TRAINING_FIELDS = (
     "max_steps",
     "num_train_epochs",
@@ -35,18 +52,24 @@ TRAINING_FIELDS = (
 )
 
 
+def _encoder_name(value: str, name: str) -> str:
+    return value if not value else FILE_NAME.read(value, name)  # without one, that of the id
+
+
 @dataclass(frozen=True)
 class EncoderEntry:
-    """A CLIP to study. `path` may stand in for the Hub id; published figures go by the id."""
+    """A CLIP to study. `path` may stand in for the Hub id; published figures go by the id. Folders and files are called by `name`."""
 
-    id: str
-    name: str = ""
-    revision: str | None = None
-    path: str | None = None
+    id: str = setting(TEXT)
+    name: str = setting(Kind("a text", lambda value: isinstance(value, str), _encoder_name), default="")
+    revision: str | None = setting(optional(TEXT), default=None)
+    path: str | None = setting(optional(TEXT), default=None)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.name:
-            object.__setattr__(self, "name", Path(self.id).name)
+            name = FILE_NAME.read(Path(self.id).name, f"the name of encoder {shown(self.id)}")
+            object.__setattr__(self, "name", name)
 
     @property
     def source(self) -> str:
@@ -59,30 +82,34 @@ class EncoderEntry:
 class SAESettings:
     """The SAE of the table's rows, and how it is trained; `training` holds fields of `SAETrainingArguments`."""
 
-    top_k: int = 64
-    expansion_factor: int = 4
-    activation: str = "relu"
+    top_k: int = setting(whole(1), default=64)
+    expansion_factor: int = setting(whole(1, LARGEST_EXPANSION), default=4)
+    activation: str = setting(one_of(ACTIVATIONS), default="relu")
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        SAETrainingArguments(output_dir=".", **self.training)  # refuses values that exclude each other
+
     @classmethod
-    def of(cls, mapping: Mapping[str, Any]) -> SAESettings:
-        check_keys(mapping, (*SAE_FIELDS, *TRAINING_FIELDS), "sae")
-        training = {name: mapping[name] for name in TRAINING_FIELDS if name in mapping}
-        SAETrainingArguments(output_dir="", **training)  # refuses values that cannot be trained with
-        settings = cls(**{name: mapping[name] for name in SAE_FIELDS if name in mapping}, training=training)
-        SAEConfig(hidden_size=settings.top_k, **{name: getattr(settings, name) for name in SAE_FIELDS})
-        return settings
+    def of(cls, **given: Any) -> SAESettings:
+        """From the keys of a study's file."""
+        training = {name: given.pop(name) for name in TRAINING_FIELDS if name in given}
+        return cls(**given, training=training)
 
 
 @dataclass(frozen=True)
 class RetrievalSettings:
     """VS2++ and its baselines. Neighbours are found by `encoder` (a Hub id or path; by default the CLIP itself)."""
 
-    num_neighbors: int = 50
-    encoder: str | None = None
-    revision: str | None = None
-    rag_weight: float = 0.5
+    num_neighbors: int = setting(whole(1), default=50)
+    encoder: str | None = setting(optional(TEXT), default=None)
+    revision: str | None = setting(optional(TEXT), default=None)
+    rag_weight: float = setting(number(0, 1), default=0.5)
     """The `a` of weighted RAG, `E = a q + (1 - a) sum_j w_j r_j`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def source(self) -> str | None:
@@ -94,39 +121,89 @@ class RetrievalSettings:
 class InnerLayers:
     """Methods that steer inner layers run the whole model on images; these limit how many, drawn at random."""
 
-    train_limit: int | None = None
-    test_limit: int | None = None
+    train_limit: int | None = setting(optional(whole(2)), default=None)
+    test_limit: int | None = setting(optional(whole(1)), default=None)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class Ablations:
     """Settings to vary one at a time around the table's; an empty list leaves that ablation out."""
 
-    top_k: tuple[int, ...] = ()
-    expansion_factor: tuple[int, ...] = ()
-    share: tuple[float, ...] = ()
+    top_k: tuple[int, ...] = setting(many(whole(1)), default=())
+    expansion_factor: tuple[int, ...] = setting(many(whole(1, LARGEST_EXPANSION)), default=())
+    share: tuple[float, ...] = setting(many(number(above=0, most=1)), default=())
     """Shares of the unlabelled training rows, above 0 and up to 1."""
-    num_neighbors: tuple[int, ...] = ()
-    pass_weight: tuple[float, ...] = ()
-    sketch_rows: tuple[int, ...] = ()
+    num_neighbors: tuple[int, ...] = setting(many(whole(1)), default=())
+    pass_weight: tuple[float, ...] = setting(many(number(0)), default=())
+    sketch_rows: tuple[int, ...] = setting(many(whole(1, 10_000_000)), default=())
     """How many unlabelled training rows prototypes are fitted to."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class Grid:
     """gamma x lambda of the heat map. It is shown, never chosen from."""
 
-    gamma: tuple[float, ...]
-    lambda_: tuple[float, ...]
+    gamma: tuple[float, ...] = setting(many(number(), least=1))
+    lambda_: tuple[float, ...] = setting(many(number(), least=1))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class GateShift:
     """Table 3: one SAE trained on the union of `trained_on`, applied to each of `apply_to`."""
 
-    trained_on: tuple[str, ...]
-    apply_to: tuple[str, ...] = ()
-    quantiles: tuple[float, ...] = (0.9, 0.95, 0.99, 0.995)
+    trained_on: tuple[str, ...] = setting(many(TEXT, least=1))
+    apply_to: tuple[str, ...] = setting(many(TEXT), default=())
+    quantiles: tuple[float, ...] = setting(many(QUANTILE, least=1), default=(0.9, 0.95, 0.99, 0.995))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def _steering(**given: Any) -> Steering:
+    return Steering(**{"gate": 0.99, **given})
+
+
+def _dataset(value: Any, name: str) -> DatasetInfo:
+    info = value if isinstance(value, DatasetInfo) else dataset_info(value)
+    FILE_NAME.read(info.name, f"{name}.name")
+    return info
+
+
+_ENCODER = part_of(EncoderEntry)
+_ENTRY = Kind(
+    "a Hub id, a path, or `key: value` lines",
+    lambda value: isinstance(value, str) or _ENCODER.accepts(value),
+    lambda value, name: _ENCODER.read({"id": value} if isinstance(value, str) else value, name),
+)
+_DATASET = Kind(
+    "a name, or `key: value` lines", lambda value: isinstance(value, (str, Mapping, DatasetInfo)), _dataset
+)
+_SAE = {
+    **kinds_of(SAESettings),
+    **{name: kind for name, kind in kinds_of(SAETrainingArguments).items() if name in TRAINING_FIELDS},
+}
+def _usual_methods() -> tuple[str, ...]:
+    return tuple(name for name, method in study_methods().items() if method.default)
+
+
+_METHOD = Kind(
+    "the name of a method",
+    lambda value: isinstance(value, str),
+    # Those known by now, some from outside the package; names of earlier versions too.
+    lambda value, name: one_of(tuple(study_methods())).read(SPELLED.get(value, value), name),
+)
+_PARTS = ("sae", "steering", "retrieval", "inner_layers", "ablations", "grid", "gate_shift")
+"""Keys that may stand without a value, as if they were left out."""
+_STEERING = {"gamma": number(), "lambda_": number(), "gate": QUANTILE}
 
 
 @dataclass(frozen=True)
@@ -150,33 +227,30 @@ class StudyConfig:
         ValueError: an unknown key, with the nearest known one, or a value that cannot be used.
     """
 
-    output_dir: str
-    encoders: tuple[EncoderEntry, ...]
-    datasets: tuple[DatasetInfo, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    prompts: tuple[str, ...] = ("single", "ensemble")
-    methods: tuple[str, ...] = ()
-    sae: SAESettings = field(default_factory=SAESettings)
-    steering: Steering = field(default_factory=lambda: Steering(gate=0.99))
-    retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
-    inner_layers: InnerLayers = field(default_factory=InnerLayers)
-    views: int = 4
-    pass_weight: float = 0.8
-    ablations: Ablations = field(default_factory=Ablations)
-    grid: Grid | None = None
-    gate_shift: GateShift | None = None
-    cost: bool = True
-    agreement: bool = True
+    output_dir: str = setting(TEXT)
+    encoders: tuple[EncoderEntry, ...] = setting(many(_ENTRY, least=1))
+    datasets: tuple[DatasetInfo, ...] = setting(many(_DATASET, least=1))
+    seeds: tuple[int, ...] = setting(many(whole(0, LARGEST_SEED), least=1), default=(0, 1, 2))
+    prompts: tuple[str, ...] = setting(many(one_of(PROMPTS), least=1), default=("single", "ensemble"))
+    methods: tuple[str, ...] = setting(many(_METHOD, least=1), default_factory=_usual_methods)
+    sae: SAESettings = setting(part(SAESettings.of, _SAE, SAESettings), default_factory=SAESettings)
+    steering: Steering = setting(part(_steering, _STEERING, Steering), default_factory=_steering)
+    retrieval: RetrievalSettings = setting(part_of(RetrievalSettings), default_factory=RetrievalSettings)
+    inner_layers: InnerLayers = setting(part_of(InnerLayers), default_factory=InnerLayers)
+    views: int = setting(whole(0, 1000), default=4)
+    pass_weight: float = setting(number(0), default=0.8)
+    ablations: Ablations = setting(part_of(Ablations), default_factory=Ablations)
+    grid: Grid | None = setting(optional(part_of(Grid)), default=None)
+    gate_shift: GateShift | None = setting(optional(part_of(GateShift)), default=None)
+    cost: bool = setting(FLAG, default=True)
+    agreement: bool = setting(FLAG, default=True)
 
     @classmethod
     def from_yaml(cls, path: str | Path, output_dir: str | None = None) -> StudyConfig:
         """Read a study's file; `output_dir` takes the place of its own. Relative paths count from the working directory."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no study file {path}: give the path of a YAML file, see docs/study.md.")
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not a YAML file: {error}") from error
+        content = read_yaml(Path(path), path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} must hold `key: value` lines: output_dir, encoders, datasets and so on.")
         return cls.from_dict({**content, "output_dir": output_dir or content.get("output_dir")})
@@ -184,41 +258,14 @@ class StudyConfig:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> StudyConfig:
         """The same from a mapping."""
-        check_keys(content, [one.name for one in dataclasses.fields(cls)], "the study")
         missing = [name for name in ("output_dir", "encoders", "datasets") if not content.get(name)]
         if missing:
             raise ValueError(f"the study does not say its {' and '.join(missing)}.")
-        given = dict(content)
-        given["encoders"] = tuple(
-            EncoderEntry(id=one) if isinstance(one, str) else build(EncoderEntry, one, "encoders")
-            for one in _list(content["encoders"])
-        )
-        given["datasets"] = tuple(dataset_info(one) for one in _list(content["datasets"]))
-        for name in ("seeds", "prompts", "methods"):
-            if name in given:
-                given[name] = tuple(_list(given[name]))
-        if "sae" in given:
-            given["sae"] = SAESettings.of(given["sae"] or {})
-        if "steering" in given:
-            given["steering"] = build(Steering, {"gate": 0.99} | dict(given["steering"] or {}), "steering")
-        parts = {
-            "retrieval": RetrievalSettings,
-            "inner_layers": InnerLayers,
-            "ablations": Ablations,
-            "grid": Grid,
-            "gate_shift": GateShift,
-        }
-        for name, part in parts.items():
-            if given.get(name) is not None:
-                given[name] = build(part, given[name], name)
-        return cls(**given)
+        given = {key: value for key, value in content.items() if value is not None or key not in _PARTS}
+        return cls(**read_fields(given, kinds_of(cls), "", what="the study"))
 
     def __post_init__(self) -> None:
-        known = study_methods()
-        chosen = self.methods or tuple(name for name, method in known.items() if method.default)
-        object.__setattr__(self, "methods", tuple(SPELLED.get(name, name) for name in chosen))
-        _check_choices("methods", self.methods, tuple(known))
-        _check_choices("prompts", self.prompts, PROMPTS)
+        check_fields(self)
         named: tuple[tuple[str, list[Any]], ...] = (
             ("encoders", [one.name for one in self.encoders]),
             ("datasets", [one.name for one in self.datasets]),
@@ -226,16 +273,30 @@ class StudyConfig:
         )
         for what, names in named:
             doubled = [name for name in names if names.count(name) > 1]
-            if not names or doubled:
-                raise ValueError(f"{what}: " + (f"{doubled[0]!r} occurs twice." if doubled else "there is none."))
+            if doubled:
+                raise ValueError(f"{what}: {doubled[0]!r} occurs twice.")
         steering = self.steering
         if steering.method != "vs2" or isinstance(steering.gamma, tuple) or steering.gate is None:
             raise ValueError("steering takes one gamma, one lambda_ and a gate quantile; methods go under `methods`.")
-        if not all(0 < share <= 1 for share in self.ablations.share):
-            raise ValueError(f"ablations.share={list(self.ablations.share)}: shares lie above 0 and up to 1.")
         if self.gate_shift is not None:
-            names = [one.name for one in self.datasets]
-            _check_choices("gate_shift", (*self.gate_shift.trained_on, *self.gate_shift.apply_to), tuple(names))
+            known = one_of([one.name for one in self.datasets])
+            for name in (*self.gate_shift.trained_on, *self.gate_shift.apply_to):
+                known.read(name, "gate_shift")
+
+    def check_sizes(self, encoder: EncoderEntry, hidden_size: int) -> None:
+        """Refuse SAEs that an encoder of this width can't have.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        sae, varied = self.sae, self.ablations
+        for top_k in (sae.top_k, *varied.top_k):
+            for factor in (sae.expansion_factor, *varied.expansion_factor):
+                if sae.top_k == top_k or factor == sae.expansion_factor:  # one is varied at a time
+                    try:
+                        SAEConfig(hidden_size=hidden_size, top_k=top_k, expansion_factor=factor)
+                    except ValueError as error:
+                        raise ValueError(f"{encoder.name}: {error}") from error
 
     def dataset(self, name: str) -> DatasetInfo:
         """The data set of that name in this study."""
@@ -244,48 +305,3 @@ class StudyConfig:
     def encoder(self, name: str) -> EncoderEntry:
         """The encoder of that name in this study."""
         return next(one for one in self.encoders if one.name == name)
-
-
-def build(cls: type, mapping: Any, where: str) -> Any:
-    """A dataclass from a mapping; lists become tuples.
-
-    Raises:
-        ValueError: on keys that it does not have, or that are missing.
-    """
-    if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where} must be `key: value` lines, not {mapping!r}.")
-    fields = {one.name: one for one in dataclasses.fields(cls)}
-    # YAML authors write the paper's symbol; Python cannot.
-    given = {"lambda_" if key == "lambda" else key: value for key, value in mapping.items()}
-    check_keys(given, list(fields), where)
-    needed = [
-        name
-        for name, one in fields.items()
-        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING and name not in given
-    ]
-    if needed:
-        raise ValueError(f"{where} lacks {', '.join(needed)}.")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
-
-
-def check_keys(mapping: Mapping[str, Any], known: Any, where: str) -> None:
-    """Refuse keys that nobody reads."""
-    for key in mapping:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(known)}"
-            raise ValueError(f"{where} has no setting {key!r}{hint}")
-
-
-def _check_choices(what: str, chosen: tuple[str, ...], known: tuple[str, ...]) -> None:
-    for one in chosen:
-        if one not in known:
-            near = difflib.get_close_matches(str(one), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use some of {', '.join(known)}."
-            raise ValueError(f"{what}: {one!r} is not known; {hint}")
-
-
-def _list(value: Any) -> list[Any]:
-    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-        return [value]
-    return list(value)

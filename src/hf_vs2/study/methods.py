@@ -15,7 +15,7 @@ from ..functional.neighbors import select_positives
 from ..methods import method_named
 from ..sae.modeling import SAEModel
 from ..steering.retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
-from .results.catalog import study_methods
+from .results.catalog import STEERED_LAYERS, study_methods
 from .results.cells import Cell
 
 
@@ -269,8 +269,7 @@ RUNS: dict[str, Run] = {
     # The code is edited and the change decoded, no more: lambda 1.
     "zero_out": steered("vs2", gamma=0.0, lambda_=1.0),
     "negate": steered("vs2", gamma=-1.0, lambda_=1.0),
-    "vs2_last2": inner_layers("vs2", 2),
-    "vs2_last3": inner_layers("vs2", 3),
+    **{name: inner_layers("vs2", layers) for name, layers in STEERED_LAYERS.items()},
     "ens_aug": views(None),
     "vs2_ens_aug": views("vs2"),
     "vs2_pass": steered("vs2"),

@@ -14,6 +14,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from ..data.registry import available
+from ..encoders.loading import clip_config
 from ..files.atomic import replace_text
 from ..files.digests import json_digest
 from ..files.json_files import write_json
@@ -24,7 +25,7 @@ from .documents.reports import REPORTS_NAME, reports
 from .documents.tables import study_markdown
 from .measure import measure
 from .plan import plan
-from .results.catalog import study_methods
+from .results.catalog import STEERED_LAYERS, study_methods
 from .results.cells import CELLS, RESULTS_NAME, Cell, CellResult, StudyResult, load_cell, save_cell
 
 
@@ -53,6 +54,7 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
             raise ValueError(f"The study has no data set {name!r}: it has {', '.join(known)}.")
     cells = {cell: where for cell, where in plan(config).items() if not datasets or cell.dataset in datasets}
     bench, folder = Bench(config, progress), Path(config.output_dir)
+    _check_material(bench, cells)
     _check_labels(bench, cells)
     measured: dict[Cell, CellResult] = {}
     with tqdm(total=len(cells), unit=" cells", disable=not progress) as bar:
@@ -89,6 +91,19 @@ def _with_others(study: StudyResult, path: Path, config: StudyConfig) -> StudyRe
     places = {json_digest(identity): number for number, identity in enumerate(planned)}
     cells = sorted([*study, *others], key=lambda one: places[json_digest(one.cell.identity)])
     return StudyResult(study.meta, cells)
+
+
+def _check_material(bench: Bench, cells: Collection[Cell]) -> None:
+    """Encoders that are not there or too small for the study, and images whose classes have no names: said before anything long begins."""
+    methods = {cell.method for cell in cells}
+    for entry in bench.config.encoders:
+        vision: Any = clip_config(entry.source, {"revision": entry.revision}).vision_config
+        bench.config.check_sizes(entry, vision.hidden_size)
+        deepest = max((layers for method, layers in STEERED_LAYERS.items() if method in methods), default=0)
+        if deepest > vision.num_hidden_layers:
+            raise ValueError(f"{entry.name} has {vision.num_hidden_layers} layers: {deepest} can't be steered.")
+    for name in dict.fromkeys(cell.dataset for cell in cells):
+        bench.class_names(name)
 
 
 def _check_labels(bench: Bench, cells: Collection[Cell]) -> None:

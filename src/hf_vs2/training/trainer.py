@@ -47,6 +47,7 @@ from .output_folder import (
 from .progress import TrainingProgress
 from .sharding import apply_fsdp, refuse_unfit_fsdp, whole_model
 from .step import Batch, GraphedTrainingStep, Meter, TrainingStep
+from .trackers import check_tracker
 
 
 logger = logging.get_logger(__name__)
@@ -132,6 +133,7 @@ class SAETrainer:
         label_loss: LabelLoss | None = None,
     ):
         self.args = args
+        check_tracker(args.report_to)
         refuse_unfit_fsdp()
         self.accelerator = Accelerator(
             # Without this, processes that torchrun starts on a machine without GPU would each train alone.
@@ -147,10 +149,6 @@ class SAETrainer:
             ],
         )
         apply_fsdp(self.accelerator)
-        if args.report_to not in ("none", "all") and not self.accelerator.log_with:
-            raise ImportError(
-                f"report_to={args.report_to}: that tracker is not installed. Install it, or use report_to=none."
-            )
         set_seed(args.seed)
         self._is_new = isinstance(model, SAEConfig) or model.config.total_variance is None
         self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...config.schema import whole
 from ..common import (
     TEMPLATES,
     activations_beside,
@@ -57,7 +58,7 @@ def add_flags(parser: Parser) -> None:
         metavar="JSON",
         help="What `hf-vs2 evaluate` wrote [CHECKPOINT/results.json, if there].",
     )
-    parser.flag("--top_images", type=int, default=24, help="Images of each latent.")
+    parser.flag("--top_images", type=int, kind=whole(1, 1000), default=24, help="Images of each latent.")
     parser.section("images")
     add_dataset_flags(parser)
     parser.flag("--label_column", metavar="NAME", help="Column of labels, numbers or names [label, if there].")
@@ -65,7 +66,12 @@ def add_flags(parser: Parser) -> None:
     add_steering_flags(parser)
     parser.section("output")
     parser.flag(
-        "--output", type=Path, required=True, metavar="DIR", help="Folder to write; an earlier atlas is replaced."
+        "--output",
+        type=Path,
+        writes="folder",
+        required=True,
+        metavar="DIR",
+        help="Folder to write; an earlier atlas is replaced.",
     )
     add_progress_flag(parser)
     parser.section("extraction of activations")

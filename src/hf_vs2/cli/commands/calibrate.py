@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from ...config.schema import whole
 from ..common import (
     activations_beside,
     add_checkpoint_flags,
@@ -35,10 +36,16 @@ examples:
 def add_flags(parser: Parser) -> None:
     parser.section("what to calibrate")
     add_checkpoint_flags(parser)
-    parser.flag("--output_dir", type=Path, help="Write the calibrated checkpoint here, not into the one given.")
+    parser.flag(
+        "--output_dir",
+        type=Path,
+        writes="folder",
+        help="Write the calibrated checkpoint here, not into the one given.",
+    )
     parser.flag(
         "--sketch_rows",
         type=int,
+        kind=whole(0, 10_000_000),
         default=4096,
         help="Rows of activations that the checkpoint keeps for methods that fit prototypes to labels; 0 keeps none.",
     )

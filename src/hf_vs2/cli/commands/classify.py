@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...config.schema import whole
 from ..common import (
+    BATCH,
     add_checkpoint_flags,
     add_label_flags,
     add_steering_flags,
@@ -44,12 +46,12 @@ def add_flags(parser: Parser) -> None:
     parser.section("model and prompts")
     add_checkpoint_flags(parser)
     add_label_flags(parser)
-    parser.flag("--batch_size", type=int, default=64, help="Images per forward pass.")
+    parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass.")
     add_steering_flags(parser, method=True)
     parser.section("output")
-    parser.flag("--top_k", type=int, default=1, help="How many labels to give for each image.")
+    parser.flag("--top_k", type=int, kind=whole(1), default=1, help="How many labels to give for each image.")
     parser.flag("--json", action="store_true", help="Print JSON instead of a table.")
-    parser.flag("--output", type=Path, metavar="JSON", help="Write JSON to this file, too.")
+    parser.flag("--output", type=Path, writes="file", metavar="JSON", help="Write JSON to this file, too.")
 
 
 def run(args: Namespace) -> None:

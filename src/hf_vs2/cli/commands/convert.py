@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...config.schema import number, whole
 from ..common import local_or_id, say, say_written
 from ..parsing import Parser, UsageError
 
@@ -33,7 +34,13 @@ def add_flags(parser: Parser) -> None:
     parser.section("what and where")
     parser.flag("source", metavar="SOURCE", help="Folder or Hub id of the checkpoint.")
     parser.flag(
-        "--output_dir", "--output", type=Path, required=True, metavar="O", help="Folder of the converted checkpoint."
+        "--output_dir",
+        "--output",
+        type=Path,
+        writes="folder",
+        required=True,
+        metavar="O",
+        help="Folder of the converted checkpoint.",
     )
     parser.flag("--from", dest="source_format", choices=SOURCES, help="Format of SOURCE [what its files say].")
     parser.flag("--to", dest="target_format", choices=TARGETS, default=OWN, help="Format to write.")
@@ -43,10 +50,17 @@ def add_flags(parser: Parser) -> None:
     parser.section("what the files of other libraries do not tell")
     parser.flag("--base_model", metavar="M", help="CLIP whose activations the SAE reads: Hub id or folder.")
     parser.flag("--base_model_revision", help="Its branch, tag or commit.")
-    parser.flag("--layer", type=int, metavar="N", help="Encoder layer whose output it reads, from 0 [the last].")
+    parser.flag(
+        "--layer",
+        type=int,
+        kind=whole(0, 1000),
+        metavar="N",
+        help="Encoder layer whose output it reads, from 0 [the last].",
+    )
     parser.flag(
         "--scaling_factor",
         type=float,
+        kind=number(above=0),
         metavar="X",
         help="SAELens, Prisma: the constant that activations were multiplied by (expected_average_only_in).",
     )

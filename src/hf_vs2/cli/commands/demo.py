@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+from ...config.schema import LARGEST_SEED, whole
 from ..common import add_progress_flag, say
 from ..parsing import Parser
 
@@ -19,8 +20,14 @@ examples:
 
 def add_flags(parser: Parser) -> None:
     parser.section("demo")
-    parser.flag("--output_dir", type=Path, default=Path("hf_vs2_demo"), help="Where everything goes.")
-    parser.flag("--seed", type=int, default=0, help="Of the folds, the SAEs and the foreign images.")
+    parser.flag("--output_dir", type=Path, writes="folder", default=Path("hf_vs2_demo"), help="Where everything goes.")
+    parser.flag(
+        "--seed",
+        type=int,
+        kind=whole(0, LARGEST_SEED),
+        default=0,
+        help="Of the folds, the SAEs and the foreign images.",
+    )
     add_progress_flag(parser)
 
 

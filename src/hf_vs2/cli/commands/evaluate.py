@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common import (
     TEMPLATES,
@@ -25,11 +25,11 @@ from ..common import (
     steering_from,
 )
 from ..parsing import Parser
+from ..places import check_writable
 
 
 if TYPE_CHECKING:
-    from ...clip.modeling import VS2CLIPForZeroShot
-    from ...data.activations import ActivationStore
+    pass
 
 USAGE = "--checkpoint O --dataset D [--split S] [--label_column NAME] [options]"
 DESCRIPTION = """\
@@ -78,7 +78,7 @@ def add_flags(parser: Parser) -> None:
     add_class_names_flag(parser)
     add_steering_flags(parser)
     parser.section("output")
-    parser.flag("--output", type=Path, metavar="JSON", help="Result file [CHECKPOINT/results.json].")
+    parser.flag("--output", type=Path, writes="file", metavar="JSON", help="Result file [CHECKPOINT/results.json].")
     add_progress_flag(parser)
     parser.section("extraction of activations")
     add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
@@ -92,6 +92,7 @@ def run(args: Namespace) -> None:
     from ...files.sharing.model_card import write_model_card
 
     _check_prompts(args)
+    check_writable(_result_path(args), "--output", is_folder=False)
     model, tokenizer, image_processor = load_steered_clip(args)
     model.set_steering(**steering_from(args))
     # One row through the tail: what cannot be replayed on cached rows is refused before hours of extraction.
@@ -99,9 +100,13 @@ def run(args: Namespace) -> None:
         model.image_features_from_cls(torch.zeros(1, model.clip.config.vision_config.hidden_size))
     dataset = open_dataset(args)
     labels = labels_from(args, dataset, required=True)
+    reference_args = _reference_args(args)
+    reference_images = None if reference_args is None else open_dataset(reference_args)
     cache = activations_beside(args)
     store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
-    reference = _reference(args, model, image_processor, cache)
+    reference = None
+    if reference_args is not None:
+        reference = extract(reference_args, model.clip, reference_images, cache, image_processor=image_processor)
     if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     result = evaluate(
@@ -137,17 +142,15 @@ def _check_prompts(args: Namespace) -> None:
     labels_from(args)
 
 
-def _reference(
-    args: Namespace, model: VS2CLIPForZeroShot, image_processor: Any, cache: Path
-) -> ActivationStore | None:
-    """Activations of unlabelled training images, if flags name some."""
+def _reference_args(args: Namespace) -> Namespace | None:
+    """The flags as they are for the unlabelled training images, if flags name some."""
     if args.reference_dataset is None and args.reference_split is None:
         return None
     wanted = Namespace(**vars(args))
-    wanted.split = args.reference_split
+    wanted.split, wanted.label_column = args.reference_split, None
     if args.reference_dataset is not None:
         wanted.dataset, wanted.dataset_config, wanted.dataset_revision = args.reference_dataset, None, None
-    return extract(wanted, model.clip, open_dataset(wanted), cache, image_processor=image_processor)
+    return wanted
 
 
 def _result_path(args: Namespace) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...config.schema import whole
 from ..common import (
     add_checkpoint_flags,
     add_label_flags,
@@ -52,12 +53,22 @@ def add_flags(parser: Parser) -> None:
     add_steering_flags(parser)
     parser.section("latents changed by hand")
     parser.flag("--amplify", nargs="+", type=_pair, metavar="LATENT=FACTOR", help="Multiply their values.")
-    parser.flag("--suppress", nargs="+", type=int, metavar="LATENT", help="Make their values 0.")
+    parser.flag("--suppress", nargs="+", type=int, kind=whole(0), metavar="LATENT", help="Make their values 0.")
     parser.flag("--set", nargs="+", type=_pair, metavar="LATENT=VALUE", help="Make their values these.")
     parser.section("output")
-    parser.flag("--output", type=Path, default=Path("explanation.png"), help="The picture, a .png, .svg or .pdf file.")
-    parser.flag("--top_labels", type=int, default=3, metavar="N", help="Labels whose scores are taken apart.")
-    parser.flag("--top_latents", type=int, default=6, metavar="N", help="Latents listed for each of them.")
+    parser.flag(
+        "--output",
+        type=Path,
+        writes="file",
+        default=Path("explanation.png"),
+        help="The picture, a .png, .svg or .pdf file.",
+    )
+    parser.flag(
+        "--top_labels", type=int, kind=whole(1), default=3, metavar="N", help="Labels whose scores are taken apart."
+    )
+    parser.flag(
+        "--top_latents", type=int, kind=whole(1), default=6, metavar="N", help="Latents listed for each of them."
+    )
     parser.flag("--json", action="store_true", help="Print JSON, of all labels, instead of a table.")
 
 

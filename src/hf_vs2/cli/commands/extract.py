@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..common import (
+    LAYER,
     add_dataset_flags,
     add_extraction_flags,
     add_model_flags,
@@ -39,9 +40,14 @@ def add_flags(parser: Parser) -> None:
         "--label_column", metavar="NAME", help="Column of labels, numbers or names, to keep beside the activations."
     )
     parser.section("activations")
-    parser.flag("--output_dir", type=Path, required=True, help="Cache root for activations.")
+    parser.flag("--output_dir", type=Path, writes="folder", required=True, help="Cache root for activations.")
     parser.flag(
-        "--layers", type=int, nargs="+", default=[-1], help="Encoder layers from 0; negative ones from the last."
+        "--layers",
+        type=int,
+        kind=LAYER,
+        nargs="+",
+        default=[-1],
+        help="Encoder layers from 0; negative ones from the last.",
     )
     add_extraction_flags(parser)
     add_progress_flag(parser)

@@ -57,7 +57,11 @@ def add_flags(parser: Parser) -> None:
     )
     parser.section("output")
     parser.flag(
-        "--output", type=Path, metavar="JSON", help="Write the recommendation and its evidence to this file, too."
+        "--output",
+        type=Path,
+        writes="file",
+        metavar="JSON",
+        help="Write the recommendation and its evidence to this file, too.",
     )
     parser.flag(
         "--apply", action="store_true", help="Write the method into the checkpoint, which is used from then on."

@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...config.schema import TEXT
 from ..common import add_progress_flag, say, say_written
 from ..parsing import Parser, UsageError
+from ..places import check_writable
 
 
 USAGE = "CONFIG [options]"
@@ -33,7 +35,7 @@ def add_flags(parser: Parser) -> None:
         metavar="NAME",
         help="Only these of its data sets, to share the work [all].",
     )
-    parser.flag("--output_dir", metavar="O", help="Folder of the study, instead of the one in CONFIG.")
+    parser.flag("--output_dir", metavar="O", kind=TEXT, help="Folder of the study, instead of the one in CONFIG.")
     parser.flag("--no_figures", action="store_true", help="Tables only; figures need the extra hf_vs2[report].")
     add_progress_flag(parser)
 
@@ -54,6 +56,7 @@ def run(args: Namespace) -> None:
     if args.disable_tqdm:
         datasets.disable_progress_bars()
     config = StudyConfig.from_yaml(args.config_file, output_dir=args.output_dir)
+    check_writable(config.output_dir, "--output_dir")
     result = run_study(config, datasets=args.datasets or (), progress=not args.disable_tqdm)
     folder = Path(config.output_dir)
     say((folder / TABLE_NAME).read_text(encoding="utf-8"))

@@ -7,8 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...config.schema import LARGEST_EXPANSION, number, whole
 from ...training.arguments import SAETrainingArguments
 from ..common import (
+    LAYER,
     add_dataset_flags,
     add_extraction_flags,
     add_model_flags,
@@ -20,6 +22,7 @@ from ..common import (
     say_written,
 )
 from ..parsing import Parser, UsageError, dataclass_from
+from ..places import check_writable
 
 
 if TYPE_CHECKING:
@@ -64,15 +67,22 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--label_column", metavar="NAME", help="Column of labels, numbers or names, to keep beside the activations."
     )
-    parser.flag("--layer", type=int, default=-1, help="Encoder layer from 0; negative ones from the last.")
+    parser.flag("--layer", type=int, kind=LAYER, default=-1, help="Encoder layer from 0; negative ones from the last.")
     parser.section("output and configuration")
     parser.dataclass_flags(SAETrainingArguments, ["output_dir"])
+    parser.writes["output_dir"] = ("--output_dir", "folder")
     parser.flag(
         "--config", type=Path, metavar="YAML", help="File of flags (top_k: 64); those on the command line win."
     )
     parser.section("sparse autoencoder")
-    parser.flag("--top_k", type=int, default=64, help="Latents active for one input.")
-    parser.flag("--expansion_factor", type=int, default=4, help="Latents per feature of the activations.")
+    parser.flag("--top_k", type=int, kind=whole(1), default=64, help="Latents active for one input.")
+    parser.flag(
+        "--expansion_factor",
+        type=int,
+        kind=whole(1, LARGEST_EXPANSION),
+        default=4,
+        help="Latents per feature of the activations.",
+    )
     parser.flag(
         "--activation",
         choices=("relu", "absolute"),
@@ -88,6 +98,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--pass_weight",
         type=float,
+        kind=number(0),
         metavar="X",
         help="Weight of PASS, which uses labels in training (the paper's 0.8). Without it no label is used.",
     )
@@ -106,12 +117,16 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: Namespace) -> None:
     from ...training.sharding import refuse_unfit_fsdp
+    from ...training.trackers import check_tracker
     from ...training.trainer import SAETrainer
 
     refuse_unfit_fsdp()  # before the extraction, which it would spoil
     arguments = dataclass_from(SAETrainingArguments, args)
+    check_tracker(arguments.report_to)
     label_loss = _label_loss(args)
     processes = join_processes()
+    if arguments.mixed_precision == "fp16" and processes.device.type == "cpu":
+        raise UsageError("--mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
     stores = _activations(args, arguments)
     config, layer = _sae_config(args, stores[0].hidden_size, stores[0].metadata["num_layers"])
     trainer = SAETrainer(config, arguments, stores, layer=layer, label_loss=label_loss)
@@ -150,13 +165,14 @@ def _activations(args: Namespace, arguments: SAETrainingArguments) -> list[Activ
             "--activations_dir with --dataset is one cache root; several are for training without --dataset"
         )
     model = local_or_id(args.model)
+    cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"
+    check_writable(cache, "--activations_dir")
     # Settings that cannot work are refused before hours of extraction.
     vision: Any = clip_config(model, {"revision": args.revision}).vision_config
     config, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
     standing(arguments.output_path, planned_settings(config, arguments), arguments.overwrite_output_dir)
     checkpoint_to_resume(arguments.output_path, args.resume_from_checkpoint)
     dataset = open_dataset(args)
-    cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"
     options = {"layers": [layer], "label_column": args.label_column, "revision": args.revision}
     return [extract(args, model, dataset, cache, **options)]
 

@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
+
+from .yaml_files import read_yaml
 
 
 # Facts that the checkpoint records: where they changed, the card must follow.
@@ -57,9 +58,9 @@ class Card:
         """
         block = REGEX_YAML_BLOCK.search(source)
         try:
-            data = (yaml.safe_load(block.group(2)) or {}) if block else {}
-        except yaml.YAMLError as error:
-            raise CardError(f"The metadata at the top of {name} are not valid YAML: {error}.") from error
+            data = (read_yaml(block.group(2), f"The metadata at the top of {name}") or {}) if block else {}
+        except ValueError as error:
+            raise CardError(f"{error}.") from error
         if not isinstance(data, dict):
             raise CardError(
                 f"The metadata at the top of {name} must be 'name: value' lines, not {type(data).__name__}."

@@ -66,6 +66,9 @@ OWN: Mapping[str, Method] = {
 }
 """Methods that only a study has, and those whose row it makes otherwise than the library: see [`hf_vs2.study.methods.RUNS`]."""
 
+STEERED_LAYERS = {"vs2_last2": 2, "vs2_last3": 3}
+"""How many layers these steer, which the encoder must have."""
+
 
 def study_methods() -> dict[str, Method]:
     """All of them, those registered by now from outside the package too."""
@@ -92,4 +95,4 @@ def _rows_of(rule: Rule) -> dict[str, Method]:
     return rows
 
 
-__all__ = ["OWN", "Method", "study_methods"]
+__all__ = ["OWN", "STEERED_LAYERS", "Method", "study_methods"]
