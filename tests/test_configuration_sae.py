@@ -76,8 +76,19 @@ def test_impossible_settings_are_refused(settings, message):
 
 def test_a_wrong_type_is_refused_by_name():
     """`top_k=64.0` from a YAML file must not become a float deep in `topk`."""
-    with pytest.raises(Exception, match=r"(?s)'top_k'.*expected int, got float"):
-        SAEConfig(hidden_size=32, top_k=4.0)
+    config = SAEConfig(hidden_size=32, top_k=4)
+    for change in (lambda: SAEConfig(hidden_size=32, top_k=4.0), lambda: setattr(config, "top_k", 4.0)):
+        with pytest.raises(ValueError, match=r"top_k=4\.0 must be of the kind int\.$"):
+            change()
+    for field, value in (
+        ("gamma", "a"),
+        ("lambda_", None),
+        ("edits", {"amplify": 3}),
+        ("num_neighbors", 1.5),
+        ("sae_configs", 3),
+    ):
+        with pytest.raises(ValueError):
+            VS2CLIPConfig(**{field: value})
 
 
 def test_a_field_of_a_later_version_is_kept(tmp_path):
@@ -182,6 +193,12 @@ class TestWrapperConfig:
         ({"method": "centroid", "gamma": (1.0, 2.0)}, "centroid.*gamma must be one number"),
         ({"lambda_": "2.1"}, "lambda_ must be a finite number, not '2.1'"),
         ({"lambda_": float("inf")}, "lambda_ must be a finite number"),
+        ({"gate": "a"}, "gate must be a finite number .or left out., not 'a'"),
+        ({"enabled": 1}, "enabled must be true or false, not 1"),
+        (
+            {"edits": {"amplify": {1: 10**400}}},
+            "amplify of latent 1 must be a finite number, not a number of more than 30",
+        ),
         ({"gamma": (1.0, float("nan"))}, "gamma must be a finite number, not nan"),
     ],
 )
@@ -189,7 +206,8 @@ def test_impossible_steering_is_refused(settings, message):
     """A NaN factor or a gate given twice would give silently wrong accuracies."""
     with pytest.raises(ValueError, match=message):
         Steering(**settings)
-    if not isinstance(settings.get("lambda_"), str):  # of a wrong type the config's own check speaks first
+    # Of a wrong type the config's own check speaks first, and `enabled` is no field of its.
+    if not any(isinstance(settings.get(name), str) for name in ("lambda_", "gate")) and "enabled" not in settings:
         settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         with pytest.raises(ValueError, match=message):
             VS2CLIPConfig(**settings)

@@ -201,7 +201,7 @@ def test_entries_of_ones_own(tmp_path):
         ({"name": "a", "path": "b", "hub_id": "c"}, "both path and hub_id"),
         ({"path": "birds/"}, "does not say its name"),
         ({"name": "a", "path": ""}, "does not say its path"),
-        ({"name": "a", "path": "b", "metric": "f1"}, "metric 'f1' is not one of accuracy, mean_per_class"),
+        ({"name": "a", "path": "b", "metric": "f1"}, "metric='f1' is not known; use one of accuracy, mean_per_class"),
         ({"name": "a", "path": "b", "templates": ["bird"]}, "no {} where the class name goes"),
         ({"name": "a", "path": "b", "templates": None}, "is empty"),
         ({"name": "a", "path": "b", "classes": "cat"}, "classes must be a list of names"),

@@ -1,6 +1,7 @@
 """The study: one file in, every figure out; what was measured is kept, and is what the other doors of the package give."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -419,9 +420,28 @@ def test_table_and_command_line(study, capsys, tmp_path, monkeypatch, clip_path,
         ({"prompts": ["all"]}, "'all' is not known"),
         ({"seeds": [1, 1]}, "1 occurs twice"),
         ({"sae": {"top_k": 4, "steps": 3}}, "'steps'; did you mean 'max_steps'"),
-        ({"sae": {"max_steps": 0}}, "max_steps must be positive"),
-        ({"steering": {"gate": 2.0}}, "quantile between 0 and 1"),
-        ({"ablations": {"share": [0]}}, "above 0 and up to 1"),
+        ({"sae": {"max_steps": 0}}, "sae.max_steps must be a whole number from 1"),
+        ({"sae": {"top_k": "x"}}, "sae.top_k must be a whole number"),
+        ({"sae": {"expansion_factor": None}}, "sae.expansion_factor must be a whole number"),
+        ({"sae": {"max_steps": 3, "num_train_epochs": 3}}, "both say how long"),
+        ({"steering": {"gate": 2.0}}, "steering.gate must be .*positive and below 1.*, not 2.0"),
+        ({"steering": {"lambda": [1, 2]}}, "steering.lambda_ must be a finite number"),
+        ({"steering": {"fvu_threshold": 1.0}}, "steering has no setting 'fvu_threshold'"),
+        ({"ablations": {"share": [0]}}, r"ablations.share\[0\] must be .*positive and at most 1"),
+        ({"ablations": {"share": [math.nan]}}, r"ablations.share\[0\] must be .*not nan"),
+        ({"retrieval": {"num_neighbors": 0}}, "retrieval.num_neighbors must be a whole number from 1"),
+        ({"inner_layers": {"test_limit": -1}}, "inner_layers.test_limit must be a whole number from 1"),
+        ({"gate_shift": {"trained_on": []}}, "gate_shift.trained_on must have at least 1 value"),
+        ({"seeds": [2**70]}, r"seeds\[0\] must be a whole number from 0"),
+        ({"seeds": [True]}, r"seeds\[0\] must be a whole number"),
+        ({"views": 1e9}, "views must be a whole number from 0 to 1,000"),
+        ({"cost": "maybe"}, "cost must be true or false, not 'maybe'"),
+        ({"output_dir": ["x"]}, "output_dir must be a text"),
+        ({"datasets": [[1]]}, r"datasets\[0\] must be a name"),
+        ({"encoders": [{"id": "a/b", "name": "../../x"}]}, r"encoders\[0\].name must be a name that files can have"),
+        ({"encoders": ["a/.."]}, "the name of encoder 'a/..' must be a name that files can have"),
+        ({"datasets": [{"name": "/abs", "path": "x"}]}, r"datasets\[0\].name must be a name that files can have"),
+        ({"methods": []}, "methods must have at least 1 value"),
         ({"gate_shift": {"trained_on": ["cifar"]}}, "'cifar' is not known"),
         ({"grid": {"gamma": [1.5]}}, "grid lacks lambda"),
     ],

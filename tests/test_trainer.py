@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -774,21 +775,34 @@ def test_without_held_out_rows_there_is_no_gate(rows, tmp_path, caplog):
     ("arguments", "message"),
     [
         ({"max_steps": 5, "num_train_epochs": 1}, "max_steps and num_train_epochs both say how long"),
-        ({"max_steps": 0}, "max_steps must be positive, not 0"),
-        ({"learning_rate": -1.0}, "learning_rate must be positive"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
-        ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1"),
-        ({"calibration_share": -0.1}, "calibration_share must be at least 0 and below 1"),
-        ({"save_total_limit": 0}, "save_total_limit must be at least 1"),
-        ({"save_steps": -1}, "save_steps must not be negative"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
+        ({"max_steps": 0}, "max_steps must be a whole number from 1 to .*, not 0"),
+        ({"max_steps": 1.5}, "max_steps must be a whole number .*, not 1.5"),
+        ({"num_train_epochs": math.inf}, "num_train_epochs must be a finite number .*positive.*, not inf"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number .*positive.*, not -1.0"),
+        ({"learning_rate": "5e-4"}, "learning_rate must be a finite number .*, not '5e-4'"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number from 1"),
+        (
+            {"per_device_train_batch_size": 2**31},
+            "per_device_train_batch_size must be a whole number from 1 to 1,048,576",
+        ),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number from 1"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio must be a finite number .at least 0 and below 1., not 1.0"),
+        ({"calibration_share": -0.1}, "calibration_share must be a finite number .at least 0 and below 1., not -0.1"),
+        ({"save_total_limit": math.nan}, "save_total_limit must be a whole number from 1"),
+        ({"save_steps": -1}, "save_steps must be a whole number from 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be a finite number .at least 0., not -1.0"),
+        ({"max_grad_norm": 10**400}, "max_grad_norm must be a finite number .*, not a number of more than 30 digits"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4,294,967,295, not -1"),
+        ({"seed": True}, "seed must be a whole number .*, not True"),
+        ({"mixed_precision": "bf-16"}, "mixed_precision='bf-16' is not known; did you mean 'bf16'"),
+        ({"disable_tqdm": "yes"}, "disable_tqdm must be true or false, not 'yes'"),
+        ({"output_dir": None}, "output_dir must be a path, not None"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
     """Before the activations are extracted, not after."""
     with pytest.raises(ValueError, match=message):
-        SAETrainingArguments(output_dir="x", **arguments)
+        SAETrainingArguments(**{"output_dir": "x", **arguments})
 
 
 def test_memory_mapped_store_and_tensor_give_the_same(tiny_clip, tmp_path):

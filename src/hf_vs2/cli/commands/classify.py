@@ -61,8 +61,6 @@ def run(args: Namespace) -> None:
     from ...data.labels.prompts import resolve_templates
     from ...files.json_files import write_json
 
-    if args.top_k < 1 or args.batch_size < 1:
-        raise ValueError("--top_k and --batch_size must be at least 1")
     labels = names_in(labels_from(args) or [])
     resolve_templates(args.templates)
     names = list(_image_names(args.images, args.on_error))

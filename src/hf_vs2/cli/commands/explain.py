@@ -79,8 +79,6 @@ def run(args: Namespace) -> None:
     from ...explain.figure import draw_explanation, leading_labels
     from ...explain.latent_names import read_vocabulary
 
-    if args.top_labels < 1 or args.top_latents < 1:
-        raise ValueError("--top_labels and --top_latents must be at least 1")
     if args.vocabulary is not None and args.names is not None:
         raise ValueError("--vocabulary and --names exclude each other: give one of them")
     labels = names_in(labels_from(args) or [])

@@ -1,0 +1,174 @@
+"""What can't work is refused before the first image is read, in one line that names it: hours of extraction are lost otherwise."""
+
+# ruff: noqa: F811
+
+import os
+
+import pytest
+from test_cli import TRAIN, checkpoint, clip_path, complaint, images_path, source, with_checkpoint  # noqa: F401
+
+from hf_vs2.cli import main
+from hf_vs2.data.registry import dataset_info
+from hf_vs2.files.card_edits import Card, CardError
+from hf_vs2.files.yaml_files import read_yaml
+from hf_vs2.study import StudyConfig
+from hf_vs2.training.trackers import check_tracker
+
+
+@pytest.fixture()
+def no_image(monkeypatch):
+    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report_to", "tensorbord"], "report_to='tensorbord' is not known; did you mean 'tensorboard'"),
+        (["--report_to", "clearml"], "not installed"),
+        (["--seed", "-1"], "--seed must be a whole number from 0"),
+        (["--mixed_precision", "bf-16"], "did you mean 'bf16'"),
+        (["--mixed_precision", "fp16"], "needs a GPU"),
+        (["--resume_from_checkpoint", "nowhere"], "there is no such folder"),
+        (["--resume_from_checkpoint", "latest"], "holds no checkpoint-"),
+        (["--learning_rate", "inf"], "--learning_rate must be a finite number"),
+        (["--top_k", "100000"], "top_k=100000"),
+        (["--layer", "-9"], "layer"),
+        (["--num_workers", "-1"], "--num_workers must be a whole number"),
+        (["--batch_size", "2147483648"], "--batch_size must be a whole number from 1 to"),
+        (["--activations_dir", "{file}"], "it is a file): give another place with --activations_dir"),
+        (["--output_dir", "{file}"], "it is a file): give another place with --output_dir"),
+        (["--output_dir", "{file}/sae"], "is a file): give another place with --output_dir"),
+        (["--pass_weight", "nan", "--label_column", "label"], "--pass_weight must be a finite number"),
+    ],
+)
+def test_train(clip_path, images_path, tmp_path, capsys, no_image, flags, message):
+    if "fp16" in flags and os.environ.get("CUDA_VISIBLE_DEVICES", "") != "":
+        pytest.skip("there is a GPU")
+    (tmp_path / "file").touch()
+    flags = [flag.format(file=tmp_path / "file") for flag in flags]
+    start = ["train", *source(clip_path, images_path), *TRAIN, "--output_dir", tmp_path / "sae"]
+    assert message in complaint(capsys, *start, *flags)
+    assert not (tmp_path / "sae" / "activations").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "{folder}"], "it is a folder): give another place with --output"),
+        (["--output", "{file}/x.json"], "is a file): give another place with --output"),
+        (["--activations_dir", "{file}"], "give another place with --activations_dir"),
+        (["--reference_split", "dev"], "no split 'dev'"),
+        (["--reference_dataset", "{folder}/none"], "none"),
+        (["--gamma", "nan"], "--gamma must be a finite number"),
+        (["--fvu_threshold", "-1"], "--fvu_threshold must be a number (at least 0)"),
+    ],
+)
+def test_evaluate(checkpoint, images_path, tmp_path, capsys, no_image, flags, message):
+    (tmp_path / "file").touch()
+    flags = [flag.format(file=tmp_path / "file", folder=tmp_path) for flag in flags]
+    assert message in complaint(
+        capsys, *with_checkpoint("evaluate", checkpoint, images_path), "--activations_dir", tmp_path, *flags
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("encoders: [{id: a/b, path: nowhere}]", "nowhere"),
+        ("sae: {top_k: 100000}", "top_k=100000"),
+        ("ablations: {top_k: [8, 100000]}", "top_k=100000"),
+        ("ablations: {top_kk: 3}", "ablations has no setting 'top_kk'; did you mean 'top_k'"),
+        ("methods: [clip, vs2_last3]", "3 can't be steered"),
+        ("datasets: [{name: x, path: nowhere}]", "nowhere"),
+        ("output_dir: FILE", "it is a file): give another place with --output_dir"),
+        ("seeds: [1]\nseeds: [2]", "'seeds' stands twice, in lines"),
+        ("sae: {learning_rate: 5e-400}", "sae.learning_rate must be"),
+    ],
+)
+def test_study(clip_path, images_path, tmp_path, capsys, no_image, monkeypatch, change, message):
+    """Also of an encoder with two layers: the third from the end is not there."""
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(clip_path)
+    model.vision_model.encoder.layers = model.vision_model.encoder.layers[:2]
+    model.config.vision_config.num_hidden_layers = 2
+    model.save_pretrained(tmp_path / "clip")
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    lines = {
+        "output_dir": "output_dir: out",
+        "encoders": "encoders: [{id: a/b, path: clip}]",
+        "datasets": f"datasets: [{{name: colours, path: {images_path}}}]",
+        "methods": "methods: [clip, vs2]",
+    }
+    lines.pop(change.partition(":")[0], None)
+    (tmp_path / "study.yaml").write_text("\n".join([*lines.values(), change]))
+    assert message in complaint(capsys, "study", "study.yaml", "--no_figures", "--disable_tqdm")
+    assert not (tmp_path / "out").exists()
+
+
+def bomb(levels=9):
+    lines = ["- &l0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"- &l{one} [{', '.join([f'*l{one - 1}'] * 9)}]" for one in range(1, levels)]
+    return "\n".join(lines)
+
+
+HOSTILE = {
+    "aliases of aliases": (f"methods:\n{bomb()}", "stands for more than"),
+    "merges of merges": (
+        "a: &m0 {b: 1}\n" + "".join(f"c{i}: &m{i + 1} {{<<: [{', '.join([f'*m{i}'] * 40)}]}}\n" for i in range(6)),
+        "more than",
+    ),
+    "itself": ("datasets: &a [*a]", "holds itself"),
+    "too deep": ("datasets: " + "[" * 5000, "nested too deeply"),
+    "long number": ("seeds: [" + "9" * 5000 + "]", "a number of 5,000 letters"),
+    "hexadecimal": ("seeds: [0x" + "f" * 5000 + "]", "a number of 5,002 letters"),
+    "a key twice": ("seeds: 1\nviews: 2\nseeds: 3", "'seeds' stands twice, in lines 1 and 3"),
+    "a key twice inside": ("sae: {top_k: 1, top_k: 2}", "'top_k' stands twice"),
+    "an object": ("seeds: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    "too large": ("x: " + "y" * 2_000_000, "more than the 1,000,000"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_every_yaml_door_is_bounded_and_takes_no_key_twice(name, tmp_path):
+    """A few hundred bytes grew to gigabytes; of a key that stands twice the last counted without a word."""
+    text, message = HOSTILE[name]
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    for read in (StudyConfig.from_yaml, lambda path: dataset_info(str(path))):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(file)
+        assert str(file) in str(caught.value) and len(str(caught.value)) < 1000
+    with pytest.raises(CardError, match=message):
+        Card.parse(f"---\n{text}\n---\n# x")
+    if "number" not in message and "constructor" not in message:
+        assert main(["train", "--config", str(file), "--output_dir", str(tmp_path / "o")]) == 2
+
+
+def test_ordinary_yaml_reads_as_before():
+    """Anchors and merges are how people share settings; 5e-4 is a number."""
+    text = "base: &b {top_k: 8, learning_rate: 5e-4}\nsae:\n  <<: *b\n  top_k: 16\nname: 1e\nlist: [*b, *b]"
+    found = read_yaml(text, "x")
+    assert found["sae"] == {"top_k": 16, "learning_rate": 5e-4} and found["name"] == "1e" and len(found["list"]) == 2
+    assert read_yaml("top_k: 8\nprecision: no", "x", as_text=True) == {"top_k": "8", "precision": "no"}
+    assert read_yaml("", "x") is None
+
+
+def test_a_tracker_is_there_and_logged_in(tmp_path, monkeypatch):
+    """wandb asks for a key when the training begins, hours later."""
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["wandb", "tensorboard"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    check_tracker("tensorboard")
+    for name in ("wandb", "all"):
+        with pytest.raises(ValueError, match="wandb is not logged in. Run `wandb login`"):
+            check_tracker(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_tracker("all")
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    check_tracker("wandb")
