@@ -9,7 +9,7 @@ from test_cli import TRAIN, checkpoint, clip_path, complaint, images_path, sourc
 
 from hf_vs2.cli import main
 from hf_vs2.data.registry import dataset_info
-from hf_vs2.files.card_edits import Card, CardError
+from hf_vs2.files.sharing.card_edits import Card, CardError
 from hf_vs2.files.yaml_files import read_yaml
 from hf_vs2.study import StudyConfig
 from hf_vs2.training.trackers import check_tracker

@@ -191,6 +191,8 @@ _SAE = {
     **kinds_of(SAESettings),
     **{name: kind for name, kind in kinds_of(SAETrainingArguments).items() if name in TRAINING_FIELDS},
 }
+
+
 def _usual_methods() -> tuple[str, ...]:
     return tuple(name for name, method in study_methods().items() if method.default)
 

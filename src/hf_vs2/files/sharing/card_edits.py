@@ -16,7 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 
-from .yaml_files import read_yaml
+from ..yaml_files import read_yaml
 
 
 # Facts that the checkpoint records: where they changed, the card must follow.
