@@ -299,6 +299,8 @@ def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, A
 def labels_from(args: argparse.Namespace, dataset: Any = None, required: bool = False) -> Names | None:
     """What `--labels` stands for. With the data set it is refused before anything long begins where it does not fit
     the classes of `--label_column`, and, if `required`, where neither has names."""
+    from transformers.utils import logging
+
     from ..data.labels.lists import names_in
     from ..data.labels.names import check_names, class_names_of, clean_class_names, read_labels
 
@@ -310,5 +312,7 @@ def labels_from(args: argparse.Namespace, dataset: Any = None, required: bool = 
     labels = read_labels(args.labels)
     clean_class_names(names_in(labels), not args.names_as_given, "--labels")
     if column is not None:
-        check_names(dataset, column, labels)
+        matched = check_names(dataset, column, labels)
+        if matched is not None and logging.get_verbosity() > logging.WARNING:  # which the evaluation's warning tells
+            print(matched, file=sys.stderr)
     return labels

@@ -289,9 +289,9 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
     return numbered
 
 
-def check_names(dataset: Any, label_column: str | None, given: Names) -> None:
-    """Refuse names that do not fit the labels of a data set, before anything is made of its images. A stream shows too
-    late.
+def check_names(dataset: Any, label_column: str | None, given: Names) -> str | None:
+    """Refuse names that do not fit the labels of a data set, before anything is made of its images (a stream shows too
+    late), and tell what was matched with what.
 
     Raises:
         ValueError: they do not; the message shows both sides.
@@ -300,8 +300,8 @@ def check_names(dataset: Any, label_column: str | None, given: Names) -> None:
 
     own = class_names_of(dataset, label_column)
     if own is not None:
-        match_names(own, given)
-    elif isinstance(dataset, datasets.Dataset) and label_column in dataset.column_names:
+        return match_names(own, given).told
+    if isinstance(dataset, datasets.Dataset) and label_column in dataset.column_names:
         labels = [label for label in dataset.unique(label_column) if isinstance(label, int)]
         names = names_by_place(given)
         if labels and max(labels) >= len(names):
@@ -309,6 +309,7 @@ def check_names(dataset: Any, label_column: str | None, given: Names) -> None:
                 f"The labels in column {label_column!r} are numbers without names, up to {max(labels)}; the "
                 f"{len(names)} labels given ({_listed(names)}) are for 0 to {len(names) - 1}."
             )
+    return None
 
 
 # Files and command lines
