@@ -1,7 +1,8 @@
 """Visual Sparse Steering (VS2) for CLIP in the Hugging Face ecosystem.
 
-Importing the package registers its models with transformers' Auto classes, and its pipeline; it loads nothing else. Public names
-are imported when first used. The command line puts the registration off until a command runs, so that its help needs no torch.
+Importing the package registers its models with transformers' Auto classes, and its pipeline; it loads nothing else.
+Public names are imported when first used. The command line puts the registration off until a command runs, so that its
+help needs no torch.
 """
 
 import logging
@@ -131,11 +132,11 @@ def __dir__() -> list[str]:
 def _is_command_line() -> bool:
     """Whether Python was started as `hf-vs2` or `python -m hf_vs2.cli`, which register when they run a command.
 
-    Where that is not certain (a process that a command spawns, a debugger, a launcher of another name), the answer is no, and
-    costs the time that torch takes to import.
+    Where that is not certain (a process that a command spawns, a debugger, a launcher of another name), the answer is
+    no, and costs the time that torch takes to import.
     """
-    # What Python was told to run stands as far from the end as there are arguments. While it looks for a module to run, it
-    # calls itself "-m".
+    # What Python was told to run stands as far from the end as there are arguments. While it looks for a module to
+    # run, it calls itself "-m".
     if not 1 <= len(sys.argv) <= len(sys.orig_argv):
         return False
     started = sys.orig_argv[-len(sys.argv)]

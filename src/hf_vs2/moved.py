@@ -1,4 +1,5 @@
-"""Module paths of earlier versions, which go on working: `import hf_vs2.label_free` gives `hf_vs2.functional.label_free`."""
+"""Module paths of earlier versions, which go on working: `import hf_vs2.label_free` gives
+`hf_vs2.functional.label_free`."""
 
 import sys
 from importlib import import_module
@@ -86,7 +87,8 @@ MOVED |= {f"study.{name}": f"study.{folder}.{name}" for folder, names in _STUDY.
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Answers for the old paths with the module at the new one: the same object, so that what is set on one is set on both."""
+    """Answers for the old paths with the module at the new one: the same object, so that what is set on one is set on
+    both."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")

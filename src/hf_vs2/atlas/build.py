@@ -53,17 +53,19 @@ def build_atlas(
     progress: bool = False,
 ) -> Path:
     """
-    A self-contained folder of static HTML in which a person browses the latents of an SAE; it opens from disk, without a server.
+    A self-contained folder of static HTML in which a person browses the latents of an SAE; it opens from disk, without
+    a server.
 
-    Parts whose input is missing (labels, a training log, results) are left out, and the page says why. The folder also holds
-    `latents.json`, the same for programs: a list `latents` of objects with `index`, `names` (`[{"name", "score"}]`), `share`, `mean`,
-    `max`, `top_images`, `classes` and `nearest`.
+    Parts whose input is missing (labels, a training log, results) are left out, and the page says why. The folder also
+    holds `latents.json`, the same for programs: a list `latents` of objects with `index`, `names` (`[{"name",
+    "score"}]`), `share`, `mean`, `max`, `top_images`, `classes` and `nearest`.
 
     Args:
-        model: the wrapper, with one SAE, on the last layer; its gamma, lambda and gate are what fixed and broken images are of. It
-            is left as it was found.
+        model: the wrapper, with one SAE, on the last layer; its gamma, lambda and gate are what fixed and broken
+            images are of. It is left as it was found.
         tokenizer: the tokenizer of its CLIP.
-        rows: CLS rows of the last layer, before `post_layernorm`, one an image: a tensor `(n, hidden_size)` or an activation store.
+        rows: CLS rows of the last layer, before `post_layernorm`, one an image: a tensor `(n, hidden_size)` or an
+            activation store.
         dataset: the images that the rows were made from, which is read for thumbnails only.
         output_dir: the folder, which must be new, empty or an earlier atlas; that is replaced.
         image_column: the data set's column of images.
@@ -83,8 +85,8 @@ def build_atlas(
         The path of `index.html`.
 
     Raises:
-        ValueError, TypeError: on rows, labels, names or templates that do not fit, as [`evaluate`] does, on a data set of another size
-            than the rows come from, and on a file that is no training log or result file.
+        ValueError, TypeError: on rows, labels, names or templates that do not fit, as [`evaluate`] does, on a data set
+            of another size than the rows come from, and on a file that is no training log or result file.
         UnreadableImageError: (a `ValueError`) an image can't be read.
         OSError: the folder holds other files, or can't be written.
     """
@@ -138,8 +140,8 @@ def _image_indices(rows: Rows, dataset: Any) -> list[int]:
     number = rows.store.metadata["num_images"] if isinstance(rows, StoreRows) else len(rows)
     if isinstance(dataset, datasets.Dataset) and len(dataset) != number:
         raise ValueError(
-            f"The activations are of {number} images, but the data set has {len(dataset)}: give the images (and the split) that "
-            "they were made from."
+            f"The activations are of {number} images, but the data set has {len(dataset)}: give the images (and the "
+            "split) that they were made from."
         )
     return rows.store.image_indices.tolist() if isinstance(rows, StoreRows) else list(range(number))
 
@@ -165,7 +167,8 @@ def _facts(model: VS2CLIPForZeroShot, vocabulary: Sequence[str] | None, meta: di
 
 
 def _name(source: Any) -> str | None:
-    """A Hub id as it is; of a path its last part, since an atlas is shown around and folders of one machine help nobody."""
+    """A Hub id as it is; of a path its last part, since an atlas is shown around and folders of one machine help
+    nobody."""
     if not source:
         return None
     text = str(source)

@@ -1,4 +1,5 @@
-"""What steering changes on the images of an atlas: accuracy by class, and single images with the latents that moved them."""
+"""What steering changes on the images of an atlas: accuracy by class, and single images with the latents that moved
+them."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Mover(NamedTuple):
     value: float
     """Its value on that image."""
     push: float
-    """What it adds to the new class's logit over the old one's, see [`VS2Explanation`]; negative where it held against the change."""
+    """What it adds to the new class's logit over the old one's, see [`VS2Explanation`]; negative where it held against
+    the change."""
 
 
 @torch.no_grad()
@@ -58,7 +60,8 @@ def predict(
 
 
 def class_gains(predictions: Predictions, labels: torch.Tensor, num_classes: int) -> list[dict[str, Any]]:
-    """Accuracy of each class that has images, with plain and with steered CLIP, in %: `index`, `support`, `plain`, `steered`."""
+    """Accuracy of each class that has images, with plain and with steered CLIP, in %: `index`, `support`, `plain`,
+    `steered`."""
     columns = (
         count_by_class(labels, num_classes),
         accuracy_by_class(predictions.plain, labels, num_classes),

@@ -180,7 +180,8 @@ def _axes(model: VS2CLIPForZeroShot) -> tuple[list[float], list[float]]:
 
 
 def training_curves(log: str | PathLike | None) -> dict[str, Any]:
-    """`steps` and what was logged at each, from the `training_log.json` that the trainer writes; `missing` without one.
+    """`steps` and what was logged at each, from the `training_log.json` that the trainer writes; `missing` without
+    one.
 
     Raises:
         ValueError: the file is not such a log. OSError: it cannot be read.

@@ -1,4 +1,5 @@
-"""The pages' data: plain lists and numbers, as the scripts in `assets/` read them, and `latents.json` for other programs."""
+"""The pages' data: plain lists and numbers, as the scripts in `assets/` read them, and `latents.json` for other
+programs."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def _detail(material: Material, latent: int) -> dict[str, Any]:
 
 
 def _classes(material: Material, latent: int) -> list[list[Any]]:
-    """`[class, share of its images on which the latent is active, how many times the share among all images]`, largest first."""
+    """`[class, share of its images on which the latent is active, how many times the share among all images]`, largest
+    first."""
     support = material.truth.support
     frequency = material.statistics.by_class[latent].double() / support.clamp(min=1)
     share = float(material.statistics.share[latent])

@@ -25,10 +25,10 @@ class LatentStatistics:
 
     Attributes:
         count (`torch.Tensor`): rows on which the latent is active (its value is not 0), int64 `(num_latents,)`.
-        total, low, high: sum, smallest and largest of its values, `(num_latents,)`; `low` and `high` count 0 in, so that every
-            histogram has its zero.
-        top_values, top_rows: its largest values and the rows that have them, `(num_latents, top)`, largest first, the earlier row
-            first where two are equal; `-inf` and -1 where it is active on fewer rows.
+        total, low, high: sum, smallest and largest of its values, `(num_latents,)`; `low` and `high` count 0 in, so
+            that every histogram has its zero.
+        top_values, top_rows: its largest values and the rows that have them, `(num_latents, top)`, largest first, the
+            earlier row first where two are equal; `-inf` and -1 where it is active on fewer rows.
         by_class: active rows of each class, int64 `(num_latents, num_classes)`; no columns without labels.
         num_rows (`int`): rows seen.
         fvu: per-sample FVU of each block's rows.
@@ -64,7 +64,8 @@ class LatentStatistics:
         self._keep_largest(value, latent, row)
 
     def _keep_largest(self, value: torch.Tensor, latent: torch.Tensor, row: torch.Tensor) -> None:
-        """Merges (value, latent, row) triples into the running top: one sort of all that compete, no matrix of them."""
+        """Merges (value, latent, row) triples into the running top: one sort of all that compete, no matrix of
+        them."""
         owner = torch.arange(self.num_latents).repeat_interleave(self.top)
         kept = self.top_rows.flatten() >= 0
         value = torch.cat([self.top_values.flatten()[kept], value])
@@ -92,8 +93,8 @@ class LatentStatistics:
         return self.total / self.count.clamp(min=1)
 
     def class_frequencies(self, support: torch.Tensor) -> torch.Tensor:
-        """Share of each class's rows on which the latent is active, float64 `(num_latents, num_classes)`; `support` counts the rows
-        of each class."""
+        """Share of each class's rows on which the latent is active, float64 `(num_latents, num_classes)`; `support`
+        counts the rows of each class."""
         return self.by_class.double() / support.clamp(min=1)
 
 
@@ -125,7 +126,8 @@ def histograms(
     batch_size: int,
     progress: bool = False,
 ) -> torch.Tensor:
-    """How often each latent's value falls into each of [`NUM_BINS`] equal bins from `low` to `high`: int64 `(num_latents, NUM_BINS)`.
+    """How often each latent's value falls into each of [`NUM_BINS`] equal bins from `low` to `high`: int64
+    `(num_latents, NUM_BINS)`.
 
     Values of exactly 0 are left out. A second pass over the rows, because the range is known only after the first.
     """
@@ -141,8 +143,8 @@ def histograms(
 
 
 def nearest_latents(decoder: torch.Tensor, number: int, block: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents whose decoder directions have the largest cosine with each one's, without itself: `(indices, cosines)`, each
-    `(num_latents, number)` or fewer columns where there are fewer latents."""
+    """The latents whose decoder directions have the largest cosine with each one's, without itself: `(indices,
+    cosines)`, each `(num_latents, number)` or fewer columns where there are fewer latents."""
     unit = normalize(decoder.detach().float(), dim=-1)
     number = min(number, len(unit) - 1)
     indices, cosines = [], []

@@ -1,7 +1,7 @@
 """The folder: thumbnails, data as scripts, the page itself. It is made beside its place and moved there whole.
 
-Browsers let a page that was opened from disk load no JSON, but they do run scripts. So each piece of data is a script that hands itself
-to `atlas.register(name, data)`, and the page adds one when it needs it.
+Browsers let a page that was opened from disk load no JSON, but they do run scripts. So each piece of data is a script
+that hands itself to `atlas.register(name, data)`, and the page adds one when it needs it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def check_output(folder: Path) -> None:
         known = False
     if not known:
         raise OSError(
-            f"{folder} holds files that are no atlas, and an atlas replaces the whole folder: give --output a new or empty one."
+            f"{folder} holds files that are no atlas, and an atlas replaces the whole folder: give --output a new or "
+            "empty one."
         )
 
 

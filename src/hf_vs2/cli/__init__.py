@@ -1,8 +1,8 @@
 """The command line `hf-vs2`: thin doors to the public functions.
 
-A command is a module of this package with `USAGE`, `DESCRIPTION` and `EXAMPLES` (text for its help), `add_flags(parser)`,
-`run(args)` and, if an interruption leaves something worth keeping, `kept(args)` that says what. Enter it in `COMMANDS`.
-Modules import what is heavy inside `run`: help and mistakes in the command line need no torch.
+A command is a module of this package with `USAGE`, `DESCRIPTION` and `EXAMPLES` (text for its help),
+`add_flags(parser)`, `run(args)` and, if an interruption leaves something worth keeping, `kept(args)` that says what.
+Enter it in `COMMANDS`. Modules import what is heavy inside `run`: help and mistakes in the command line need no torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`list[str]`, *optional*): the arguments; those of the process by default.
 
     Returns:
-        `int`: the exit status. 0: done; 2: something is wrong with the request, said in one line on stderr; 130: interrupted.
+        `int`: the exit status. 0: done; 2: something is wrong with the request, said in one line on stderr; 130:
+            interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""

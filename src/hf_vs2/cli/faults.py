@@ -1,4 +1,5 @@
-"""What the machine or the network does to a command, in a sentence that says what helps. All other errors are about the request, or bugs."""
+"""What the machine or the network does to a command, in a sentence that says what helps. All other errors are about
+the request, or bugs."""
 
 from __future__ import annotations
 
@@ -40,15 +41,24 @@ def fault_of(error: BaseException, args: Namespace | None) -> str | None:
     if kind == "permission":
         if place is None or _is_unreadable(place):
             return None  # it says itself what it could not read
-        return f"{place} can't be written to ({os.strerror(number or errno.EACCES)}): give another place{_flags(args, _PLACES)}."
+        return (
+            f"{place} can't be written to ({os.strerror(number or errno.EACCES)}): give another "
+            f"place{_flags(args, _PLACES)}."
+        )
     if kind == "worker":
-        return f"a worker process was killed, most often because memory ran out ({said}): give less at once{_flags(args, _SMALLER)}."
+        return (
+            f"a worker process was killed, most often because memory ran out ({said}): give less at "
+            f"once{_flags(args, _SMALLER)}."
+        )
     if kind in ("memory", "shared memory"):
         return f"out of memory ({said}): give less at once{_flags(args, _SMALLER)}."
     if kind == "accelerator":
         return f"the accelerator or its driver failed ({said}). Look at it before you run the command again."
     if kind == "network":
-        return f"the network or the server broke off ({said}). Run the command again: files that have arrived are not sent twice."
+        return (
+            f"the network or the server broke off ({said}). Run the command again: files that have arrived are not "
+            "sent twice."
+        )
     return (
         f"a file ends too early or is damaged, as after a download that broke off ({said}): download or copy it again."
     )

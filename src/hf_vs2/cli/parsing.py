@@ -1,4 +1,5 @@
-"""What the parsers of all commands share: errors of one line, readable help, flags from dataclasses, YAML configuration."""
+"""What the parsers of all commands share: errors of one line, readable help, flags from dataclasses, YAML
+configuration."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class Parser(argparse.ArgumentParser):
     """
     An argument parser whose errors are [`UsageError`]s, and whose flags can also come from a YAML file (`--config`).
 
-    Flags are never abbreviated, and `--learning-rate` means `--learning_rate`. The first paragraph of the description is wrapped
-    to the terminal, the epilog is shown as it is.
+    Flags are never abbreviated, and `--learning-rate` means `--learning_rate`. The first paragraph of the description
+    is wrapped to the terminal, the epilog is shown as it is.
     """
 
     def __init__(self, prog: str, usage: str, description: str, epilog: str = ""):
@@ -49,7 +50,8 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
         self.flags: dict[str, argparse.Action] = {}
         self.writes: dict[str, tuple[str, str]] = {}
-        """By the name of the value: the flag, and whether it is the place of a file or a folder that the command writes."""
+        """By the name of the value: the flag, and whether it is the place of a file or a folder that the command
+        writes."""
         self.kinds: dict[str, tuple[str, Kind]] = {}
         """By the name of the value: the flag, and what its value can be."""
         self.alternatives: list[set[str]] = []

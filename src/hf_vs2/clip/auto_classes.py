@@ -1,4 +1,5 @@
-"""Importing this module registers the configs, models and processor with transformers' Auto classes, and (with its module) the pipeline."""
+"""Importing this module registers the configs, models and processor with transformers' Auto classes, and (with its
+module) the pipeline."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, CLIPProcessor
 

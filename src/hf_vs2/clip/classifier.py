@@ -39,12 +39,12 @@ def zero_shot_classifier(
     ```
 
     Args:
-        model: a VS2 checkpoint, an SAE checkpoint (the CLIP that it names is loaded) or a plain CLIP, by Hub id or path; or a
-            model that is already loaded.
+        model: a VS2 checkpoint, an SAE checkpoint (the CLIP that it names is loaded) or a plain CLIP, by Hub id or
+            path; or a model that is already loaded.
         tokenizer, image_processor (*optional*): by default those of the checkpoint, or else of the CLIP it names.
-        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `dtype`, `device_map`,
-            `attn_implementation`, `use_safetensors` and `clip` go to `from_pretrained`; everything else (`device`,
-            `batch_size`, `top_k`, `gamma`, ...) to the pipeline.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `dtype`,
+            `device_map`, `attn_implementation`, `use_safetensors` and `clip` go to `from_pretrained`; everything else
+            (`device`, `batch_size`, `top_k`, `gamma`, ...) to the pipeline.
 
     Raises:
         `ValueError`: if the checkpoint is of another kind, or a loaded model does not say where its tokenizer is.
@@ -77,8 +77,8 @@ def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> 
         return VS2CLIPForZeroShot.from_pretrained(source, **place, **loading)
     if model_type not in STEERABLE:
         raise ValueError(
-            f"{source} holds a model of type {model_type!r}; expected a VS2 checkpoint ({VS2CLIPConfig.model_type!r}), an SAE "
-            f"checkpoint ({SAEConfig.model_type!r}) or a CLIP ('clip')."
+            f"{source} holds a model of type {model_type!r}; expected a VS2 checkpoint "
+            f"({VS2CLIPConfig.model_type!r}), an SAE checkpoint ({SAEConfig.model_type!r}) or a CLIP ('clip')."
         )
     if "clip" in loading:
         raise ValueError(f"clip= is for a VS2 or SAE checkpoint; {source} is a CLIP itself.")

@@ -137,14 +137,15 @@ def sae_tensors(config: VS2CLIPConfig, source: str) -> dict[str, tuple[int, ...]
 
 
 def refuse_adapters(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig) -> None:
-    """Raises `ValueError` on tensors to be saved that no checkpoint has a place for: nothing would be lost now, but it could not be
-    loaded."""
+    """Raises `ValueError` on tensors to be saved that no checkpoint has a place for: nothing would be lost now, but it
+    could not be loaded."""
     known = _clip_tensors(config.clip_config)
     strange = sorted(name for name in state if name not in known and not re.fullmatch(r"saes\.\d+\.\w+", name))
     if strange:
         raise ValueError(
-            f"{strange[0]} is no weight of a CLIP or an SAE, so a checkpoint can't hold it. Merge an adapter such as a LoRA into the "
-            "weights first (merge_and_unload() of peft), and take other wrappers off; or save the adapter by itself."
+            f"{strange[0]} is no weight of a CLIP or an SAE, so a checkpoint can't hold it. Merge an adapter such as "
+            "a LoRA into the weights first (merge_and_unload() of peft), and take other wrappers off; or save the "
+            "adapter by itself."
         )
 
 
@@ -232,7 +233,8 @@ def processing_of(model: PreTrainedModel, processor: Any) -> tuple[Any, Any]:
     if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
         return processor.tokenizer, processor.image_processor
     raise TypeError(
-        f"processor must be a CLIPProcessor or a pair of tokenizer and image processor, not a {type(processor).__name__}."
+        "processor must be a CLIPProcessor or a pair of tokenizer and image processor, not a "
+        f"{type(processor).__name__}."
     )
 
 
@@ -252,8 +254,8 @@ def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
     for layer, sae in saes.items():
         if sae.config.hidden_size != width:
             raise ValueError(
-                f"The SAE of layer {layer} reads {sae.config.hidden_size} features, the vision tower gives {width}: they do not "
-                "belong together."
+                f"The SAE of layer {layer} reads {sae.config.hidden_size} features, the vision tower gives {width}: "
+                "they do not belong together."
             )
 
 

@@ -54,13 +54,13 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
     Wraps a CLIP and the SAEs trained on it; everything that CLIP computes from an image is steered.
 
     Steering touches the CLS row alone. For the last layer that is the input of `vision_model.post_layernorm`; for
-    others, the output of the encoder layer. The CLIP given is used as it is: no hook, no copy, no weight changed, so it goes
-    on giving its own results when called directly.
+    others, the output of the encoder layer. The CLIP given is used as it is: no hook, no copy, no weight changed, so
+    it goes on giving its own results when called directly.
 
     Args:
         clip (`CLIPModel`): the model to steer.
-        sae (`SAEModel` or `dict[int, SAEModel]`): the SAE, for the layer that its config names (the last one if it names
-            none), or one SAE a layer.
+        sae (`SAEModel` or `dict[int, SAEModel]`): the SAE, for the layer that its config names (the last one if it
+            names none), or one SAE a layer.
         gamma (`float` or one a latent), lambda_ (`float`), gate (`float`, *optional*), method (`str`), fvu_threshold
             (`float`, *optional*), num_neighbors (`int`), positives (`str`): see [`Steering`].
 
@@ -138,18 +138,22 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         """
         Load a VS2 checkpoint, light or full, or a bare SAE checkpoint: one id or path is enough.
 
-        A light VS2 checkpoint and an SAE checkpoint name their CLIP, which is loaded from its own repository at the recorded
-        revision. An SAE checkpoint brings its default steering with it; if it is not calibrated it is used without a gate.
+        A light VS2 checkpoint and an SAE checkpoint name their CLIP, which is loaded from its own repository at the
+        recorded revision. An SAE checkpoint brings its default steering with it; if it is not calibrated it is used
+        without a gate.
 
         Args:
             pretrained_model_name_or_path (`str` or path): Hub id or folder.
-            clip (`CLIPModel` or `str`, *optional*): the CLIP to use instead of the one named, as a model, an id or a path.
+            clip (`CLIPModel` or `str`, *optional*): the CLIP to use instead of the one named, as a model, an id or a
+                path.
             kwargs: settings of [`Steering`] to use instead of the stored ones; and, as for any transformers model,
-                `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`, `dtype`, `device_map`,
-                `attn_implementation`. `revision` and `subfolder` belong to the checkpoint, not to the CLIP it names.
+                `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`, `dtype`,
+                `device_map`, `attn_implementation`. `revision` and `subfolder` belong to the checkpoint, not to the
+                CLIP it names.
 
         Raises:
-            `ValueError`: if the checkpoint is something else, names no CLIP, or `clip` is not the one it was trained on.
+            `ValueError`: if the checkpoint is something else, names no CLIP, or `clip` is not the one it was trained
+                on.
             `OSError`: if files are missing or can't be reached.
         """
         kwargs = one_dtype(kwargs)
@@ -173,16 +177,16 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         elif model_type != VS2CLIPConfig.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; expected a VS2 checkpoint "
-                f"({VS2CLIPConfig.model_type!r}) or an SAE checkpoint ({SAEConfig.model_type!r}). To steer a CLIP you need an "
-                "SAE trained on it: VS2CLIPForZeroShot(clip, sae)."
+                f"({VS2CLIPConfig.model_type!r}) or an SAE checkpoint ({SAEConfig.model_type!r}). To steer a CLIP you "
+                "need an SAE trained on it: VS2CLIPForZeroShot(clip, sae)."
             )
         elif config_dict.get("holds_clip") and clip is None:
             config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
             model = load_full(super().from_pretrained, pretrained_model_name_or_path, config, place, kwargs)
         else:
             config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
-            # The dtype of the checkpoint, not of the repository its CLIP lies in: as if the weights were here. Older Auto classes
-            # hand on a dtype that was asked for in the config alone.
+            # The dtype of the checkpoint, not of the repository its CLIP lies in: as if the weights were here. Older
+            # Auto classes hand on a dtype that was asked for in the config alone.
             asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
             model = cls(
                 clip_of(clip, config, pretrained_model_name_or_path, place, kwargs | asked),
@@ -212,17 +216,19 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool | None = None, **kwargs: Any) -> None:
         """
-        Save a VS2 checkpoint: light (the SAEs, the settings and the name of the CLIP) or `full` (the CLIP's weights too).
-        The CLIP's tokenizer and image processor are saved beside, so that `pipeline(...)` needs no other id; and the corpus, if
-        there is one, in the subfolder `corpus`. What the folder held of an earlier checkpoint goes, in one step.
+        Save a VS2 checkpoint: light (the SAEs, the settings and the name of the CLIP) or `full` (the CLIP's weights
+        too). The CLIP's tokenizer and image processor are saved beside, so that `pipeline(...)` needs no other id; and
+        the corpus, if there is one, in the subfolder `corpus`. What the folder held of an earlier checkpoint goes, in
+        one step.
 
         Args:
-            full (`bool`, *optional*): by default a light checkpoint, unless the CLIP's weights are not those of the one that it names
-                (it was fine-tuned), or it came from a full checkpoint and the one that it names is not on this machine.
+            full (`bool`, *optional*): by default a light checkpoint, unless the CLIP's weights are not those of the
+                one that it names (it was fine-tuned), or it came from a full checkpoint and the one that it names is
+                not on this machine.
 
         Raises:
-            `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named, or has other weights;
-                on NaN, and on layers of an adapter that was not merged.
+            `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named, or has
+                other weights; on NaN, and on layers of an adapter that was not merged.
         """
         state = kwargs.pop("state_dict", None) or self.state_dict()
         refuse_adapters(state, self.config)
@@ -254,9 +260,11 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """`CLIPModel.get_image_features`, steered: `pooler_output` `(batch, projection_dim)` is projected, not normalised.
+        """`CLIPModel.get_image_features`, steered: `pooler_output` `(batch, projection_dim)` is projected, not
+        normalised.
 
-        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see
+        [`RetrievalInputs`].
         """
         retrieval = pop_retrieval_inputs(kwargs)
         kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
@@ -275,20 +283,22 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
     ) -> VS2ImageFeatures:
         """`get_image_features` with what steering did to each image; shapes as in [`VS2CLIPOutput`] for several SAEs.
 
-        `with_plain=True` adds plain CLIP's features, bit for bit. They cost nothing while only the last layer is steered,
-        since they start from the same CLS row, and a second pass through the vision tower otherwise. `class_embeds=` and the
-        other [`RetrievalInputs`] are for `method="vs2++"`.
+        `with_plain=True` adds plain CLIP's features, bit for bit. They cost nothing while only the last layer is
+        steered, since they start from the same CLS row, and a second pass through the vision tower otherwise.
+        `class_embeds=` and the other [`RetrievalInputs`] are for `method="vs2++"`.
         """
         return self.steerer.features(pixel_values, with_plain, pop_retrieval_inputs(kwargs), **kwargs)
 
     def image_features_from_cls(self, rows: torch.Tensor, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
-        """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
+        """The tail of the model on cached CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`,
+        project.
 
         Equal to running the whole model on the images those rows came from. `features` is `(batch, projection_dim)`.
         `class_embeds=` and the other [`RetrievalInputs`] are for `method="vs2++"`.
 
         Raises:
-            `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other widths.
+            `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other
+                widths.
         """
         return self.steerer.features_from_cls(rows, **retrieval)
 
@@ -305,8 +315,8 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
     ) -> VS2CLIPOutput:
         """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`].
 
-        With `method="vs2++"`, and methods that score by a label set, the texts are the classes: one prompt a class. The former may
-        need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        With `method="vs2++"`, and methods that score by a label set, the texts are the classes: one prompt a class.
+        The former may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
         """
         retrieval = pop_retrieval_inputs(kwargs)
         text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -330,7 +340,8 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
             text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
         image_embeds = _unit(vision_outputs.pooler_output)
         text_embeds = _unit(text_outputs.pooler_output)
-        # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out bit-identical.
+        # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out
+        # bit-identical.
         logits_per_text = torch.matmul(text_embeds, image_embeds.t().to(text_embeds.device))
         logits_per_text = logits_per_text * self.clip.logit_scale.exp().to(text_embeds.device)
         if steerer.settings.rule.fit is not None:
@@ -354,7 +365,8 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
 
 
 def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    # Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit. Where it divides by 0, this gives 0.
+    # Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit. Where it divides by 0, this
+    # gives 0.
     length = embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
     return embeds / torch.where(length > 0, length, 1)
 

@@ -1,4 +1,5 @@
-"""Zero-shot image classification with steering: transformers' pipeline, with prompts encoded once and answers about steering."""
+"""Zero-shot image classification with steering: transformers' pipeline, with prompts encoded once and answers about
+steering."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
     """How many numbers the kept class embeddings may have together (64 MB); the least recently used go first."""
 
     default_batch_size = 16
-    """Images per forward pass where many are given and nobody said how many to take: on a CPU the fastest for ViT-B/32."""
+    """Images per forward pass where many are given and nobody said how many to take: on a CPU the fastest for
+    ViT-B/32."""
 
     def __init__(self, **kwargs: Any):
         model = kwargs.get("model")
@@ -99,8 +101,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 )
         if not knows_words(kwargs["tokenizer"]):
             raise ValueError(
-                "This tokenizer knows no words, so that all labels would look alike: transformers makes such a one where the "
-                "checkpoint has no tokenizer.json. Save the CLIP's tokenizer there, or give it with tokenizer=."
+                "This tokenizer knows no words, so that all labels would look alike: transformers makes such a one "
+                "where the checkpoint has no tokenizer.json. Save the CLIP's tokenizer there, or give it with "
+                "tokenizer=."
             )
         check_clip(getattr(model, "clip", model))
         kwargs.pop("local_files_only", None)  # `pipeline()` has used it and passes it on
@@ -113,8 +116,8 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         return self.model.clip if isinstance(self.model, VS2CLIPForZeroShot) else self.model
 
     def clear_cache(self) -> None:
-        """Forget the class embeddings. Only needed after a change that leaves the text tower's weights as they are, such as
-        switching an adapter off; changed weights are noticed."""
+        """Forget the class embeddings. Only needed after a change that leaves the text tower's weights as they are,
+        such as switching an adapter off; changed weights are noticed."""
         self._prompts.clear()
 
     # The signature is transformers' with `candidate_labels` optional, since they may have been given at construction.
@@ -129,34 +132,37 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
             candidate_labels (`list[str]`): the labels to choose from.
             hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): the prompt, as in
                 transformers. The same for plain CLIP and for VS2, so that their scores can be compared.
-            templates (*optional*): in its place `"single"` (`"a photo of a {}."`, the paper's), `"ensemble"` (OpenAI's seven),
-                a file of templates, or a list of them; see [`resolve_templates`].
+            templates (*optional*): in its place `"single"` (`"a photo of a {}."`, the paper's), `"ensemble"` (OpenAI's
+                seven), a file of templates, or a list of them; see [`resolve_templates`].
             clean (`bool`, *optional*, defaults to `True`): read labels by [`clean_class_names`] before they go into
                 prompts; answers have them as they were given.
             top_k (`int`, *optional*): how many of the best labels to return; all by default.
             steer (`bool`, *optional*): `False` gives plain CLIP, `True` steers a model whose steering is off.
-            gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives, edits (*optional*): see [`Steering`]; by default the
-                model's own settings. `gate=None` steers every image. `method="vs2++"` needs a checkpoint with a corpus.
+            gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives, edits (*optional*): see
+                [`Steering`]; by default the model's own settings. `gate=None` steers every image. `method="vs2++"`
+                needs a checkpoint with a corpus.
             return_details (`bool`, *optional*, defaults to `False`): return for each image a dict instead of the list.
-            explain (`bool`, *optional*, defaults to `False`): add to each label's result an `"explanation"`: which latents moved its
-                score by how much, as [`VS2Explanation.parts`] gives it. Images are encoded once all the same.
+            explain (`bool`, *optional*, defaults to `False`): add to each label's result an `"explanation"`: which
+                latents moved its score by how much, as [`VS2Explanation.parts`] gives it. Images are encoded once all
+                the same.
             top_latents (`int`, *optional*, defaults to 5): how many latents an explanation lists.
             latent_names (*optional*): names for them, as [`VS2CLIPForZeroShot.explain`] takes them.
             timeout (`float`, *optional*, defaults to 60): seconds for an image from the web, its whole answer.
-            batch_size (`int`, *optional*): images per forward pass, here or at construction; scores do not depend on it beyond
-                float rounding. By default 16 for images that can be counted (a list, tuple, column or data set), and 1 for
-                others: in a stream no answer waits for an image that may come much later. Give it for a long generator.
-            num_workers (`int`, *optional*): as in every pipeline, processes that read and resize images. Without them several
-                threads (`torch.get_num_threads()`) do so for each batch of images that can be counted.
+            batch_size (`int`, *optional*): images per forward pass, here or at construction; scores do not depend on
+                it beyond float rounding. By default 16 for images that can be counted (a list, tuple, column or data
+                set), and 1 for others: in a stream no answer waits for an image that may come much later. Give it for
+                a long generator.
+            num_workers (`int`, *optional*): as in every pipeline, processes that read and resize images. Without them
+                several threads (`torch.get_num_threads()`) do so for each batch of images that can be counted.
 
         Returns:
-            For one image a list of `{"score": float, "label": str}`, best first; for a list, tuple or column of images a list
-            of those; for a data set or another iterable an iterator over them, which reads images as it goes.
+            For one image a list of `{"score": float, "label": str}`, best first; for a list, tuple or column of images
+            a list of those; for a data set or another iterable an iterator over them, which reads images as it goes.
 
-            With `return_details=True`, `{"predictions": [...], "plain": [...], "fvu": float or None, "steered": bool}` takes
-            the place of each such list. `plain` holds plain CLIP's scores. `fvu` is `None` where steering is off, and from methods that
-            do not read the SAE, which give `distance` in its place ([`row_distance`]). With several SAEs `fvu` and `steered` are
-            lists, layers ascending.
+            With `return_details=True`, `{"predictions": [...], "plain": [...], "fvu": float or None, "steered": bool}`
+            takes the place of each such list. `plain` holds plain CLIP's scores. `fvu` is `None` where steering is
+            off, and from methods that do not read the SAE, which give `distance` in its place ([`row_distance`]). With
+            several SAEs `fvu` and `steered` are lists, layers ascending.
 
         Raises:
             `ValueError`: for labels that are missing, empty, given twice or the same to this CLIP (`Cat` and `cat`),
@@ -217,7 +223,8 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         return bool(explain)
 
     def _check_steering(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The call's settings on top of the pipeline's own, tried out so that a bad one fails before the first image."""
+        """The call's settings on top of the pipeline's own, tried out so that a bad one fails before the first
+        image."""
         given = {name: options[name] for name in _STEERING_OPTIONS if name in options}
         if options.get("steer") is not None:
             if given and not options["steer"]:
@@ -228,8 +235,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         if not isinstance(self.model, VS2CLIPForZeroShot):
             if given not in ({}, {"enabled": False}):
                 raise ValueError(
-                    f"Steering was asked for ({', '.join(name for name in options if name in ('steer', *_STEERING_OPTIONS))}), "
-                    "but this is a plain CLIP without SAE. Load a VS2 or an SAE checkpoint."
+                    "Steering was asked for "
+                    f"({', '.join(name for name in options if name in ('steer', *_STEERING_OPTIONS))}), but this is a "
+                    "plain CLIP without SAE. Load a VS2 or an SAE checkpoint."
                 )
             return {}
         if not given:
@@ -266,8 +274,8 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         return {"pixel_values": read_pixels(images, self.image_processor, **options), "name": names}
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
-        """uint8 `(1, channels, height, width)`: a quarter of the memory, and normalised on the device; and how messages
-        name it."""
+        """uint8 `(1, channels, height, width)`: a quarter of the memory, and normalised on the device; and how
+        messages name it."""
         named = image if isinstance(image, NamedImage) else NamedImage(image)
         found = self._preprocess_batch([named], timeout=timeout)
         return found | {"name": found["name"][0]}
@@ -395,8 +403,8 @@ PIPELINE_REGISTRY.register_pipeline(
     pt_model=AutoModelForZeroShotImageClassification,
     type="multimodal",
 )
-# With this mark `save_pretrained` would copy this file into the checkpoint and list it as remote code, and from then on
-# transformers would refuse the checkpoint without `trust_remote_code=True`.
+# With this mark `save_pretrained` would copy this file into the checkpoint and list it as remote code, and from then
+# on transformers would refuse the checkpoint without `trust_remote_code=True`.
 del VS2ZeroShotImageClassificationPipeline._registered_impl
 
 __all__ = [

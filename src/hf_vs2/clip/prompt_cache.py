@@ -20,8 +20,8 @@ class PromptCache:
     """
     Class embeddings `(num_classes, projection_dim)` by label set and templates, least recently used first out.
 
-    The matrices belong to one state of the text tower and tokenizer; when that changes they are all dropped. Safe to use
-    from several threads. A copy, and what a `DataLoader` worker receives, is empty.
+    The matrices belong to one state of the text tower and tokenizer; when that changes they are all dropped. Safe to
+    use from several threads. A copy, and what a `DataLoader` worker receives, is empty.
 
     Args:
         max_floats (`int`): how many numbers the matrices may hold together; the one in use is kept, however large.
@@ -70,8 +70,8 @@ class PromptCache:
 
 
 def text_state(clip: CLIPModel) -> tuple[Any, ...]:
-    """Compares equal as long as the same prompts give the same text embeddings, see [`weights_state`]. A change that leaves the
-    weights alone (switching an adapter off) is not seen."""
+    """Compares equal as long as the same prompts give the same text embeddings, see [`weights_state`]. A change that
+    leaves the weights alone (switching an adapter off) is not seen."""
     return weights_state([*clip.text_model.parameters(), *clip.text_projection.parameters()])
 
 

@@ -46,8 +46,9 @@ class SteeringMixin:
 
     @property
     def steerer(self) -> Steerer:
-        """What steers, with the settings in force: those of the innermost `with model.steering(...)` of this thread or task, else those
-        of [`VS2CLIPForZeroShot.set_steering`]. It never changes, and `steerer.with_(...)` gives another."""
+        """What steers, with the settings in force: those of the innermost `with model.steering(...)` of this thread or
+        task, else those of [`VS2CLIPForZeroShot.set_steering`]. It never changes, and `steerer.with_(...)` gives
+        another."""
         # Compiled code can't ask which context it runs in: it takes the settings that were set last.
         steerer = self._latest if torch.compiler.is_compiling() else _BLOCKS.get().get(id(self), self._steerer)
         if steerer.clip is not self.clip or steerer.saes != self.sae_by_layer:  # a replica of `DataParallel`, say
@@ -114,8 +115,9 @@ class SteeringMixin:
         ...     model(**inputs)
         ```
 
-        They come on top of the steering in force (`model.set_steering(gamma=1)` leaves the edits alone at work), the norm is kept,
-        and an image that the gate holds back has plain CLIP's result. `set_steering(edits=...)` keeps edits, in checkpoints too.
+        They come on top of the steering in force (`model.set_steering(gamma=1)` leaves the edits alone at work), the
+        norm is kept, and an image that the gate holds back has plain CLIP's result. `set_steering(edits=...)` keeps
+        edits, in checkpoints too.
 
         Args:
             amplify, suppress, set: see [`LatentEdits`].
@@ -138,7 +140,8 @@ class SteeringMixin:
         return None if self._steerer.search is None else self._steerer.search.corpus
 
     def set_corpus(self, corpus: RetrievalCorpus | None) -> None:
-        """Give the model an unlabelled corpus for `method="vs2++"`, or with `None` take it away. `save_pretrained` keeps it.
+        """Give the model an unlabelled corpus for `method="vs2++"`, or with `None` take it away. `save_pretrained`
+        keeps it.
 
         Raises:
             `ValueError`: if it was made with another CLIP.
@@ -153,11 +156,12 @@ class SteeringMixin:
         return self.sae.domain_statistics
 
     def set_domain_statistics(self, statistics: DomainStatistics | None) -> None:
-        """Give the SAE of the deepest steered layer other [`DomainStatistics`], as [`measure_statistics`] makes them, or with `None`
-        take them away. What was fitted for label sets is dropped. `save_pretrained` keeps them.
+        """Give the SAE of the deepest steered layer other [`DomainStatistics`], as [`measure_statistics`] makes them,
+        or with `None` take them away. What was fitted for label sets is dropped. `save_pretrained` keeps them.
 
         Raises:
-            `ValueError`: if they are of rows of another width or number of latents, or do not serve the settings in force.
+            `ValueError`: if they are of rows of another width or number of latents, or do not serve the settings in
+                force.
         """
         if statistics is None and self._steerer.settings.rule.needs_statistics:
             raise ValueError(
@@ -177,7 +181,8 @@ class SteeringMixin:
     def steer_cls(self, rows: torch.Tensor, layer: int = -1, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
         """Steer CLS rows `(batch, hidden_size)` of one layer (algorithm 1): encode, gate on FVU, move, keep the norm.
 
-        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
+        `method="vs2++"` needs `class_embeds=`, and may need `retrieval_embeds=` and `exclude=`: see
+        [`RetrievalInputs`].
         """
         return self.steerer.steer(rows, layer, **retrieval)
 
@@ -194,15 +199,15 @@ class SteeringMixin:
         clean: bool = True,
     ) -> FittedLabels:
         """
-        What the method in force makes of a label set, fitted on the unlabelled rows of the statistics and kept: the next call with
-        these labels and templates, also of the pipeline, finds it, and `save_pretrained` saves it.
+        What the method in force makes of a label set, fitted on the unlabelled rows of the statistics and kept: the
+        next call with these labels and templates, also of the pipeline, finds it, and `save_pretrained` saves it.
 
         It need not be called: any label set is fitted when it is first scored.
 
         Args:
             labels (`list[str]`): the labels.
-            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are read from where
-                the checkpoint, or else its CLIP, was loaded from.
+            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are
+                read from where the checkpoint, or else its CLIP, was loaded from.
             templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
             clean (`bool`): read labels by [`clean_class_names`] before they go into prompts.
 
@@ -220,12 +225,14 @@ class SteeringMixin:
         return self.steerer.fit_classes(embeds, tuple(labels))
 
     def fit_classes(self, class_embeds: torch.Tensor) -> FittedLabels:
-        """[`fit_label_set`] of class embeddings `(num_classes, projection_dim)`; kept for the next call, but not saved."""
+        """[`fit_label_set`] of class embeddings `(num_classes, projection_dim)`; kept for the next call, but not
+        saved."""
         return self.steerer.fit_classes(class_embeds)
 
     @property
     def fitted_label_sets(self) -> tuple[FittedLabels, ...]:
-        """What [`fit_label_set`] fitted, or a checkpoint brought, of the weights and statistics that the model has now."""
+        """What [`fit_label_set`] fitted, or a checkpoint brought, of the weights and statistics that the model has
+        now."""
         return self._steerer.label_sets.named_now(self._steerer)
 
     def image_mean(self) -> torch.Tensor:
@@ -242,12 +249,15 @@ class SteeringMixin:
         """
         Logits of images for classes under the method in force, float32 `(batch, num_classes)`.
 
-        Cosines with the classes, times `logit_scale`, for methods that change image features alone; for `"distribution_norm"`,
-        `"balanced_norm"` and `"prototypes"` see [`label_scores`], on the same scale. An image that the gate held back has plain CLIP's.
+        Cosines with the classes, times `logit_scale`, for methods that change image features alone; for
+        `"distribution_norm"`, `"balanced_norm"` and `"prototypes"` see [`label_scores`], on the same scale. An image
+        that the gate held back has plain CLIP's.
 
         Args:
-            images ([`VS2ImageFeatures`]): of [`image_features`] or [`image_features_from_cls`] under the same settings.
-            class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length, see [`class_embeddings`].
+            images ([`VS2ImageFeatures`]): of [`image_features`] or [`image_features_from_cls`] under the same
+                settings.
+            class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length, see
+                [`class_embeddings`].
 
         Raises:
             `ValueError`: naming the first row whose features or scores are not finite: they would be no answer.
@@ -275,18 +285,22 @@ class SteeringMixin:
         For many images or calls use the pipeline with `explain=True`, which keeps the labels' embeddings.
 
         Args:
-            images: one image or a list, as the pipeline takes them; or `pixel_values` `(batch, channels, height, width)`.
+            images: one image or a list, as the pipeline takes them; or `pixel_values` `(batch, channels, height,
+                width)`.
             labels (`list[str]`): the labels to choose from; or their embeddings `(num_labels, projection_dim)`.
-            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are read from where
-                the checkpoint, or else its CLIP, was loaded from; not at all where images and labels are tensors.
+            processor (*optional*): a `CLIPProcessor`, or a pair of tokenizer and image processor. By default they are
+                read from where the checkpoint, or else its CLIP, was loaded from; not at all where images and labels
+                are tensors.
             templates (*optional*): prompts, anything [`resolve_templates`] takes; by default the pipeline's.
-            names (*optional*): of latents: a mapping, a sequence, [`LatentNames`], or the path of a `latents.json` of an atlas.
+            names (*optional*): of latents: a mapping, a sequence, [`LatentNames`], or the path of a `latents.json` of
+                an atlas.
             vocabulary (`list[str]`, *optional*): words to name the latents by, see [`name_latents`].
             clean (`bool`): read labels by [`clean_class_names`] before they go into prompts.
             retrieval_embeds, exclude (`torch.Tensor`, *optional*): for `method="vs2++"`, see [`RetrievalInputs`].
 
         Raises:
-            `ValueError`: if steering does not go through latents of the last layer alone, or something that is needed is missing.
+            `ValueError`: if steering does not go through latents of the last layer alone, or something that is needed
+                is missing.
         """
         retrieval = RetrievalInputs(retrieval_embeds=retrieval_embeds, exclude=exclude)
         processing = partial(processing_of, self, processor)
@@ -302,8 +316,8 @@ class SteeringMixin:
         retrieval_embeds: torch.Tensor | None = None,
         exclude: torch.Tensor | None = None,
     ) -> VS2Explanation:
-        """[`VS2CLIPForZeroShot.explain`] of cached CLS rows `(batch, hidden_size)` of the last layer and label embeddings
-        `(num_labels, projection_dim)`."""
+        """[`VS2CLIPForZeroShot.explain`] of cached CLS rows `(batch, hidden_size)` of the last layer and label
+        embeddings `(num_labels, projection_dim)`."""
         retrieval = RetrievalInputs(class_embeds=class_embeds, retrieval_embeds=retrieval_embeds, exclude=exclude)
         return explain_rows(self.steerer, rows, class_embeds, labels, resolve_names(names), retrieval)
 

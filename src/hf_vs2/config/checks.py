@@ -41,7 +41,8 @@ _NO_FIELDS = ("model_type", "_name_or_path", "name_or_path", "num_labels", "outp
 
 
 def strict_values(cls: type[_Config]) -> type[_Config]:
-    """`huggingface_hub`'s `strict`, whose refusal of a value of another kind than its field's is a `ValueError` here, in one line."""
+    """`huggingface_hub`'s `strict`, whose refusal of a value of another kind than its field's is a `ValueError` here,
+    in one line."""
     cls = strict(cls)
     set_checked = cls.__setattr__
 
@@ -60,13 +61,15 @@ def strict_values(cls: type[_Config]) -> type[_Config]:
 
 class CheckpointConfig(PackagedCode):
     """
-    A config class whose files are refused in one message, with the file and the field, before anything is built from them.
+    A config class whose files are refused in one message, with the file and the field, before anything is built from
+    them.
 
     Put it before `PreTrainedConfig` among the bases. An unknown field is kept: a later version may have added it.
     """
 
     required_fields: ClassVar[tuple[str, ...]] = ("model_type",)
-    """Fields that every file has held from the first version on; a default in place of one that was lost is another model."""
+    """Fields that every file has held from the first version on; a default in place of one that was lost is another
+    model."""
 
     @classmethod
     def get_config_dict(
@@ -88,7 +91,8 @@ class CheckpointConfig(PackagedCode):
         if not found[0]:
             where = f" in subfolder {subfolder!r}" if subfolder else ""
             raise OSError(
-                f"{pretrained_model_name_or_path} has no {CONFIG_NAME}{where}. If it holds several SAEs, name one with subfolder=."
+                f"{pretrained_model_name_or_path} has no {CONFIG_NAME}{where}. If it holds several SAEs, name one "
+                "with subfolder=."
             )
         if not isinstance(found[0], dict):
             raise ValueError(f"{CONFIG_NAME} of {pretrained_model_name_or_path} is not a JSON object.")
@@ -99,8 +103,8 @@ class CheckpointConfig(PackagedCode):
         """As in transformers.
 
         Raises:
-            `OSError`: if there is no such file, or no JSON in it. `ValueError`: if it can't be used; the message names the file and
-                the field.
+            `OSError`: if there is no such file, or no JSON in it. `ValueError`: if it can't be used; the message names
+                the file and the field.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
@@ -126,7 +130,8 @@ class CheckpointConfig(PackagedCode):
 
     @classmethod
     def check_fields(cls, config_dict: Any) -> None:
-        """Refuse a dictionary that lacks fields, has some that are misspelt, or asks for more than a configuration may.
+        """Refuse a dictionary that lacks fields, has some that are misspelt, or asks for more than a configuration
+        may.
 
         Raises:
             `ValueError`: naming the field.

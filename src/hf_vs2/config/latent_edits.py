@@ -15,7 +15,8 @@ from .schema import shown
 
 
 class EditTable(NamedTuple):
-    """Edits as the equations take them: an edited latent's value becomes `factor * c + target`. Each is `(num_edits,)`."""
+    """Edits as the equations take them: an edited latent's value becomes `factor * c + target`. Each is
+    `(num_edits,)`."""
 
     latents: torch.Tensor
     """int64."""
@@ -37,7 +38,8 @@ class LatentEdits:
         set (mapping `int -> float`): make it this value, whether or not it is active.
 
     Raises:
-        `TypeError`, `ValueError`: on a latent that is no whole number of at least 0 or is named twice, and on a value that is not finite.
+        `TypeError`, `ValueError`: on a latent that is no whole number of at least 0 or is named twice, and on a value
+            that is not finite.
     """
 
     amplify: Any = ()
@@ -61,7 +63,8 @@ class LatentEdits:
 
     @classmethod
     def of(cls, edits: LatentEdits | Mapping[str, Any] | None) -> LatentEdits | None:
-        """From a mapping with the keys `amplify`, `suppress` and `set`, as a `config.json` holds it. `None` for no edit at all."""
+        """From a mapping with the keys `amplify`, `suppress` and `set`, as a `config.json` holds it. `None` for no
+        edit at all."""
         if edits is None or isinstance(edits, LatentEdits):
             return edits or None
         if not isinstance(edits, Mapping):

@@ -9,8 +9,8 @@ logger = logging.get_logger(__name__)
 
 
 class PackagedCode:
-    """A config or model class that transformers does not take for remote code when it was reached through the shim. It would
-    copy the package's source files into every checkpoint saved from then on."""
+    """A config or model class that transformers does not take for remote code when it was reached through the shim. It
+    would copy the package's source files into every checkpoint saved from then on."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

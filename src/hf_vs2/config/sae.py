@@ -147,8 +147,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _check_values(self, num_latents: int, aux_k: int) -> None:
-        """Refuse what no SAE can be, and say what to change. (A `validate_*` method of `@strict` would turn these plain
-        `ValueError`s into an error class of its own, with a prefix before the message.)"""
+        """Refuse what no SAE can be, and say what to change. (A `validate_*` method of `@strict` would turn these
+        plain `ValueError`s into an error class of its own, with a prefix before the message.)"""
         if self.hidden_size < 1 or self.expansion_factor < 1 or num_latents < 1:
             raise ValueError(
                 "hidden_size, expansion_factor and num_latents must be positive, not "
@@ -177,8 +177,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             raise ValueError(f"format_version={self.format_version} does not exist: versions count from 1.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"This checkpoint has format version {self.format_version}; this package reads up to {FORMAT_VERSION}. "
-                "Upgrade it: pip install -U hf_vs2."
+                f"This checkpoint has format version {self.format_version}; this package reads up to "
+                f"{FORMAT_VERSION}. Upgrade it: pip install -U hf_vs2."
             )
 
     def _check_statistics(self) -> None:
@@ -229,9 +229,9 @@ def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_row
     if not levels or not levels[0] <= quantile <= levels[-1]:
         known = f"{levels[0]} to {levels[-1]}" if levels else "of which there are none"
         raise ValueError(
-            f"gate={quantile} lies outside the {what} {known}"
-            f"{f' (from {num_rows} held-out rows)' if num_rows is not None else ''}. Choose one between them, calibrate on more rows, or "
-            "give the threshold itself as fvu_threshold=."
+            f"gate={quantile} lies outside the {what} "
+            f"{known}{f' (from {num_rows} held-out rows)' if num_rows is not None else ''}. Choose one between them, "
+            "calibrate on more rows, or give the threshold itself as fvu_threshold=."
         )
     upper = bisect.bisect_left(levels, quantile)
     (low, low_value), (high, high_value) = stored[max(upper - 1, 0)], stored[upper]

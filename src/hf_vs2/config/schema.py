@@ -31,7 +31,8 @@ class Kind:
     Args:
         says (`str`): the words for it in messages, after "must be".
         accepts (`Callable`): whether a value is of this kind.
-        make (`Callable`): what is kept of an accepted value; it may raise `ValueError` itself. It gets the value and its name.
+        make (`Callable`): what is kept of an accepted value; it may raise `ValueError` itself. It gets the value and
+            its name.
     """
 
     says: str
@@ -190,7 +191,8 @@ def read_fields(
         where (`str`): before the names of its keys in messages; `what`: the mapping itself there.
 
     Raises:
-        `ValueError`: on a key that nobody reads, with the nearest known one, on one that is missing, and on a value of another kind.
+        `ValueError`: on a key that nobody reads, with the nearest known one, on one that is missing, and on a value of
+            another kind.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{what or where} must be `key: value` lines, not {shown(content)}.")

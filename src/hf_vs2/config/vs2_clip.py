@@ -26,20 +26,21 @@ class Steering:
     """How CLS rows are steered. Immutable: change one with `dataclasses.replace`.
 
     Args:
-        method (`str`): one of [`METHODS`], by default the paper's `"vs2"`; docs/methods.md says what each does. Methods that fit
-            something to a label set change scores, not image features: see `VS2CLIPForZeroShot.class_logits`.
+        method (`str`): one of [`METHODS`], by default the paper's `"vs2"`; docs/methods.md says what each does.
+            Methods that fit something to a label set change scores, not image features: see
+            `VS2CLIPForZeroShot.class_logits`.
         gamma (`float` or one a latent): amplification of the active latents.
         lambda_ (`float`): size of the step.
-        gate (`float`, *optional*): quantile above which a row is left alone: of the FVU, or of [`row_distance`] for methods that
-            do not read the SAE.
+        gate (`float`, *optional*): quantile above which a row is left alone: of the FVU, or of [`row_distance`] for
+            methods that do not read the SAE.
         fvu_threshold (`float`, *optional*): the gate's threshold tau itself, instead of a quantile.
         enabled (`bool`): off means plain CLIP, bit for bit.
         num_neighbors (`int`): of `"vs2++"`, the paper's N.
-        positives (`str`): of `"vs2++"`, whose latents are amplified: those of the neighbours with the `"majority"` pseudo-label,
-            or with the `"query"`'s own (eq. 4).
+        positives (`str`): of `"vs2++"`, whose latents are amplified: those of the neighbours with the `"majority"`
+            pseudo-label, or with the `"query"`'s own (eq. 4).
         coefficient (`float`): of `"distribution_norm"`, how much of both means is subtracted, 0 to 1.
-        edits ([`LatentEdits`] or `dict` of its fields, *optional*): latents changed by hand, on top of any method; for edits alone
-            use `gamma=1`. The gate holds for them too.
+        edits ([`LatentEdits`] or `dict` of its fields, *optional*): latents changed by hand, on top of any method; for
+            edits alone use `gamma=1`. The gate holds for them too.
     """
 
     method: str = "vs2"
@@ -62,12 +63,13 @@ class Steering:
                 FINITE.read(factor, "gamma")
         if self.gate is not None and self.fvu_threshold is not None:
             raise ValueError(
-                f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude each "
-                "other. Give one; set the other to None."
+                f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude "
+                "each other. Give one; set the other to None."
             )
         if self.gate is not None and not 0 < self.gate < 1:
             raise ValueError(
-                f"gate={self.gate} must be a quantile between 0 and 1. To give the FVU threshold itself, use fvu_threshold=."
+                f"gate={self.gate} must be a quantile between 0 and 1. To give the FVU threshold itself, use "
+                "fvu_threshold=."
             )
         if rule.one_direction and isinstance(self.gamma, tuple):
             raise ValueError(
@@ -75,8 +77,8 @@ class Steering:
             )
         if self.fvu_threshold is not None and not self.measures_fvu:
             raise ValueError(
-                f"method={self.method!r} does not read the SAE, so it has no FVU to compare with fvu_threshold={self.fvu_threshold}. "
-                "Give gate=, a quantile of the distance to the training rows."
+                f"method={self.method!r} does not read the SAE, so it has no FVU to compare with "
+                f"fvu_threshold={self.fvu_threshold}. Give gate=, a quantile of the distance to the training rows."
             )
 
     @property
@@ -159,7 +161,8 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         elif isinstance(self.clip_config, dict):
             self.clip_config = CLIPConfig(**self.clip_config)
         else:
-            # A composite config sets the attention implementation of its parts: never on a config that a live model uses.
+            # A composite config sets the attention implementation of its parts: never on a config that a live model
+            # uses.
             self.clip_config = copy.deepcopy(self.clip_config)
         self.sae_configs = [
             SAEConfig(**sae) if isinstance(sae, dict) else copy.deepcopy(sae) for sae in self.sae_configs

@@ -137,8 +137,8 @@ def read_pixels(images: Sequence[NamedImage], processor: Any, timeout: float | N
 
 def uint8_pixels(image: Image.Image, processor: Any, name: str) -> torch.Tensor:
     """
-    The image as `processor` resizes and crops it, (channels, height, width) uint8. Rescaling and normalisation are left to
-    [`Normalizer`]: one step for a whole batch, on the device.
+    The image as `processor` resizes and crops it, (channels, height, width) uint8. Rescaling and normalisation are
+    left to [`Normalizer`]: one step for a whole batch, on the device.
 
     Raises:
         UnreadableImageError: `processor` would make it huge and does not crop it.
@@ -156,8 +156,9 @@ def uint8_pixels(image: Image.Image, processor: Any, name: str) -> torch.Tensor:
 
 def read_together(read: Callable[[Any, N], T], images: Sequence[Any], names: Sequence[N]) -> list[T]:
     """
-    `read(image, name)` of each image, in order, by as many threads as torch uses (in a DataLoader worker: one), for Pillow's
-    decoders and its resizing let other threads run. The threads end before this returns; the first error in order is raised.
+    `read(image, name)` of each image, in order, by as many threads as torch uses (in a DataLoader worker: one), for
+    Pillow's decoders and its resizing let other threads run. The threads end before this returns; the first error in
+    order is raised.
     """
     # A Pillow object that was given several times (opened, not loaded yet) can't be decoded by two threads at once.
     places: dict[int, list[int]] = {}

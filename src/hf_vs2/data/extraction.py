@@ -247,13 +247,14 @@ def naming_lost_partners() -> Iterator[None]:
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             raise
         raise OSError(
-            "Another process of this job has died or does not answer: see its message, then start the job again; it goes on "
-            f"from what was saved. ({error})"
+            "Another process of this job has died or does not answer: see its message, then start the job again; it "
+            f"goes on from what was saved. ({error})"
         ) from error
 
 
 def even_shard_size(num_images: int, shard_size: int, batch_size: int, world_size: int) -> int:
-    """Images per shard, at most `shard_size`, of which each process gets as many as the others where there are enough images.
+    """Images per shard, at most `shard_size`, of which each process gets as many as the others where there are enough
+    images.
 
     Whole batches where `shard_size` is: every image then is in the batch that it is in when one process does all.
     """

@@ -77,7 +77,8 @@ def open_image(
     except Image.DecompressionBombError as error:
         # Pillow's sentence, without its full stop: what may be done instead follows.
         raise UnreadableImageError(
-            f"{name} is too large to be opened safely: {str(error).rstrip('.')} (if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS)"
+            f"{name} is too large to be opened safely: {str(error).rstrip('.')} (if you trust it, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
     except UnidentifiedImageError as error:  # whose own words are the address of a buffer, another one in every run
         raise UnreadableImageError(f"{name} cannot be read (no image format that Pillow can identify)") from error
@@ -146,7 +147,8 @@ def _from_text(text: str, in_row: bool, timeout: float | None) -> bytes | Image.
             return file.read()
     if "://" in text:
         raise ValueError(
-            f"addresses that begin with {one_line(scheme)}: are not read: give a file, or an address with http:, https: or file:"
+            f"addresses that begin with {one_line(scheme)}: are not read: give a file, or an address with http:, "
+            "https: or file:"
         )
     try:
         return _read_file(text)

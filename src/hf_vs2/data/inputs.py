@@ -44,8 +44,9 @@ class NamedImage:
             )
         if isinstance(self.image, dict) and not self.image.keys() & {"bytes", "path"}:
             raise TypeError(
-                f"{name} is a dict with {sorted(map(str, self.image))}, not one with 'bytes' or 'path'. To classify a column of "
-                "a data set, give KeyDataset(dataset, 'image') (transformers.pipelines.pt_utils) or dataset['image']."
+                f"{name} is a dict with {sorted(map(str, self.image))}, not one with 'bytes' or 'path'. To classify a "
+                "column of a data set, give KeyDataset(dataset, 'image') (transformers.pipelines.pt_utils) or "
+                "dataset['image']."
             )
         return open_image(self.image, name, mode=self.mode, timeout=timeout)
 

@@ -1,7 +1,9 @@
-"""Image data sets by name: where they are, their splits and columns, CLIP's names for their classes, prompts and metric.
+"""Image data sets by name: where they are, their splits and columns, CLIP's names for their classes, prompts and
+metric.
 
-An entry is a YAML file in `registry_data/`; `python -m hf_vs2.registry` prints them as the table of docs/datasets.md. A path may
-stand in for a Hub id, and a data set of your own takes a few lines of YAML or a dictionary: see [`dataset_info`].
+An entry is a YAML file in `registry_data/`; `python -m hf_vs2.registry` prints them as the table of docs/datasets.md.
+A path may stand in for a Hub id, and a data set of your own takes a few lines of YAML or a dictionary: see
+[`dataset_info`].
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ class DatasetInfo:
         config_name, revision (`str`, *optional*): of a Hub data set.
         train_split, test_split (`str`): as `load_images` takes them, slices and sums included: `"train[:600]"`.
         image_column, label_column (`str`): columns of images and of labels, whole numbers or names.
-        classes (`Mapping[str, str]`, *optional*): the data set's own name of each label to the name that prompts use, in
-            the order of the labels. `None`: the data set's own names are used.
+        classes (`Mapping[str, str]`, *optional*): the data set's own name of each label to the name that prompts use,
+            in the order of the labels. `None`: the data set's own names are used.
         aliases (`Mapping[str, str]`): label names that other copies of the data set use, to the name that prompts use.
         templates (`tuple[str, ...]`): prompts with `{}` where the class name goes.
         metric (`str`): `"accuracy"`, or `"mean_per_class"` (the mean of the classes' accuracies).
         pitfalls, sources (`tuple[str, ...]`): what to watch out for; where names, templates and metric come from.
-        verified (`bool`): columns, splits and label names were all seen in a public source; `verification` says where, or
-            what was not seen.
+        verified (`bool`): columns, splits and label names were all seen in a public source; `verification` says where,
+            or what was not seen.
 
     Raises:
         ValueError: something is missing or of a kind that cannot be used.
@@ -157,9 +159,9 @@ class DatasetInfo:
         if unknown:
             shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise ValueError(
-                f"data set {self.name!r} ({self.source_id}): {len(unknown)} of {len(label_names)} label names are not among "
-                f"the classes of its entry: {shown}. Add them to its `aliases`, or set `classes: null` to use the data "
-                "set's own names."
+                f"data set {self.name!r} ({self.source_id}): {len(unknown)} of {len(label_names)} label names are not "
+                f"among the classes of its entry: {shown}. Add them to its `aliases`, or set `classes: null` to use "
+                "the data set's own names."
             )
         return [name for name in found if name is not None]
 
@@ -173,8 +175,9 @@ class DatasetInfo:
             raise ValueError(f"{where} holds {other[0]!r}: expected whole numbers or names.")
         if sorted(labels) != list(range(len(self.classes))):
             raise ValueError(
-                f"{where} has no label names, and its labels ({len(labels)} from {min(labels)} to {max(labels)}) are not "
-                f"0 to {len(self.classes) - 1}, the classes of its entry: give `classes`, a list in the order of the labels."
+                f"{where} has no label names, and its labels ({len(labels)} from {min(labels)} to {max(labels)}) are "
+                f"not 0 to {len(self.classes) - 1}, the classes of its entry: give `classes`, a list in the order of "
+                "the labels."
             )
 
 
@@ -188,10 +191,11 @@ def dataset_info(spec: str | Mapping[str, Any]) -> DatasetInfo:
     """The data set that a study or a user names.
 
     Args:
-        spec: a built-in name (see [`available`]); a mapping whose `name` is a built-in one, with what is to be different
-            (`{"name": "cifar10", "path": "/data/cifar10", "image_column": "image"}`); a mapping of a data set of your own
-            (`{"name": "mybirds", "path": "birds/"}`, by default with splits `train` and `test`, columns `image` and `label`,
-            the prompt `"a photo of a {}."` and the data set's own label names); or a `.yaml` file with either.
+        spec: a built-in name (see [`available`]); a mapping whose `name` is a built-in one, with what is to be
+            different (`{"name": "cifar10", "path": "/data/cifar10", "image_column": "image"}`); a mapping of a data
+            set of your own (`{"name": "mybirds", "path": "birds/"}`, by default with splits `train` and `test`,
+            columns `image` and `label`, the prompt `"a photo of a {}."` and the data set's own label names); or a
+            `.yaml` file with either.
 
     Raises:
         ValueError: no such name (the message lists those there are), an unknown key, or a value that cannot be used.
@@ -222,8 +226,8 @@ def _no_such_name(name: Any) -> str:
     near = difflib.get_close_matches(str(name)[:100], available(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return (
-        f"{shown(name)} is not a data set that comes with the package ({', '.join(available())}), and there is no path to one of "
-        f"your own: give {{'name': ..., 'path': ...}} or a .yaml file.{hint}"
+        f"{shown(name)} is not a data set that comes with the package ({', '.join(available())}), and there is no "
+        f"path to one of your own: give {{'name': ..., 'path': ...}} or a .yaml file.{hint}"
     )
 
 

@@ -30,7 +30,8 @@ class Rows(ABC):
         labels (`torch.Tensor` of shape `(len,)`, *optional*): int64, -1 where there is none.
         class_names (`list[str]`, *optional*): in the order of the labels.
         name (`str`): how messages name them.
-        origin (`dict`): the fields of [`SAEConfig`] that say which CLIP and layer the rows are of; empty where nothing tells.
+        origin (`dict`): the fields of [`SAEConfig`] that say which CLIP and layer the rows are of; empty where nothing
+            tells.
     """
 
     width: int
@@ -57,8 +58,8 @@ class Rows(ABC):
             broken = first_broken_row(block)
             if broken is not None:
                 raise ValueError(
-                    f"Row {int(chosen[broken])} of {self.name} holds NaN or infinite values. Extract the activations again in "
-                    "float32 or bfloat16 (float16 overflows in some CLIP models)."
+                    f"Row {int(chosen[broken])} of {self.name} holds NaN or infinite values. Extract the activations "
+                    "again in float32 or bfloat16 (float16 overflows in some CLIP models)."
                 )
             yield block
 
@@ -100,8 +101,8 @@ class StoreRows(Rows):
         self.layer = store.layers[0] if layer is None else resolve_layer(layer, store.metadata["num_layers"])
         if self.layer not in store.layers:
             raise ValueError(
-                f"The store {store.path} holds layers {list(store.layers)}, not {self.layer}: extract the images again with "
-                f"layers=({self.layer},)."
+                f"The store {store.path} holds layers {list(store.layers)}, not {self.layer}: extract the images "
+                f"again with layers=({self.layer},)."
             )
 
     def __len__(self) -> int:
@@ -140,7 +141,8 @@ class UnionRows(Rows):
     """The rows of several stores, one store after another.
 
     Raises:
-        `ValueError`: if the stores are of different CLIPs, layers, widths or preprocessing, with both and the difference.
+        `ValueError`: if the stores are of different CLIPs, layers, widths or preprocessing, with both and the
+            difference.
     """
 
     def __init__(self, parts: Sequence[StoreRows]):
@@ -151,8 +153,8 @@ class UnionRows(Rows):
             lines = differences(_kind(parts[0]), _kind(other))
             if lines:
                 raise ValueError(
-                    f"The stores {parts[0].store.path} and {other.store.path} can't be taken together: {'; '.join(lines)}. "
-                    "Extract both with the same CLIP, layer and image processor."
+                    f"The stores {parts[0].store.path} and {other.store.path} can't be taken together: "
+                    f"{'; '.join(lines)}. Extract both with the same CLIP, layer and image processor."
                 )
 
     def __len__(self) -> int:
@@ -168,8 +170,8 @@ class UnionRows(Rows):
 
     @property
     def labels(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Labels of all parts, -1 for those without. Classes of different stores are different classes, unless the stores have
-        the same class names."""
+        """Labels of all parts, -1 for those without. Classes of different stores are different classes, unless the
+        stores have the same class names."""
         of_parts = [part.labels for part in self.parts]
         if all(labels is None for labels in of_parts):
             return None
@@ -215,7 +217,8 @@ def rows_of(source: RowSource, layer: int | None = None) -> Rows:
     stores = [source] if isinstance(source, ActivationStore) else source
     if not isinstance(stores, Sequence) or not stores or not all(isinstance(one, ActivationStore) for one in stores):
         raise TypeError(
-            f"Activations must be a tensor (rows, hidden_size), an ActivationStore or a list of stores, not {type(source).__name__}."
+            "Activations must be a tensor (rows, hidden_size), an ActivationStore or a list of stores, not "
+            f"{type(source).__name__}."
         )
     parts = [StoreRows(store, layer) for store in stores]
     return parts[0] if len(parts) == 1 else UnionRows(parts)
@@ -262,7 +265,8 @@ def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> 
     found = rows.labels if labels is None else torch.as_tensor(labels).cpu()
     if found is None:
         raise ValueError(
-            "label_loss needs labels, and the rows have none. Give labels=, or extract the activations with label_column=."
+            "label_loss needs labels, and the rows have none. Give labels=, or extract the activations with "
+            "label_column=."
         )
     if found.shape != (len(rows),) or found.is_floating_point() or found.dtype == torch.bool:
         raise ValueError(
@@ -282,13 +286,13 @@ def read_ahead(read: Callable[[int], T], numbers: Iterable[int]) -> Generator[T,
     """
     `read(number)` for each of `numbers`, in order. While the caller works on one, a thread reads the next.
 
-    What `read` raises is raised where its result was due. Close the iterator (`contextlib.closing`) to end the thread, for which it
-    waits.
+    What `read` raises is raised where its result was due. Close the iterator (`contextlib.closing`) to end the thread,
+    for which it waits.
     """
     processors = torch.get_num_threads()
     with ThreadPoolExecutor(1, "hf_vs2-rows") as pool:
-        # One for the reader: a team of processors of its own would get in the way of the caller's. The setting is a thread's own,
-        # but threads to come begin with the last one made.
+        # One for the reader: a team of processors of its own would get in the way of the caller's. The setting is a
+        # thread's own, but threads to come begin with the last one made.
         pool.submit(torch.set_num_threads, 1).result()
         torch.set_num_threads(processors)
         upcoming = iter(numbers)

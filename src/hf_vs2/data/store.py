@@ -47,8 +47,8 @@ def _first_byte(file: io.FileIO, name: str) -> int:
     """
     Where a tensor begins in a whole safetensors file, which safetensors itself does not tell.
 
-    The format: 8 bytes, little-endian, with the length of the header; the header, JSON; the tensors, whose `data_offsets` count
-    from the end of the header.
+    The format: 8 bytes, little-endian, with the length of the header; the header, JSON; the tensors, whose
+    `data_offsets` count from the end of the header.
     """
     length = int.from_bytes(file.read(8), "little")
     return 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
@@ -236,8 +236,8 @@ class ActivationStore:
         return f"layer_{resolved}"
 
     def _runs(self, wanted: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
-        """`wanted` as stretches that lie on disk as they are asked for: (shard, row in it, place in `wanted`, length), in the
-        order of the disk."""
+        """`wanted` as stretches that lie on disk as they are asked for: (shard, row in it, place in `wanted`, length),
+        in the order of the disk."""
         shard = torch.bucketize(wanted, self._ends, right=True)
         begins = torch.ones_like(wanted, dtype=torch.bool)
         begins[1:] = (wanted.diff() != 1) | (shard.diff() != 0)
@@ -252,8 +252,8 @@ class ActivationStore:
     def _read(self, number: int, name: str, runs: Iterable[tuple[int, int, int, int]], buffer: memoryview) -> None:
         """Copies `runs` of one shard to their places in `buffer`, which holds all rows asked for.
 
-        The file is not kept open, so that any number of shards, threads and processes will do. It is not mapped: every mapped
-        page that was read counts as resident memory, in the end the whole store.
+        The file is not kept open, so that any number of shards, threads and processes will do. It is not mapped: every
+        mapped page that was read counts as resident memory, in the end the whole store.
         """
         path = f"{self.path}{os.sep}{shard_name(number)}"
         width = self.hidden_size * ROW_DTYPES[self.metadata["dtype"]].itemsize
@@ -267,8 +267,8 @@ class ActivationStore:
             raise _damaged(path, error) from error
 
     def _offset(self, number: int, name: str, file: io.FileIO) -> int:
-        """Byte of an open shard at which the rows of a layer begin. Refuses a file of another size than the index says and, when
-        it is first read, one that safetensors refuses or whose rows are of another dtype or shape."""
+        """Byte of an open shard at which the rows of a layer begin. Refuses a file of another size than the index says
+        and, when it is first read, one that safetensors refuses or whose rows are of another dtype or shape."""
         shard, size = self.metadata["shards"][number], os.fstat(file.fileno()).st_size
         if size != shard["bytes"]:
             raise ValueError(f"it has {size} bytes instead of {shard['bytes']}")
@@ -289,8 +289,8 @@ class ActivationStore:
             raise _damaged(path, error) from error
 
     def _check_shard(self, number: int, shard: Any, name: str) -> None:
-        """Refuses, when it is first read, a shard of another store or another place in this one, and a tensor of another type or shape or
-        with other numbers than were written."""
+        """Refuses, when it is first read, a shard of another store or another place in this one, and a tensor of
+        another type or shape or with other numbers than were written."""
         if (number, name) in self._checked:
             return
         header = json.loads((shard.metadata() or {}).get("hf_vs2", "{}"))

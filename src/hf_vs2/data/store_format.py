@@ -88,7 +88,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_complete(folder: Path, index: dict[str, Any]) -> None:
-    """Refuse the index of a finished store that contradicts itself: rows are counted and memory is taken by what it says."""
+    """Refuse the index of a finished store that contradicts itself: rows are counted and memory is taken by what it
+    says."""
     path = folder / INDEX_NAME
     _check_fields(path, index, _COMPLETE_CHECKS)
     if index["num_rows"] != sum(shard["rows"] for shard in index["shards"]):

@@ -1,7 +1,8 @@
 """Pictures for the offline demo, all from packages the `demo` extra installs: typefaces, handwriting, photographs.
 
-The demo's CLIP learned printed characters (`scripts/train_demo_clip.py` draws them with [`render_character`]); its target
-is scikit-learn's handwritten digits, and everything else here is foreign on purpose, to show what the gate is for.
+The demo's CLIP learned printed characters (`scripts/train_demo_clip.py` draws them with [`render_character`]); its
+target is scikit-learn's handwritten digits, and everything else here is foreign on purpose, to show what the gate is
+for.
 """
 
 import importlib.util
@@ -21,7 +22,8 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 LETTER_NAMES = tuple(f"letter {letter}" for letter in LETTERS)
 IMAGE_SIZE = 28
 
-# Named one by one: matplotlib also ships symbol fonts, whose glyphs at the places of digits are brackets and integrals.
+# Named one by one: matplotlib also ships symbol fonts, whose glyphs at the places of digits are brackets and
+# integrals.
 TYPEFACES = (
     *(f"DejaVuSans{style}.ttf" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{style}.ttf" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -62,7 +64,8 @@ def render_character(character: str, font: ImageFont.FreeTypeFont | ImageFont.Im
 
 
 def prepare_digit(pixels: np.ndarray) -> Image.Image:
-    """A handwritten digit, 8 x 8 values in 0..16, as a 28-pixel picture: enlarged to 24 pixels, framed by 2 black ones."""
+    """A handwritten digit, 8 x 8 values in 0..16, as a 28-pixel picture: enlarged to 24 pixels, framed by 2 black
+    ones."""
     levels = np.clip(np.rint(pixels * (255 / 16)), 0, 255).astype(np.uint8)
     framed = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
     framed.paste(Image.fromarray(levels).resize((24, 24), Image.Resampling.BICUBIC), (2, 2))

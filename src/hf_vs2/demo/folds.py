@@ -21,8 +21,8 @@ def pool_folds(results: Sequence[EvaluationResult], folds: Sequence[torch.Tensor
         folds: for each result the index of its images, together `0 .. n - 1`.
 
     Returns:
-        [`EvaluationResult`]: `tau` is the mean of the folds' thresholds, `seconds` their sum; everything else is what one
-        evaluation of all images gives.
+        [`EvaluationResult`]: `tau` is the mean of the folds' thresholds, `seconds` their sum; everything else is what
+        one evaluation of all images gives.
     """
     order = torch.cat(list(folds)).argsort()
     labels = torch.cat([labels_of(result) for result in results])[order]
@@ -38,7 +38,8 @@ def labels_of(result: EvaluationResult) -> torch.Tensor:
 
 
 def samples_of(result: EvaluationResult) -> list[SampleOutputs]:
-    """The per-image outcomes of a result that comes from `evaluate`; a `ValueError` for one that was read from a file."""
+    """The per-image outcomes of a result that comes from `evaluate`; a `ValueError` for one that was read from a
+    file."""
     return _in_memory(result.samples)
 
 

@@ -68,13 +68,14 @@ class DemoResult:
         low, high = meta["plain_accuracy_by_fvu"]["lower half"], meta["plain_accuracy_by_fvu"]["upper half"]
         covered = self.evaluation.row("vs2+gate")["coverage"]
         return [
-            f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE each, no labels:",
+            f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE each, no "
+            "labels:",
             "",
             self.evaluation.table(),
             "",
             f"The gate lets {covered:.0%} of the digits pass; of foreign images: {', '.join(foreign)}.",
-            f"FVU tells where CLIP errs: it is right on {low:.1f} % of the half that the SAE reconstructs best, and on {high:.1f} % of"
-            " the rest.",
+            f"FVU tells where CLIP errs: it is right on {low:.1f} % of the half that the SAE reconstructs best, and "
+            f"on {high:.1f} % of the rest.",
         ]
 
     def _places(self) -> list[str]:

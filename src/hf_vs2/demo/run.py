@@ -1,7 +1,8 @@
-"""The whole way in a minute, offline: a tiny CLIP that knows printed characters meets real handwriting, without labels.
+"""The whole way in a minute, offline: a tiny CLIP that knows printed characters meets real handwriting, without
+labels.
 
-Extract, train, calibrate, compare, draw: each step is the public function that a user would call. Every figure is measured
-when the demo runs, on images that the SAE in use has not seen (three folds, one SAE each).
+Extract, train, calibrate, compare, draw: each step is the public function that a user would call. Every figure is
+measured when the demo runs, on images that the SAE in use has not seen (three folds, one SAE each).
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ def run_demo(
     Run the demo: about a minute on one CPU core, no network.
 
     Args:
-        output_dir: where everything goes: `demo.png`, `results.json`, `sae/`, `model/`, `activations/`. Activations found there
-            are used again.
+        output_dir: where everything goes: `demo.png`, `results.json`, `sae/`, `model/`, `activations/`. Activations
+            found there are used again.
         seed: of the folds, the SAEs and the foreign images.
-        num_threads: CPU threads of torch while it runs; 1 by default, because for models this small more threads only wait for
-            each other (on a busy machine by a factor of five).
+        num_threads: CPU threads of torch while it runs; 1 by default, because for models this small more threads only
+            wait for each other (on a busy machine by a factor of five).
         progress: show progress bars.
 
     Raises:
@@ -177,10 +178,12 @@ class _Demo:
         )
 
     def _save(self, store: ActivationStore, handwriting: Dataset) -> None:
-        """What the user goes on with: an SAE trained on all digits, a steered CLIP that needs nothing else, one image."""
+        """What the user goes on with: an SAE trained on all digits, a steered CLIP that needs nothing else, one
+        image."""
         model = self._steered(self._train(store, "sae", self.seed))
         model.save_pretrained(self.output_dir / "model", full=True)
-        # Saved by name, because save_pretrained leaves such files alone where there are some, from an older demo perhaps.
+        # Saved by name, because save_pretrained leaves such files alone where there are some, from an older demo
+        # perhaps.
         self.tokenizer.save_pretrained(self.output_dir / "model")
         self.image_processor.save_pretrained(self.output_dir / "model")
         handwriting[0]["image"].save(self.output_dir / "digit.png")

@@ -41,8 +41,8 @@ def resolve_layer(layer: int, num_layers: int) -> int:
 def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> str | None:
     """The commit that a CLIP was loaded from; `None` if it came from a folder, or if nothing tells.
 
-    transformers noted it in the config up to 5.17. Since then it is the commit in the cache whose weights these are; `main`'s
-    where those are in a format that we do not open.
+    transformers noted it in the config up to 5.17. Since then it is the commit in the cache whose weights these are;
+    `main`'s where those are in a format that we do not open.
 
     Args:
         clip (`CLIPModel`, or anything with its `config` and `vision_model`): the model.
@@ -115,8 +115,8 @@ def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
     recorded = config.base_model_fingerprint
     if recorded is not None and not same_fingerprint(vision_fingerprint(clip), recorded):
         raise ValueError(
-            f"{both} They have the same shape but not the same weights. Load the SAE's own CLIP, or train an SAE for this "
-            "one; if this is a fine-tuned relative on which you want the SAE all the same, set "
+            f"{both} They have the same shape but not the same weights. Load the SAE's own CLIP, or train an SAE for "
+            "this one; if this is a fine-tuned relative on which you want the SAE all the same, set "
             "sae.config.base_model_fingerprint = None first."
         )
     warn_of_relative(clip, config.base_model_weights, f"This SAE was trained on {theirs}")
@@ -144,8 +144,7 @@ def warn_of_relative(clip: CLIPModel, recorded: Mapping[str, str] | None, what: 
     else:
         how = (
             f"which differs from it outside the vision tower ({other} is one of its other weights): its image rows "
-            f"are the same, its "
-            "class scores are not"
+            "are the same, its class scores are not"
         )
     warnings.warn(
         f"{what}; the CLIP given is {clip.config._name_or_path or 'one without a name'}, {how}. What was measured on "

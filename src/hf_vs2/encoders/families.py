@@ -26,8 +26,7 @@ def refuse_family(model_type: str | None, where: str, tower: bool = False) -> No
     if model_type not in STEERABLE and not (tower and model_type in _TOWERS):
         raise ValueError(
             f"{where} holds a model of type {model_type!r}; expected a CLIP ({', '.join(map(repr, STEERABLE))}). No "
-            f"other family "
-            "can be steered yet."
+            "other family can be steered yet."
         )
 
 

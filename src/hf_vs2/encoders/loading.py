@@ -122,8 +122,7 @@ def _check_scale(clip: Any, where: str) -> None:
     if not abs(scale) <= math.log(LARGEST):
         raise ValueError(
             f"{where} is damaged: logit_scale is {scale:g}, so that scores would be multiplied by e to that power; "
-            f"CLIP's own "
-            "is 4.6. Save or download it again."
+            "CLIP's own is 4.6. Save or download it again."
         )
 
 
@@ -134,8 +133,7 @@ def refuse_offloaded(model: PreTrainedModel, name: str | os.PathLike) -> None:
     if away:
         raise ValueError(
             f"{name} was loaded with weights left on the disk or in the host's memory ({away[0]} is one), which "
-            f"steering can't run "
-            "from. Give a device_map that places all of them, such as device_map='cpu'."
+            "steering can't run from. Give a device_map that places all of them, such as device_map='cpu'."
         )
 
 
@@ -147,8 +145,7 @@ def _read_config(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> C
     if look_for(name_or_path, "adapter_config.json", place):
         raise ValueError(
             f"{name_or_path} holds an adapter (adapter_config.json), such as a LoRA, which is not applied here. Load "
-            f"it with peft, take "
-            "merge_and_unload() of it, and give that model or the folder you save it to."
+            "it with peft, take merge_and_unload() of it, and give that model or the folder you save it to."
         )
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **place)
     refuse_family(config.get("model_type"), str(name_or_path))
@@ -290,8 +287,7 @@ def _misfit(
         if name in shapes and shapes[name] != tuple(tensor.shape):
             return (
                 f"{name_or_path}: {name} is {shapes[name]}, by {CONFIG_NAME} it is {tuple(tensor.shape)}. The two are "
-                f"not of one "
-                "checkpoint: save or download it again."
+                "not of one checkpoint: save or download it again."
             )
     return None
 

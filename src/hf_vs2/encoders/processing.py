@@ -38,8 +38,8 @@ def load_processing(
 ) -> tuple[PreTrainedTokenizerBase, CLIPImageProcessorPil]:
     """Tokenizer and image processor of a CLIP, or of a checkpoint that holds their files.
 
-    The concrete classes, because `AutoImageProcessor` asks for torchvision in some transformers versions and PIL does the same
-    work without it. `kwargs` are those of any `from_pretrained` (`token`, `local_files_only`, ...).
+    The concrete classes, because `AutoImageProcessor` asks for torchvision in some transformers versions and PIL does
+    the same work without it. `kwargs` are those of any `from_pretrained` (`token`, `local_files_only`, ...).
 
     Raises:
         `OSError`: if the files are not there. `ValueError`: if one is damaged, or no image could be prepared by it;
@@ -158,23 +158,25 @@ def _usable(load: Callable[[], Any], files: Mapping[str, str]) -> Any:
 
 
 def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether there is more in it than special tokens. Where the files are missing, transformers makes one without words."""
+    """Whether there is more in it than special tokens. Where the files are missing, transformers makes one without
+    words."""
     return len(tokenizer) > len(tokenizer.all_special_tokens)
 
 
 def save_processing(
     name_or_path: str | os.PathLike, revision: str | None, folder: Path, earlier: Path, **kwargs: Any
 ) -> None:
-    """Put a CLIP's tokenizer and image processor files into `folder`. Where they can't be read, and there are none in `earlier`, a
-    warning says what is missing. `kwargs` as in [`load_processing`]."""
+    """Put a CLIP's tokenizer and image processor files into `folder`. Where they can't be read, and there are none in
+    `earlier`, a warning says what is missing. `kwargs` as in [`load_processing`]."""
     try:
         parts = load_processing(name_or_path, revision, **kwargs)
     except (OSError, ValueError) as error:
         if (earlier / "preprocessor_config.json").exists() and (earlier / "tokenizer_config.json").exists():
             return
         logger.warning(
-            f"No tokenizer and image processor were saved in {earlier}: those of {name_or_path} could not be read ({error}). "
-            "Save them there yourself (tokenizer.save_pretrained, image_processor.save_pretrained) for pipeline() to find them."
+            f"No tokenizer and image processor were saved in {earlier}: those of {name_or_path} could not be read "
+            f"({error}). Save them there yourself (tokenizer.save_pretrained, image_processor.save_pretrained) for "
+            "pipeline() to find them."
         )
         return
     for part in parts:

@@ -14,7 +14,8 @@ from ..functional.finite import first_broken_row
 
 
 def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
-    """Plain CLIP's image features of CLS rows of its last layer: `(batch, projection_dim)`, float32, not normalised."""
+    """Plain CLIP's image features of CLS rows of its last layer: `(batch, projection_dim)`, float32, not
+    normalised."""
     norm = clip.vision_model.post_layernorm
     rows = rows.to(device=norm.weight.device, dtype=norm.weight.dtype)
     return clip.visual_projection(norm(rows)).float()
@@ -35,8 +36,7 @@ def unit_embeds(features: Any, name: Callable[[int], str] = "row {}".format) -> 
     if broken is not None:
         raise ValueError(
             f"The CLIP gives no finite embedding for {name(broken)}. Where it overflows in {features.dtype}, load it "
-            "with "
-            "dtype=torch.float32; otherwise its weights, or image_mean and image_std of its image processor, are "
+            "with dtype=torch.float32; otherwise its weights, or image_mean and image_std of its image processor, are "
             "damaged."
         )
     return normalize(embeds, dim=-1)
@@ -63,8 +63,7 @@ def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], st
         check_temperature(clip)
         raise ValueError(
             f"The scores of {name(broken)} are not finite, though its embedding is: class embeddings, statistics of "
-            "unlabelled images or the "
-            "SAE's code hold NaN or infinity. Make them again."
+            "unlabelled images or the SAE's code hold NaN or infinity. Make them again."
         )
     return scores
 
@@ -90,8 +89,7 @@ def softmax_temperature(clip: CLIPModel) -> float:
     if getattr(clip, "logit_bias", None) is not None:
         raise ValueError(
             f"{type(clip).__name__} scores labels by a sigmoid, and this method is fitted to the probabilities of a "
-            "softmax. Use "
-            "method='none' with it."
+            "softmax. Use method='none' with it."
         )
     check_temperature(clip)
     return float(clip.logit_scale.detach().float().exp())
@@ -111,8 +109,8 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
     """The [`Tail`] of a CLIP and class embeddings `(num_classes, projection_dim)`, by default on the CLIP's device.
 
     Raises:
-        ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or the
-            embeddings have another width or are not finite.
+        ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or
+            the embeddings have another width or are not finite.
     """
     norm, projection = clip.vision_model.post_layernorm, clip.visual_projection
     if (
@@ -122,8 +120,8 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
         or projection.bias is not None
     ):
         raise ValueError(
-            f"Scores are worked out from post_layernorm and visual_projection as CLIPModel has them; these are {norm} and "
-            f"{projection}. Put the CLIP's own back."
+            f"Scores are worked out from post_layernorm and visual_projection as CLIPModel has them; these are {norm} "
+            f"and {projection}. Put the CLIP's own back."
         )
     if class_embeds.ndim != 2 or class_embeds.shape[1] != projection.out_features:
         raise ValueError(

@@ -1,8 +1,9 @@
 """The comparison: every method on the same cached rows and labels, against plain CLIP with the same prompts.
 
-Only the last CLS row is steered, so nothing but the tail of the model (steer, `post_layernorm`, projection, class matrix) is
-replayed: seconds for a whole grid, with the full model's results. Each table holds the controls that a gain must beat: a
-prompt ensemble, centroid steering without an SAE, and distribution normalisation. Labels are used for scoring only.
+Only the last CLS row is steered, so nothing but the tail of the model (steer, `post_layernorm`, projection, class
+matrix) is replayed: seconds for a whole grid, with the full model's results. Each table holds the controls that a gain
+must beat: a prompt ensemble, centroid steering without an SAE, and distribution normalisation. Labels are used for
+scoring only.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def control_model(model: VS2CLIPForZeroShot, dictionary: str, seed: int = 0) -> 
 
     Args:
         model: with [`DomainStatistics`] that hold rows.
-        dictionary: `"random"`, as many random directions as the SAE has latents, or `"pca"`, the principal components of the
-            training rows, of which the largest by absolute value are active.
+        dictionary: `"random"`, as many random directions as the SAE has latents, or `"pca"`, the principal components
+            of the training rows, of which the largest by absolute value are active.
         seed: of the random directions.
 
     Raises:

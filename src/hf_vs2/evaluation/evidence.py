@@ -91,11 +91,9 @@ def decide(evidence: Evidence) -> tuple[str, list[str]]:
     if evidence.trust > 0:
         return "anchored_prototypes", [
             f"{told} (needed: 50%, trusted in full from 60%), and no label has most of them (the commonest "
-            f"{evidence.commonest:.0%}). "
-            f"Anchored prototypes add what the images teach to CLIP's scores, here at {evidence.trust:.0%} of their "
-            "strength. Of all methods "
-            "they alone gained on both kinds of encoder that were tried and lost nowhere beyond noise "
-            "(docs/true-clip.md)."
+            f"{evidence.commonest:.0%}). Anchored prototypes add what the images teach to CLIP's scores, here at "
+            f"{evidence.trust:.0%} of their strength. Of all methods they alone gained on both kinds of encoder that "
+            "were tried and lost nowhere beyond noise (docs/true-clip.md)."
         ]
     if evidence.explained <= 0.5:
         return "none", [
@@ -182,8 +180,7 @@ def shift_of(
     uneven = even < MUCH_LESS_EVEN * before and inside >= LEAST_INSIDE
     labels_only = (
         f"Your images are of few of the labels (evenness {even:.2f}, the checkpoint's {before:.2f}). Don't calibrate "
-        "on them: what is fitted "
-        "to such images loses most. "
+        "on them: what is fitted to such images loses most. "
         + (
             "Gather images of all labels for that."
             if why

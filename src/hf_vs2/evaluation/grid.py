@@ -1,17 +1,18 @@
 """Accuracy over a grid of gamma and lambda in closed form: a cell costs a few operations a class score, no projection.
 
-With one gamma, VS2 moves a row `x` along one direction, `r = W_dec^T c`, by `alpha = lambda (gamma - 1)`; the norm is kept:
+With one gamma, VS2 moves a row `x` along one direction, `r = W_dec^T c`, by `alpha = lambda (gamma - 1)`; the norm is
+kept:
 
     y = s (x + alpha r),  s = ||x|| / ||x + alpha r||
 
-What follows is linear but for one number a row, the standard deviation in `post_layernorm` (weight `g`, bias `b`). With `W` the
-projection, `C` the class embeddings and a bar for a row less its own mean, the class scores are, but for the positive norm of the
-image embedding, which changes no order,
+What follows is linear but for one number a row, the standard deviation in `post_layernorm` (weight `g`, bias `b`).
+With `W` the projection, `C` the class embeddings and a bar for a row less its own mean, the class scores are, but for
+the positive norm of the image embedding, which changes no order,
 
     C W LN(y) = (P + alpha Q) s / sqrt(s^2 var(x + alpha r) + eps) + C W b,  P = C W (g * x_bar),  Q = C W (g * r_bar)
 
-and `||x + alpha r||^2` and `var(x + alpha r)` are quadratic in alpha. So `P` and `Q`, `(n, num_classes)`, and six numbers a row serve
-every cell, and cells of equal alpha are one.
+and `||x + alpha r||^2` and `var(x + alpha r)` are quadratic in alpha. So `P` and `Q`, `(n, num_classes)`, and six
+numbers a row serve every cell, and cells of equal alpha are one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .inputs import check_replayable, class_labels, replayable_rows
 
 
 SCORES_AT_ONCE = 2**20
-"""Several steps in one operation: thousands of small ones would wait for each other's threads, or for a GPU to start them."""
+"""Several steps in one operation: thousands of small ones would wait for each other's threads, or for a GPU to start
+them."""
 
 
 class SteeringGrid(NamedTuple):
@@ -57,11 +59,13 @@ def steering_grid(
     """
     Accuracy of VS2 for each gamma and lambda, without a gate; the module's docstring has the equation.
 
-    The predictions are those of [`VS2CLIPForZeroShot.image_features_from_cls`] in each cell, up to float rounding where two classes
-    tie; plain CLIP's are its very own. Scores are summed in float64 and held in float32, whatever the CLIP's dtype.
+    The predictions are those of [`VS2CLIPForZeroShot.image_features_from_cls`] in each cell, up to float rounding
+    where two classes tie; plain CLIP's are its very own. Scores are summed in float64 and held in float32, whatever
+    the CLIP's dtype.
 
     Args:
-        model: the wrapper, with one SAE, on the last layer. Its own gamma and lambda do not matter; it is left as it was found.
+        model: the wrapper, with one SAE, on the last layer. Its own gamma and lambda do not matter; it is left as it
+            was found.
         rows: CLS rows of the last layer `(n, hidden_size)`, before `post_layernorm`: a tensor or an activation store.
         labels: the class of each row, `(n,)`; `None` takes the store's.
         class_embeds: unit class embeddings `(num_classes, projection_dim)`, see [`class_embeddings`].
@@ -69,8 +73,9 @@ def steering_grid(
         batch_size: rows at a time. Memory does not grow with the number of rows.
 
     Raises:
-        ValueError, TypeError: on a model whose steering is not ungated `"vs2"` or whose tail was replaced, on an axis that is empty
-            or not finite, on class embeddings of another shape, and on rows and labels as [`evaluate`] does.
+        ValueError, TypeError: on a model whose steering is not ungated `"vs2"` or whose tail was replaced, on an axis
+            that is empty or not finite, on class embeddings of another shape, and on rows and labels as [`evaluate`]
+            does.
     """
     check_replayable(model)
     _check_steering(model)
@@ -99,10 +104,11 @@ def steering_grid(
 
 
 def scores_along(x: torch.Tensor, direction: torch.Tensor, tail: Tail, alphas: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Class scores of `x + alpha direction`, norm kept, for a few alphas at a time: `(some, batch, num_classes)`, float32.
+    """Class scores of `x + alpha direction`, norm kept, for a few alphas at a time: `(some, batch, num_classes)`,
+    float32.
 
-    `x` and `direction` are `(batch, hidden_size)`, `alphas` `(steps,)` float64; in their order. A score is that of the projected row
-    before it is normalised.
+    `x` and `direction` are `(batch, hidden_size)`, `alphas` `(steps,)` float64; in their order. A score is that of the
+    projected row before it is normalised.
     """
     x, direction = x.double(), direction.double()
     length = _quadratic(x, direction)
@@ -152,8 +158,8 @@ def _check_steering(model: VS2CLIPForZeroShot) -> None:
         raise ValueError("The grid is of VS2 alone; drop the latents' edits with model.set_steering(edits=None).")
     if now.method != "vs2" or not now.enabled or any(tau is not None for tau in model.fvu_thresholds.values()):
         raise ValueError(
-            "The grid is of method='vs2' without a gate; set it with model.set_steering(method='vs2', enabled=True, gate=None, "
-            f"fvu_threshold=None). Now: method={now.method!r}, enabled={now.enabled}, gate={now.gate}, "
+            "The grid is of method='vs2' without a gate; set it with model.set_steering(method='vs2', enabled=True, "
+            f"gate=None, fvu_threshold=None). Now: method={now.method!r}, enabled={now.enabled}, gate={now.gate}, "
             f"fvu_threshold={now.fvu_threshold}."
         )
 

@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 def evaluation_methods() -> tuple[str, ...]:
-    """The rows of a table where nobody names others: plain CLIP, then of each method that is compared its own row, its gated one and
-    its controls."""
+    """The rows of a table where nobody names others: plain CLIP, then of each method that is compared its own row, its
+    gated one and its controls."""
     names = ["clip"]
     for method in METHODS.values():
         if method.compared:
@@ -26,7 +26,8 @@ def evaluation_methods() -> tuple[str, ...]:
 
 
 def controls() -> dict[str, tuple[str, str]]:
-    """Rows that run a method with another dictionary in the SAE's place, see [`control_model`]: name -> method, dictionary."""
+    """Rows that run a method with another dictionary in the SAE's place, see [`control_model`]: name -> method,
+    dictionary."""
     return {
         name: (method.name, dictionary) for method in METHODS.values() for name, dictionary in method.controls.items()
     }
@@ -90,7 +91,8 @@ def check_methods(methods: Sequence[str]) -> None:
         if method is None or method.needs_corpus or not method.acts:
             known = [name for name, one in METHODS.items() if one.acts and not one.needs_corpus]
             raise ValueError(
-                f"{name!r} is no row of a comparison. Use some of {['clip', *known, *controls()]}; all but 'clip' may end in {GATE!r}."
+                f"{name!r} is no row of a comparison. Use some of {['clip', *known, *controls()]}; all but 'clip' may "
+                f"end in {GATE!r}."
             )
 
 
@@ -167,8 +169,8 @@ def _gate(model: VS2CLIPForZeroShot, method: str, name: str) -> tuple[dict[str, 
 
 def _no_gate(name: str, lacking: str) -> None:
     logger.warning(
-        f"No {name!r} row: the model has no gate, and its SAE has no {lacking} to take one from. Calibrate the SAE, or set "
-        "fvu_threshold=."
+        f"No {name!r} row: the model has no gate, and its SAE has no {lacking} to take one from. Calibrate the SAE, "
+        "or set fvu_threshold=."
     )
 
 

@@ -1,4 +1,5 @@
-"""Figures of answers against true classes: the one place that counts hits, gains with their intervals, and accuracy by class."""
+"""Figures of answers against true classes: the one place that counts hits, gains with their intervals, and accuracy by
+class."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from ..functional.finite import first_broken_row
 def paired_bootstrap(
     fixed: int, broken: int, n: int, num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of a gain in points, from the bootstrap over images that keeps each image's two results paired.
+    """Percentile interval of a gain in points, from the bootstrap over images that keeps each image's two results
+    paired.
 
-    An image changes the difference of two accuracies by -1, 0 or +1. Drawing `n` images with replacement is then exactly
-    one multinomial draw of (broken, same, fixed), which makes any number of resamples cheap.
+    An image changes the difference of two accuracies by -1, 0 or +1. Drawing `n` images with replacement is then
+    exactly one multinomial draw of (broken, same, fixed), which makes any number of resamples cheap.
     """
     share = np.array([broken, n - fixed - broken, fixed]) / n
     draws = np.random.default_rng(seed).multinomial(n, share, size=num_resamples)
@@ -31,7 +33,8 @@ def paired_bootstrap(
 
 @dataclass(frozen=True)
 class Gain:
-    """What a method does to plain CLIP's answers: how many it fixes and breaks of `n`, in points, with the 95 % interval."""
+    """What a method does to plain CLIP's answers: how many it fixes and breaks of `n`, in points, with the 95 %
+    interval."""
 
     fixed: int
     broken: int
@@ -67,7 +70,8 @@ class Tally:
         fvu: torch.Tensor | None = None,
         steered: torch.Tensor | None = None,
     ) -> None:
-        """Scores `(batch, num_classes)` of images with classes `target` `(batch,)`; `steered` is `None` where all are."""
+        """Scores `(batch, num_classes)` of images with classes `target` `(batch,)`; `steered` is `None` where all
+        are."""
         scores = scores.cpu()
         broken = first_broken_row(scores)
         if broken is not None:
@@ -130,7 +134,8 @@ def accuracy_by_class(predictions: torch.Tensor, target: torch.Tensor, num_class
 
 
 def mean_per_class(predictions: torch.Tensor, target: torch.Tensor, num_classes: int) -> float:
-    """Accuracy of each class that has images, averaged over those classes (%): the metric of CLIP's paper for some data sets."""
+    """Accuracy of each class that has images, averaged over those classes (%): the metric of CLIP's paper for some
+    data sets."""
     shares = [share for share in accuracy_by_class(predictions, target, num_classes) if share is not None]
     return sum(shares) / len(shares)
 

@@ -192,7 +192,8 @@ def _checked_labels(rows: Rows, labels: Any, class_names: Names | None, num_clas
     target, num_rows = torch.as_tensor(labels).cpu(), len(rows)
     if target.is_floating_point() or target.dtype == torch.bool or target.shape != (num_rows,):
         raise ValueError(
-            f"labels must be {num_rows} whole numbers, one a row, -1 where none is known; these are {tuple(target.shape)}, {target.dtype}."
+            f"labels must be {num_rows} whole numbers, one a row, -1 where none is known; these are "
+            f"{tuple(target.shape)}, {target.dtype}."
         )
     if ((target < -1) | (target >= num_classes)).any():
         raise ValueError(f"labels must be -1 (not known) to {num_classes - 1}; the largest is {int(target.max())}.")
@@ -286,10 +287,8 @@ def weigh(start: str, right: Mapping[str, torch.Tensor]) -> tuple[str, list[str]
     measured = "" if start == "none" else f"{_name(start)} gains {_shown(plain[start])}, and "
     return start, [
         f"On {n} labelled images {measured}no other method is surely better than {_name(start)}; the best, "
-        f"{_name(best)}: "
-        f"{_shown(against[best], p[best])}. The test finds a difference of {found:.0f} points or more in 4 of 5 "
-        "cases; for one of 2 points "
-        f"it takes about {math.ceil(n * (found / 2) ** 2):,} labels."
+        f"{_name(best)}: {_shown(against[best], p[best])}. The test finds a difference of {found:.0f} points or more "
+        f"in 4 of 5 cases; for one of 2 points it takes about {math.ceil(n * (found / 2) ** 2):,} labels."
     ]
 
 

@@ -1,8 +1,8 @@
 """Which latents moved which score by how much.
 
-A score is a logit: the cosine of image and label times CLIP's logit scale, the number that goes into the softmax. Steering adds a
-weighted sum of decoder directions to the CLS row; what follows is affine but for two numbers of a row, LayerNorm's deviation and the
-length of the embedding. With those of the steered row held fixed,
+A score is a logit: the cosine of image and label times CLIP's logit scale, the number that goes into the softmax.
+Steering adds a weighted sum of decoder directions to the CLS row; what follows is affine but for two numbers of a row,
+LayerNorm's deviation and the length of the embedding. With those of the steered row held fixed,
 
     steered = plain + normalisation + replacement + sum of the latents' contributions
 
@@ -87,8 +87,8 @@ class VS2Explanation(ModelOutput):
         """
         One score of one image taken apart, as plain numbers.
 
-        A change that all labels share changes no probability, and steering's is mostly such. So every number is by default that of
-        the label less the mean of all labels', which sums just as well.
+        A change that all labels share changes no probability, and steering's is mostly such. So every number is by
+        default that of the label less the mean of all labels', which sums just as well.
 
         Args:
             label: a label or its place.
@@ -98,9 +98,10 @@ class VS2Explanation(ModelOutput):
             raw: take the label's numbers as they are; so are those of a single label.
 
         Returns:
-            `dict`: `label`, `relative_to` (`"mean"`, the other label, or `None`), `plain`, `steered`, `normalisation`, `replacement`,
-            `latents` (a list of `{"latent", "name", "value", "change", "contribution"}`) and `others`, the sum of the latents not
-            listed. `plain + normalisation + replacement + others + sum of the contributions` is `steered`.
+            `dict`: `label`, `relative_to` (`"mean"`, the other label, or `None`), `plain`, `steered`, `normalisation`,
+                `replacement`,
+            `latents` (a list of `{"latent", "name", "value", "change", "contribution"}`) and `others`, the sum of the
+            latents not listed. `plain + normalisation + replacement + others + sum of the contributions` is `steered`.
 
         Raises:
             `ValueError`: for a label that is not among the labels, and for `raw` with `against`.
@@ -149,8 +150,8 @@ class VS2Explanation(ModelOutput):
         return self.parts(label, image, n, **options)["latents"]
 
     def to_dict(self, top: int | None = None, *, raw: bool = False) -> list[dict[str, Any]]:
-        """For each image `fvu`, `steered`, `active_latents` and for each label its probabilities, `plain_probability` and
-        `steered_probability`, and its [`parts`]: ready for JSON."""
+        """For each image `fvu`, `steered`, `active_latents` and for each label its probabilities, `plain_probability`
+        and `steered_probability`, and its [`parts`]: ready for JSON."""
         probabilities = [scores.softmax(-1).tolist() for scores in (self.plain_scores, self.steered_scores)]
         return [
             {
@@ -289,7 +290,8 @@ def _added(steerer: Steerer, rows: torch.Tensor, class_embeds: torch.Tensor) -> 
 
 
 def _by_latent(entries: torch.Tensor, latents: torch.Tensor, num_latents: int) -> torch.Tensor:
-    """The entries of a sparse code in a row of all latents, `(batch, num_latents)`; a latent that comes twice is summed."""
+    """The entries of a sparse code in a row of all latents, `(batch, num_latents)`; a latent that comes twice is
+    summed."""
     dense = entries.new_zeros(len(entries), num_latents)
     return dense.scatter_add(1, latents, entries)
 
@@ -322,8 +324,9 @@ def check_explainable(steerer: Steerer) -> None:
     last, layers = steerer.num_layers - 1, list(steerer.saes)
     if layers != [last]:
         raise ValueError(
-            f"Scores are sums over latents where the last layer ({last}) alone is steered; this model steers layers {layers}, and what "
-            "the layers above make of that is no sum. Explain VS2CLIPForZeroShot(clip, sae) with the last layer's SAE."
+            f"Scores are sums over latents where the last layer ({last}) alone is steered; this model steers layers "
+            f"{layers}, and what the layers above make of that is no sum. Explain VS2CLIPForZeroShot(clip, sae) with "
+            "the last layer's SAE."
         )
     rule = steerer.settings.rule
     if _scores_rows_as_they_are(steerer):

@@ -95,8 +95,9 @@ def _caption(steps: Sequence[dict[str, Any]]) -> str:
         return "This image was not steered: its scores are plain CLIP's, and no latent moved them."
     score = "logit" if steps[0]["relative_to"] is None else "logit less the mean of all labels' logits"
     return (
-        f"Lower row: a label's score ({score}), from plain CLIP's to the steered one; each bar is what a latent added to it.\n"
-        "Normalisation is what the LayerNorm and unit length of the steered row do to the plain score; it belongs to no single latent."
+        f"Lower row: a label's score ({score}), from plain CLIP's to the steered one; each bar is what a latent added "
+        "to it.\nNormalisation is what the LayerNorm and unit length of the steered row do to the plain score; it "
+        "belongs to no single latent."
     )
 
 

@@ -60,8 +60,9 @@ def resolve_names(names: Any) -> dict[int, str]:
     Names of latents by number, of those that have one.
 
     Args:
-        names: a mapping `latent -> name`, a sequence with one name (or `None`) a latent, [`LatentNames`], the path of a JSON file of
-            the first two, or of the `latents.json` of an atlas, of which each latent's first name is taken; `None` for no names.
+        names: a mapping `latent -> name`, a sequence with one name (or `None`) a latent, [`LatentNames`], the path of
+            a JSON file of the first two, or of the `latents.json` of an atlas, of which each latent's first name is
+            taken; `None` for no names.
 
     Raises:
         `ValueError`, `TypeError`: on anything else. `OSError`: if the file can't be read.

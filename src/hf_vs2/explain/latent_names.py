@@ -1,14 +1,15 @@
 """Names for latents: the words whose text embeddings a decoder direction moves an image towards.
 
-A decoder direction `d_i` lives in the space of CLS rows, before `post_layernorm`; words live in the projected space. What joins
-them is the model's own tail: moving a row `x` a little along `d_i` moves its unit image embedding `e(x)` along the derivative
-`J(x) d_i`, through LayerNorm, projection and normalisation, taken here at the mean of the training rows. LayerNorm's affine part
-and the projection alone would keep what the tail takes away: the component along the row itself, which changes no score. (With the ViT-Ti of docs/atlas.md the two
-name nearly alike; the derivative at the rows that activate the latent, in place of the mean, names them worse.)
+A decoder direction `d_i` lives in the space of CLS rows, before `post_layernorm`; words live in the projected space.
+What joins them is the model's own tail: moving a row `x` a little along `d_i` moves its unit image embedding `e(x)`
+along the derivative `J(x) d_i`, through LayerNorm, projection and normalisation, taken here at the mean of the
+training rows. LayerNorm's affine part and the projection alone would keep what the tail takes away: the component
+along the row itself, which changes no score. (With the ViT-Ti of docs/atlas.md the two name nearly alike; the
+derivative at the rows that activate the latent, in place of the mean, names them worse.)
 
-Text embeddings share a large common part (the modality gap), to which a direction is near or far whatever it means. So the
-vocabulary's mean embedding is subtracted from each word before the cosine: a name says what sets a word apart from the others in the
-vocabulary, and a score depends on the vocabulary.
+Text embeddings share a large common part (the modality gap), to which a direction is near or far whatever it means. So
+the vocabulary's mean embedding is subtracted from each word before the cosine: a name says what sets a word apart from
+the others in the vocabulary, and a score depends on the vocabulary.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def name_latents(
     """
     The words of a vocabulary that each latent of the last layer's SAE points to.
 
-    A latent that only ever has positive values (`activation="relu"`) moves images towards its words; of one that may be negative the
-    words are those of its positive side. A zero direction has scores of 0.
+    A latent that only ever has positive values (`activation="relu"`) moves images towards its words; of one that may
+    be negative the words are those of its positive side. A zero direction has scores of 0.
 
     Args:
         model: a [`VS2CLIPForZeroShot`] with an SAE on the last layer, or its `steerer`. It is left as it was found.
@@ -90,7 +91,8 @@ def name_latents(
 
 @torch.no_grad()
 def embedding_directions(model: Any, at: torch.Tensor | None = None) -> torch.Tensor:
-    """Where each latent moves the unit image embedding: `J(at) d_i`, float32 `(num_latents, projection_dim)`, on the CLIP's device.
+    """Where each latent moves the unit image embedding: `J(at) d_i`, float32 `(num_latents, projection_dim)`, on the
+    CLIP's device.
 
     `at` is the row `(hidden_size,)` at which the derivative is taken, by default the mean of the SAE's training rows.
     """

@@ -1,1 +1,2 @@
-"""Bytes on disk and on the Hub: atomic writes, weights, checkpoint folders, pushes, model cards, readers of other libraries' files."""
+"""Bytes on disk and on the Hub: atomic writes, weights, checkpoint folders, pushes, model cards, readers of other
+libraries' files."""

@@ -1,8 +1,9 @@
-"""Writing files so that whoever opens them finds the old ones or the new ones, whatever the moment of a kill or a power cut.
+"""Writing files so that whoever opens them finds the old ones or the new ones, whatever the moment of a kill or a
+power cut.
 
-All of it is made in a folder `.NAME.8f3a1c2d.tmp` beside its place and moved from there. Files that belong together are complete
-there before that folder gets the name `.replacing`: from then on the save counts. Whoever opens the folder next, to read or to write,
-moves what a killed process had not moved yet ([`finish_replacement`]).
+All of it is made in a folder `.NAME.8f3a1c2d.tmp` beside its place and moved from there. Files that belong together
+are complete there before that folder gets the name `.replacing`: from then on the save counts. Whoever opens the
+folder next, to read or to write, moves what a killed process had not moved yet ([`finish_replacement`]).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _FULL = ("No space left", "Disk quota exceeded", "unexpected pos", "the disk is 
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(temporary path)`, of the same name in another folder; then the result takes its place in one step. The folder of `path` is
-    made when needed, and nothing stays behind when `write` fails."""
+    """`write(temporary path)`, of the same name in another folder; then the result takes its place in one step. The
+    folder of `path` is made when needed, and nothing stays behind when `write` fails."""
     with _scratch(path) as scratch:
         write(scratch / path.name)
         _sync(scratch / path.name)
@@ -46,11 +47,12 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_files(folder: Path, write: Callable[[Path], Any], last: str, *stale: str) -> None:
     """
-    The files that `write(temporary folder)` makes, subfolders included, take their places in `folder`, all of them or none.
+    The files that `write(temporary folder)` makes, subfolders included, take their places in `folder`, all of them or
+    none.
 
-    Earlier files that match the patterns `stale` go, unless there are new ones of their names. The earlier file named `last`, which
-    declares the others, goes first and the new one comes last: a reader that knows nothing of all this is refused meanwhile. When
-    `write` fails, what was in `folder` is untouched.
+    Earlier files that match the patterns `stale` go, unless there are new ones of their names. The earlier file named
+    `last`, which declares the others, goes first and the new one comes last: a reader that knows nothing of all this
+    is refused meanwhile. When `write` fails, what was in `folder` is untouched.
     """
     with _scratch(folder / "files") as scratch:
         write(scratch)
@@ -77,7 +79,8 @@ def replace_files(folder: Path, write: Callable[[Path], Any], last: str, *stale:
 
 
 def finish_replacement(folder: Path) -> None:
-    """Moves what a process that died in [`replace_files`] had left to move, or waits for one that is at it. Costs a look otherwise.
+    """Moves what a process that died in [`replace_files`] had left to move, or waits for one that is at it. Costs a
+    look otherwise.
 
     Raises:
         `OSError`: if it can't, as in a folder that this user can't write to.
@@ -95,8 +98,9 @@ def finish_replacement(folder: Path) -> None:
                 _move(folder)
             except (OSError, ValueError, KeyError) as error:
                 raise OSError(
-                    f"{folder} was saved into by a process that died, and what it left in {committed} can't be moved to its place "
-                    f"({error}). Open the folder once where it can be written to, or save or download it again."
+                    f"{folder} was saved into by a process that died, and what it left in {committed} can't be moved "
+                    f"to its place ({error}). Open the folder once where it can be written to, or save or download it "
+                    "again."
                 ) from error
 
 
@@ -132,7 +136,8 @@ def _move(folder: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """A folder of whole files takes the place of `folder`, or its name if there is none; of a link, the place that it leads to."""
+    """A folder of whole files takes the place of `folder`, or its name if there is none; of a link, the place that it
+    leads to."""
     folder = folder.resolve()
     for file in (*temporary.iterdir(), temporary):
         _sync(file)
@@ -147,7 +152,8 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes otherwise."""
+    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes
+    otherwise."""
     folder = folder.resolve()
     with _scratch(folder) as scratch:
         yield scratch
@@ -163,8 +169,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed left beside the places of their files. What a living one holds stays; so does all of it
-    where the system can't tell (Windows, some network disks)."""
+    """Removes what processes that were killed left beside the places of their files. What a living one holds stays; so
+    does all of it where the system can't tell (Windows, some network disks)."""
     for leftover in folder.iterdir():
         if _LEFTOVER.fullmatch(leftover.name):
             with contextlib.suppress(OSError), contextlib.ExitStack() as held:
@@ -173,14 +179,15 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk is full: what a full disk raises is no `OSError` in safetensors, tokenizers and torch."""
+    """Whether an error says that the disk is full: what a full disk raises is no `OSError` in safetensors, tokenizers
+    and torch."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in _FULL)
 
 
 @contextlib.contextmanager
 def failing_as(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """What a full disk raises does not say which file it was, and is no `OSError` in safetensors, tokenizers and torch: it leaves here
-    as one that names `path`. So do other `errors` of writing."""
+    """What a full disk raises does not say which file it was, and is no `OSError` in safetensors, tokenizers and
+    torch: it leaves here as one that names `path`. So do other `errors` of writing."""
     known: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
@@ -194,7 +201,8 @@ def failing_as(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scratch(place: Path) -> Iterator[Path]:
-    """A new folder beside `place`, whose own folder is made when needed. This process holds it, and it is gone afterwards."""
+    """A new folder beside `place`, whose own folder is made when needed. This process holds it, and it is gone
+    afterwards."""
     place.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(place.parent)
     with contextlib.ExitStack() as held:
@@ -246,8 +254,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """To the disk, before anything that relies on it: a file system may write a new name down before the content, and a power cut
-    between the two leaves an empty file under a name that promises a whole one."""
+    """To the disk, before anything that relies on it: a file system may write a new name down before the content, and
+    a power cut between the two leaves an empty file under a name that promises a whole one."""
     if path.is_dir():
         if os.name == "nt":
             return  # Windows opens no folders, and keeps names in a journal

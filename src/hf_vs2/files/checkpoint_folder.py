@@ -1,4 +1,5 @@
-"""Checkpoints on disk, known by what their files say: one SAE, several SAEs (one a layer, in subfolders), or a VS2 model."""
+"""Checkpoints on disk, known by what their files say: one SAE, several SAEs (one a layer, in subfolders), or a VS2
+model."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ STATISTICS_NAME = "statistics.safetensors"
 LABEL_SETS_NAME = "label_sets.safetensors"
 TENSOR_FILES = ("model*.safetensors*", STATISTICS_NAME, LABEL_SETS_NAME, *CORPUS_FILES)
 """Patterns of the files that one save writes together."""
-# What makes up a checkpoint. A training folder holds more (training state, logs with paths of the machine): that stays there.
+# What makes up a checkpoint. A training folder holds more (training state, logs with paths of the machine): that stays
+# there.
 _PARTS = (
     CONFIG_NAME,
     SAFE_WEIGHTS_NAME,
@@ -193,7 +195,8 @@ def looks_like_hub_id(name: str | None) -> bool:
 
 
 def local_paths(record: Any) -> list[str]:
-    """Every place on this machine that a configuration or result file names, so that it can be told before others read it."""
+    """Every place on this machine that a configuration or result file names, so that it can be told before others read
+    it."""
     if isinstance(record, dict):
         return [path for value in record.values() for path in local_paths(value)]
     if isinstance(record, list):

@@ -51,8 +51,8 @@ def check_digest(
     path: str | os.PathLike, digests: Mapping[str, str] | None, name: str | None = None, by: str = CONFIG_NAME
 ) -> None:
     """
-    Refuse a file that is not the one whose digest is in `digests`, under `name` (by default the file's own); without digests, which
-    earlier versions did not write, any is taken.
+    Refuse a file that is not the one whose digest is in `digests`, under `name` (by default the file's own); without
+    digests, which earlier versions did not write, any is taken.
 
     Raises:
         `ValueError`: naming the file.
@@ -62,13 +62,13 @@ def check_digest(
     expected = digests.get(name or os.path.basename(path))
     if expected is None:
         raise ValueError(
-            f"{path} is none of the files that {by} was saved with ({', '.join(sorted(digests))}): it is of another save. Save or "
-            "download all of them again."
+            f"{path} is none of the files that {by} was saved with ({', '.join(sorted(digests))}): it is of another "
+            "save. Save or download all of them again."
         )
     if not is_of_digest(path, expected):
         raise ValueError(
-            f"{path} is damaged, or not of the save that {by} is of: its bytes are not those that were saved. If somebody was saving "
-            "just now, load it again; else save or download all files again."
+            f"{path} is damaged, or not of the save that {by} is of: its bytes are not those that were saved. If "
+            "somebody was saving just now, load it again; else save or download all files again."
         )
 
 

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 
-# What begins a tag, an entity, a link, code, emphasis, a table cell, a heading, a template; and the colon of an address.
+# What begins a tag, an entity, a link, code, emphasis, a table cell, a heading, a template; and the colon of an
+# address.
 _MARKS = re.compile(r"[&<>\[\]`|\\*#{}~^$]|(?<=\w):(?=\S)")
 _PLAIN = re.compile(r"(?:[\w .,;+=/()'!?{}@\[\]-]|:(?![A-Za-z]))*")
 
@@ -22,7 +23,8 @@ class Markdown(str):
 
 
 def escaped(value: Any) -> Markdown:
-    """A value as text on one line that a reader sees as it is, wherever it stands outside of code: nothing in it has a meaning."""
+    """A value as text on one line that a reader sees as it is, wherever it stands outside of code: nothing in it has a
+    meaning."""
     if isinstance(value, Markdown):
         return value
     text = " ".join(str(value).split())
@@ -33,7 +35,8 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def code(value: Any) -> Markdown:
-    """The same as code, where it is made of the letters of ordinary names and prompts; in code nothing can be escaped."""
+    """The same as code, where it is made of the letters of ordinary names and prompts; in code nothing can be
+    escaped."""
     text = str(value)
     return Markdown(f"`{text}`") if text.strip() and _PLAIN.fullmatch(text) else escaped(text)
 

@@ -54,8 +54,7 @@ def at_one_commit(
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{name} is no folder here, {file} of a repository with that name is not in the cache, and the Hub was "
-            f"not asked (offline) or "
-            "gave no answer. Check the name and the connection."
+            "not asked (offline) or gave no answer. Check the name and the connection."
         ) from error
     except EntryNotFoundError:
         return dict(place)
@@ -110,8 +109,7 @@ def refuse_variant(options: Mapping[str, Any]) -> None:
     if options.get("variant") is not None:
         raise ValueError(
             f"variant={options['variant']!r}: checkpoints of hf_vs2 have one file of weights, {SAFE_WEIGHTS_NAME}. "
-            f"Choose the "
-            "precision with dtype=; give a variant of a CLIP as a loaded model, clip=."
+            "Choose the precision with dtype=; give a variant of a CLIP as a loaded model, clip=."
         )
 
 
@@ -136,8 +134,7 @@ def check_token(token: str | bool | None) -> None:
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
         raise ValueError(
             "token= holds a space, a line break or another character that no token has: take the token alone (of a "
-            "line read from "
-            "a file: .strip())."
+            "line read from a file: .strip())."
         )
 
 

@@ -1,7 +1,7 @@
 """Result files, and the tables and pictures drawn from them, for a terminal, a model card or a paper.
 
-[`EvaluationResult`] is what [`hf_vs2.evaluation`] measured. The pictures need the `report` extra (matplotlib), which is
-imported when the first one is drawn.
+[`EvaluationResult`] is what [`hf_vs2.evaluation`] measured. The pictures need the `report` extra (matplotlib), which
+is imported when the first one is drawn.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class EvaluationResult:
             wrong += [name for name in _needed(row) if name not in row]
             if wrong:
                 raise ValueError(
-                    f"{path} is not a result file of hf_vs2, or damaged: {wrong[0]} of row {number} is {row.get(wrong[0])!r}."
+                    f"{path} is not a result file of hf_vs2, or damaged: {wrong[0]} of row {number} is "
+                    f"{row.get(wrong[0])!r}."
                 )
         return result
 

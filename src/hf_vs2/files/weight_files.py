@@ -23,8 +23,8 @@ from .place import look_for
 
 
 LARGEST = 1e8
-"""No weight and no activation of a CLIP or its SAE comes near it. Where one flipped bit of the exponent made a number larger, its
-products and squares would overflow."""
+"""No weight and no activation of a CLIP or its SAE comes near it. Where one flipped bit of the exponent made a number
+larger, its products and squares would overflow."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _Made = TypeVar("_Made")
@@ -51,7 +51,8 @@ class WeightFiles:
         Look for `model.safetensors` or its parts in a folder or on the Hub.
 
         Raises:
-            `OSError`: if there is none, or it can't be reached. `ValueError`: if one is damaged, or holds anything else than floats.
+            `OSError`: if there is none, or it can't be reached. `ValueError`: if one is damaged, or holds anything
+                else than floats.
         """
         source, files = _find(name_or_path, place)
         paths: dict[str, str] = {}
@@ -84,14 +85,14 @@ class WeightFiles:
         if missing or extra:
             what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}"
             raise ValueError(
-                f"{self.source} {what}, and {CONFIG_NAME} describes a model with{'' if missing else 'out'} it. Save or download the "
-                "checkpoint again; if a newer version wrote it, upgrade hf_vs2."
+                f"{self.source} {what}, and {CONFIG_NAME} describes a model with{'' if missing else 'out'} it. Save "
+                "or download the checkpoint again; if a newer version wrote it, upgrade hf_vs2."
             )
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise ValueError(
-                    f"{self.paths[name]}: {name} is {self.shapes[name]}, by {CONFIG_NAME} it is {shape}. The two are not of one "
-                    "checkpoint: save or download it again."
+                    f"{self.paths[name]}: {name} is {self.shapes[name]}, by {CONFIG_NAME} it is {shape}. The two are "
+                    "not of one checkpoint: save or download it again."
                 )
 
     def read(self, digests: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
@@ -102,7 +103,8 @@ class WeightFiles:
             digests (`dict[str, str]`, *optional*): of the files, as the config has them.
 
         Raises:
-            `ValueError`: if a file is not the one that was saved, or holds NaN, infinity or other numbers that no weight is.
+            `ValueError`: if a file is not the one that was saved, or holds NaN, infinity or other numbers that no
+                weight is.
         """
         tensors = {}
         for path in dict.fromkeys(self.paths.values()):
@@ -116,8 +118,8 @@ class WeightFiles:
 def check_content(
     path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], digests: Mapping[str, str] | None
 ) -> None:
-    """Refuse a file, of which these are the tensors, that is not the one that was saved. Without `digests`, as of earlier versions,
-    numbers that no weight is tell of damage.
+    """Refuse a file, of which these are the tensors, that is not the one that was saved. Without `digests`, as of
+    earlier versions, numbers that no weight is tell of damage.
 
     Raises:
         `ValueError`: naming the file.
@@ -166,8 +168,8 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
 def write_described(
     path: Path, tensors: Mapping[str, torch.Tensor], kind: tuple[str, int], about: Mapping[str, Any]
 ) -> None:
-    """Tensors in one file, and in its header as JSON what they are; `kind` is the format's name and version. It appears whole or not at
-    all."""
+    """Tensors in one file, and in its header as JSON what they are; `kind` is the format's name and version. It
+    appears whole or not at all."""
     write_tensors(path, tensors, {"format": kind[0], "format_version": kind[1], **about})
 
 
@@ -192,7 +194,8 @@ def read_described(
     digests: Mapping[str, str] | None,
 ) -> _Made:
     """
-    What `make(header, tensors)` makes of a file that [`write_described`] wrote, of a checkpoint whose config has these `digests`.
+    What `make(header, tensors)` makes of a file that [`write_described`] wrote, of a checkpoint whose config has these
+    `digests`.
 
     Raises:
         `ValueError`: naming the file, if it is damaged, of another save or kind, or refused by `make`.
@@ -210,7 +213,8 @@ def read_described(
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str]:
-    """All tensors of a safetensors file, and the JSON that [`write_tensors`] put into its header (`"null"` without one).
+    """All tensors of a safetensors file, and the JSON that [`write_tensors`] put into its header (`"null"` without
+    one).
 
     Raises:
         `ValueError`: if it is damaged.
@@ -221,8 +225,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str]
 
 
 def in_one_message(load: Callable[[], _Made], where: str | os.PathLike) -> _Made:
-    """`load()`; whatever transformers, torch and the HTTP library raise on a checkpoint that is damaged, foreign or out
-    of reach becomes a `ValueError` or `OSError` that names it."""
+    """`load()`; whatever transformers, torch and the HTTP library raise on a checkpoint that is damaged, foreign or
+    out of reach becomes a `ValueError` or `OSError` that names it."""
     try:
         return load()
     except torch.OutOfMemoryError:
@@ -250,8 +254,7 @@ def _find(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[st
     if found is None:
         raise OSError(
             f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. Other formats, pickled ones above all (pytorch_model.bin, "
-            f"*.pt), are not "
-            "opened, since they can hold code: save the model again with save_pretrained."
+            "*.pt), are not opened, since they can hold code: save the model again with save_pretrained."
         )
     return found
 

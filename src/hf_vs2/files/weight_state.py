@@ -18,10 +18,10 @@ def weights_state(parameters: Iterable[nn.Parameter]) -> tuple[Any, ...]:
     """
     Compares equal as long as the weights are the same.
 
-    Autograd's version counters tell of every ordinary change in place (an optimizer's step, `load_state_dict`), addresses,
-    dtypes and devices of every move. Neither sees a write through `.data` (as exponential averages and adapter merging do),
-    nor is an address never used twice: so a few entries of each weight are compared by value as well. All of it costs about a
-    millisecond. Autocast is part of it, since it changes what the weights give.
+    Autograd's version counters tell of every ordinary change in place (an optimizer's step, `load_state_dict`),
+    addresses, dtypes and devices of every move. Neither sees a write through `.data` (as exponential averages and
+    adapter merging do), nor is an address never used twice: so a few entries of each weight are compared by value as
+    well. All of it costs about a millisecond. Autocast is part of it, since it changes what the weights give.
     """
     parameters = list(parameters)
     kinds = {parameter.device.type for parameter in parameters} - {"meta"}

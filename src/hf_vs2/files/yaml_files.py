@@ -1,4 +1,5 @@
-"""YAML of anybody's, read without code, without keys that stand twice, and without growing beyond what a person would write."""
+"""YAML of anybody's, read without code, without keys that stand twice, and without growing beyond what a person would
+write."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def read_yaml(source: Any, name: Any, as_text: bool = False) -> Any:
         as_text (`bool`): whether every single value stays text, as on a command line.
 
     Raises:
-        `ValueError`: naming it, if it is no YAML, has a key twice, or stands for more values than anybody writes (aliases of aliases).
+        `ValueError`: naming it, if it is no YAML, has a key twice, or stands for more values than anybody writes
+            (aliases of aliases).
     """
     loader: Any = None
     try:

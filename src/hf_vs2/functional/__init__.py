@@ -1,4 +1,5 @@
-"""Pure tensor functions, torch only: the paper's equations (given here), label-free rules, sparse sums and kernels, neighbours."""
+"""Pure tensor functions, torch only: the paper's equations (given here), label-free rules, sparse sums and kernels,
+neighbours."""
 
 from .equations import (
     ACTIVATIONS,

@@ -1,8 +1,9 @@
 """The paper's equations as pure tensor functions (Chatzoudis et al., arXiv 2506.01247).
 
-Shapes: `x` is `(batch, hidden_size)`, a batch of CLS activations; `values` and `indices` are `(batch, top_k)`, the active
-latents of each row; `decoder` is `(num_latents, hidden_size)`, one decoder direction `d_i` a row. `gamma` is a number or
-one factor a latent, `(num_latents,)`. Everything differentiable stays differentiable; nothing is modified in place.
+Shapes: `x` is `(batch, hidden_size)`, a batch of CLS activations; `values` and `indices` are `(batch, top_k)`, the
+active latents of each row; `decoder` is `(num_latents, hidden_size)`, one decoder direction `d_i` a row. `gamma` is a
+number or one factor a latent, `(num_latents,)`. Everything differentiable stays differentiable; nothing is modified in
+place.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ ACTIVATIONS = ("relu", "absolute")
 def top_k(pre_activations: torch.Tensor, k: int, activation: str = "relu") -> tuple[torch.Tensor, torch.Tensor]:
     """TopK of eq. 1: the `k` entries of each row that stay, as `(values, indices)`, each `(batch, k)`.
 
-    `"absolute"` keeps the entries of largest absolute value with their sign, as eq. 1 is printed. `"relu"` applies ReLU
-    first, as the released training code (EleutherAI's `sparsify`) does; a row with fewer than `k` positive entries
-    then has values of exactly zero, which contribute nothing.
+    `"absolute"` keeps the entries of largest absolute value with their sign, as eq. 1 is printed. `"relu"` applies
+    ReLU first, as the released training code (EleutherAI's `sparsify`) does; a row with fewer than `k` positive
+    entries then has values of exactly zero, which contribute nothing.
     """
     if activation == "relu":
         # ReLU keeps the order, so it can wait for the few that are left: no second `(batch, num_latents)` tensor.
@@ -43,7 +44,8 @@ def amplify(values: torch.Tensor, indices: torch.Tensor, gamma: float | torch.Te
 def steering_vector(
     values: torch.Tensor, indices: torch.Tensor, decoder: torch.Tensor, gamma: float | torch.Tensor
 ) -> torch.Tensor:
-    """Eq. 2: `v = D(gamma c) - D(c) = sum_i (gamma_i - 1) c_i d_i`, `(batch, hidden_size)`. The decoder's bias cancels."""
+    """Eq. 2: `v = D(gamma c) - D(c) = sum_i (gamma_i - 1) c_i d_i`, `(batch, hidden_size)`. The decoder's bias
+    cancels."""
     return sparse_decode(amplify(values, indices, gamma) - values, indices, decoder)
 
 
@@ -64,11 +66,12 @@ def contrastive_direction(
 def contrastive_change(
     values: torch.Tensor, indices: torch.Tensor, positive: torch.Tensor, gamma: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What eq. 5 adds to the code: `(change, indices)`, each `(batch, neighbours * top_k)`. A latent may occur several times.
+    """What eq. 5 adds to the code: `(change, indices)`, each `(batch, neighbours * top_k)`. A latent may occur several
+    times.
 
     `values` and `indices` are the codes of each row's neighbours, `(batch, neighbours, top_k)`; `positive` is bool
-    `(batch, neighbours)`, the others are the negatives; an empty set has mean 0. It is one sum over active latents, each
-    weighted `1 / |positives|` or `-1 / |negatives|`: nothing of width `num_latents` is formed.
+    `(batch, neighbours)`, the others are the negatives; an empty set has mean 0. It is one sum over active latents,
+    each weighted `1 / |positives|` or `-1 / |negatives|`: nothing of width `num_latents` is formed.
     """
     size = positive.sum(-1, keepdim=True)
     size = torch.where(positive, size, size - positive.shape[-1])  # the negatives' count, negative as their weight
@@ -89,9 +92,10 @@ def edited_change(
 
     Args:
         values, indices: the code, `(batch, top_k)`.
-        change, changed: what a method adds to the code and to which latents, `(batch, m)`. At edited latents it is replaced by 0.
-        edits: the edited latents, factors and targets, each `(num_edits,)`: the value `c` of such a latent, 0 where it is not active,
-            becomes `factor * c + target`.
+        change, changed: what a method adds to the code and to which latents, `(batch, m)`. At edited latents it is
+            replaced by 0.
+        edits: the edited latents, factors and targets, each `(num_edits,)`: the value `c` of such a latent, 0 where it
+            is not active, becomes `factor * c + target`.
     """
     latents, factors, targets = edits
     here = indices.unsqueeze(-1) == latents
@@ -102,8 +106,8 @@ def edited_change(
 
 
 class ScoreParts(NamedTuple):
-    """Class scores before and after steering, and the parts of the difference; see [`score_parts`]. All but the last are
-    `(batch, num_classes)`."""
+    """Class scores before and after steering, and the parts of the difference; see [`score_parts`]. All but the last
+    are `(batch, num_classes)`."""
 
     plain: torch.Tensor
     steered: torch.Tensor
@@ -123,18 +127,21 @@ def score_parts(
     length: tuple[torch.Tensor, torch.Tensor],
 ) -> ScoreParts:
     """
-    Cosine scores of steered rows as sums over latents: `plain + normalisation + replacement + sum_j contributions_j = steered`.
+    Cosine scores of steered rows as sums over latents: `plain + normalisation + replacement + sum_j contributions_j =
+    steered`.
 
-    Steering makes `y = s (start + sum_j w_j d_j)` of a row `x`. With a bar for a row less its own mean, `A = C W diag(g)` and
-    `a = C W b` (LayerNorm's weight `g` and bias `b`, projection `W`, unit class embeddings `C`), the cosines with the classes are
+    Steering makes `y = s (start + sum_j w_j d_j)` of a row `x`. With a bar for a row less its own mean, `A = C W
+    diag(g)` and `a = C W b` (LayerNorm's weight `g` and bias `b`, projection `W`, unit class embeddings `C`), the
+    cosines with the classes are
 
         (A y_bar / sigma(y) + a) / n(y),  sigma(y) = sqrt(var(y) + eps),  n(y) = ||W LN(y)||
 
-    Given the two normalisers of the steered row, `sigma(y)` and `n(y)`, and `s`, this is affine in the row, and so, exactly,
+    Given the two normalisers of the steered row, `sigma(y)` and `n(y)`, and `s`, this is affine in the row, and so,
+    exactly,
 
-        contributions_j = s w_j A d_j_bar / (sigma(y) n(y))
-        replacement     = s A (start - x)_bar / (sigma(y) n(y))    (0 where the method moves `x` itself)
-        normalisation   = what `x` scores with the steered row's normalisers, s A x_bar / (sigma(y) n(y)) + a / n(y), less its plain score
+        contributions_j = s w_j A d_j_bar / (sigma(y) n(y)) replacement     = s A (start - x)_bar / (sigma(y) n(y))
+        (0 where the method moves `x` itself) normalisation   = what `x` scores with the steered row's normalisers, s A
+        x_bar / (sigma(y) n(y)) + a / n(y), less its plain score
 
     Args:
         x, start: `(batch, hidden_size)`.
@@ -173,9 +180,10 @@ def score_parts(
 def prototype_alignment(values: torch.Tensor, indices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """PASS (appendix L): the mean over rows of `||z_i - mean z of class(i)||^2`, a scalar.
 
-    The class means are those of these rows. `labels` is `(batch,)` int64; rows with a negative one are left out, and without
-    any labelled row the result is 0. It is taken as `(sum_i ||z_i||^2 - sum_c n_c ||m_c||^2) / n`, so that only the classes
-    that are present get a dense row of latents; the indices of a row must differ, as those of top-k do. At least float32.
+    The class means are those of these rows. `labels` is `(batch,)` int64; rows with a negative one are left out, and
+    without any labelled row the result is 0. It is taken as `(sum_i ||z_i||^2 - sum_c n_c ||m_c||^2) / n`, so that
+    only the classes that are present get a dense row of latents; the indices of a row must differ, as those of top-k
+    do. At least float32.
     """
     known = labels >= 0
     values, indices = values[known].to(torch.promote_types(values.dtype, torch.float32)), indices[known]
@@ -194,8 +202,8 @@ def prototype_alignment(values: torch.Tensor, indices: torch.Tensor, labels: tor
 def keep_norm(moved: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Algorithm 1, last step: `moved` rescaled row by row to the norm of `x`. A row moved to exactly 0 stays 0.
 
-    Squares are summed in the rows' dtype: in float32 a row shorter than about 1e-22 counts as 0, and one longer than 1.8e19
-    gives what is not finite. [`VS2CLIPForZeroShot`] leaves such a row as it was.
+    Squares are summed in the rows' dtype: in float32 a row shorter than about 1e-22 counts as 0, and one longer than
+    1.8e19 gives what is not finite. [`VS2CLIPForZeroShot`] leaves such a row as it was.
     """
     moved_norm = moved.norm(dim=-1, keepdim=True)
     scale = x.norm(dim=-1, keepdim=True) / moved_norm
@@ -218,9 +226,9 @@ def centroid_steer(x: torch.Tensor, centroid: torch.Tensor, alpha: float) -> tor
 def fvu_per_sample(x: torch.Tensor, reconstruction: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """`||x~ - x||^2 / ||x - mu||^2` for each row, float32 `(batch,)`; `mean` is that of the TRAINING activations.
 
-    A row that sits exactly on the mean has no variance to explain: its FVU is infinite unless it is reconstructed exactly. So
-    is that of a row too large for float32, whose squares overflow. A row with a NaN or infinity has a NaN FVU, which no gate
-    lets through; no other row has.
+    A row that sits exactly on the mean has no variance to explain: its FVU is infinite unless it is reconstructed
+    exactly. So is that of a row too large for float32, whose squares overflow. A row with a NaN or infinity has a NaN
+    FVU, which no gate lets through; no other row has.
     """
     x = x.float()
     error = (reconstruction.float() - x).square().sum(-1)

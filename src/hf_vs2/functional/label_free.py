@@ -1,7 +1,7 @@
 """What helps without labels beyond VS2, as pure tensor functions: means subtracted, prototypes fitted, views added.
 
-Shapes: `embeds` is `(batch, projection_dim)`, unit image embeddings `e`; `classes` is `(num_classes, projection_dim)`, unit class
-embeddings `W`; `x` is `(batch, hidden_size)`, CLS rows. Nothing is modified in place.
+Shapes: `embeds` is `(batch, projection_dim)`, unit image embeddings `e`; `classes` is `(num_classes, projection_dim)`,
+unit class embeddings `W`; `x` is `(batch, hidden_size)`, CLS rows. Nothing is modified in place.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ def distribution_norm_scores(
 ) -> torch.Tensor:
     """Distribution-normalised CLIP (Zhou et al., NeurIPS 2023, arXiv 2302.11084): `(batch, num_classes)` scores.
 
-    With unit embeddings `phi`, `psi` and their means, the paper's first-order score is
-    `S(x, y) = (phi(x) - mu_x / 2)^T (psi(y) - mu_y / 2)`: coefficient 0.5, `score="dot"`. The text mean adds the same to every
-    class there, so in classification the image mean alone decides. `score="cosine"` normalises both sides after the
-    subtraction, as the authors' zero-shot code does (fengyuli-dev/distribution-normalization, where the coefficient is
-    0.25 and the embeddings are not normalised first); then the text mean counts too.
+    With unit embeddings `phi`, `psi` and their means, the paper's first-order score is `S(x, y) = (phi(x) - mu_x /
+    2)^T (psi(y) - mu_y / 2)`: coefficient 0.5, `score="dot"`. The text mean adds the same to every class there, so in
+    classification the image mean alone decides. `score="cosine"` normalises both sides after the subtraction, as the
+    authors' zero-shot code does (fengyuli-dev/distribution-normalization, where the coefficient is 0.25 and the
+    embeddings are not normalised first); then the text mean counts too.
 
     Args:
-        images: unit image embeddings `(batch, projection_dim)`; `image_mean` `(projection_dim,)` is the mean of such rows.
+        images: unit image embeddings `(batch, projection_dim)`; `image_mean` `(projection_dim,)` is the mean of such
+            rows.
         classes: unit class embeddings `(num_classes, projection_dim)`; `text_mean` `(projection_dim,)` likewise.
     """
     images, classes = images - coefficient * image_mean, classes - coefficient * text_mean
@@ -75,16 +76,18 @@ def centred(embeds: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 def centred_classes(classes: torch.Tensor, coefficient: float = 1.0) -> torch.Tensor:
-    """`P0 = norm(W - c mean W)`, `(num_classes, projection_dim)`. A single class is its own mean and stays as it is."""
+    """`P0 = norm(W - c mean W)`, `(num_classes, projection_dim)`. A single class is its own mean and stays as it
+    is."""
     return classes if len(classes) == 1 else centred(classes, coefficient * classes.mean(0))
 
 
 def balanced_mean(embeds: torch.Tensor, classes: torch.Tensor, surest: int = _SUREST) -> torch.Tensor:
     """
-    A mean image in which each label counts alike, `(projection_dim,)`: that of the rows which CLIP is surest of, label by label.
+    A mean image in which each label counts alike, `(projection_dim,)`: that of the rows which CLIP is surest of, label
+    by label.
 
-    The plain mean takes the commonest label's own direction away where the rows are mostly of one label. Here a label's share of
-    the rows does not matter; that some of its rows are recognised surely, does.
+    The plain mean takes the commonest label's own direction away where the rows are mostly of one label. Here a
+    label's share of the rows does not matter; that some of its rows are recognised surely, does.
 
     Args:
         embeds: unit embeddings of unlabelled images.
@@ -144,15 +147,16 @@ class RowStatistics(NamedTuple):
 
 
 def whitened(x: torch.Tensor, statistics: RowStatistics) -> torch.Tensor:
-    """`pc / sqrt(var + 0.05 mean var)`, `(batch, hidden_size)`: principal components, each scaled to unit variance or less."""
+    """`pc / sqrt(var + 0.05 mean var)`, `(batch, hidden_size)`: principal components, each scaled to unit variance or
+    less."""
     mean, components, variances = (part.to(x.dtype) for part in statistics)
     return ((x - mean) @ components.T) / (variances + RIDGE * variances.mean()).clamp_min(_LEAST_VARIANCE).sqrt()
 
 
 def row_distance(x: torch.Tensor, statistics: RowStatistics) -> torch.Tensor:
-    """Mean square of the whitened components, `(batch,)` float32: on average over the rows of the statistics less than 1, and the less
-    the fewer directions they fill. Where no SAE is asked for an FVU, the gate takes this. NaN for a row that is not finite, which no
-    gate lets through."""
+    """Mean square of the whitened components, `(batch,)` float32: on average over the rows of the statistics less than
+    1, and the less the fewer directions they fill. Where no SAE is asked for an FVU, the gate takes this. NaN for a
+    row that is not finite, which no gate lets through."""
     return whitened(x.float(), statistics).square().mean(-1)
 
 
@@ -165,13 +169,14 @@ def latent_view(
     values: torch.Tensor, indices: torch.Tensor, latent_mean: torch.Tensor, latent_frequency: torch.Tensor
 ) -> torch.Tensor:
     """
-    The code less its mean, rare latents counted more, at unit length: `norm((z - z_mean) * idf)`, `(batch, num_latents)`, with
-    `idf_i = -log p_i`.
+    The code less its mean, rare latents counted more, at unit length: `norm((z - z_mean) * idf)`, `(batch,
+    num_latents)`, with `idf_i = -log p_i`.
 
     Args:
         values, indices: the code, `(batch, top_k)`.
         latent_mean: `(num_latents,)`, the mean value of each latent over unlabelled rows, zeros counted.
-        latent_frequency: `(num_latents,)`, the share `p` of those rows in which it is active, `(n p + 1) / (n + 1)` of n rows.
+        latent_frequency: `(num_latents,)`, the share `p` of those rows in which it is active, `(n p + 1) / (n + 1)` of
+            n rows.
     """
     dense = torch.zeros(len(values), len(latent_mean), dtype=values.dtype, device=values.device)
     dense = dense.scatter_add(1, indices, values)
@@ -193,8 +198,8 @@ def corrected_steer(
     """
     `x + alpha (x - mu) + alpha / 2 sum_i (z_i - z_mean_i) d_i`, norm kept, `(batch, hidden_size)`.
 
-    VS2 moves a row by `alpha (x~ - b_pre)` and so carries the SAE's error (proposition 3.1). Here the centroid part is exact, and
-    the SAE only adds what its latents say beyond their own means: a poor SAE does little harm.
+    VS2 moves a row by `alpha (x~ - b_pre)` and so carries the SAE's error (proposition 3.1). Here the centroid part is
+    exact, and the SAE only adds what its latents say beyond their own means: a poor SAE does little harm.
     """
     deviation = sparse_decode(values, indices, decoder).to(x.dtype) - latent_mean.to(x.dtype) @ decoder.to(x.dtype)
     return keep_norm(x + alpha * (x - mean) + alpha / 2 * deviation, x)
@@ -233,7 +238,8 @@ class LabelFit(NamedTuple):
 
 
 def label_scores(embeds: torch.Tensor, fit: LabelFit, views: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """`(batch, num_classes)` scores on the scale of plain cosines; `views` `(batch, d_v)` in the order of the fit's."""
+    """`(batch, num_classes)` scores on the scale of plain cosines; `views` `(batch, d_v)` in the order of the
+    fit's."""
     scores = centred(embeds, fit.mean) @ fit.prototypes.T
     return fit.scale * _with_views(scores, fit.weights, views, fit.views)
 
@@ -259,13 +265,15 @@ def fit_prototypes(
     """
     KM-MAP: k-means from text anchors, each prototype shrunk towards its text by the rows that it received.
 
-    Eight times: `r = softmax(20 scores)`; three times column c of r is divided by `(C mean r_c)^0.5` and rows are made to sum to 1
-    again; `n_c = sum r_c`, `w_c = n_c / (n_c + 200)`, `P_c = norm((1 - w_c) P0_c + w_c norm(sum r_c q))`, and for each view
-    `M_c = norm(sum r_c a)`, which adds `2 w_c^2 a . M_c` to the scores. The division is a balance assumption: on rows that are
-    mostly of one label it does harm, see `docs/label-free.md`. No row leaves the text's own directions: distribution norm.
+    Eight times: `r = softmax(20 scores)`; three times column c of r is divided by `(C mean r_c)^0.5` and rows are made
+    to sum to 1 again; `n_c = sum r_c`, `w_c = n_c / (n_c + 200)`, `P_c = norm((1 - w_c) P0_c + w_c norm(sum r_c q))`,
+    and for each view `M_c = norm(sum r_c a)`, which adds `2 w_c^2 a . M_c` to the scores. The division is a balance
+    assumption: on rows that are mostly of one label it does harm, see `docs/label-free.md`. No row leaves the text's
+    own directions: distribution norm.
 
     Args:
-        embeds: unit embeddings of unlabelled images, `(n, projection_dim)`. A few thousand are enough, more are not better.
+        embeds: unit embeddings of unlabelled images, `(n, projection_dim)`. A few thousand are enough, more are not
+            better.
         classes: unit class embeddings.
         mean: what is subtracted from embeddings, `(projection_dim,)`.
         views: `(n, d_v)` each, of unit length.
@@ -278,9 +286,9 @@ def fit_balanced_prototypes(embeds: torch.Tensor, classes: torch.Tensor) -> Labe
     """
     Prototypes without a balance assumption, for rows that may be mostly of one label.
 
-    As [`fit_prototypes`], but with the [`balanced_mean`], no division of columns, `w_c = n_c / (n_c + 500)`, and each row counted
-    `u = sum_c r_c min(1, n / (C n_c))` times, with the r and n of distribution norm: no label starts with more than an even share of
-    the rows, and a common one may still earn them.
+    As [`fit_prototypes`], but with the [`balanced_mean`], no division of columns, `w_c = n_c / (n_c + 500)`, and each
+    row counted `u = sum_c r_c min(1, n / (C n_c))` times, with the r and n of distribution norm: no label starts with
+    more than an even share of the rows, and a common one may still earn them.
 
     Args:
         embeds, classes: as there.

@@ -1,4 +1,5 @@
-"""Exact nearest neighbours by cosine in blocks, and what their pseudo-labels say (VS2++, section 3.3 of arXiv 2506.01247)."""
+"""Exact nearest neighbours by cosine in blocks, and what their pseudo-labels say (VS2++, section 3.3 of arXiv
+2506.01247)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from .finite import first_broken_row
 
 BLOCK_ROWS = 2048
 
-# Unit rows are rounded to multiples of 2^-24. Products of two are multiples of 2^-48 and their sums stay near 1, so that float64
-# adds them up without any error, in whatever order: the same neighbours for every block size and thread count.
+# Unit rows are rounded to multiples of 2^-24. Products of two are multiples of 2^-48 and their sums stay near 1, so
+# that float64 adds them up without any error, in whatever order: the same neighbours for every block size and thread
+# count.
 _GRID = 2.0**24
 _INDEX_BITS = 32
 _LAST_INDEX = 2**_INDEX_BITS - 1
@@ -51,9 +53,9 @@ def nearest_neighbors(
     """
     The `k` rows of `corpus` with the largest cosine to each query: exact, and the same whatever the block size.
 
-    Both are taken in blocks, so that beyond the result no more than `block_rows x block_rows` similarities are held. With
-    faiss installed (and rows on the CPU) its `IndexFlatIP` does the search, on a float32 copy of the corpus; the result is
-    the same, bit for bit.
+    Both are taken in blocks, so that beyond the result no more than `block_rows x block_rows` similarities are held.
+    With faiss installed (and rows on the CPU) its `IndexFlatIP` does the search, on a float32 copy of the corpus; the
+    result is the same, bit for bit.
 
     Args:
         queries: `(q, d)`, of any length and floating dtype.
@@ -63,8 +65,8 @@ def nearest_neighbors(
         exclude: int64 `(q,)`, for each query one row of the corpus that is not its neighbour (itself), or -1.
 
     Returns:
-        `(similarity, indices)`, float32 and int64, each `(q, k)`, on the device of the queries. Similarity is descending;
-        of rows whose float32 similarity is equal, the one with the lower index comes first.
+        `(similarity, indices)`, float32 and int64, each `(q, k)`, on the device of the queries. Similarity is
+        descending; of rows whose float32 similarity is equal, the one with the lower index comes first.
 
     Raises:
         ValueError: shapes that do not fit, a `k` the corpus is too small for, a corpus with NaN or infinity.
@@ -111,7 +113,8 @@ class NeighborIndex:
 def pseudo_labels(image_embeds: torch.Tensor, class_embeds: torch.Tensor) -> torch.Tensor:
     """CLIP's own guess for each image: the class of largest cosine, int64 `(n,)`; of equal ones the first.
 
-    `image_embeds` is `(n, d)` and `class_embeds` `(num_classes, d)`, of any length. Nothing of `n x num_classes` is held.
+    `image_embeds` is `(n, d)` and `class_embeds` `(num_classes, d)`, of any length. Nothing of `n x num_classes` is
+    held.
 
     Raises:
         ValueError: no classes.
@@ -133,8 +136,8 @@ def select_positives(
 
     Args:
         neighbor_labels: int64 `(batch, N)`, nearest first.
-        rule: `"majority"`, those with the commonest label among the neighbours (section 4.2; of equally common ones that of
-            the nearest neighbour), or `"query"`, those with the query's own (eq. 4), which may be none.
+        rule: `"majority"`, those with the commonest label among the neighbours (section 4.2; of equally common ones
+            that of the nearest neighbour), or `"query"`, those with the query's own (eq. 4), which may be none.
         query_labels: int64 `(batch,)`, for `"query"`.
 
     Raises:
@@ -152,8 +155,8 @@ def select_positives(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Search. A key is a similarity and an index in one int64: larger is nearer, equal similarities go by the lower index, and no two
-# keys are equal, so that top-k has one answer.
+# Search. A key is a similarity and an index in one int64: larger is nearer, equal similarities go by the lower index,
+# and no two keys are equal, so that top-k has one answer.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +215,8 @@ def _search_device(device: torch.device) -> torch.device:
 def _check(queries: torch.Tensor, shape: torch.Size, k: int, exclude: torch.Tensor | None) -> None:
     if queries.ndim != 2 or len(shape) != 2 or queries.shape[1] != shape[1]:
         raise ValueError(
-            f"Queries (q, d) and corpus (n, d) must be of one width; these are {tuple(queries.shape)} and {tuple(shape)}."
+            f"Queries (q, d) and corpus (n, d) must be of one width; these are {tuple(queries.shape)} and "
+            f"{tuple(shape)}."
         )
     if exclude is not None and not isinstance(exclude, torch.Tensor):
         raise TypeError(

@@ -3,8 +3,8 @@
 A dense SAE step costs five products of `batch x num_latents x hidden_size`; only the encoder's forward is needed. The
 rest has a sparse form of cost `batch x top_k x hidden_size`, which wins while `top_k / num_latents` is small; above
 `sparse_limit` the dense form of the same gradient is faster and is taken instead. Both give the same numbers up to
-float rounding (`tests/test_sparse_ops.py`). On a GPU the sparse form runs in the kernels of `sparse_triton.py`, where there
-is Triton.
+float rounding (`tests/test_sparse_ops.py`). On a GPU the sparse form runs in the kernels of `sparse_triton.py`, where
+there is Triton.
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ from torch.autograd.function import once_differentiable
 SPARSE_LIMIT = {"cpu": 0.09, "float32": 0.07, "tf32": 0.012, "half": 0.0}
 """Largest `top_k / num_latents` for which the backward is sparse; `benchmarks/sparse_backward.py` measures it.
 
-On a GPU it hangs on the arithmetic: in TF32 (`torch.set_float32_matmul_precision("high")`) and half precision a dense product
-costs a small part of what it does in float32, a sparse one as much as before.
+On a GPU it hangs on the arithmetic: in TF32 (`torch.set_float32_matmul_precision("high")`) and half precision a dense
+product costs a small part of what it does in float32, a sparse one as much as before.
 """
 
-# The same for decoding: a ReLU SAE from elsewhere has every latent in its code, VS2++ sums the codes of many neighbours. The GPU's is
-# no more than an estimate, from kernels timed at 2 and 8 %.
+# The same for decoding: a ReLU SAE from elsewhere has every latent in its code, VS2++ sums the codes of many
+# neighbours. The GPU's is no more than an estimate, from kernels timed at 2 and 8 %.
 _DECODE_LIMIT = {"cpu": 0.09, "gpu": 0.2}
 _SUM_MODE = 0  # embedding_bag's number for mode="sum"
 
 
 class LatentOrder:
-    """The entries of a code, `indices` `(batch, top_k)`, by latent. Encoder and decoder share one, so they are sorted once."""
+    """The entries of a code, `indices` `(batch, top_k)`, by latent. Encoder and decoder share one, so they are sorted
+    once."""
 
     def __init__(self, indices: torch.Tensor, num_latents: int):
         self.indices, self.num_latents = indices, num_latents
 
     @functools.cached_property
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Entry numbers `(batch * top_k,)`, those of a latent together, and where each latent's begin, `(num_latents,)`."""
+        """Entry numbers `(batch * top_k,)`, those of a latent together, and where each latent's begin,
+        `(num_latents,)`."""
         latents = self.indices.flatten()
         # torch sorts 16-bit numbers several times faster than 64-bit ones.
         latents, order = latents.to(torch.int16 if self.num_latents < 2**15 else torch.int32).sort(stable=True)
@@ -53,7 +55,8 @@ class LatentOrder:
 def sparse_decode(values: torch.Tensor, indices: torch.Tensor | LatentOrder, weight: torch.Tensor) -> torch.Tensor:
     """`sum_j values[b, j] * weight[indices[b, j]]`, `(batch, hidden_size)`, without a `(batch, num_latents)` tensor.
 
-    `values` and `indices` are `(batch, top_k)`, `weight` is `(num_latents, hidden_size)`. The result has `weight`'s dtype.
+    `values` and `indices` are `(batch, top_k)`, `weight` is `(num_latents, hidden_size)`. The result has `weight`'s
+    dtype.
     """
     order = indices if isinstance(indices, LatentOrder) else LatentOrder(indices, len(weight))
     needs_grad = torch.is_grad_enabled() and (values.requires_grad or weight.requires_grad)
@@ -70,11 +73,12 @@ def linear_at(
     indices: torch.Tensor | LatentOrder,
     outputs: torch.Tensor,
 ) -> torch.Tensor:
-    """Give `outputs`, the entries `indices` of `(x - center) @ weight.T + bias` computed without a graph, their gradient.
+    """Give `outputs`, the entries `indices` of `(x - center) @ weight.T + bias` computed without a graph, their
+    gradient.
 
     `x` is `(batch, hidden_size)`, `center` `(hidden_size,)`, `weight` `(num_latents, hidden_size)`, `bias`
-    `(num_latents,)`; `indices` and `outputs` are `(batch, top_k)`. Returns `outputs` as a differentiable function of the
-    other tensors: the gradient of a gather from the full product, at the cost of the gathered entries only.
+    `(num_latents,)`; `indices` and `outputs` are `(batch, top_k)`. Returns `outputs` as a differentiable function of
+    the other tensors: the gradient of a gather from the full product, at the cost of the gathered entries only.
     """
     order = indices if isinstance(indices, LatentOrder) else LatentOrder(indices, len(weight))
     return _LinearAt.apply(x, center, weight, bias, outputs, order)

@@ -1,8 +1,10 @@
-"""GPU kernels of `sparse_ops`: the three sums over active latents, written in Triton (optional; torch for CUDA brings it).
+"""GPU kernels of `sparse_ops`: the three sums over active latents, written in Triton (optional; torch for CUDA brings
+it).
 
-Each is one pass that gathers, weighs and adds: nothing of shape `(batch, top_k, hidden_size)` exists. Every number is added in an
-order that depends on the input alone, never on which thread comes first, so a run can be repeated bit for bit. Sums are float32
-whatever the dtype. Triton runs a kernel on the current GPU, not on that of its tensors: hence `device_of`. `TRITON_INTERPRET=1` runs the same code on a CPU, slowly: that is how it is tested where there is no GPU.
+Each is one pass that gathers, weighs and adds: nothing of shape `(batch, top_k, hidden_size)` exists. Every number is
+added in an order that depends on the input alone, never on which thread comes first, so a run can be repeated bit for
+bit. Sums are float32 whatever the dtype. Triton runs a kernel on the current GPU, not on that of its tensors: hence
+`device_of`. `TRITON_INTERPRET=1` runs the same code on a CPU, slowly: that is how it is tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ def dots(rows: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor) -> tor
 def latent_sums(
     values: torch.Tensor, entries: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the sparse `(batch, num_latents)` matrix S of a code: `S^T rows`, `(num_latents, width)`, and the sums of its columns.
+    """For the sparse `(batch, num_latents)` matrix S of a code: `S^T rows`, `(num_latents, width)`, and the sums of
+    its columns.
 
     `values` is `(batch, top_k)`; `entries` lists its entries by latent, those of latent l from `starts[l]` on.
     """

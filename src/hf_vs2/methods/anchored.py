@@ -1,4 +1,5 @@
-"""Anchored prototypes: CLIP's own scores, and beside them what unlabelled rows teach, as far as the rows support it."""
+"""Anchored prototypes: CLIP's own scores, and beside them what unlabelled rows teach, as far as the rows support
+it."""
 
 from collections.abc import Sequence
 

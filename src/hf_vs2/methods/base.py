@@ -1,8 +1,8 @@
 """What a method is, and the registry of all methods.
 
-A method says how a CLS row moves (`step`), what it fits to a label set from unlabelled rows (`fit`), or both. Everything else (the
-gate, edits of latents, explanations, evaluation, the study, saving and loading) works from these and asks for no method's name.
-docs/methods.md shows how to write one.
+A method says how a CLS row moves (`step`), what it fits to a label set from unlabelled rows (`fit`), or both.
+Everything else (the gate, edits of latents, explanations, evaluation, the study, saving and loading) works from these
+and asks for no method's name. docs/methods.md shows how to write one.
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ class Batch:
 
     Args:
         x (`torch.Tensor` of shape `(batch, hidden_size)`): the rows, in float32 or finer.
-        code ([`SAEOutput`], *optional*): what the SAE says of them; `None` of methods that do not read it. Its `values` and `indices`
-            `(batch, top_k)`, the active latents, and its `reconstruction` `(batch, hidden_size)` are properties of the batch.
+        code ([`SAEOutput`], *optional*): what the SAE says of them; `None` of methods that do not read it. Its
+            `values` and `indices` `(batch, top_k)`, the active latents, and its `reconstruction` `(batch,
+            hidden_size)` are properties of the batch.
         decoder (`torch.Tensor` of shape `(num_latents, hidden_size)`): a direction `d_j` a latent.
         mean (`torch.Tensor` of shape `(hidden_size,)`): of the SAE's training rows.
         gamma (`float` or `torch.Tensor` of shape `(num_latents,)`), lambda_ (`float`): the settings.
         alpha (`float`): `lambda (gamma - 1)`, of methods with `one_direction`.
-        statistics (`() -> Statistics`), neighbors (`() -> NeighborCodes`): read when called; a `ValueError` says what is missing.
+        statistics (`() -> Statistics`), neighbors (`() -> NeighborCodes`): read when called; a `ValueError` says what
+            is missing.
     """
 
     x: torch.Tensor
@@ -95,15 +97,16 @@ class Batch:
         start: torch.Tensor | None = None,
         keeps_norm: bool = True,
     ) -> LatentStep:
-        """A [`LatentStep`] from `start` (by default the rows themselves) by `change` of `latents` (by default none)."""
+        """A [`LatentStep`] from `start` (by default the rows themselves) by `change` of `latents` (by default
+        none)."""
         if change is None or latents is None:
             change, latents = self.values[:, :0], self.indices[:, :0]
         return LatentStep(self.x if start is None else start.to(self.x.dtype), change, latents, keeps_norm)
 
 
 class LatentStep(NamedTuple):
-    """`x` becomes `start + sum_j change_j d_j`, then, where `keeps_norm`, as long as `x` was. Steering, edits and explanations all
-    work on this form."""
+    """`x` becomes `start + sum_j change_j d_j`, then, where `keeps_norm`, as long as `x` was. Steering, edits and
+    explanations all work on this form."""
 
     start: torch.Tensor
     """`(batch, hidden_size)`: `x` itself, or what the method puts in its place."""
@@ -244,7 +247,8 @@ class Method:
 
     @property
     def reads_latents(self) -> bool:
-        """Whether it needs the SAE, whose FVU then is the gate's measure; else that is the distance to the training rows."""
+        """Whether it needs the SAE, whose FVU then is the gate's measure; else that is the distance to the training
+        rows."""
         return self.step is not None or self.fit is None or any(view.reads_latents for view in self.views)
 
     def view_widths(self, num_latents: int, hidden_size: int) -> list[int]:
@@ -277,7 +281,8 @@ def register(method: Method) -> Method:
 
 def method_named(name: Any) -> Method:
     """
-    The method of that name; modules that installed packages list as entry points `hf_vs2.methods` are imported when it is missing.
+    The method of that name; modules that installed packages list as entry points `hf_vs2.methods` are imported when it
+    is missing.
 
     Raises:
         `ValueError`: there is none.
@@ -289,8 +294,8 @@ def method_named(name: Any) -> Method:
             entry.load()
     if name not in METHODS:
         raise ValueError(
-            f"method={name!r} is not known. Use one of {list(METHODS)}. A method of your own is known once the module that registers "
-            "it is imported."
+            f"method={name!r} is not known. Use one of {list(METHODS)}. A method of your own is known once the module "
+            "that registers it is imported."
         )
     return METHODS[name]
 

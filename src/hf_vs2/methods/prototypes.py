@@ -1,4 +1,5 @@
-"""Prototypes fitted to unlabelled rows (KM-MAP), with views of the row beside the embedding, or without a balance assumption."""
+"""Prototypes fitted to unlabelled rows (KM-MAP), with views of the row beside the embedding, or without a balance
+assumption."""
 
 import torch
 

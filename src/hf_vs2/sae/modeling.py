@@ -60,10 +60,10 @@ class SAEModel(HubMixin, PreTrainedModel):
     """
     Top-k sparse autoencoder, eq. 1: `c = TopK(W_enc (x - b_pre) + b_enc)`, `x~ = W_dec^T c + b_pre`.
 
-    Parameters are `W_enc` and `W_dec`, both `(num_latents, hidden_size)` with one latent a row, `b_enc` `(num_latents,)` and
-    `b_pre` `(hidden_size,)`. The buffer `mean` `(hidden_size,)`, always float32, is the mean of the training activations,
-    the `mu` of the per-sample FVU. `domain_statistics` ([`DomainStatistics`], *optional*) is what is known of unlabelled rows beyond that;
-    it is saved and loaded with the weights.
+    Parameters are `W_enc` and `W_dec`, both `(num_latents, hidden_size)` with one latent a row, `b_enc`
+    `(num_latents,)` and `b_pre` `(hidden_size,)`. The buffer `mean` `(hidden_size,)`, always float32, is the mean of
+    the training activations, the `mu` of the per-sample FVU. `domain_statistics` ([`DomainStatistics`], *optional*) is
+    what is known of unlabelled rows beyond that; it is saved and loaded with the weights.
 
     Example:
 
@@ -108,8 +108,8 @@ class SAEModel(HubMixin, PreTrainedModel):
         As `PreTrainedModel.from_pretrained`, from `config.json` and `model.safetensors` alone.
 
         Raises:
-            `OSError`: if there are no such files; a pickle is not opened. `ValueError`: if they are damaged, do not belong
-                together, or are another model's. transformers would warn, and fill in random numbers.
+            `OSError`: if there are no such files; a pickle is not opened. `ValueError`: if they are damaged, do not
+                belong together, or are another model's. transformers would warn, and fill in random numbers.
         """
         refuse_variant(kwargs)
         kwargs = one_dtype(kwargs)
@@ -154,33 +154,36 @@ class SAEModel(HubMixin, PreTrainedModel):
     @classmethod
     def from_sparsify(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
         """
-        An SAE that EleutherAI's `sparsify` trained: the same encode and decode. What its checkpoint does not tell (the mean of the
-        training rows, so the gate) [`calibrate`] measures.
+        An SAE that EleutherAI's `sparsify` trained: the same encode and decode. What its checkpoint does not tell (the
+        mean of the training rows, so the gate) [`calibrate`] measures.
 
         Args:
             name_or_path (`str` or path): folder with `cfg.json` and `sae.safetensors`, or Hub id (with `subfolder=`).
-            options: `layer`, `base_model_name_or_path`, `base_model_revision` (which CLIP it reads and where), `dtype`; of the Hub
-                `revision`, `subfolder`, `cache_dir`, `force_download`, `local_files_only`, `token`.
+            options: `layer`, `base_model_name_or_path`, `base_model_revision` (which CLIP it reads and where),
+                `dtype`; of the Hub `revision`, `subfolder`, `cache_dir`, `force_download`, `local_files_only`,
+                `token`.
 
         Raises:
-            `OSError`: if files are missing. `ValueError`: on a setting that this model can't express exactly, and on damaged files.
+            `OSError`: if files are missing. `ValueError`: on a setting that this model can't express exactly, and on
+                damaged files.
         """
         return cls._converted(sparsify.load(name_or_path, **one_dtype(options)))
 
     @classmethod
     def from_sae_lens(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
         """
-        As [`SAEModel.from_sparsify`], for SAELens: `cfg.json` and `sae_weights.safetensors`; architectures `topk`, `abstopk` and
-        `standard` (a plain ReLU: `top_k` is then the number of latents). `scaling_factor` is the constant that activations were
-        multiplied by, where `normalize_activations` is `expected_average_only_in`.
+        As [`SAEModel.from_sparsify`], for SAELens: `cfg.json` and `sae_weights.safetensors`; architectures `topk`,
+        `abstopk` and `standard` (a plain ReLU: `top_k` is then the number of latents). `scaling_factor` is the
+        constant that activations were multiplied by, where `normalize_activations` is `expected_average_only_in`.
         """
         return cls._converted(sae_lens.load(name_or_path, **one_dtype(options)))
 
     @classmethod
     def from_prisma(cls, name_or_path: str | os.PathLike, **options: Any) -> SAEModel:
         """
-        As [`SAEModel.from_sae_lens`], for ViT-Prisma: `config.json` and `weights_name` (by default the one `.safetensors` or `.pt`
-        file; on the Hub `weights.pt`). A `.pt` file that holds anything else than tensors is refused: it may be code.
+        As [`SAEModel.from_sae_lens`], for ViT-Prisma: `config.json` and `weights_name` (by default the one
+        `.safetensors` or `.pt` file; on the Hub `weights.pt`). A `.pt` file that holds anything else than tensors is
+        refused: it may be code.
         """
         return cls._converted(prisma.load(name_or_path, **one_dtype(options)))
 
@@ -190,8 +193,8 @@ class SAEModel(HubMixin, PreTrainedModel):
 
     def save_sparsify(self, folder: str | os.PathLike) -> None:
         """
-        Write `cfg.json` and `sae.safetensors`, which sparsify's `SparseCoder.load_from_disk` loads: the same encode and decode. The
-        gate and its statistics, and which CLIP and layer it is for, have no place there.
+        Write `cfg.json` and `sae.safetensors`, which sparsify's `SparseCoder.load_from_disk` loads: the same encode
+        and decode. The gate and its statistics, and which CLIP and layer it is for, have no place there.
 
         Raises:
             `ValueError`: if `activation` is `"absolute"`. `OSError`: if the folder can't be written.
@@ -199,8 +202,8 @@ class SAEModel(HubMixin, PreTrainedModel):
         sparsify.save(self, folder)
 
     def save_sae_lens(self, folder: str | os.PathLike) -> None:
-        """As [`SAEModel.save_sparsify`], for SAELens' `SAE.load_from_disk`, which has a place for CLIP and layer (in `metadata`). It
-        knows `"absolute"` as `abstopk`."""
+        """As [`SAEModel.save_sparsify`], for SAELens' `SAE.load_from_disk`, which has a place for CLIP and layer (in
+        `metadata`). It knows `"absolute"` as `abstopk`."""
         sae_lens.save(self, folder)
 
     @torch.no_grad()
@@ -218,7 +221,8 @@ class SAEModel(HubMixin, PreTrainedModel):
         """None: there are no tokens. accelerate asks when it shards a model (FSDP)."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SAEModel:
-        # `.to(torch.bfloat16)` and friends move everything but must not round the statistics: the FVU and so the gate hang on it.
+        # `.to(torch.bfloat16)` and friends move everything but must not round the statistics: the FVU and so the gate
+        # hang on it.
         mean = self.mean
         super()._apply(fn, recurse)
         if self.mean.dtype != torch.float32:
@@ -268,7 +272,8 @@ class SAEModel(HubMixin, PreTrainedModel):
             dead_latents (`torch.BoolTensor` of shape `(num_latents,)`, *optional*):
                 Latents that have not been active for long. When given, the loss holds the AuxK term that revives them.
             return_loss (`bool`, *optional*, defaults to `True`):
-                Whether to say the loss. By this default transformers' `Trainer` knows that there is one without labels (`eval_loss`).
+                Whether to say the loss. By this default transformers' `Trainer` knows that there is one without labels
+                (`eval_loss`).
 
         The squared error is divided by the total variance of the training activations (`config.total_variance`), a
         constant, so that the loss of a batch is the mean of the losses of its parts; without it, by the batch's own.
@@ -292,10 +297,11 @@ class SAEModel(HubMixin, PreTrainedModel):
     def _aux_k_loss(
         self, x: torch.Tensor, pre_activations: torch.Tensor, residual: torch.Tensor, dead_latents: torch.Tensor
     ) -> torch.Tensor:
-        """Squared error of the residual reconstructed by the `aux_k` most active dead latents (Gao et al., appendix A.2).
+        """Squared error of the residual reconstructed by the `aux_k` most active dead latents (Gao et al., appendix
+        A.2).
 
-        Where fewer are dead, the loss shrinks with their share. The gradient reaches the encoder rows and biases of exactly
-        the latents that are to be revived.
+        Where fewer are dead, the loss shrinks with their share. The gradient reaches the encoder rows and biases of
+        exactly the latents that are to be revived.
         """
         aux_k = self.config.aux_k or 0
         x = x.to(self.b_pre.dtype)
@@ -311,7 +317,8 @@ class SAEModel(HubMixin, PreTrainedModel):
     def _few_dead_latents(
         self, x: torch.Tensor, dead: torch.Tensor, aux_k: int
     ) -> tuple[torch.Tensor, LatentOrder, torch.Tensor | float]:
-        """The code of each row among the dead, and their share of `aux_k`. They are counted, and only theirs are computed."""
+        """The code of each row among the dead, and their share of `aux_k`. They are counted, and only theirs are
+        computed."""
         rows = dead.nonzero().squeeze(-1)
         k = min(aux_k, len(rows))
         pre_activations = F.linear(x - self.b_pre.detach(), self.W_enc[rows], self.b_enc[rows])
@@ -360,7 +367,8 @@ class SAEModel(HubMixin, PreTrainedModel):
 
     @torch.no_grad()
     def set_statistics(self, mean: torch.Tensor, total_variance: float) -> None:
-        """Store the mean `(hidden_size,)` and total variance of the training activations, and start `b_pre` at the mean."""
+        """Store the mean `(hidden_size,)` and total variance of the training activations, and start `b_pre` at the
+        mean."""
         self.mean.copy_(mean)
         self.b_pre.copy_(mean)
         self.config.total_variance = float(total_variance)
@@ -372,9 +380,9 @@ class SAEModel(HubMixin, PreTrainedModel):
     def _check_width(self, x: torch.Tensor) -> None:
         if x.ndim != 2 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(
-                f"This SAE reads rows of width {self.config.hidden_size}, so x must be (batch, {self.config.hidden_size}); "
-                f"it is {tuple(x.shape)}. Pass CLS activations of the CLIP it was trained on"
-                f" ({self.config.base_model_name_or_path or 'not recorded'})."
+                f"This SAE reads rows of width {self.config.hidden_size}, so x must be (batch, "
+                f"{self.config.hidden_size}); it is {tuple(x.shape)}. Pass CLS activations of the CLIP it was trained "
+                f"on ({self.config.base_model_name_or_path or 'not recorded'})."
             )
 
 

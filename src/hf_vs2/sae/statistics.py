@@ -1,7 +1,9 @@
-"""What an SAE's checkpoint knows of the unlabelled images that it is for: means, principal components, a sketch of rows.
+"""What an SAE's checkpoint knows of the unlabelled images that it is for: means, principal components, a sketch of
+rows.
 
-On disk it is `statistics.safetensors`, whose header says what the tensors were measured on. No label is stored; the sketch is
-activations of images, which their owner may not want to give away: leave it out then ([`DomainStatistics.without_rows`]).
+On disk it is `statistics.safetensors`, whose header says what the tensors were measured on. No label is stored; the
+sketch is activations of images, which their owner may not want to give away: leave it out then
+([`DomainStatistics.without_rows`]).
 """
 
 from __future__ import annotations
@@ -33,14 +35,17 @@ class DomainStatistics:
     Statistics of unlabelled CLS rows of the SAE's layer.
 
     Args:
-        mean (`torch.Tensor` of shape `(hidden_size,)`), components (`(hidden_size, hidden_size)`), variances (`(hidden_size,)`):
+        mean (`torch.Tensor` of shape `(hidden_size,)`), components (`(hidden_size, hidden_size)`), variances
+        (`(hidden_size,)`):
             see [`RowStatistics`].
-        latent_mean, latent_frequency (`torch.Tensor` of shape `(num_latents,)`): of the SAE's code, see [`latent_view`].
+        latent_mean, latent_frequency (`torch.Tensor` of shape `(num_latents,)`): of the SAE's code, see
+            [`latent_view`].
         num_rows (`int`): how many rows these come from.
-        rows (`torch.Tensor` of shape `(m, hidden_size)`, *optional*): the sketch, a random sample of the rows, in bfloat16:
-            `2 m hidden_size` bytes, 6.3 MB for 4,096 rows of ViT-B. What is fitted for a label set is fitted on it.
-        image_mean (`torch.Tensor` of shape `(projection_dim,)`, *optional*): mean unit embedding of plain CLIP, where it was measured
-            on all rows; else that of the sketch is taken.
+        rows (`torch.Tensor` of shape `(m, hidden_size)`, *optional*): the sketch, a random sample of the rows, in
+            bfloat16: `2 m hidden_size` bytes, 6.3 MB for 4,096 rows of ViT-B. What is fitted for a label set is fitted
+            on it.
+        image_mean (`torch.Tensor` of shape `(projection_dim,)`, *optional*): mean unit embedding of plain CLIP, where
+            it was measured on all rows; else that of the sketch is taken.
         distance_quantiles (`dict[str, float]`): level -> [`row_distance`] on rows that were not used for the rest.
 
     Raises:
@@ -72,7 +77,8 @@ class DomainStatistics:
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(
-                    f"The {name} of statistics of width {width} must be {shape}; they are {tuple(getattr(self, name).shape)}."
+                    f"The {name} of statistics of width {width} must be {shape}; they are "
+                    f"{tuple(getattr(self, name).shape)}."
                 )
 
     def __repr__(self) -> str:
@@ -118,16 +124,16 @@ class DomainStatistics:
         return replace(self, rows=None, image_mean=image_mean)
 
     def distance_threshold(self, quantile: float) -> float:
-        """The distance under which a fresh row of the same kind falls with probability `quantile`; of a quantile higher than the held-out
-        rows can vouch for, the highest that they can, which passes fewer.
+        """The distance under which a fresh row of the same kind falls with probability `quantile`; of a quantile
+        higher than the held-out rows can vouch for, the highest that they can, which passes fewer.
 
         Raises:
             `ValueError`: without held-out rows, or for a quantile below all of theirs.
         """
         if not self.distance_quantiles:
             raise ValueError(
-                f"gate={quantile} goes by the distance to the training rows for this method, and no rows were held out to measure it. "
-                "Use gate=None, or calibrate: hf-vs2 calibrate."
+                f"gate={quantile} goes by the distance to the training rows for this method, and no rows were held "
+                "out to measure it. Use gate=None, or calibrate: hf-vs2 calibrate."
             )
         highest = max(map(float, self.distance_quantiles))
         return quantile_of(self.distance_quantiles, min(quantile, highest), "distance quantiles")
@@ -141,8 +147,8 @@ class DomainStatistics:
         found = len(self.mean), len(self.latent_mean)
         if found != (hidden_size, num_latents):
             raise ValueError(
-                f"{where}: statistics of rows of width {found[0]} and {found[1]} latents; the SAE has {hidden_size} and {num_latents}. "
-                "Calibrate it again."
+                f"{where}: statistics of rows of width {found[0]} and {found[1]} latents; the SAE has {hidden_size} "
+                f"and {num_latents}. Calibrate it again."
             )
 
     # On disk
@@ -157,19 +163,20 @@ class DomainStatistics:
         cls, name_or_path: str | os.PathLike, place: Mapping[str, Any], digests: Mapping[str, str] | None = None
     ) -> DomainStatistics | None:
         """
-        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files. `None`, with a warning, where the
-        file was left out: VS2 does without.
+        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files. `None`, with a
+        warning, where the file was left out: VS2 does without.
 
         Raises:
-            `OSError`: if they can't be reached. `ValueError`: if the file is damaged, of another checkpoint, or something else.
+            `OSError`: if they can't be reached. `ValueError`: if the file is damaged, of another checkpoint, or
+                something else.
         """
         path = cached_file(
             os.fspath(name_or_path), STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **place
         )
         if path is None:
             logger.warning(
-                f"{name_or_path} says that it has {STATISTICS_NAME}, which is not there. Methods beyond VS2 can't be used; hf-vs2 "
-                "calibrate measures the statistics again."
+                f"{name_or_path} says that it has {STATISTICS_NAME}, which is not there. Methods beyond VS2 can't be "
+                "used; hf-vs2 calibrate measures the statistics again."
             )
             return None
         return read_described(path, _KIND, cls._read, "Calibrate the checkpoint again.", digests)

@@ -1,8 +1,8 @@
 """The unlabelled corpus of VS2++ (arXiv 2506.01247, sections 3.3 and 4.2): kept on disk, and asked for neighbours.
 
-A saved corpus is `corpus.safetensors` (`rows`, and `embeddings` where another encoder finds the neighbours) and `corpus.json`,
-which says what they were made from. No label is stored: pseudo-labels are CLIP's
-guesses among the classes of the call.
+A saved corpus is `corpus.safetensors` (`rows`, and `embeddings` where another encoder finds the neighbours) and
+`corpus.json`, which says what they were made from. No label is stored: pseudo-labels are CLIP's guesses among the
+classes of the call.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class RetrievalCorpus:
     CLS rows of unlabelled images, the neighbours of VS2++ are taken from.
 
     Args:
-        rows (`torch.Tensor` of shape `(n, hidden_size)`): of the CLIP's last layer, before `post_layernorm`; float32 or
-            bfloat16. Latents and CLIP embeddings are computed from them.
-        embeddings (`torch.Tensor` of shape `(n, d)`, *optional*): of the same images by another encoder, in whose space
-            neighbours are looked for. Without it that is the CLIP's own.
+        rows (`torch.Tensor` of shape `(n, hidden_size)`): of the CLIP's last layer, before `post_layernorm`; float32
+            or bfloat16. Latents and CLIP embeddings are computed from them.
+        embeddings (`torch.Tensor` of shape `(n, d)`, *optional*): of the same images by another encoder, in whose
+            space neighbours are looked for. Without it that is the CLIP's own.
         encoder (`str`, *optional*), encoder_revision (`str`, *optional*): that encoder.
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*), base_model_fingerprint
             (`list[float]`, *optional*), base_model_weights (`dict[str, str]`, *optional*): the CLIP, as an
@@ -75,7 +75,8 @@ class RetrievalCorpus:
                 if not usable.all():
                     row = start + int((~usable).nonzero()[0])
                     raise ValueError(
-                        f"Row {row} of the corpus' {name} holds NaN, infinity or a number beyond {LARGEST:g}: leave that image out."
+                        f"Row {row} of the corpus' {name} holds NaN, infinity or a number beyond {LARGEST:g}: leave "
+                        "that image out."
                     )
         if (self.embeddings is None) != (self.encoder is None):
             raise ValueError(
@@ -83,7 +84,8 @@ class RetrievalCorpus:
             )
         if self.embeddings is not None and len(self.embeddings) != len(self.rows):
             raise ValueError(
-                f"{len(self.embeddings)} embeddings for {len(self.rows)} rows: they must be of the same images, in one order."
+                f"{len(self.embeddings)} embeddings for {len(self.rows)} rows: they must be of the same images, in "
+                "one order."
             )
 
     @classmethod
@@ -101,9 +103,10 @@ class RetrievalCorpus:
         A corpus from an activation store, or from CLS rows in memory.
 
         Args:
-            store_or_rows ([`ActivationStore`] or `torch.Tensor` of shape `(n, hidden_size)`): with the last layer's rows.
-            clip (`CLIPModel`, *optional*): the CLIP that made a tensor of rows; a store has it on record. Without it nothing
-                tells later that the corpus belongs to another CLIP.
+            store_or_rows ([`ActivationStore`] or `torch.Tensor` of shape `(n, hidden_size)`): with the last layer's
+                rows.
+            clip (`CLIPModel`, *optional*): the CLIP that made a tensor of rows; a store has it on record. Without it
+                nothing tells later that the corpus belongs to another CLIP.
             embeddings, encoder, encoder_revision (*optional*): to look for neighbours in another encoder's space; see
                 [`embed_images`].
             dtype (`str`): `"float32"`, or `"bfloat16"` to halve the corpus.
@@ -144,7 +147,10 @@ class RetrievalCorpus:
 
     def __repr__(self) -> str:
         space = "the CLIP's own space" if self.encoder is None else f"the space of {self.encoder}"
-        return f"RetrievalCorpus({len(self)} rows of {self.base_model_name_or_path or 'a CLIP without a name'}, searched in {space})"
+        return (
+            f"RetrievalCorpus({len(self)} rows of {self.base_model_name_or_path or 'a CLIP without a name'}, searched "
+            f"in {space})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RetrievalCorpus:
         return self  # never changed, and large
@@ -156,12 +162,15 @@ class RetrievalCorpus:
             `ValueError`: naming both and the difference.
         """
         theirs = self.base_model_name_or_path or "a CLIP without a name"
-        both = f"This corpus was made with {theirs}; the CLIP given is {clip.config._name_or_path or 'one without a name'}."
+        both = (
+            f"This corpus was made with {theirs}; the CLIP given is "
+            f"{clip.config._name_or_path or 'one without a name'}."
+        )
         width = clip.vision_model.config.hidden_size
         if self.rows.shape[1] != width:
             raise ValueError(
-                f"{both} Its rows have {self.rows.shape[1]} features, the vision tower gives {width}. Extract the images again "
-                "with this CLIP."
+                f"{both} Its rows have {self.rows.shape[1]} features, the vision tower gives {width}. Extract the "
+                "images again with this CLIP."
             )
         recorded = self.base_model_fingerprint
         if recorded is not None and not same_fingerprint(vision_fingerprint(clip), recorded):
@@ -215,7 +224,8 @@ class RetrievalCorpus:
         names = {"rows"} if description["encoder"] is None else {"rows", "embeddings"}
         if set(tensors) != names or len(tensors["rows"]) != description["num_rows"]:
             raise ValueError(
-                f"{rows_path} and {CORPUS_CONFIG_NAME} beside it are not of one corpus (a save that was cut off?): save it again."
+                f"{rows_path} and {CORPUS_CONFIG_NAME} beside it are not of one corpus (a save that was cut off?): "
+                "save it again."
             )
         for one in digests:
             check_digest(rows_path, {CORPUS_ROWS_NAME: one}, by=CORPUS_CONFIG_NAME)
@@ -265,8 +275,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not describe a corpus: it does not say format {FORMAT!r}.")
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {description.get('format_version')}, this hf_vs2 reads version {FORMAT_VERSION}: use the "
-            "version that wrote it, or make the corpus again."
+            f"{path} has format version {description.get('format_version')}, this hf_vs2 reads version "
+            f"{FORMAT_VERSION}: use the version that wrote it, or make the corpus again."
         )
     base, encoder = description.get("base_model"), description.get("encoder")
     fields = {

@@ -40,8 +40,9 @@ class _LabelledClasses(NamedTuple):
 
 class CorpusSearch:
     """
-    A corpus at work in a model: its latents and embeddings are computed once for a state of the weights, its pseudo-labels once a
-    class matrix. Safe to use from several threads; a copy, and what another process receives, computes them anew.
+    A corpus at work in a model: its latents and embeddings are computed once for a state of the weights, its
+    pseudo-labels once a class matrix. Safe to use from several threads; a copy, and what another process receives,
+    computes them anew.
 
     Args:
         corpus ([`RetrievalCorpus`]): not copied.
@@ -76,7 +77,8 @@ class CorpusSearch:
         exclude: torch.Tensor | None = None,
     ) -> NeighborCodes:
         """
-        The neighbours of CLS rows `(batch, hidden_size)`, found by their plain CLIP embedding or by `retrieval_embeds`.
+        The neighbours of CLS rows `(batch, hidden_size)`, found by their plain CLIP embedding or by
+        `retrieval_embeds`.
 
         Args:
             clip, sae: the model's; the corpus' embeddings and latents are made with them.
@@ -85,12 +87,12 @@ class CorpusSearch:
             class_embeds, retrieval_embeds, exclude: see [`RetrievalInputs`].
 
         Raises:
-            `ValueError`: if the classes are missing, or the embeddings that the corpus' encoder calls for; on shapes that do not
-                fit; or if the corpus has too few rows.
+            `ValueError`: if the classes are missing, or the embeddings that the corpus' encoder calls for; on shapes
+                that do not fit; or if the corpus has too few rows.
         """
         classes = self._check(clip, rows, class_embeds, retrieval_embeds)
-        # Kept tensors may serve a training step after an inference: they must not be inference tensors. Leaving the mode switches
-        # gradients on, and a graph must not be kept either.
+        # Kept tensors may serve a training step after an inference: they must not be inference tensors. Leaving the
+        # mode switches gradients on, and a graph must not be kept either.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             embeds = self._embeddings(clip)
             values, indices = self._latents(sae)
@@ -114,24 +116,26 @@ class CorpusSearch:
     ) -> torch.Tensor:
         if class_embeds is None:
             raise ValueError(
-                "method='vs2++' labels the neighbours itself and needs to know the classes: give class_embeds=, a text embedding a "
-                "class, as hf_vs2.data.labels.prompts.class_embeddings(clip, tokenizer, names) makes them. (The model called with input_ids "
-                "takes those.)"
+                "method='vs2++' labels the neighbours itself and needs to know the classes: give class_embeds=, a "
+                "text embedding a class, as hf_vs2.data.labels.prompts.class_embeddings(clip, tokenizer, names) makes "
+                "them. (The model called with input_ids takes those.)"
             )
         width = clip.config.projection_dim
         if class_embeds.ndim != 2 or class_embeds.shape[1] != width or not len(class_embeds):
             raise ValueError(f"class_embeds must be (num_classes, {width}), not {tuple(class_embeds.shape)}.")
         if self.corpus.embeddings is None and retrieval_embeds is not None:
             raise ValueError(
-                "retrieval_embeds= is for a corpus with embeddings of another encoder; this one is searched in the CLIP's own space."
+                "retrieval_embeds= is for a corpus with embeddings of another encoder; this one is searched in the "
+                "CLIP's own space."
             )
         if self.corpus.embeddings is not None:
             shape = (len(rows), self.corpus.embeddings.shape[1])
             if retrieval_embeds is None or retrieval_embeds.shape != shape:
                 got = "none were given" if retrieval_embeds is None else f"these are {tuple(retrieval_embeds.shape)}"
                 raise ValueError(
-                    f"This corpus is searched in the space of {self.corpus.encoder}: give the images' embeddings by that model in "
-                    f"retrieval_embeds=, {shape}; {got}. hf_vs2.steering.retrieval.embed_images makes them."
+                    f"This corpus is searched in the space of {self.corpus.encoder}: give the images' embeddings by "
+                    f"that model in retrieval_embeds=, {shape}; {got}. hf_vs2.steering.retrieval.embed_images makes "
+                    "them."
                 )
         return class_embeds
 

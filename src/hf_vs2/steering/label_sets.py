@@ -1,4 +1,5 @@
-"""Label sets at work in a model: what the statistics of unlabelled rows give for one set of labels, kept for the next call."""
+"""Label sets at work in a model: what the statistics of unlabelled rows give for one set of labels, kept for the next
+call."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from .outputs import VS2ImageFeatures
 
 _KIND = ("hf_vs2.label_sets", 1)
 _BATCH = 1024
-# Class embeddings of the same prompts differ by rounding from batch to batch and device to device; those of other prompts by more.
+# Class embeddings of the same prompts differ by rounding from batch to batch and device to device; those of other
+# prompts by more.
 _SAME_CLASSES = 1e-4
 _FIT_TENSORS = ("mean", "prototypes", "weights", "received", "scale")
 
@@ -58,7 +60,8 @@ class FittedLabels:
 
     Args:
         method (`str`), settings (`tuple`): the method, and coefficient, lambda and gamma where it depends on them.
-        class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length; by these the set is recognised.
+        class_embeds (`torch.Tensor` of shape `(num_classes, projection_dim)`): of unit length; by these the set is
+            recognised.
         fit ([`LabelFit`]): what scores images.
         labels (`tuple[str]`, *optional*): where they are known by name.
     """
@@ -83,12 +86,14 @@ class FittedLabels:
 
 class LabelSets:
     """
-    What a model has fitted for label sets, for as long as its weights and statistics stay as they are. All steerers of a model
-    share it; it may be used from several threads. A copy, and what another process receives, has the sets fitted by name.
+    What a model has fitted for label sets, for as long as its weights and statistics stay as they are. All steerers of
+    a model share it; it may be used from several threads. A copy, and what another process receives, has the sets
+    fitted by name.
     """
 
     max_floats = 2**24
-    """How many numbers the fits that were not made by name may hold together (64 MB); the least recently used go first."""
+    """How many numbers the fits that were not made by name may hold together (64 MB); the least recently used go
+    first."""
 
     def __init__(self, named: tuple[FittedLabels, ...] = ()):
         self.named = named
@@ -110,8 +115,8 @@ class LabelSets:
         self, steerer: Steers, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None
     ) -> FittedLabels:
         """
-        What the method in force makes of class embeddings `(num_classes, projection_dim)`: known, or fitted now. With `labels` it is
-        kept by name, and saved with the model.
+        What the method in force makes of class embeddings `(num_classes, projection_dim)`: known, or fitted now. With
+        `labels` it is kept by name, and saved with the model.
 
         Raises:
             `ValueError`: without statistics, or rows where the method needs them.
@@ -164,8 +169,8 @@ class LabelSets:
             return self.named
 
     def _check_state(self, steerer: Steers) -> None:
-        """Everything is dropped when weights or statistics change that it was made of; what a copy brought belongs to those of the
-        first use."""
+        """Everything is dropped when weights or statistics change that it was made of; what a copy brought belongs to
+        those of the first use."""
         clip, sae = steerer.clip, steerer.sae
         parts = (clip.vision_model.post_layernorm, clip.visual_projection, sae)
         weights = weights_state([parameter for part in parts for parameter in part.parameters()])
@@ -217,11 +222,12 @@ class LabelSets:
         steerer: Steers,
     ) -> LabelSets:
         """
-        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files, for the model that it holds.
+        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files, for the model that it
+        holds.
 
         Raises:
-            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged, of another checkpoint, or
-                something else.
+            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged, of another
+                checkpoint, or something else.
         """
         path = cached_file(os.fspath(name_or_path), LABEL_SETS_NAME, **place)
         named = read_described(
@@ -292,8 +298,8 @@ class _SketchRows:
 
 @contextlib.contextmanager
 def _kept_tensors() -> Iterator[None]:
-    """What is kept from inference may serve a training step: no inference tensors, and no graph (which leaving the mode would switch on
-    again)."""
+    """What is kept from inference may serve a training step: no inference tensors, and no graph (which leaving the
+    mode would switch on again)."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -17,18 +17,20 @@ class VS2ImageFeatures(ModelOutput):
     What was done to a batch of images, and what came of it.
 
     Args:
-        features (`torch.Tensor` of shape `(batch, projection_dim)`, *optional*): projected, not normalised; not of CLS rows alone.
-        fvu (`torch.Tensor` of shape `(batch,)`, *optional*): per-sample FVU against the training mean, float32; `None` when steering
-            is off, and from methods that do not read the SAE.
-        steered (`torch.BoolTensor` of shape `(batch,)`): which rows were steered. Not those that the gate held back, nor those that
-            overflow or hold NaN.
+        features (`torch.Tensor` of shape `(batch, projection_dim)`, *optional*): projected, not normalised; not of CLS
+            rows alone.
+        fvu (`torch.Tensor` of shape `(batch,)`, *optional*): per-sample FVU against the training mean, float32; `None`
+            when steering is off, and from methods that do not read the SAE.
+        steered (`torch.BoolTensor` of shape `(batch,)`): which rows were steered. Not those that the gate held back,
+            nor those that overflow or hold NaN.
         latent_values, latent_indices (`torch.Tensor` of shape `(batch, top_k)`, *optional*): the active latents.
-        distance (`torch.Tensor` of shape `(batch,)`, *optional*): float32, from methods that do not read the SAE: [`row_distance`] to
-            the training rows.
-        views (`tuple[torch.Tensor]`, *optional*): what the method's prototypes look at beside the embedding, `(batch, d_v)` each.
+        distance (`torch.Tensor` of shape `(batch,)`, *optional*): float32, from methods that do not read the SAE:
+            [`row_distance`] to the training rows.
+        views (`tuple[torch.Tensor]`, *optional*): what the method's prototypes look at beside the embedding, `(batch,
+            d_v)` each.
         plain_features (`torch.Tensor` of shape `(batch, projection_dim)`, *optional*): plain CLIP's, where asked for.
-        rows (`torch.Tensor` of shape `(batch, hidden_size)`, *optional*): the CLS rows after steering, in the dtype they came in; those
-            that were not steered are the input's own, bit for bit.
+        rows (`torch.Tensor` of shape `(batch, hidden_size)`, *optional*): the CLS rows after steering, in the dtype
+            they came in; those that were not steered are the input's own, bit for bit.
     """
 
     features: torch.Tensor | None = None
@@ -55,7 +57,8 @@ class VS2CLIPOutput(CLIPOutput):
         latent_values (`torch.Tensor` of shape `(batch, top_k)`, *optional*), latent_indices (same shape, *optional*):
             The active latents. With several SAEs a tuple, one entry a layer.
         distance (`torch.Tensor` of shape `(batch,)`, *optional*):
-            To the training rows, see [`row_distance`], from methods that do not read the SAE: those have no FVU and latents.
+            To the training rows, see [`row_distance`], from methods that do not read the SAE: those have no FVU and
+            latents.
     """
 
     fvu: torch.Tensor | None = None

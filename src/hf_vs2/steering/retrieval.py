@@ -1,4 +1,5 @@
-"""Retrieval for VS2++ and for what it is compared with: neighbours, embeddings of any vision model, and label-free baselines.
+"""Retrieval for VS2++ and for what it is compared with: neighbours, embeddings of any vision model, and label-free
+baselines.
 
 Neighbours and the corpus are made in [`hf_vs2.neighbors`] and [`hf_vs2.corpus`]; their names are here too.
 """
@@ -50,8 +51,8 @@ def embed_images(
     """
     Unit embeddings of every image of `dataset` by any vision model of transformers, such as DINOv2.
 
-    A CLIP or SigLIP gives its `get_image_features`; a vision model its `pooler_output`, or where it has none the CLS token
-    (the first of `last_hidden_state`). Of a [`VS2CLIPForZeroShot`] it is the plain CLIP inside.
+    A CLIP or SigLIP gives its `get_image_features`; a vision model its `pooler_output`, or where it has none the CLS
+    token (the first of `last_hidden_state`). Of a [`VS2CLIPForZeroShot`] it is the plain CLIP inside.
 
     Args:
         model: a model, a Hub id or a path.
@@ -61,7 +62,8 @@ def embed_images(
         revision (`str`, *optional*): of a Hub model given by id.
         batch_size (`int`): images per forward pass.
         num_workers (`int`): processes that decode, resize and crop; 0 does it in this one.
-        device (*optional*): for a model given by name; default: a GPU if there is one. A model object stays where it is.
+        device (*optional*): for a model given by name; default: a GPU if there is one. A model object stays where it
+            is.
         progress (`bool`): show a progress bar.
 
     Returns:
@@ -69,7 +71,8 @@ def embed_images(
 
     Raises:
         UnreadableImageError: (a `ValueError`) naming an image that cannot be read.
-        ValueError: a data set without images, a model without image embeddings, a revision or device for a loaded model.
+        ValueError: a data set without images, a model without image embeddings, a revision or device for a loaded
+            model.
     """
     model = _vision_model(model, revision, device)
     processor = image_processor if image_processor is not None else _image_processor_of(model, revision)
@@ -160,8 +163,8 @@ def _image_embeddings(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What VS2++ is compared with: nothing here asks an SAE. `query_embeds` is `(batch, d)`, `neighbor_embeds` `(batch, N, d)`, and
-# `similarity` `(batch, N)`.
+# What VS2++ is compared with: nothing here asks an SAE. `query_embeds` is `(batch, d)`, `neighbor_embeds` `(batch, N,
+# d)`, and `similarity` `(batch, N)`.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +185,8 @@ def weighted_rag(
 def contrastive_embedding_steer(
     query_embeds: torch.Tensor, neighbor_embeds: torch.Tensor, positive: torch.Tensor, lambda_: float
 ) -> torch.Tensor:
-    """CLIP-space steering: `q + lambda (mean of the positives' embeddings - mean of the negatives')`, unit, `(batch, d)`.
+    """CLIP-space steering: `q + lambda (mean of the positives' embeddings - mean of the negatives')`, unit, `(batch,
+    d)`.
 
     `positive` is bool `(batch, N)`; an empty set has mean 0. The contrast of eq. 5 without the SAE.
     """
@@ -202,9 +206,11 @@ def linear_probe(
     embeds: torch.Tensor, labels: torch.Tensor, num_classes: int, *, l2: float = 1.0, max_iter: int = 200
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Multinomial logistic regression: the minimum of `sum cross-entropy + l2 / 2 ||weight||^2`, by full-batch L-BFGS from zero.
+    Multinomial logistic regression: the minimum of `sum cross-entropy + l2 / 2 ||weight||^2`, by full-batch L-BFGS
+    from zero.
 
-    Deterministic; summed in float64, in blocks, so that no `n x num_classes` matrix is held. `l2` is scikit-learn's `1 / C`.
+    Deterministic; summed in float64, in blocks, so that no `n x num_classes` matrix is held. `l2` is scikit-learn's `1
+    / C`.
 
     Args:
         embeds: `(n, d)`.

@@ -40,7 +40,8 @@ class Moved(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Steerer:
     """
-    A CLIP, its SAEs and settings. Immutable, so that threads may share one: [`Steerer.with_`] gives another for other settings.
+    A CLIP, its SAEs and settings. Immutable, so that threads may share one: [`Steerer.with_`] gives another for other
+    settings.
 
     Args:
         clip (`CLIPModel`): used as it is.
@@ -57,8 +58,8 @@ class Steerer:
     search: CorpusSearch | None = None
 
     def with_(self, **settings: Any) -> Steerer:
-        """The same with other settings; what is not named stays. Giving `gate` drops an earlier `fvu_threshold`, and the other way
-        round.
+        """The same with other settings; what is not named stays. Giving `gate` drops an earlier `fvu_threshold`, and
+        the other way round.
 
         Raises:
             `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
@@ -93,8 +94,9 @@ class Steerer:
         """
         if self.sae.domain_statistics is None:
             raise ValueError(
-                f"method={self.settings.method!r} needs statistics of unlabelled images, and this checkpoint holds none. Measure them: "
-                "hf-vs2 calibrate --checkpoint O --dataset D, or model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, rows))."
+                f"method={self.settings.method!r} needs statistics of unlabelled images, and this checkpoint holds "
+                "none. Measure them: hf-vs2 calibrate --checkpoint O --dataset D, or "
+                "model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, rows))."
             )
         return self.sae.domain_statistics
 
@@ -119,9 +121,9 @@ class Steerer:
     def lacking_rows(self) -> str:
         """What to say then."""
         return (
-            f"method={self.settings.method!r} is fitted to rows of unlabelled images, and the statistics of this model "
-            "keep none (--sketch_rows 0, or without_rows()). Use method='distribution_norm', which needs none, or "
-            "calibrate again with rows: hf-vs2 calibrate."
+            f"method={self.settings.method!r} is fitted to rows of unlabelled images, and the statistics of this "
+            "model keep none (--sketch_rows 0, or without_rows()). Use method='distribution_norm', which needs none, "
+            "or calibrate again with rows: hf-vs2 calibrate."
         )
 
     @cached_property
@@ -146,7 +148,8 @@ class Steerer:
         layers = list(self.saes)
         if rule.last_layer_only and layers != [self.num_layers - 1]:
             raise ValueError(
-                f"method={settings.method!r} steers the last layer alone ({self.num_layers - 1}); this model holds SAEs for layers {layers}."
+                f"method={settings.method!r} steers the last layer alone ({self.num_layers - 1}); this model holds "
+                f"SAEs for layers {layers}."
             )
         if rule.needs_statistics:
             if settings.enabled and rule.needs_rows:
@@ -154,21 +157,21 @@ class Steerer:
             mean, width = self.statistics.image_mean, self.clip.config.projection_dim
             if mean is not None and tuple(mean.shape) != (width,):
                 raise ValueError(
-                    f"The mean image of the statistics is {tuple(mean.shape)}, and embeddings of this CLIP are ({width},): they were "
-                    "measured with another one. Calibrate the checkpoint again."
+                    f"The mean image of the statistics is {tuple(mean.shape)}, and embeddings of this CLIP are "
+                    f"({width},): they were measured with another one. Calibrate the checkpoint again."
                 )
         edited = [] if settings.edits is None else settings.edits.latents
         if edited and len(layers) > 1:
             raise ValueError(
-                f"edits name latents of one SAE; this model holds SAEs for layers {layers}. Set edits=None, or give a gamma for each "
-                "latent."
+                f"edits name latents of one SAE; this model holds SAEs for layers {layers}. Set edits=None, or give a "
+                "gamma for each latent."
             )
         for layer, sae in self.saes.items():
             num_latents = len(sae.W_dec)
             if isinstance(settings.gamma, tuple) and len(settings.gamma) != num_latents:
                 raise ValueError(
-                    f"gamma holds {len(settings.gamma)} factors, but the SAE of layer {layer} has {num_latents} latents. Give one "
-                    "number, or one factor a latent."
+                    f"gamma holds {len(settings.gamma)} factors, but the SAE of layer {layer} has {num_latents} "
+                    "latents. Give one number, or one factor a latent."
                 )
             beyond = [latent for latent in edited if latent >= num_latents]
             if beyond:
@@ -182,8 +185,8 @@ class Steerer:
         return self.move(rows, layer, **retrieval).record
 
     def move(self, rows: torch.Tensor, layer: int = -1, **retrieval: Unpack[RetrievalInputs]) -> Moved:
-        """[`Steerer.steer`], and how each row moved. Half-precision rows are steered in float32; the result goes back to where and
-        what it came from."""
+        """[`Steerer.steer`], and how each row moved. Half-precision rows are steered in float32; the result goes back
+        to where and what it came from."""
         index = resolve_layer(layer, self.num_layers)
         sae = self.saes.get(index)
         if sae is None:
@@ -205,7 +208,8 @@ class Steerer:
         if rule.step is not None or settings.edits is not None:
             step = self._step(batch)
             moved = step.move(x, sae.W_dec).to(device=rows.device, dtype=rows.dtype)
-        # A row that its dtype can't hold once moved, or whose squares overflow in the LayerNorm that follows, stays as it was.
+        # A row that its dtype can't hold once moved, or whose squares overflow in the LayerNorm that follows, stays as
+        # it was.
         steered = moved.to(x.dtype).square().sum(-1).isfinite().to(x.device)
         fvu = distance = None
         if batch.code is None:
@@ -249,7 +253,8 @@ class Steerer:
         )
 
     def _once(self, what: str, device: torch.device, make: Callable[[], T]) -> T:
-        """Settings as tensors are put on a device once. Not inside inference mode: they may serve a training step later."""
+        """Settings as tensors are put on a device once. Not inside inference mode: they may serve a training step
+        later."""
         if (what, device) not in self._on_devices:
             with torch.inference_mode(False):
                 self._on_devices[what, device] = make()
@@ -262,7 +267,8 @@ class Steerer:
     def _neighbors(self, sae: SAEModel, rows: torch.Tensor, retrieval: RetrievalInputs) -> NeighborCodes:
         if self.search is None:
             raise ValueError(
-                f"method={self.settings.method!r} needs a corpus to find neighbours in: model.set_corpus(RetrievalCorpus...)."
+                f"method={self.settings.method!r} needs a corpus to find neighbours in: "
+                "model.set_corpus(RetrievalCorpus...)."
             )
         settings = self.settings
         return self.search.neighbors(self.clip, sae, rows, settings.num_neighbors, settings.positives, **retrieval)
@@ -273,7 +279,8 @@ class Steerer:
         """The tail on CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
 
         Raises:
-            `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other widths.
+            `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other
+                widths.
         """
         vision, last = self.clip.vision_model, self.num_layers - 1
         inner = [layer for layer in self.saes if layer != last]
@@ -317,7 +324,8 @@ class Steerer:
     def vision(
         self, pixel_values: torch.Tensor | None, retrieval: RetrievalInputs, **kwargs: Any
     ) -> tuple[Any, dict[int, VS2ImageFeatures]]:
-        """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each layer."""
+        """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each
+        layer."""
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")  # as CLIPModel says it
         vision, last = self.clip.vision_model, self.num_layers - 1
@@ -363,7 +371,8 @@ class Steerer:
     # Scores
 
     def fit_classes(self, class_embeds: torch.Tensor, labels: tuple[str, ...] | None = None) -> FittedLabels:
-        """What the method fits for class embeddings `(num_classes, projection_dim)`; with `labels` it is kept by name."""
+        """What the method fits for class embeddings `(num_classes, projection_dim)`; with `labels` it is kept by
+        name."""
         return self.label_sets.fitted(self, class_embeds, labels)
 
     def class_logits(self, images: VS2ImageFeatures, class_embeds: torch.Tensor) -> torch.Tensor:

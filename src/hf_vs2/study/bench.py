@@ -1,7 +1,7 @@
 """The workbench of a study: everything its methods share, made when first asked for and kept.
 
-Activations and SAEs are files under the study's folder, so a second run finds them; class matrices, embeddings of the corpus and
-neighbours are worked out again, which takes seconds.
+Activations and SAEs are files under the study's folder, so a second run finds them; class matrices, embeddings of the
+corpus and neighbours are worked out again, which takes seconds.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Bench:
     def _rows(
         self, encoder: str, dataset: str, split: Split, inner: bool = False, view: int | None = None
     ) -> ActivationStore:
-        """CLS rows of the last layer; those of all others, of the images that `inner_layers` allows; or of an augmented view."""
+        """CLS rows of the last layer; those of all others, of the images that `inner_layers` allows; or of an
+        augmented view."""
         clip, _, processor = self.encoder(encoder)
         info = self.config.dataset(dataset)
         images = self.images(dataset, split, self.config.inner_layers.train_limit if inner else None)
@@ -122,7 +123,8 @@ class Bench:
         )
 
     def identified(self, cell: Cell) -> Cell:
-        """The cell with what its encoder and images are now, by content: a path or a branch keeps its name when they change."""
+        """The cell with what its encoder and images are now, by content: a path or a branch keeps its name when they
+        change."""
         named = dict.fromkeys((cell.dataset, *cell.params.get("trained_on", ())))
         content = {name: self.content(cell.encoder, name) for name in named}
         return replace(cell, origin={**cell.origin, "content": content})
@@ -228,7 +230,8 @@ class Bench:
         return model
 
     def _statistics(self, encoder: str, dataset: str, spec: SAESpec, sketch_rows: int) -> DomainStatistics:
-        """Of the data set's training rows, less those held out from the SAE's training: as the trainer measures them."""
+        """Of the data set's training rows, less those held out from the SAE's training: as the trainer measures
+        them."""
         rows, training = self.rows(encoder, dataset, "train"), self.config.sae.training
         share = training.get("calibration_share", SAETrainingArguments.calibration_share)
         train, held_out = split_rows(len(rows), share, spec.seed)
@@ -243,8 +246,8 @@ class Bench:
         return model if dictionary is None else control_model(model, dictionary, cell.seed or 0)
 
     def _deep_features(self, encoder: str, spec: SAESpec, num_layers: int | None, method: str) -> DeepFeatures:
-        """The whole model on the images that `inner_layers.test_limit` leaves, with an SAE on each of its last layers (all of them
-        for `None`): what an inner layer does to those above can't be replayed on cached rows."""
+        """The whole model on the images that `inner_layers.test_limit` leaves, with an SAE on each of its last layers
+        (all of them for `None`): what an inner layer does to those above can't be replayed on cached rows."""
         clip, _, processor = self.encoder(encoder)
         (dataset,) = spec.trained_on
         last = clip.vision_model.config.num_hidden_layers - 1
@@ -360,7 +363,8 @@ class Bench:
         return Neighbors(*nearest_neighbors(queries, corpus, min(wanted, len(corpus))))
 
     def _retrieval_embeds(self, dataset: str, split: Split) -> torch.Tensor:
-        """Unit embeddings of the images of a split by the encoder of `retrieval`, kept on disk: it reads every image."""
+        """Unit embeddings of the images of a split by the encoder of `retrieval`, kept on disk: it reads every
+        image."""
         retrieval, info = self.config.retrieval, self.config.dataset(dataset)
         images = self.images(dataset, split)
         origin = [retrieval.source, dataset_fingerprint(images, info.image_column, None)]

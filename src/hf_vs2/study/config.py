@@ -1,4 +1,5 @@
-"""The file that describes a study: which encoders, data sets, seeds, methods and prompts, and which ablations beside them."""
+"""The file that describes a study: which encoders, data sets, seeds, methods and prompts, and which ablations beside
+them."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def _encoder_name(value: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class EncoderEntry:
-    """A CLIP to study. `path` may stand in for the Hub id; published figures go by the id. Folders and files are called by `name`."""
+    """A CLIP to study. `path` may stand in for the Hub id; published figures go by the id. Folders and files are
+    called by `name`."""
 
     id: str = setting(TEXT)
     name: str = setting(Kind("a text", lambda value: isinstance(value, str), _encoder_name), default="")
@@ -216,7 +218,8 @@ class StudyConfig:
     Args:
         output_dir (`str`): activations, SAEs, cells, tables and figures go there.
         encoders: Hub ids or local paths of CLIPs, or mappings of [`EncoderEntry`]'s fields.
-        datasets: names of the registry, or mappings with overrides (`path`, `image_column`, ...) or of a data set of your own.
+        datasets: names of the registry, or mappings with overrides (`path`, `image_column`, ...) or of a data set of
+            your own.
         seeds: of the SAEs.
         prompts: some of [`PROMPTS`].
         methods: rows of the table, see [`hf_vs2.study.results.catalog`]; those compared by default.
@@ -249,7 +252,8 @@ class StudyConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path, output_dir: str | None = None) -> StudyConfig:
-        """Read a study's file; `output_dir` takes the place of its own. Relative paths count from the working directory."""
+        """Read a study's file; `output_dir` takes the place of its own. Relative paths count from the working
+        directory."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no study file {path}: give the path of a YAML file, see docs/study.md.")
         content = read_yaml(Path(path), path)

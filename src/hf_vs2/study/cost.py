@@ -1,7 +1,8 @@
-"""What steering costs: FLOPs, parameters, time and memory of one forward pass with and without it, and of SAE training.
+"""What steering costs: FLOPs, parameters, time and memory of one forward pass with and without it, and of SAE
+training.
 
-FLOPs are those of matrix products, convolutions and sparse sums, a multiplication and an addition counted as two; elementwise work
-(normalisation, activations, top-k, rescaling) is counted on neither side, as is the custom.
+FLOPs are those of matrix products, convolutions and sparse sums, a multiplication and an addition counted as two;
+elementwise work (normalisation, activations, top-k, rescaling) is counted on neither side, as is the custom.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def measure_cost(
 
     Returns:
         JSON-able: `device`, `dtype`, `threads`, `torch`, `batch_size`, `image_size`, `num_classes`, and the dicts of
-        [`count_flops`] under `flops`, [`count_parameters`] under `parameters`, [`count_training_flops`] under `training`,
-        [`time_pairs`] under `time` and [`peak_memory`] under `memory`.
+        [`count_flops`] under `flops`, [`count_parameters`] under `parameters`, [`count_training_flops`] under
+        `training`, [`time_pairs`] under `time` and [`peak_memory`] under `memory`.
 
     Raises:
         ValueError: the SAE belongs to another CLIP, or a number is below 1.
@@ -82,13 +83,13 @@ def count_flops(clip: CLIPModel, sae: SAEModel, num_classes: int = 100) -> dict[
     """
     FLOPs of one image from pixels to class scores, counted by torch's own counter while the model runs.
 
-    The counter does not know the sparse sum of decoder directions (`embedding_bag`); its real multiplications and additions,
-    `2 * top_k * hidden_size` a sum, are added by formula.
+    The counter does not know the sparse sum of decoder directions (`embedding_bag`); its real multiplications and
+    additions, `2 * top_k * hidden_size` a sum, are added by formula.
 
     Returns:
-        `plain`, `steered`, `added` (FLOPs an image), `added_percent`, `added_by_formula` (the part of `added` that torch's
-        counter would have missed) and `attention` (the part of `plain` that lies in attention's two products, which
-        counters that go by modules leave out).
+        `plain`, `steered`, `added` (FLOPs an image), `added_percent`, `added_by_formula` (the part of `added` that
+        torch's counter would have missed) and `attention` (the part of `plain` that lies in attention's two products,
+        which counters that go by modules leave out).
     """
     model, pixels, classes = _setting(clip, sae, 1, num_classes)
     counts = {}
@@ -109,7 +110,8 @@ def count_flops(clip: CLIPModel, sae: SAEModel, num_classes: int = 100) -> dict[
 
 
 def count_parameters(clip: CLIPModel, sae: SAEModel) -> dict[str, Any]:
-    """`clip` (both towers), `image_side` (vision tower and projection), `sae`, and `added_percent` of the image side."""
+    """`clip` (both towers), `image_side` (vision tower and projection), `sae`, and `added_percent` of the image
+    side."""
     image_side = _size(clip.vision_model) + _size(clip.visual_projection)
     return {
         "clip": _size(clip),
@@ -124,8 +126,8 @@ def count_training_flops(config: SAEConfig) -> dict[str, Any]:
     FLOPs of forward and backward of an SAE a sample, on cached rows, without extraction, AuxK and optimizer.
 
     Returns:
-        `per_sample` as this implementation works, `added_by_formula` (the part of it that torch's counter would have missed),
-        and `dense_encoder`: three times the encoder's product, what a dense backward of it alone would take.
+        `per_sample` as this implementation works, `added_by_formula` (the part of it that torch's counter would have
+        missed), and `dense_encoder`: three times the encoder's product, what a dense backward of it alone would take.
     """
     num_latents, hidden_size = config.weight_shape
     with torch.inference_mode(False), torch.enable_grad(), _counting() as counter:
@@ -178,8 +180,8 @@ def time_pairs(clip: CLIPModel, sae: SAEModel, batch_size: int, num_classes: int
     Wall time of a call with and without steering, taken in pairs whose order alternates.
 
     Returns:
-        `plain_ms`, `steered_ms` (medians a call), `ratio` (median of the pairs' steered over plain), `ratio_iqr` (its first
-        and third quartile) and `pairs`.
+        `plain_ms`, `steered_ms` (medians a call), `ratio` (median of the pairs' steered over plain), `ratio_iqr` (its
+        first and third quartile) and `pairs`.
     """
     model, pixels, classes = _setting(clip, sae, batch_size, num_classes)
 
@@ -221,8 +223,9 @@ def peak_memory(clip: CLIPModel, sae: SAEModel, batch_size: int = 1, num_classes
     """
     Peak memory of a call in bytes: `plain`, `steered`, `added`, `added_percent`, and `kind`, how it was taken.
 
-    On a GPU the weights plus what the call allocates beyond them. On a CPU the largest resident set of two fresh processes,
-    libraries included, that build models of these sizes and run them; `None` where the system does not tell it.
+    On a GPU the weights plus what the call allocates beyond them. On a CPU the largest resident set of two fresh
+    processes, libraries included, that build models of these sizes and run them; `None` where the system does not tell
+    it.
     """
     plain: int | None
     steered: int | None
@@ -270,7 +273,8 @@ def _process_peak(clip: CLIPModel, sae: SAEModel | None, batch_size: int, num_cl
         "num_classes": num_classes,
         "threads": torch.get_num_threads(),
     }
-    # As multiprocessing does it: what could be imported here can be there. Its own start would run the caller's script again.
+    # As multiprocessing does it: what could be imported here can be there. Its own start would run the caller's script
+    # again.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     ran = subprocess.run(  # noqa: S603  this module, in this Python
         [sys.executable, "-m", __name__],
@@ -315,7 +319,8 @@ def _blank_sae(config: dict[str, Any], dtype: torch.dtype) -> SAEModel:
 
 
 def _largest_resident_set() -> int | None:
-    """Bytes. Linux hands getrusage's figure down from the process that started this one, so the kernel's own is read there."""
+    """Bytes. Linux hands getrusage's figure down from the process that started this one, so the kernel's own is read
+    there."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

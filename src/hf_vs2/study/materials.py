@@ -29,7 +29,8 @@ class Neighbors(NamedTuple):
 
 
 class DeepFeatures(NamedTuple):
-    """Unit image embeddings `(n, projection_dim)` of a model with steered inner layers, and the last layer's FVU `(n,)`."""
+    """Unit image embeddings `(n, projection_dim)` of a model with steered inner layers, and the last layer's FVU
+    `(n,)`."""
 
     features: torch.Tensor
     fvu: torch.Tensor

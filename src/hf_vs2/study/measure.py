@@ -1,4 +1,5 @@
-"""Measuring a cell: a method's scores against the true classes and plain CLIP, or what a cell without rows is about."""
+"""Measuring a cell: a method's scores against the true classes and plain CLIP, or what a cell without rows is
+about."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
 
     Args:
         bench, cell: what to measure.
-        plain (`Outputs`, *optional*): plain CLIP's outcomes on the same data set and prompts; `None` when this cell is plain CLIP
-            itself, or no row of a table.
+        plain (`Outputs`, *optional*): plain CLIP's outcomes on the same data set and prompts; `None` when this cell is
+            plain CLIP itself, or no row of a table.
     """
     special = {GRID: _grid, COST: _cost, COSINE: _cosine}
     if cell.method in special:
@@ -94,7 +95,8 @@ def _grid(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 
 def _cosine(bench: Bench, cell: Cell) -> dict[str, Any]:
-    """Mean cosine, over the test rows, between the steering vectors of different SAEs, and the centroid's direction `x - mu`."""
+    """Mean cosine, over the test rows, between the steering vectors of different SAEs, and the centroid's direction `x
+    - mu`."""
     specs = {f"seed {seed}": {"seed": seed} for seed in cell.params["seeds"]}
     first = cell.params["seeds"][0]
     table = cell.params["top_k"]

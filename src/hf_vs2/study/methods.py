@@ -57,8 +57,8 @@ def centroid(bench: Bench, cell: Cell) -> Iterator[Scored]:
 
 
 def distribution_norm(coefficient: float, score: str) -> Run:
-    """With coefficient 1 and dot products this is mean-logit debiasing: the mean logit of each class over the training rows is
-    subtracted (the text mean shifts all classes alike)."""
+    """With coefficient 1 and dot products this is mean-logit debiasing: the mean logit of each class over the training
+    rows is subtracted (the text mean shifts all classes alike)."""
 
     def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
         classes, image_mean = bench.classes(cell), bench.image_mean(cell.encoder, cell.dataset)
@@ -74,7 +74,8 @@ def distribution_norm(coefficient: float, score: str) -> Run:
 
 
 def steered(method: str, dictionary: str | None = None, **fixed: float) -> Run:
-    """A method of the library, with a dictionary one of its controls; `fixed` settings take the place of the study's."""
+    """A method of the library, with a dictionary one of its controls; `fixed` settings take the place of the
+    study's."""
     rule = method_named(method)
 
     def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
@@ -94,13 +95,14 @@ def steered(method: str, dictionary: str | None = None, **fixed: float) -> Run:
 
 
 def usable_gate(sae: SAEModel, quantile: float) -> float:
-    """The quantile wanted, or the highest one that the SAE's held-out rows can vouch for: 1 % of a small set holds few."""
+    """The quantile wanted, or the highest one that the SAE's held-out rows can vouch for: 1 % of a small set holds
+    few."""
     return min(quantile, max((float(level) for level in sae.config.fvu_quantiles or {}), default=quantile))
 
 
 def oracle_prototypes(bench: Bench, cell: Cell) -> Iterator[Scored]:
-    """Appendix L's upper bound: each image is steered to the mean latents of its TRUE class, taken over the ten training images
-    of that class that CLIP is surest of."""
+    """Appendix L's upper bound: each image is steered to the mean latents of its TRUE class, taken over the ten
+    training images of that class that CLIP is surest of."""
     classes, sae = bench.classes(cell), bench.sae(cell.encoder, bench.spec(cell))
     values, indices = bench.corpus_codes(cell.encoder, cell.dataset, bench.spec(cell))
     labels = bench.corpus_labels(cell.encoder, cell.dataset, cell.prompts, True)
@@ -168,7 +170,8 @@ def views(method: str | None) -> Run:
 def _with_neighbors(
     score: Callable[[Bench, Cell, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Run:
-    """`score(bench, cell, rows, similarity, indices)` for each batch and its neighbours, as embeddings or final scores."""
+    """`score(bench, cell, rows, similarity, indices)` for each batch and its neighbours, as embeddings or final
+    scores."""
 
     def run(bench: Bench, cell: Cell) -> Iterator[Scored]:
         found, wanted = bench.neighbors(cell.encoder, cell.dataset), cell.params["num_neighbors"]

@@ -1,4 +1,5 @@
-"""The cells of a study, in the order in which they are cheapest to measure, and the sections of the report that show them."""
+"""The cells of a study, in the order in which they are cheapest to measure, and the sections of the report that show
+them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ TABLE_NAME = "table.md"
 
 def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: bool = True) -> StudyResult:
     """
-    Measure every cell that is not there yet (or whose encoder or images have changed since), and write `results.json`, `reports.json` and `table.md` into the study's folder.
+    Measure every cell that is not there yet (or whose encoder or images have changed since), and write `results.json`,
+    `reports.json` and `table.md` into the study's folder.
 
     Args:
         config (`StudyConfig`): the study.
@@ -46,7 +47,8 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
         [`StudyResult`]: the cells of the study in the order of its plan.
 
     Raises:
-        ValueError: an unknown data set, images without labels, or what cannot be extracted or trained; cells measured before stay.
+        ValueError: an unknown data set, images without labels, or what cannot be extracted or trained; cells measured
+            before stay.
     """
     known = [one.name for one in config.datasets]
     for name in datasets:
@@ -94,7 +96,8 @@ def _with_others(study: StudyResult, path: Path, config: StudyConfig) -> StudyRe
 
 
 def _check_material(bench: Bench, cells: Collection[Cell]) -> None:
-    """Encoders that are not there or too small for the study, and images whose classes have no names: said before anything long begins."""
+    """Encoders that are not there or too small for the study, and images whose classes have no names: said before
+    anything long begins."""
     methods = {cell.method for cell in cells}
     for entry in bench.config.encoders:
         vision: Any = clip_config(entry.source, {"revision": entry.revision}).vision_config
@@ -115,7 +118,8 @@ def _check_labels(bench: Bench, cells: Collection[Cell]) -> None:
         if needy and column not in bench.images(name, "train").column_names:
             raise ValueError(
                 f"{name}: the training images have no column {column!r}, which these methods use: "
-                f"{', '.join(sorted(needy))}. List the others under `methods` (and no ablations.pass_weight), or set label_column."
+                f"{', '.join(sorted(needy))}. List the others under `methods` (and no ablations.pass_weight), or set "
+                "label_column."
             )
 
 

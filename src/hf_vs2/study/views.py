@@ -15,7 +15,8 @@ SCALE = (0.5, 1.0)
 
 class AugmentedView:
     """
-    An image processor that sees a random crop of each image, mirrored half of the time; everything else is the processor's own.
+    An image processor that sees a random crop of each image, mirrored half of the time; everything else is the
+    processor's own.
 
     The crop is drawn from a generator seeded with the image's pixels and the number of the view, so that it depends
     neither on the order of the images nor on the number of workers. Give it to

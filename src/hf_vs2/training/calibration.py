@@ -37,8 +37,8 @@ def refuse_overflow(of_sae: torch.Tensor, numbers: Sequence[int] | torch.Tensor)
 def split_rows(num_rows: int, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row numbers for training and for calibration, disjoint, drawn at random.
 
-    `share` of the rows are held out, but at least 200, so that the 0.99 quantile of a small set means something, and at
-    most a fifth. `share=0` holds none out.
+    `share` of the rows are held out, but at least 200, so that the 0.99 quantile of a small set means something, and
+    at most a fifth. `share=0` holds none out.
     """
     held_out = 0 if share == 0 else min(max(round(share * num_rows), 200), num_rows // 5)
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
@@ -78,9 +78,9 @@ def _is_rounding(variance: float, mean: torch.Tensor, row: torch.Tensor) -> bool
 def conformal_quantiles(fvu: torch.Tensor, levels: tuple[float, ...] = LEVELS) -> dict[str, float]:
     """Thresholds under which a fresh row of the same kind falls with probability at least `level`, for each level.
 
-    The threshold for level q is the `ceil((n + 1) q)`-th smallest of the n held-out FVUs (split conformal prediction), not
-    the plain sample quantile, which passes too few fresh rows when n is small. Levels that n rows can't vouch for, above
-    `n / (n + 1)`, are left out.
+    The threshold for level q is the `ceil((n + 1) q)`-th smallest of the n held-out FVUs (split conformal prediction),
+    not the plain sample quantile, which passes too few fresh rows when n is small. Levels that n rows can't vouch for,
+    above `n / (n + 1)`, are left out.
     """
     ordered = fvu.double().sort().values.tolist()
     # The tolerance keeps (n + 1) q = 198.00000000000003 from asking for the 199th.
@@ -100,15 +100,16 @@ def calibrate(sae: SAEModel, rows: RowSource, indices: torch.Tensor | None = Non
     """
     Store per-sample FVU quantiles in `sae.config`, from unlabelled rows that the SAE was NOT trained on.
 
-    In-sample rows are reconstructed better than fresh ones; with about 1,000 training rows their 0.99 quantile steers only
-    87-90 % of fresh in-domain images. A model that wraps the SAE with a gate in force goes on with the old threshold until its
-    `set_steering(gate=...)` is called again.
+    In-sample rows are reconstructed better than fresh ones; with about 1,000 training rows their 0.99 quantile steers
+    only 87-90 % of fresh in-domain images. A model that wraps the SAE with a gate in force goes on with the old
+    threshold until its `set_steering(gate=...)` is called again.
 
-    The mean of an SAE that another library trained is not in its files. It is measured on these rows, with the total variance.
+    The mean of an SAE that another library trained is not in its files. It is measured on these rows, with the total
+    variance.
 
     Args:
-        sae (`SAEModel`): the SAE; its `mean` must be set. Its config's `fvu_quantiles`, `num_calibration_rows` and, if the rows
-            are too few for it, default `gate` are changed.
+        sae (`SAEModel`): the SAE; its `mean` must be set. Its config's `fvu_quantiles`, `num_calibration_rows` and, if
+            the rows are too few for it, default `gate` are changed.
         rows (`ActivationStore` or `torch.Tensor` of shape `(rows, hidden_size)`): CLS activations.
         indices (`torch.LongTensor`, *optional*): use only these rows.
 
@@ -144,8 +145,8 @@ def calibrate(sae: SAEModel, rows: RowSource, indices: torch.Tensor | None = Non
         fvus.append(fvu_per_sample(block, reconstruction, sae.mean).cpu())
     if _is_rounding(spread / len(indices), sae.mean, rows.take(indices[:1])[0]):
         raise ValueError(
-            "All rows to calibrate on lie on the mean of the training rows: they have no variance, so no FVU. Check how they were "
-            "extracted."
+            "All rows to calibrate on lie on the mean of the training rows: they have no variance, so no FVU. Check "
+            "how they were extracted."
         )
     config = sae.config
     config.fvu_quantiles = conformal_quantiles(torch.cat(fvus))
@@ -160,8 +161,8 @@ def gate_within(config: SAEConfig, gate: float | None) -> float | None:
     if gate is None or (highest is not None and gate <= highest):
         return gate
     logger.warning(
-        f"{config.num_calibration_rows} held-out rows can't vouch for the {gate} quantile; the default gate is set to {highest}. "
-        "Calibrate on more rows for a higher one (in training: calibration_share)."
+        f"{config.num_calibration_rows} held-out rows can't vouch for the {gate} quantile; the default gate is set to "
+        f"{highest}. Calibrate on more rows for a higher one (in training: calibration_share)."
     )
     return highest
 

@@ -39,13 +39,13 @@ def measure_statistics(
 
     Args:
         sae ([`SAEModel`]): whose code is measured. It is not changed: `sae.set_domain_statistics(...)` keeps them.
-        rows (`ActivationStore` or `torch.Tensor` of shape `(n, hidden_size)`): CLS rows of the SAE's layer. Of more than 131,072 a
-            random choice is taken.
+        rows (`ActivationStore` or `torch.Tensor` of shape `(n, hidden_size)`): CLS rows of the SAE's layer. Of more
+            than 131,072 a random choice is taken.
         indices (`torch.LongTensor`, *optional*): use only these rows; by default all that are not held out.
-        held_out (`torch.LongTensor`, *optional*): rows for the thresholds of the gate by distance, none of them in `indices`.
-            Without them that gate can't be used.
-        clip (`CLIPModel`, *optional*): to measure the mean image embedding on all rows, where the SAE reads its last layer. By default
-            the sketch gives it when it is needed.
+        held_out (`torch.LongTensor`, *optional*): rows for the thresholds of the gate by distance, none of them in
+            `indices`. Without them that gate can't be used.
+        clip (`CLIPModel`, *optional*): to measure the mean image embedding on all rows, where the SAE reads its last
+            layer. By default the sketch gives it when it is needed.
         sketch_rows (`int`): how many rows are kept, at random; 0 keeps none, and then `clip` is needed.
 
     Raises:

@@ -15,13 +15,13 @@ class GraphedStep:
     """
     `step(x)`, taken by replaying its work as one CUDA graph.
 
-    An SAE's step is some 150 small operations: at usual batch sizes Python takes longer to ask for them than a GPU to do them.
-    The numbers are those of `step` itself (`tests/test_graphed_step.py`).
+    An SAE's step is some 150 small operations: at usual batch sizes Python takes longer to ask for them than a GPU to
+    do them. The numbers are those of `step` itself (`tests/test_graphed_step.py`).
 
     Args:
         step (`Callable`): does its work on the rows `x`, whose shape and dtype never change. What it changes (weights,
-            optimizer state, counters) it changes in place; it returns nothing and waits for nothing. Anything that it reads
-            must be a tensor that stays where it is: a number would be replayed as it was when recorded.
+            optimizer state, counters) it changes in place; it returns nothing and waits for nothing. Anything that it
+            reads must be a tensor that stays where it is: a number would be replayed as it was when recorded.
         device (`torch.device`): the GPU.
     """
 

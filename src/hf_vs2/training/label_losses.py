@@ -13,8 +13,8 @@ from ..sae.modeling import SAEOutput
 
 
 LabelLoss: TypeAlias = Callable[[SAEOutput, torch.Tensor], torch.Tensor]
-"""From the SAE's output for a batch and its labels `(batch,)` int64, -1 where unknown, to a scalar in squared units of the
-activations: the trainer divides it by their total variance, as it does with the reconstruction error."""
+"""From the SAE's output for a batch and its labels `(batch,)` int64, -1 where unknown, to a scalar in squared units of
+the activations: the trainer divides it by their total variance, as it does with the reconstruction error."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class PrototypeAlignment:
     """
     PASS (appendix L of arXiv 2506.01247): draws the latents of a row towards the mean latents of its class.
 
-    The class means are those of the rows that one process sees in one forward pass, so `per_device_train_batch_size` should
-    hold several rows a class: a row that is alone with its class adds nothing.
+    The class means are those of the rows that one process sees in one forward pass, so `per_device_train_batch_size`
+    should hold several rows a class: a row that is alone with its class adds nothing.
 
     Args:
-        weight (`float`, *optional*, defaults to 0.8): the paper's `w_aux`. More of it gives tighter classes and a worse
-            reconstruction.
+        weight (`float`, *optional*, defaults to 0.8): the paper's `w_aux`. More of it gives tighter classes and a
+            worse reconstruction.
 
     Raises:
         `ValueError`: if `weight` is negative or not finite.

@@ -47,7 +47,8 @@ def standing(
         overwrite (`bool`): what is of another training may be replaced, and a finished one trained again.
 
     Raises:
-        `ValueError`: if the folder holds a model or training checkpoints of another training, and `overwrite` is not set.
+        `ValueError`: if the folder holds a model or training checkpoints of another training, and `overwrite` is not
+            set.
     """
     log, found = _read(folder / TRAINING_LOG_NAME), checkpoints(folder)
     plans = [log.get("plan"), *(_read(path / STATE_NAME).get("plan") for path in found[-1:])]
@@ -59,15 +60,16 @@ def standing(
     if (holds_sae or found) and not overwrite:
         how = differences[0] if differences else "it is not on record how it was trained"
         raise ValueError(
-            f"{folder} holds {'the SAE' if holds_sae else 'a training checkpoint'} of another training ({how}), which is kept. Use the "
-            "same rows and settings, train in another output_dir, or give overwrite_output_dir to replace it."
+            f"{folder} holds {'the SAE' if holds_sae else 'a training checkpoint'} of another training ({how}), which "
+            "is kept. Use the same rows and settings, train in another output_dir, or give overwrite_output_dir to "
+            "replace it."
         )
     return "none"
 
 
 def claim(folder: Path, plan: Mapping[str, Any], args: Mapping[str, Any], kept: Collection[Path] = ()) -> None:
-    """Make a folder that of a training that begins or goes on; other training checkpoints than the `kept` are removed. An SAE that is
-    there stays until the new one takes its place."""
+    """Make a folder that of a training that begins or goes on; other training checkpoints than the `kept` are removed.
+    An SAE that is there stays until the new one takes its place."""
     for checkpoint in checkpoints(folder):
         if checkpoint.resolve() not in [path.resolve() for path in kept]:
             remove_folder(checkpoint)

@@ -34,8 +34,8 @@ class TrainingProgress:
     """
     What a training checkpoint holds beside accelerate's files: JSON and safetensors.
 
-    Of accelerate's files two are pickles (Adam's state and the random numbers'). They are read by torch's `weights_only` reader,
-    which makes tensors and plain containers and calls nothing.
+    Of accelerate's files two are pickles (Adam's state and the random numbers'). They are read by torch's
+    `weights_only` reader, which makes tensors and plain containers and calls nothing.
     """
 
     plan: dict[str, Any]
@@ -76,8 +76,8 @@ class TrainingProgress:
             state = _read_state(folder / STATE_NAME, self.plan["steps"])
         if difference := differing(state["plan"], self.plan):
             raise ValueError(
-                f"{folder} can't be continued from exactly: {difference}. Use the same rows and settings, or train anew in another "
-                "output_dir."
+                f"{folder} can't be continued from exactly: {difference}. Use the same rows and settings, or train "
+                "anew in another output_dir."
             )
         for name, digest in state["files"].items():
             with _naming(folder / name):

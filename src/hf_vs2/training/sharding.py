@@ -1,4 +1,5 @@
-"""FSDP as accelerate configures it, for an SAE whose weights, gradients and optimizer state are too many for one device."""
+"""FSDP as accelerate configures it, for an SAE whose weights, gradients and optimizer state are too many for one
+device."""
 
 from __future__ import annotations
 
@@ -21,18 +22,20 @@ def refuse_unfit_fsdp() -> None:
     if _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         # It leaves the weights of every model, the CLIP's too, unset on all processes but the first.
         raise ValueError(
-            "This accelerate configuration has fsdp_cpu_ram_efficient_loading, which accelerate assumes where it is not "
-            "said: set fsdp_cpu_ram_efficient_loading: false in it."
+            "This accelerate configuration has fsdp_cpu_ram_efficient_loading, which accelerate assumes where it is "
+            "not said: set fsdp_cpu_ram_efficient_loading: false in it."
         )
     if os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
         # Torch keeps a pickle in the other kind, and accelerate 1.10 forgets Adam's state when it reads it.
         raise ValueError(
-            "This accelerate configuration has sharded training checkpoints: set fsdp_state_dict_type: FULL_STATE_DICT."
+            "This accelerate configuration has sharded training checkpoints: set fsdp_state_dict_type: "
+            "FULL_STATE_DICT."
         )
 
 
 def apply_fsdp(accelerator: Accelerator) -> None:
-    """Make an FSDP configuration hold on CPU processes too, and keep the precision of what the loss is measured against."""
+    """Make an FSDP configuration hold on CPU processes too, and keep the precision of what the loss is measured
+    against."""
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU and _is_on("ACCELERATE_USE_FSDP"):
         # accelerate heeds it with GPUs and their like only: each process would train a whole copy without a word.
@@ -41,7 +44,8 @@ def apply_fsdp(accelerator: Accelerator) -> None:
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     if accelerator.is_fsdp2 and state.fsdp_plugin.mixed_precision_policy is not None:
-        # Half precision is for the products. By default it would round the rows, the loss and the sum of gradients too.
+        # Half precision is for the products. By default it would round the rows, the loss and the sum of gradients
+        # too.
         state.fsdp_plugin.mixed_precision_policy = replace(
             state.fsdp_plugin.mixed_precision_policy,
             reduce_dtype=torch.float32,

@@ -41,8 +41,8 @@ class Meter:
 
 class TrainingStep:
     """
-    Forward, backward and optimizer on the micro batches of one step. Counters of idle latents and the meter go along, in place;
-    nothing waits for a GPU.
+    Forward, backward and optimizer on the micro batches of one step. Counters of idle latents and the meter go along,
+    in place; nothing waits for a GPU.
 
     Args:
         model, optimizer: as accelerate has prepared them.
@@ -95,7 +95,8 @@ class TrainingStep:
 
 
 class GraphedTrainingStep:
-    """The same [`TrainingStep`], of one micro batch without labels, replayed as a CUDA graph. Adam must be `capturable`."""
+    """The same [`TrainingStep`], of one micro batch without labels, replayed as a CUDA graph. Adam must be
+    `capturable`."""
 
     def __init__(self, step: TrainingStep):
         self._step = step

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..config.schema import one_of
 
 
-# Where the log goes to somebody's account: the variables that hold its key, the host in ~/.netrc, what makes it stay here, how to log in.
+# Where the log goes to somebody's account: the variables that hold its key, the host in ~/.netrc, what makes it stay
+# here, how to log in.
 _ACCOUNTS = {
     "wandb": ("WANDB_API_KEY", "api.wandb.ai", "WANDB_MODE", "`wandb login`, or set WANDB_MODE=offline"),
     "comet_ml": ("COMET_API_KEY", "", "COMET_MODE", "`comet login`, or set COMET_MODE=offline"),
@@ -23,7 +24,8 @@ def check_tracker(name: str) -> None:
     Refuse a tracker that is not known, not installed, or not logged in.
 
     Raises:
-        `ValueError`: on a name that accelerate does not know, and on an account without a key. `ImportError`: without its package.
+        `ValueError`: on a name that accelerate does not know, and on an account without a key. `ImportError`: without
+            its package.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 

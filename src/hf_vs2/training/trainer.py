@@ -58,8 +58,8 @@ _LOCK_NAME = ".training.lock"
 class BatchPlan:
     """Which rows make up each batch: consecutive slices of an endless chain of seeded permutations.
 
-    A pure function of the batch number, so that resuming needs no sampler state, and that any number of processes see the same
-    global batches. Every row comes once an epoch; a batch may span two epochs.
+    A pure function of the batch number, so that resuming needs no sampler state, and that any number of processes see
+    the same global batches. Every row comes once an epoch; a batch may span two epochs.
     """
 
     def __init__(self, rows: torch.Tensor, batch_size: int, seed: int):
@@ -86,26 +86,29 @@ class SAETrainer:
     """
     Trains a [`SAEModel`] on cached CLS activations, calibrates it and saves it.
 
-    Works on one process or many (`accelerate launch`, `torchrun`); for the same global batch the result is the same up to
-    float error. Under an FSDP configuration of accelerate each process keeps a part of the latents, and of their gradients
-    and optimizer state; after training, `trainer.model` is whole again on every process. No labels are used unless a
-    `label_loss` is given.
+    Works on one process or many (`accelerate launch`, `torchrun`); for the same global batch the result is the same up
+    to float error. Under an FSDP configuration of accelerate each process keeps a part of the latents, and of their
+    gradients and optimizer state; after training, `trainer.model` is whole again on every process. No labels are used
+    unless a `label_loss` is given.
 
     Args:
-        model (`SAEModel` or `SAEConfig`): a model to go on training, or the configuration of a new one, which is copied
-            (`hidden_size` must be the activations'). The model's config takes over from the store which CLIP and layer the
-            rows come from.
+        model (`SAEModel` or `SAEConfig`): a model to go on training, or the configuration of a new one, which is
+            copied (`hidden_size` must be the activations'). The model's config takes over from the store which CLIP
+            and layer the rows come from.
         args (`SAETrainingArguments`): how to train.
-        train_rows (`ActivationStore`, a list of them, or `torch.Tensor` of shape `(rows, hidden_size)`): the activations. The
-            rows of several stores, of one CLIP and preprocessing, are trained on as one set; none are copied.
+        train_rows (`ActivationStore`, a list of them, or `torch.Tensor` of shape `(rows, hidden_size)`): the
+            activations. The rows of several stores, of one CLIP and preprocessing, are trained on as one set; none are
+            copied.
         layer (`int`, *optional*): which layer of a store that holds several.
-        indices (`torch.LongTensor` of shape `(n,)`, *optional*): use only these rows, for training and for calibration.
-        labels (`torch.LongTensor` of shape `(rows,)`, *optional*): for `label_loss`, the class of each row, -1 where unknown;
-            the stores' own by default, where classes of stores with different class names are different classes.
-        label_loss (`Callable`, *optional*): a term added to the loss, such as [`PrototypeAlignment`]. It is called with the
-            [`SAEOutput`] and the labels of what one process sees in one forward pass; the scalar it returns is divided by
-            `config.total_variance`, which gives it the units of the reconstruction loss (FVU). Labels are used in training
-            only; `config.training_data` records that they were.
+        indices (`torch.LongTensor` of shape `(n,)`, *optional*): use only these rows, for training and for
+            calibration.
+        labels (`torch.LongTensor` of shape `(rows,)`, *optional*): for `label_loss`, the class of each row, -1 where
+            unknown; the stores' own by default, where classes of stores with different class names are different
+            classes.
+        label_loss (`Callable`, *optional*): a term added to the loss, such as [`PrototypeAlignment`]. It is called
+            with the [`SAEOutput`] and the labels of what one process sees in one forward pass; the scalar it returns
+            is divided by `config.total_variance`, which gives it the units of the reconstruction loss (FVU). Labels
+            are used in training only; `config.training_data` records that they were.
 
     Raises:
         `ValueError`: on a width that differs from the model's, too few rows, stores that do not belong together or are
@@ -143,8 +146,8 @@ class SAETrainer:
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
             kwargs_handlers=[
-                # The only buffer, the mean, never changes: nothing to broadcast at each step. And the gradients are kept where
-                # they are exchanged from, not twice.
+                # The only buffer, the mean, never changes: nothing to broadcast at each step. And the gradients are
+                # kept where they are exchanged from, not twice.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
             ],
         )
@@ -157,7 +160,8 @@ class SAETrainer:
         width = self.rows.take(torch.zeros(1, dtype=torch.int64)).shape[1]
         if width != self.model.config.hidden_size:
             raise ValueError(
-                f"The activations are {width} wide, the SAE reads {self.model.config.hidden_size}. Use SAEConfig(hidden_size={width})."
+                f"The activations are {width} wide, the SAE reads {self.model.config.hidden_size}. Use "
+                f"SAEConfig(hidden_size={width})."
             )
         self.indices = chosen_rows(indices, len(self.rows))
         train, held_out = split_rows(len(self.indices), args.calibration_share, args.seed)
@@ -184,18 +188,19 @@ class SAETrainer:
 
     def train(self) -> dict[str, float]:
         """
-        Train, calibrate on the held-out rows, save to `args.output_dir`. A training that was interrupted there goes on, to the same
-        result; of one that is finished there, the model and figures are read.
+        Train, calibrate on the held-out rows, save to `args.output_dir`. A training that was interrupted there goes
+        on, to the same result; of one that is finished there, the model and figures are read.
 
         Returns:
             `dict`: `fvu` and `l0` on the held-out rows (missing if none were held out), `dead_share`, `steps`,
             `train_rows`, `held_out_rows`, `seconds`. The same is written to `training_log.json`, with the log.
 
         Raises:
-            `ValueError`: on rows that are not finite or all the same, a loss that is not finite, or a checkpoint to resume from
-                that is missing or was made with other rows or settings, or an `args.output_dir` that holds another training.
-            `OSError`: when another training writes to `args.output_dir`, on a full disk, or when another process of this
-                training has died.
+            `ValueError`: on rows that are not finite or all the same, a loss that is not finite, or a checkpoint to
+                resume from that is missing or was made with other rows or settings, or an `args.output_dir` that holds
+                another training.
+            `OSError`: when another training writes to `args.output_dir`, on a full disk, or when another process of
+                this training has died.
         """
         with naming_lost_partners(), self._alone():
             return self._train()
@@ -210,7 +215,8 @@ class SAETrainer:
         self.accelerator.wait_for_everyone()  # all have looked before the main process changes anything
         if reached == "finished" and wanted in (None, "latest"):
             logger.warning(
-                f"{args.output_dir} holds this training, finished: there is nothing to do. overwrite_output_dir trains it again."
+                f"{args.output_dir} holds this training, finished: there is nothing to do. overwrite_output_dir "
+                "trains it again."
             )
             self.model = SAEModel.from_pretrained(args.output_path).to(self.accelerator.device)
             return finished_metrics(args.output_path)
@@ -239,14 +245,16 @@ class SAETrainer:
             write_log(args.output_path, plan, asdict(args), metrics, progress.log)
             write_model_card(self.args.output_path)  # again, now that the log tells the settings
         self.accelerator.wait_for_everyone()
-        # Not `end_training()`: it would leave the process group too, which a second trainer in the same job still needs.
+        # Not `end_training()`: it would leave the process group too, which a second trainer in the same job still
+        # needs.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return metrics
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two trainings in one folder would tear each other's checkpoints. The system drops the lock when a process dies."""
+        """Two trainings in one folder would tear each other's checkpoints. The system drops the lock when a process
+        dies."""
         from huggingface_hub.utils import WeakFileLock
 
         with contextlib.ExitStack() as held:
@@ -261,13 +269,15 @@ class SAETrainer:
                     taken += 1
             if self.accelerator.reduce(taken, "sum").item():
                 raise OSError(
-                    f"Another training is writing to {self.args.output_dir}. Wait for it, or choose another output_dir. "
-                    f"If none is running (some file systems keep the lock of a process that died), remove {_LOCK_NAME} in it."
+                    f"Another training is writing to {self.args.output_dir}. Wait for it, or choose another "
+                    "output_dir. If none is running (some file systems keep the lock of a process that died), remove "
+                    f"{_LOCK_NAME} in it."
                 )
             yield
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
-        """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or none."""
+        """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or
+        none."""
         if self.accelerator.is_main_process:
             self.model.save_pretrained(output_dir or self.args.output_dir)
 
@@ -343,7 +353,8 @@ class SAETrainer:
                     self._log(progress, meter, schedule.get_last_lr()[0], bar)
                 if args.save_steps and progress.step % args.save_steps == 0 and progress.step < steps:
                     self._save_checkpoint(progress)
-        # accelerate put mixed precision around the model's forward; what is calibrated and handed back is the model itself.
+        # accelerate put mixed precision around the model's forward; what is calibrated and handed back is the model
+        # itself.
         for name in ("forward", "_original_forward"):
             self.model.__dict__.pop(name, None)
         return progress
@@ -368,7 +379,8 @@ class SAETrainer:
         return plan
 
     def _batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """This process's part of each batch of the steps from `start` to `stop`, read while the one before is trained on."""
+        """This process's part of each batch of the steps from `start` to `stop`, read while the one before is trained
+        on."""
         size, device = self.args.per_device_train_batch_size, self.accelerator.device
         plan = BatchPlan(self.train_indices, self.batch_size, self.args.seed)
 
@@ -396,7 +408,8 @@ class SAETrainer:
         return self.label_loss(out, labels) / self.model.config.total_variance
 
     def _measure_domain(self) -> None:
-        """What methods beyond VS2 need. They score what comes out of the last layer: other layers' rows are of no use to them."""
+        """What methods beyond VS2 need. They score what comes out of the last layer: other layers' rows are of no use
+        to them."""
         layers, layer = self.model.config.base_model_num_layers, self.model.config.layer
         if self.args.sketch_rows and (layer is None or layers is None or layer == layers - 1):
             found = measure_statistics(
@@ -423,7 +436,8 @@ class SAETrainer:
         entry = {**meter.read(), "dead_share": dead_share, "learning_rate": learning_rate}
         if not entry["loss"] < float("inf"):
             raise ValueError(
-                f"The loss is {entry['loss']} at step {progress.step}. Lower learning_rate, or check the activations for NaN."
+                f"The loss is {entry['loss']} at step {progress.step}. Lower learning_rate, or check the activations "
+                "for NaN."
             )
         progress.log.append({"step": progress.step, **entry})
         bar.set_postfix(loss=f"{entry['loss']:.4f}", fvu=f"{entry['fvu']:.4f}", dead=f"{dead_share:.1%}")

@@ -138,8 +138,8 @@ def _activations(args: Namespace, clip: Any, dataset: Any, image_processor: Any)
     dataset = with_numbered_labels(dataset, column)
     if dataset_fingerprint(dataset, args.image_column, column) != made_from:
         raise StoreError(
-            f"The activations in {store.path} are not of these images, or of others by now: give --dataset and --split as they were "
-            "extracted with, or leave out --activations"
+            f"The activations in {store.path} are not of these images, or of others by now: give --dataset and "
+            "--split as they were extracted with, or leave out --activations"
         )
     return store
 
@@ -156,4 +156,7 @@ def _dataset_name(args: Namespace) -> str:
 
 
 def kept(args: Namespace) -> str:
-    return f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to continue."
+    return (
+        f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to "
+        "continue."
+    )

@@ -65,8 +65,7 @@ def run(args: Namespace) -> None:
     if args.output_dir is None and not local.is_dir():
         raise UsageError(
             f"{local} is no folder here, and a checkpoint on the Hub cannot be written to: say where the calibrated "
-            f"one goes with "
-            "--output_dir"
+            "one goes with --output_dir"
         )
     model, _, image_processor = load_steered_clip(args)
     if len(model.saes) != 1:

@@ -162,4 +162,7 @@ def _result_path(args: Namespace) -> Path:
 
 
 def kept(args: Namespace) -> str:
-    return f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to continue."
+    return (
+        f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to "
+        "continue."
+    )

@@ -66,8 +66,8 @@ def run(args: Namespace) -> None:
     )
     skipped = len(store.metadata["skipped"])
     say(
-        f"{len(store):,} rows of width {store.hidden_size}, layers {' '.join(map(str, store.layers))}, {store.metadata['dtype']}"
-        + (f"; {skipped} unreadable images skipped" if skipped else "")
+        f"{len(store):,} rows of width {store.hidden_size}, layers {' '.join(map(str, store.layers))}, "
+        f"{store.metadata['dtype']}" + (f"; {skipped} unreadable images skipped" if skipped else "")
     )
     say_written({"activations": store.path})
     say("", f'In Python: hf_vs2.ActivationStore.open("{store.path}")')

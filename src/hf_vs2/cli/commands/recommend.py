@@ -144,4 +144,7 @@ def _next_lines(args: Namespace, method: str, calibrate_first: bool) -> list[str
 
 
 def kept(args: Namespace) -> str:
-    return f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to continue."
+    return (
+        f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to "
+        "continue."
+    )

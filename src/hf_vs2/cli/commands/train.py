@@ -202,7 +202,8 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
     if metrics["held_out_rows"]:
         gate = "none" if config.gate is None else f"{config.gate}, FVU {config.fvu_threshold(config.gate):.4f}"
         lines.append(
-            f"On {metrics['held_out_rows']:,} rows held out: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f}; default gate: {gate}."
+            f"On {metrics['held_out_rows']:,} rows held out: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f}; "
+            f"default gate: {gate}."
         )
     say(*lines)
     say_written(
@@ -219,4 +220,7 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
 
 
 def kept(args: Namespace) -> str:
-    return "Files of activations and training checkpoints finished so far are kept: run the same command again to continue."
+    return (
+        "Files of activations and training checkpoints finished so far are kept: run the same command again to "
+        "continue."
+    )

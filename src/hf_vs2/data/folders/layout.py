@@ -157,8 +157,8 @@ def add_classes(root: str, splits: Mapping[str, Part], texts: Iterable[str], cla
 
     The class is the level of folders that tells images apart by a name: levels with one folder (`images`) and levels
     that only count (`2019`, `2020`; `part1`, `part2`) are none, if another is there. Of several levels the innermost
-    is taken, with a warning, unless a name appears in it under several parents: then there are no labels, and a warning
-    says so.
+    is taken, with a warning, unless a name appears in it under several parents: then there are no labels, and a
+    warning says so.
 
     Args:
         root: the folder that holds the images.

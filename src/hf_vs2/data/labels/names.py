@@ -143,7 +143,10 @@ def match_names(own: Sequence[str], given: Names) -> MatchedNames:
     pairs = [
         mine if mine == names[place] else f"{mine} = {names[place]}" for mine, place in zip(own, matched, strict=True)
     ]
-    told = f"The {len(own)} classes of the data set were found {how} among the {len(names)} labels given: {_listed(pairs)}."
+    told = (
+        f"The {len(own)} classes of the data set were found {how} among the {len(names)} labels given: "
+        f"{_listed(pairs)}."
+    )
     if others:
         told += f" No class of it, but labels to choose from all the same: {_listed(others)}."
     return MatchedNames(names, matched, told)
@@ -327,7 +330,8 @@ def read_labels(values: Sequence[str]) -> Names:
     for value in values if not is_file else ():
         _refuse_path(value)
     found: Names = read_list(values[0], "the file of labels") if is_file else values
-    # A table or JSON says itself where a name ends, and so do the lines of a text file, but for marks left from a list.
+    # A table or JSON says itself where a name ends, and so do the lines of a text file, but for marks left from a
+    # list.
     is_clear = is_file and values[0].lower().endswith((".json", ".csv", ".tsv"))
     names = [name.strip() for name in names_in(found)]
     marks = r"[,;|\n]" if len(names) == 1 else r"[,;]$" if is_file else r"[,;]$|\w,\w"

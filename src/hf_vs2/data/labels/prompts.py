@@ -154,7 +154,8 @@ def _tokenized(
 
 
 def _read_tokens(clip: CLIPModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
-    """What of each prompt decides its embedding: the tokens up to the one that is pooled, which sees none behind it."""
+    """What of each prompt decides its embedding: the tokens up to the one that is pooled, which sees none behind
+    it."""
     end = clip.config.text_config.eos_token_id
     # As CLIP's text model has it: in old checkpoints the token of the highest number, else the first end token.
     pooled = [(ids if end == 2 else (ids == end).int()).argmax(-1).tolist() for ids, _ in batches]

@@ -1,7 +1,8 @@
 """SAEs of other libraries: their checkpoints read as those of a [`SAEModel`], and a [`SAEModel`] written as theirs.
 
-One module a format, each with `load(name_or_path, ...)` and, where that library's loader takes it, `save(sae, folder)`. Only what a
-top-k SAE computes exactly is converted; everything else is refused. docs/foreign.md has the table.
+One module a format, each with `load(name_or_path, ...)` and, where that library's loader takes it, `save(sae,
+folder)`. Only what a top-k SAE computes exactly is converted; everything else is refused. docs/foreign.md has the
+table.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def detect(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> str:
     if len(found) != 1:
         what = f"could be of {' and of '.join(found)}" if found else "is of no format that is known here"
         raise ValueError(
-            f"{name_or_path} {what}. Expected the {CFG_NAME} of sparsify or SAELens, or the {CONFIG_NAME} of ViT-Prisma or hf_vs2, in "
-            "this folder. If the checkpoint lies in a folder below, name that; if you know the format, give it."
+            f"{name_or_path} {what}. Expected the {CFG_NAME} of sparsify or SAELens, or the {CONFIG_NAME} of "
+            "ViT-Prisma or hf_vs2, in this folder. If the checkpoint lies in a folder below, name that; if you know "
+            "the format, give it."
         )
     return found[0]
 

@@ -43,8 +43,8 @@ class ForeignCheckpoint:
         The configuration, read, and the place of the weights, in a folder or on the Hub (both of one commit).
 
         Raises:
-            `OSError`: if a file is missing or can't be reached. `ValueError`: if the configuration is no JSON object. `TypeError`: on
-                an argument that says nothing about a place.
+            `OSError`: if a file is missing or can't be reached. `ValueError`: if the configuration is no JSON object.
+                `TypeError`: on an argument that says nothing about a place.
         """
         strange = place.keys() - set(HUB_ARGUMENTS)
         if strange:
@@ -55,8 +55,8 @@ class ForeignCheckpoint:
             if path is None:
                 where = f" in {place['subfolder']!r}" if place.get("subfolder") else ""
                 raise OSError(
-                    f"{name_or_path} has no {name}{where}: a checkpoint of {library} is a folder with {config} and {weights}. If it lies "
-                    "in a folder below, name that (on the Hub with subfolder=)."
+                    f"{name_or_path} has no {name}{where}: a checkpoint of {library} is a folder with {config} and "
+                    f"{weights}. If it lies in a folder below, name that (on the Hub with subfolder=)."
                 )
         config_path, weights_path = map(str, paths.values())
         origin = {
@@ -90,7 +90,8 @@ class ForeignCheckpoint:
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the weights file, in memory, float32 or float64: half precision becomes float32, which loses nothing.
+        """All tensors of the weights file, in memory, float32 or float64: half precision becomes float32, which loses
+        nothing.
 
         Raises:
             `ValueError`: if it is no safetensors file, or holds anything else than finite floats.
@@ -112,7 +113,8 @@ class ForeignCheckpoint:
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(
-                    f"{self.weights_path}: {name} is {tuple(tensors[name].shape)}, by {self.config_path} it is {shape}."
+                    f"{self.weights_path}: {name} is {tuple(tensors[name].shape)}, by {self.config_path} it is "
+                    f"{shape}."
                 )
 
 

@@ -1,4 +1,5 @@
-"""What every format comes down to: the weights of eq. 1, with the factors that other libraries apply at run time folded in."""
+"""What every format comes down to: the weights of eq. 1, with the factors that other libraries apply at run time
+folded in."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ class Parts:
         norms = torch.linalg.vector_norm(self.W_dec, dim=-1, dtype=torch.float64)
         if not norms.all():
             raise ValueError(
-                f"{where}: decoder row {int((norms == 0).nonzero()[0])} is zero, and rescale_acts_by_decoder_norm divides by its length."
+                f"{where}: decoder row {int((norms == 0).nonzero()[0])} is zero, and rescale_acts_by_decoder_norm "
+                "divides by its length."
             )
         norms = norms.to(self.W_dec.dtype)
         self.W_enc, self.b_enc = self.W_enc * norms[:, None], self.b_enc * norms
@@ -135,12 +137,14 @@ def _warn(config: SAEConfig, checkpoint: ForeignCheckpoint, notes: tuple[str, ..
         unknown.append("Its CLIP is not recorded; give base_model_name_or_path=.")
     if config.top_k == config.num_latents:
         unknown.append(
-            f"It is a plain ReLU SAE: top_k is all {config.num_latents} latents, and a code takes 12 bytes a latent and row."
+            f"It is a plain ReLU SAE: top_k is all {config.num_latents} latents, and a code takes 12 bytes a latent "
+            "and row."
         )
     text = " ".join(unknown)
     logger.warning(
-        f"{checkpoint.origin['name']} was converted from {checkpoint.origin['format']}. The mean of its training rows is not in its "
-        f"files: b_pre stands in for it until hf_vs2.calibrate (hf-vs2 calibrate) has measured it, without which there is no gate. {text}"
+        f"{checkpoint.origin['name']} was converted from {checkpoint.origin['format']}. The mean of its training rows "
+        "is not in its files: b_pre stands in for it until hf_vs2.calibrate (hf-vs2 calibrate) has measured it, "
+        f"without which there is no gate. {text}"
     )
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints of ViT-Prisma: `config.json`, and weights that are a pickle unless somebody has turned them into safetensors."""
+"""Checkpoints of ViT-Prisma: `config.json`, and weights that are a pickle unless somebody has turned them into
+safetensors."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def _parts(checkpoint: ForeignCheckpoint) -> Parts:
 
 
 def _unpickled(path: str) -> dict[str, torch.Tensor]:
-    """Tensors by torch's reader that runs no code. What ViT-Prisma's `save_model` writes holds an object of its own, and is refused.
+    """Tensors by torch's reader that runs no code. What ViT-Prisma's `save_model` writes holds an object of its own,
+    and is refused.
 
     Raises:
         `ValueError`: saying how to turn it into safetensors.

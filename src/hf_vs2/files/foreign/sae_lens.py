@@ -115,8 +115,8 @@ def fold_normalization(parts: Parts, checkpoint: ForeignCheckpoint, scaling_fact
     if kind == "none":
         if scaling_factor is not None:
             raise ValueError(
-                f"scaling_factor={scaling_factor}: {checkpoint.config_path} says that activations are not normalised, or that the factor "
-                "is folded in. Leave it out."
+                f"scaling_factor={scaling_factor}: {checkpoint.config_path} says that activations are not normalised, "
+                "or that the factor is folded in. Leave it out."
             )
         return
     if kind != "expected_average_only_in":
@@ -124,8 +124,9 @@ def fold_normalization(parts: Parts, checkpoint: ForeignCheckpoint, scaling_fact
     if scaling_factor is None:
         checkpoint.refuse(
             "normalize_activations",
-            "the constant that activations were multiplied by in training is not in the checkpoint. Give it as scaling_factor= (square "
-            "root of the width, divided by the mean length of a row), 1 if the weights have it in them",
+            "the constant that activations were multiplied by in training is not in the checkpoint. Give it as "
+            "scaling_factor= (square root of the width, divided by the mean length of a row), 1 if the weights have "
+            "it in them",
         )
     if not (math.isfinite(scaling_factor) and scaling_factor > 0):
         raise ValueError(f"scaling_factor={scaling_factor} must be a positive number.")

@@ -98,7 +98,8 @@ def save(sae: Any, folder: str | os.PathLike) -> None:
     config = sae.config
     if config.activation != "relu":
         raise ValueError(
-            f"activation={config.activation!r} can't be saved for sparsify, whose encoder ends in a ReLU. SAELens has it: save_sae_lens."
+            f"activation={config.activation!r} can't be saved for sparsify, whose encoder ends in a ReLU. SAELens has "
+            "it: save_sae_lens."
         )
     num_latents, hidden_size = config.weight_shape
     norms = sae.W_dec.detach().float().norm(dim=-1)

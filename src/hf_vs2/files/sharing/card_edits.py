@@ -1,4 +1,5 @@
-"""Whose words a model card holds: ours may be written anew, a user's are kept and only the metadata are brought up to date.
+"""Whose words a model card holds: ours may be written anew, a user's are kept and only the metadata are brought up to
+date.
 
 A card that this package wrote or uploaded ends in a comment with two digests, one of its text and one of its metadata.
 Where they no longer match, somebody has edited that part.
@@ -36,7 +37,8 @@ class Card:
 
     Args:
         data (`dict`): the metadata. text (`str`): the Markdown, without our marker.
-        author (`str`): `"wrote"` for a text of ours, `"uploaded"` for a user's that we brought to the Hub, `""` for any other.
+        author (`str`): `"wrote"` for a text of ours, `"uploaded"` for a user's that we brought to the Hub, `""` for
+            any other.
         text_changed, data_changed (`bool`): whether that part was edited since; always true without a marker.
         source (`str`): the file as it is.
     """
@@ -87,8 +89,8 @@ class Card:
 
         Args:
             how (`str`): `"wrote"` or `"uploaded"`.
-            generated (`dict`, *optional*): the metadata to take the digest of, where a user's have been merged in since; so
-                the user's go on counting as an edit.
+            generated (`dict`, *optional*): the metadata to take the digest of, where a user's have been merged in
+                since; so the user's go on counting as an edit.
         """
         digests = {"text": _digest(_normal(self.text)), "data": _digest(self.data if generated is None else generated)}
         unsigned = _MARKER.sub("", self.source).rstrip()
@@ -96,7 +98,8 @@ class Card:
 
 
 def refresh_card(ours: str, found: str | None, name: str = "README.md") -> str:
-    """What a card file should hold now: `ours`, just generated, or the text that a user wrote in `found` with our metadata."""
+    """What a card file should hold now: `ours`, just generated, or the text that a user wrote in `found` with our
+    metadata."""
     if found is None:
         return ours
     return _refreshed(Card.parse(ours), Card.parse(found, name)).source
@@ -106,8 +109,8 @@ def card_to_upload(ours: str, local: str | None, remote: str | None) -> tuple[st
     """
     The card to put on the Hub, from the one just generated, the one in the folder and the one on the Hub.
 
-    A text edited on the Hub stays. Otherwise the folder's goes up if a user wrote it, else what a user had uploaded stays,
-    else ours is written anew. Metadata are merged, a user's values first.
+    A text edited on the Hub stays. Otherwise the folder's goes up if a user wrote it, else what a user had uploaded
+    stays, else ours is written anew. Metadata are merged, a user's values first.
 
     Returns:
         The file's content, and whether a user's text in the folder had to stand back for one on the Hub.
@@ -142,7 +145,8 @@ def _refreshed(new: Card, old: Card) -> Card:
 
 
 def merge_metadata(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """A user's metadata brought up to date: their values stay, in their order; lists are united; what they lack is added.
+    """A user's metadata brought up to date: their values stay, in their order; lists are united; what they lack is
+    added.
 
     Facts that the checkpoint records (its base model) and figures measured anew replace the old ones.
     """

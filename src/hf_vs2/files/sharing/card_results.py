@@ -1,4 +1,5 @@
-"""What a model card takes from a result file: the table, per-class gains and losses, and the entries the Hub understands."""
+"""What a model card takes from a result file: the table, per-class gains and losses, and the entries the Hub
+understands."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def read_results(folder: CheckpointFolder, results: Results | ResultFacts | None
     The result file given, or the one that lies in the folder.
 
     Raises:
-        `ValueError`: if the one given is no result file, or was measured with an SAE of other size or training data. One
-            that merely lies there is then left out, with a warning.
+        `ValueError`: if the one given is no result file, or was measured with an SAE of other size or training data.
+            One that merely lies there is then left out, with a warning.
     """
     if isinstance(results, ResultFacts):
         return results
@@ -77,9 +78,9 @@ class ResultFacts:
         theirs = [({name: getattr(sae, name, None) for name in measured}, sae.training_data) for sae in saes]
         if (measured, data) not in theirs:
             raise ValueError(
-                f"These results were measured with another SAE: {measured}, trained on {data}; in the checkpoint there is "
-                f"{' and '.join(f'{shape}, trained on {origin}' for shape, origin in theirs)}. Evaluate this checkpoint, and give that "
-                "result file."
+                f"These results were measured with another SAE: {measured}, trained on {data}; in the checkpoint "
+                f"there is {' and '.join(f'{shape}, trained on {origin}' for shape, origin in theirs)}. Evaluate this "
+                "checkpoint, and give that result file."
             )
 
     @property
@@ -115,9 +116,10 @@ class ResultFacts:
         trained = "label_loss" in (self.result.meta.get("sae_training_data") or {})
         version = escaped(self.result.meta.get("hf_vs2_version", "(version not recorded)"))
         return Markdown(
-            f"Measured with hf_vs2 {version} on {escaped(self.data_set_name)}{f', split {code(split)}' if split else ''}: "
-            f"{number(self.result.rows[0]['n'], ',')} images, {len(self.class_names)} classes. "
-            f"Labels were used to count right answers{', and in training the SAE' if trained else ' only'}."
+            f"Measured with hf_vs2 {version} on "
+            f"{escaped(self.data_set_name)}{f', split {code(split)}' if split else ''}: "
+            f"{number(self.result.rows[0]['n'], ',')} images, {len(self.class_names)} classes. Labels were used to "
+            f"count right answers{', and in training the SAE' if trained else ' only'}."
         )
 
     @property
@@ -160,9 +162,9 @@ class ResultFacts:
             "method": _METHOD_NAMES[row["method"]],
             "rows": gains[:_NUM_CLASSES_SHOWN] + losses[-_NUM_CLASSES_SHOWN:],
             "summary": Markdown(
-                f"With the {code(row['prompts'])} prompts, {len(gains)} of {len(everything)} classes gain, {len(losses)} lose and {same} stay "
-                f"as they are under {_METHOD_NAMES[row['method']]}. Accuracy in %, up to {_NUM_CLASSES_SHOWN} of each kind; with few images a "
-                "class, expect chance to do much of this."
+                f"With the {code(row['prompts'])} prompts, {len(gains)} of {len(everything)} classes gain, "
+                f"{len(losses)} lose and {same} stay as they are under {_METHOD_NAMES[row['method']]}. Accuracy in %, "
+                f"up to {_NUM_CLASSES_SHOWN} of each kind; with few images a class, expect chance to do much of this."
             ),
         }
 
@@ -194,8 +196,8 @@ class ResultFacts:
     def leaderboard_entry(self) -> str | None:
         """Content of an `.eval_results/*.yaml` file, for the leaderboard of a benchmark on the Hub.
 
-        Only where the result's `meta` names the benchmark's task (`task_id`) and the data set is one of the Hub: entries for
-        data sets that are not registered as benchmarks are errors there.
+        Only where the result's `meta` names the benchmark's task (`task_id`) and the data set is one of the Hub:
+        entries for data sets that are not registered as benchmarks are errors there.
         """
         task, data_set = self.result.meta.get("task_id"), self.data_set.get("id")
         if not task or not looks_like_hub_id(data_set) or not self.own_rows:

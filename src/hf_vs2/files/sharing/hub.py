@@ -49,9 +49,10 @@ def push_to_hub(
     """
     Put a checkpoint on the Hub, in one commit: an SAE, a VS2 model, or a folder of SAEs (one a subfolder).
 
-    Pushing the same again makes no commit. After an interruption, push again: files that arrived are not sent twice. The model
-    card is written from the checkpoint and the result file. A card that somebody has edited, here or on the Hub, keeps its
-    text, and its metadata are brought up to date. Of a folder only the checkpoint goes up, not the training state and the log.
+    Pushing the same again makes no commit. After an interruption, push again: files that arrived are not sent twice.
+    The model card is written from the checkpoint and the result file. A card that somebody has edited, here or on the
+    Hub, keeps its text, and its metadata are brought up to date. Of a folder only the checkpoint goes up, not the
+    training state and the log.
 
     Args:
         path_or_model (path or model): the folder, or a [`SAEModel`] or [`VS2CLIPForZeroShot`].
@@ -62,14 +63,16 @@ def push_to_hub(
         tag (`str`, *optional*): git tag to give the commit.
         token (`str` or `bool`, *optional*): by default the one that `hf auth login` stored, or `HF_TOKEN`.
         commit_message (`str`, *optional*), commit_description (`str`, *optional*): of the commit.
-        results ([`EvaluationResult`] or path, *optional*): the result file for the card, uploaded as `results.json`; by default
-            the one in the folder. If its `meta` has a `task_id`, an entry for that benchmark's leaderboard is written.
+        results ([`EvaluationResult`] or path, *optional*): the result file for the card, uploaded as `results.json`;
+            by default the one in the folder. If its `meta` has a `task_id`, an entry for that benchmark's leaderboard
+            is written.
         license (`str`, *optional*): the Hub's identifier of your licence for the checkpoint, such as `"apache-2.0"`.
         tags (`list[str]`, *optional*): further tags for the card.
         save_options: for a model, arguments of its `save_pretrained`, such as `full=True`.
 
     Returns:
-        `CommitInfo`: the commit; as a string its URL. With `create_pr` its `pr_url` is set. The latest commit if there was
+        `CommitInfo`: the commit; as a string its URL. With `create_pr` its `pr_url` is set. The latest commit if there
+            was
         nothing to change.
 
     Raises:
@@ -80,8 +83,8 @@ def push_to_hub(
     if create_pr and (tag or revision not in (None, "main")):
         what = "tag=" if tag else "revision="
         raise ValueError(
-            f"create_pr=True proposes a commit to main, so {what} can't be given with it. To add to a pull request that is open, use "
-            "revision='refs/pr/<number>' alone."
+            f"create_pr=True proposes a commit to main, so {what} can't be given with it. To add to a pull request "
+            "that is open, use revision='refs/pr/<number>' alone."
         )
     from .card_results import read_results
     from .hub_push import Push
@@ -105,8 +108,8 @@ def push_to_hub(
 
 class HubMixin(PackagedCode):
     """
-    `save_pretrained` that writes the model card too, and `push_to_hub` that respects an edited one. (transformers' own overwrites
-    the card on the Hub.) Put it before `PreTrainedModel` among the bases.
+    `save_pretrained` that writes the model card too, and `push_to_hub` that respects an edited one. (transformers' own
+    overwrites the card on the Hub.) Put it before `PreTrainedModel` among the bases.
     """
 
     def save_pretrained(
@@ -117,8 +120,8 @@ class HubMixin(PackagedCode):
         repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """`PreTrainedModel.save_pretrained`, and a model card. `push_to_hub=True` then pushes the folder; its options are those
-        of [`push_to_hub`]."""
+        """`PreTrainedModel.save_pretrained`, and a model card. `push_to_hub=True` then pushes the folder; its options
+        are those of [`push_to_hub`]."""
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         refuse_variant(kwargs)
         save = super().save_pretrained  # type: ignore[misc]
@@ -143,8 +146,8 @@ class HubMixin(PackagedCode):
             _push(save_directory, repo_id or Path(save_directory).resolve().name, **hub_options)
 
     def save_beside(self, folder: Path, **kwargs: Any) -> None:
-        """Write what belongs to a checkpoint beside weights and configuration, into a folder that is then moved into the one of an
-        `earlier` save."""
+        """Write what belongs to a checkpoint beside weights and configuration, into a folder that is then moved into
+        the one of an `earlier` save."""
         raise NotImplementedError
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:

@@ -39,8 +39,8 @@ logger = logging.get_logger(__name__)
 
 LEADERBOARD_NAME = ".eval_results/hf_vs2.yaml"
 SHIM_NAME = "hf_vs2_shim.py"
-# With trust_remote_code=True transformers looks into this file for the classes; where the package is missing, it reads the import
-# and says what to install.
+# With trust_remote_code=True transformers looks into this file for the classes; where the package is missing, it reads
+# the import and says what to install.
 _SHIM = """# The classes of this checkpoint come with a package: pip install hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPConfig, VS2CLIPForZeroShot
 """
@@ -53,8 +53,8 @@ _AUTO_MAPS = {
     },
 }
 _ATTEMPTS = 3
-# Somebody else has committed; or a failing server, whose answer to a commit the client takes as final. (It may have made the commit
-# all the same: the next attempt then finds nothing left to change.)
+# Somebody else has committed; or a failing server, whose answer to a commit the client takes as final. (It may have
+# made the commit all the same: the next attempt then finds nothing left to change.)
 _WORTH_ANOTHER = (412, 500, 502, 503, 504)
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -92,15 +92,16 @@ class Push:
         except HfHubHTTPError as error:
             if _status(error) in (401, 403):
                 error.append_to_message(
-                    f"\nTo write to {self.repo_id}, log in (`hf auth login`) or give token=, with a token that may write there."
+                    f"\nTo write to {self.repo_id}, log in (`hf auth login`) or give token=, with a token that may "
+                    "write there."
                 )
             raise
         except Exception as error:
             if not is_of_http(error):
                 raise
             raise ConnectionError(
-                f"{self.api.endpoint} could not be reached, or the connection broke ({error}). Push again: what has arrived is not "
-                "sent twice."
+                f"{self.api.endpoint} could not be reached, or the connection broke ({error}). Push again: what has "
+                "arrived is not sent twice."
             ) from error
         return commit
 
@@ -116,9 +117,9 @@ class Push:
         found = local_paths(record)
         if found:
             logger.warning(
-                f"{self.repo_id} will name places on this machine, which everybody who reads it sees and nobody else can use: "
-                f"{', '.join(sorted(set(found)))}. If one of them is the CLIP, others must give their own (clip=...): better set "
-                "config.base_model_name_or_path to its Hub id before saving."
+                f"{self.repo_id} will name places on this machine, which everybody who reads it sees and nobody else "
+                f"can use: {', '.join(sorted(set(found)))}. If one of them is the CLIP, others must give their own "
+                "(clip=...): better set config.base_model_name_or_path to its Hub id before saving."
             )
 
     def _warn_about_rows(self) -> None:
@@ -129,16 +130,17 @@ class Push:
                     continue
                 number = file.get_slice("rows").get_shape()[0]
             logger.warning(
-                f"{self.repo_id} will hold activations of {number:,} of the unlabelled images ({STATISTICS_NAME}), for methods that fit "
-                "prototypes to labels. To keep them to yourself, calibrate with --sketch_rows 0 before."
+                f"{self.repo_id} will hold activations of {number:,} of the unlabelled images ({STATISTICS_NAME}), "
+                "for methods that fit prototypes to labels. To keep them to yourself, calibrate with --sketch_rows 0 "
+                "before."
             )
 
     def _open_repository(self) -> None:
         self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
         if self.private and not self.api.model_info(self.repo_id).private:
             raise ValueError(
-                f"{self.repo_id} exists and is public, so private=True can't be kept; nothing was uploaded. Make it private in its "
-                "settings first, or choose another name."
+                f"{self.repo_id} exists and is public, so private=True can't be kept; nothing was uploaded. Make it "
+                "private in its settings first, or choose another name."
             )
 
     def _open_revision(self) -> str | None:
@@ -176,7 +178,8 @@ class Push:
                     commit_description=description,
                     create_pr=self.create_pr,
                     revision=self.revision,
-                    # Refused if somebody has changed anything since the card was read: an edit of theirs can't get lost.
+                    # Refused if somebody has changed anything since the card was read: an edit of theirs can't get
+                    # lost.
                     parent_commit=head.sha,
                 )
             except HfHubHTTPError as error:
@@ -266,7 +269,10 @@ class Push:
         self.api.create_tag(self.repo_id, tag=self.tag, revision=commit.oid)
 
     def _tag_message(self, tagged: str) -> str:
-        return f"tag={self.tag!r} already marks commit {tagged} of {self.repo_id}. Choose another, or delete that one first."
+        return (
+            f"tag={self.tag!r} already marks commit {tagged} of {self.repo_id}. Choose another, or delete that one "
+            "first."
+        )
 
 
 def _status(error: HfHubHTTPError) -> int | None:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _STATISTICS = Markdown(
-    "means and principal components of activations of unlabelled images, and, unless they were left out, activations of some thousand "
-    "of them (`statistics.safetensors`)"
+    "means and principal components of activations of unlabelled images, and, unless they were left out, activations "
+    "of some thousand of them (`statistics.safetensors`)"
 )
 _ACTIVATIONS = {
     "relu": "ReLU, then the {} largest",
@@ -54,13 +54,15 @@ def create_model_card(
 
     Args:
         checkpoint (path): an SAE checkpoint, a folder with several in subfolders, or a VS2 checkpoint.
-        name (`str`, *optional*): the Hub id, or whatever readers shall put where the code says it; the folder's name by default.
+        name (`str`, *optional*): the Hub id, or whatever readers shall put where the code says it; the folder's name
+            by default.
         results ([`EvaluationResult`] or path, *optional*): the result file; by default `results.json` in the folder.
         license (`str`, *optional*): Hub identifier of the checkpoint's licence, such as `"apache-2.0"`.
         tags (`list[str]`, *optional*): further tags.
 
     Raises:
-        `ValueError`: if the folder holds no checkpoint, or `results` were measured with another SAE. `OSError`: if a file is missing.
+        `ValueError`: if the folder holds no checkpoint, or `results` were measured with another SAE. `OSError`: if a
+            file is missing.
     """
     folder = checkpoint if isinstance(checkpoint, CheckpointFolder) else CheckpointFolder.open(checkpoint)
     name = name or folder.path.resolve().name
@@ -95,8 +97,8 @@ def create_model_card(
 
 def write_model_card(folder: str | os.PathLike, **options: Any) -> Path:
     """
-    Write `README.md` into a checkpoint folder. A text that a user has written or edited stays; its metadata are brought up to
-    date. `options` are those of [`create_model_card`].
+    Write `README.md` into a checkpoint folder. A text that a user has written or edited stays; its metadata are
+    brought up to date. `options` are those of [`create_model_card`].
     """
     path = Path(folder) / CARD_NAME
     found = read_card(path)
@@ -160,8 +162,8 @@ def _metadata(
     license: str | None,
     tags: Sequence[str],
 ) -> ModelCardData:
-    """What the Hub reads. A VS2 checkpoint counts as a transformers model, because only then does `pipeline(model=id)` find its
-    task by itself; an SAE is used through hf_vs2."""
+    """What the Hub reads. A VS2 checkpoint counts as a transformers model, because only then does `pipeline(model=id)`
+    find its task by itself; an SAE is used through hf_vs2."""
     is_vs2 = folder.model_type == VS2_TYPE
     bases = sorted({base for base in (_base_id(config) for config in _configs(folder)) if base})
     parts = [part for config in saes.values() for part in _parts(config.training_data or {})]
@@ -234,7 +236,8 @@ def _shape_facts(config: SAEConfig) -> Facts:
         ("Reads", f"CLS token at the output of encoder {layer}"),
         (
             "Size",
-            f"{config.hidden_size:,} inputs, {num_latents:,} features (expansion {num_latents / config.hidden_size:g})",
+            f"{config.hidden_size:,} inputs, {num_latents:,} features (expansion "
+            f"{num_latents / config.hidden_size:g})",
         ),
         ("Active features", _ACTIVATIONS[config.activation].format(config.top_k)),
         ("Default steering", _default_steering(config)),

@@ -1,4 +1,5 @@
-"""Tables beside the main one: the gate under shift (table 3), one setting varied at a time, and how well the SAEs reconstruct."""
+"""Tables beside the main one: the gate under shift (table 3), one setting varied at a time, and how well the SAEs
+reconstruct."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .result_view import ResultView, common_seeds, gate_as_asked, gate_note, see
 
 
 Note = Callable[[str | None, Collection[str | None], str], str]
-"""What the paper has to say beside a table, of the encoder's Hub id, the registry's names of the data sets, and the prompts."""
+"""What the paper has to say beside a table, of the encoder's Hub id, the registry's names of the data sets, and the
+prompts."""
 
 
 def gate_shift(view: ResultView) -> Iterator[str]:
@@ -108,7 +110,8 @@ def _ablation(
 
 
 def _field(view: ResultView, cells: Sequence[CellResult], seeds: int | None, section: str) -> str:
-    """Accuracy, and what explains it: the share steered of a gated model, else FVU where the SAEs of a table differ."""
+    """Accuracy, and what explains it: the share steered of a gated model, else FVU where the SAEs of a table
+    differ."""
     field = view.field(cells, seeds, bracket="")
     if cells and cells[0].cell.method == "vs2+gate":
         return field + gate_note(cells)
@@ -132,9 +135,8 @@ def reconstruction(view: ResultView) -> Iterator[str]:
     if rows:
         note = " [The paper's] is over a batch." if any("[" in row[-1] for row in rows) else ""
         yield (
-            "## Reconstruction\n\nVariance that the SAE leaves unexplained (FVU) on training rows held out from its training."
-            f"{note}\n\n"
-            f"{seeds_note(seeds)}{table(['encoder', 'data set', 'FVU'], rows)}"
+            "## Reconstruction\n\nVariance that the SAE leaves unexplained (FVU) on training rows held out from its "
+            f"training.{note}\n\n{seeds_note(seeds)}{table(['encoder', 'data set', 'FVU'], rows)}"
         )
 
 

@@ -1,4 +1,5 @@
-"""What a mean hides: the classes that VS2 helps and hurts, their confusions, and whether SAEs of other seeds do the same."""
+"""What a mean hides: the classes that VS2 helps and hurts, their confusions, and whether SAEs of other seeds do the
+same."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def classes(view: ResultView) -> Iterator[str]:
         images = f"{support[0]}" if len(support) == 1 else f"{support[0]} to {support[-1]}"
         yield (
             f"## Classes that VS2 helps and hurts: {where}\n\nAccuracy in %, gain in points, n = {len(runs)} SAE "
-            f"seed{'s' if len(runs) > 1 else ''}, {images} test images a class; {better} of {len(found)} classes gain, {worse} lose."
-            f"\n\n{_class_table(found, gains)}"
+            f"seed{'s' if len(runs) > 1 else ''}, {images} test images a class; {better} of {len(found)} classes "
+            f"gain, {worse} lose.\n\n{_class_table(found, gains)}"
         )
         confusions = fixed_confusions(steered, repeated, names, SHOWN_CONFUSIONS)
         rows = [
@@ -62,9 +63,9 @@ def seeds(view: ResultView) -> Iterator[str]:
     if rows:
         head = ["encoder, prompts", "data set", "same prediction, mean", "least", "same images fixed, mean", "least"]
         yield (
-            "## Agreement between seeds\n\nVS2 with SAEs of different seeds, over all pairs of seeds, in %: images that both put in "
-            "the same class, and intersection over union of the images that each corrects plain CLIP on.\n\n"
-            + table(head, rows)
+            "## Agreement between seeds\n\nVS2 with SAEs of different seeds, over all pairs of seeds, in %: images "
+            "that both put in the same class, and intersection over union of the images that each corrects plain CLIP "
+            "on.\n\n" + table(head, rows)
         )
 
 
@@ -74,9 +75,9 @@ def cosines(view: ResultView) -> Iterator[str]:
         names, matrix = one.figures["names"], one.figures["cosine"]
         rows = [[escaped(name), *(f"{value:.3f}" for value in row)] for name, row in zip(names, matrix, strict=True)]
         yield (
-            f"## Cosine between steering vectors: {view.title(one.cell.dataset)}, {view.heading(one.cell.encoder)}\n\n"
-            "Mean over the test images, between VS2's steering vectors of two SAEs; `centroid` is x - mu, the direction without an "
-            f"SAE.\n\n{table(['', *map(escaped, names)], rows)}"
+            f"## Cosine between steering vectors: {view.title(one.cell.dataset)}, "
+            f"{view.heading(one.cell.encoder)}\n\nMean over the test images, between VS2's steering vectors of two "
+            f"SAEs; `centroid` is x - mu, the direction without an SAE.\n\n{table(['', *map(escaped, names)], rows)}"
         )
 
 

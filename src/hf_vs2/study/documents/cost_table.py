@@ -59,12 +59,13 @@ def _cost_table(view: ResultView, one: CellResult) -> str:
 def _cost_note(figures: dict[str, Any]) -> str:
     flops, training, memory = figures["flops"], figures["training"], figures["memory"]
     text = (
-        f"On {figures['device']} in {figures['dtype']}, {figures['threads']} threads, {figures['image_size']}-pixel images, "
-        f"{figures['num_classes']} cached class embeddings, no gate. FLOPs are counted by torch's counter, a multiplication and an "
-        f"addition as two, attention's products ({flops['attention'] / 1e9:.4f} GFLOPs) among them; "
-        f"{flops['added_by_formula'] / 1e6:.4f} of the {flops['added'] / 1e6:.4f} MFLOPs that steering adds, and "
-        f"{training['added_by_formula'] / 1e6:.4f} MFLOPs of the training, are sparse sums that it does not know, added by "
-        f"formula. Training takes {training['dense_encoder'] / 1e9:.4f} GFLOPs if the encoder's product is taken three times, once "
-        f"forward and twice backward. Times: median of {figures['time']['pairs']} pairs taken in turn."
+        f"On {figures['device']} in {figures['dtype']}, {figures['threads']} threads, {figures['image_size']}-pixel "
+        f"images, {figures['num_classes']} cached class embeddings, no gate. FLOPs are counted by torch's counter, a "
+        f"multiplication and an addition as two, attention's products ({flops['attention'] / 1e9:.4f} GFLOPs) among "
+        f"them; {flops['added_by_formula'] / 1e6:.4f} of the {flops['added'] / 1e6:.4f} MFLOPs that steering adds, "
+        f"and {training['added_by_formula'] / 1e6:.4f} MFLOPs of the training, are sparse sums that it does not know, "
+        f"added by formula. Training takes {training['dense_encoder'] / 1e9:.4f} GFLOPs if the encoder's product is "
+        f"taken three times, once forward and twice backward. Times: median of {figures['time']['pairs']} pairs taken "
+        "in turn."
     )
     return text if memory is None else f"{text} Memory: {memory['kind']}."

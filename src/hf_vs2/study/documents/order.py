@@ -67,14 +67,15 @@ def order(view: ResultView) -> str:
         return ""
     parts = [
         "## Where the paper's order holds, and where it does not",
-        "Differences are in points, on the same images, averaged over seeds; the interval is a 95 % one over images (normal "
-        f"approximation), not over SAEs. A difference whose interval holds 0 is called {OPEN}; without an interval (the "
-        "files of outcomes are gone) its sign decides.",
+        "Differences are in points, on the same images, averaged over seeds; the interval is a 95 % one over images "
+        f"(normal approximation), not over SAEs. A difference whose interval holds 0 is called {OPEN}; without an "
+        "interval (the files of outcomes are gone) its sign decides.",
     ]
     headings = (
         "In the paper's figures each of these holds:",
         "VS2 against controls without an SAE, which the paper does not have:",
-        "What the SAE adds: its rules against the same ones without it, with random directions, or with principal components:",
+        "What the SAE adds: its rules against the same ones without it, with random directions, or with principal "
+        "components:",
     )
     for heading, wanted in zip(headings, (claims, controls, dictionaries), strict=True):
         lines = [_counted(view, claim, found) for claim in wanted if any((o.better, o.worse) == claim for o in found)]

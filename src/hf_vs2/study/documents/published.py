@@ -1,5 +1,5 @@
-"""The paper's figures, and when a cell is the same as one of theirs: the Hub id of the encoder, a data set of the registry used
-as published (`None` when it is not), the prompts and the method."""
+"""The paper's figures, and when a cell is the same as one of theirs: the Hub id of the encoder, a data set of the
+registry used as published (`None` when it is not), the prompts and the method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the outcomes of single images say, as data: by FVU, by class, by confusion and from seed to seed; see [`analysis`]."""
+"""What the outcomes of single images say, as data: by FVU, by class, by confusion and from seed to seed; see
+[`analysis`]."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def _place(cell: CellResult) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: the FVU of an image on the mean, and the risk where nothing is covered, are null."""
+    """JSON has neither NaN nor infinity: the FVU of an image on the mean, and the risk where nothing is covered, are
+    null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

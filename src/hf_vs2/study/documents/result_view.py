@@ -1,4 +1,5 @@
-"""A study's result as its document shows it: what cells are called, where they are, and the field of a table they make."""
+"""A study's result as its document shows it: what cells are called, where they are, and the field of a table they
+make."""
 
 from __future__ import annotations
 
@@ -129,7 +130,8 @@ def seeds_note(seeds: int | None) -> str:
 
 
 def gate_note(cells: Sequence[CellResult]) -> str:
-    """Share that a gated model steered, and its quantile where the SAE's held-out rows are too few for the one asked for."""
+    """Share that a gated model steered, and its quantile where the SAE's held-out rows are too few for the one asked
+    for."""
     coverage = f"; {100 * mean(one.figures['coverage'] for one in cells):.1f} % steered"
     used = {one.figures["gate"] for one in cells if not gate_as_asked(one)}
     return coverage + (f" at q {', '.join(f'{quantile:g}' for quantile in sorted(used))}" if used else "")

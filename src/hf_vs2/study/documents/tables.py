@@ -1,4 +1,5 @@
-"""A study's results as Markdown: the paper's table 1 with its figures beside ours, the ablations, and whether its order holds."""
+"""A study's results as Markdown: the paper's table 1 with its figures beside ours, the ablations, and whether its
+order holds."""
 
 from __future__ import annotations
 
@@ -49,9 +50,9 @@ def study_markdown(result: StudyResult) -> str:
     """
     Everything a study measured, as one Markdown document.
 
-    A published figure stands in brackets where the cell is the same: the encoder's Hub id, a data set of the registry used as
-    published, the method and the prompts. Sections without cells are left out; so are those of single images (classes,
-    confusions, agreement of seeds, intervals) when the files of outcomes are gone.
+    A published figure stands in brackets where the cell is the same: the encoder's Hub id, a data set of the registry
+    used as published, the method and the prompts. Sections without cells are left out; so are those of single images
+    (classes, confusions, agreement of seeds, intervals) when the files of outcomes are gone.
     """
     view = ResultView(result)
     parts = [
@@ -84,15 +85,15 @@ def _head(view: ResultView) -> str:
             "- Versions: " + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()) + "."
         )
     return (
-        f"# {escaped(meta['name'])}\n\n"
-        "Accuracy is top-1 in %: the mean over SAE seeds ± their standard deviation (n - 1), and in parentheses the gain over "
-        "plain CLIP with the same prompts on the same images, in points. n, the number of seeds, stands above the table, or in each "
-        "field where it differs; nothing without an SAE depends on a seed, unless it draws a share of the training images. A number "
-        f"of images in a field says that the row was measured on that many. [Brackets] hold the figure that {published.PAPER} "
-        "publishes for the same encoder, data set, method and prompts (it lists no prompts: its Ens rows are taken for ensemble, all "
-        "others for single; its neighbours are DINOv2's); no brackets, no such figure. Rows that say so use labels for "
-        "more than scoring: those of training images, or those of test images, which makes a bound that nobody can deploy.\n\n"
-        + "\n".join(lines)
+        f"# {escaped(meta['name'])}\n\nAccuracy is top-1 in %: the mean over SAE seeds ± their standard deviation (n "
+        "- 1), and in parentheses the gain over plain CLIP with the same prompts on the same images, in points. n, "
+        "the number of seeds, stands above the table, or in each field where it differs; nothing without an SAE "
+        "depends on a seed, unless it draws a share of the training images. A number of images in a field says that "
+        f"the row was measured on that many. [Brackets] hold the figure that {published.PAPER} publishes for the same "
+        "encoder, data set, method and prompts (it lists no prompts: its Ens rows are taken for ensemble, all others "
+        "for single; its neighbours are DINOv2's); no brackets, no such figure. Rows that say so use labels for more "
+        "than scoring: those of training images, or those of test images, which makes a bound that nobody can "
+        "deploy.\n\n" + "\n".join(lines)
     )
 
 

@@ -31,9 +31,10 @@ def gains(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         rows += [(group, "")] * bool(members) + [(group, name) for name in members]
     sampled = {one.cell.method for one in cells if one.figures["n"] != study.about(one.cell.dataset).get("n")}
     notes = (
-        "Points of top-1 accuracy above plain CLIP with the same prompts on the same images. Large marker: mean over seeds; small "
-        "dots: each seed; bar: 95 % paired bootstrap interval over images (its ends averaged over seeds; it does not cover the "
-        "choice of seed). An arrow stands for a mean beyond the axis. " + sentence(study.said(cells))
+        "Points of top-1 accuracy above plain CLIP with the same prompts on the same images. Large marker: mean over "
+        "seeds; small dots: each seed; bar: 95 % paired bootstrap interval over images (its ends averaged over seeds; "
+        "it does not cover the choice of seed). An arrow stands for a mean beyond the "
+        "axis. " + sentence(study.said(cells))
     )
     if sampled:
         sizes = sorted({one.figures["n"] for one in cells if one.cell.method in sampled})
@@ -88,7 +89,8 @@ def _draw_gain_panel(
                 places.append((row + shift, index))
     intervals = np.array(bars).reshape(-1, 2)
     ends = np.concatenate([intervals.ravel(), *seeds, [-1.0, 3.0]])
-    # Controls that destroy the embedding, and oracles, move so far that on a common axis all others would fall together.
+    # Controls that destroy the embedding, and oracles, move so far that on a common axis all others would fall
+    # together.
     usual = max(3.0, 2 * float(np.quantile(np.abs(ends), 0.75)))
     floor, top = max(float(ends.min()), -usual), min(float(ends.max()), usual)
     room = 0.06 * (top - floor)
@@ -129,9 +131,9 @@ def grid(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     default = cells[0].figures["default"]
     named = f"gamma {default[0]:g}, lambda {default[1]:g}"
     notes = (
-        f"VS2, points of top-1 accuracy above plain CLIP, mean over seeds. Framed: the study's default ({named}). The grid is shown, "
-        "not chosen from: these are test images. Dashed outline: lambda times gamma from 2 to 3, the paper's good region. "
-        "An arrow at a colour bar: some settings lie beyond it. " + sentence(study.said(cells))
+        f"VS2, points of top-1 accuracy above plain CLIP, mean over seeds. Framed: the study's default ({named}). The "
+        "grid is shown, not chosen from: these are test images. Dashed outline: lambda times gamma from 2 to 3, the "
+        "paper's good region. An arrow at a colour bar: some settings lie beyond it. " + sentence(study.said(cells))
     )
     wide = max(len(one.figures["lambda"]) for one in cells) * 0.36 + 1.2
     tall = max(len(one.figures["gamma"]) for one in cells) * 0.3 + 0.85

@@ -44,9 +44,9 @@ def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     if not cells:
         return
     notes = (
-        "The SAE, the gate's threshold and the centroid are taken from a share of the unlabelled training images. Points of top-1 "
-        "accuracy above plain CLIP on all test images; line: mean over seeds; dots and band: each seed, and their range. "
-        + sentence(study.said(cells))
+        "The SAE, the gate's threshold and the centroid are taken from a share of the unlabelled training images. "
+        "Points of top-1 accuracy above plain CLIP on all test images; line: mean over seeds; dots and band: each "
+        "seed, and their range. " + sentence(study.said(cells))
     )
     shape = wrapped_shape(len(datasets))
     sheet = Sheet(f"Gain against the share of unlabelled images: {encoder}", notes, shape, (2.7, 2.5))
@@ -84,8 +84,8 @@ def _two_rows(
     """Gain above held-out FVU, against one setting of the SAE."""
     cells = study.first_prompts(section, encoder, method="vs2")
     notes = (
-        f"VS2 with {seen}. Above: points of top-1 accuracy above plain CLIP; below: what of the variance of held-out training rows "
-        "the SAE leaves unexplained. Line: mean over seeds; dots and band: each seed, and their range. "
+        f"VS2 with {seen}. Above: points of top-1 accuracy above plain CLIP; below: what of the variance of held-out "
+        "training rows the SAE leaves unexplained. Line: mean over seeds; dots and band: each seed, and their range. "
         + sentence(study.said(cells))
     )
     for suffix, datasets in in_sheets(study.datasets(cells)):
@@ -133,9 +133,9 @@ def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     if not cells:
         return
     notes = (
-        "VS2++ steers towards the latents of those retrieved training images whose pseudo-label is the majority's, away from the "
-        "others. Points of top-1 accuracy above plain CLIP; line: mean over seeds; dots and band: each seed, and their range; "
-        "dashed: VS2, which retrieves nothing, mean over seeds. " + sentence(study.said(cells))
+        "VS2++ steers towards the latents of those retrieved training images whose pseudo-label is the majority's, "
+        "away from the others. Points of top-1 accuracy above plain CLIP; line: mean over seeds; dots and band: each "
+        "seed, and their range; dashed: VS2, which retrieves nothing, mean over seeds. " + sentence(study.said(cells))
     )
     shape = wrapped_shape(len(datasets))
     sheet = Sheet(f"Gain of VS2++ against the number of neighbours: {encoder}", notes, shape, (2.5, 2.2), margin=0.4)
@@ -164,9 +164,9 @@ def pass_trade_off(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figu
     if not cells:
         return
     notes = (
-        "VS2 with SAEs trained with PASS, whose prototype loss, weighted by w, uses the labels of training images; w = 0 is VS2. "
-        "Numbers: w. Large marker: mean over seeds, joined in the order of w; dots: each seed. FVU: of held-out training rows. "
-        + sentence(study.said(cells))
+        "VS2 with SAEs trained with PASS, whose prototype loss, weighted by w, uses the labels of training images; w "
+        "= 0 is VS2. Numbers: w. Large marker: mean over seeds, joined in the order of w; dots: each seed. FVU: of "
+        "held-out training rows. " + sentence(study.said(cells))
     )
     shape = wrapped_shape(len(datasets))
     sheet = Sheet(f"Trade-off of PASS: {encoder}", notes, shape, (2.9, 2.6), margin=0.3)
@@ -208,7 +208,8 @@ def _draw_pass(axes: Axes, cells: Sequence[CellResult], default: float | None) -
 
 
 def _label_above(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
-    """A label for each point in one line at the top, each with a thin line to its point: points may lie close together."""
+    """A label for each point in one line at the top, each with a thin line to its point: points may lie close
+    together."""
     axes.margins(0.08, 0.1)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.3 * (high - low))
@@ -242,8 +243,8 @@ def agreement(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     wide, tall = 0.36 * size + 1.4, 0.28 * size + 1.2
     columns = max(1, min(int(WIDEST / wide), COLUMNS))
     notes = (
-        "Mean cosine, over the test images, between the steering vectors that two SAEs of the same data set give an image; "
-        "centroid: the image minus the mean of the training images, without an SAE."
+        "Mean cosine, over the test images, between the steering vectors that two SAEs of the same data set give an "
+        "image; centroid: the image minus the mean of the training images, without an SAE."
     )
     for suffix, datasets in in_sheets(study.datasets(cells), 3 * columns):
         shape = (math.ceil(len(datasets) / columns), min(columns, len(datasets)))

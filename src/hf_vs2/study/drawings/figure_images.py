@@ -67,10 +67,10 @@ def deciles(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     sources = _sources(study, encoder)
     cells = [one for source in sources for one in source.steered]
     notes = (
-        "Test images in ten parts of equal size by how badly the SAE reconstructs them; the number below a part is its highest FVU. "
-        "Accuracy of the same images with VS2 without a gate and with plain CLIP, mean over seeds; bars: 95 % binomial (Wilson) "
-        "intervals of each. Seen: the SAE was trained on it. Hollow: the 95 % paired bootstrap interval of their difference holds 0 (its ends averaged over seeds). "
-        + sentence(study.said(cells))
+        "Test images in ten parts of equal size by how badly the SAE reconstructs them; the number below a part is "
+        "its highest FVU. Accuracy of the same images with VS2 without a gate and with plain CLIP, mean over seeds; "
+        "bars: 95 % binomial (Wilson) intervals of each. Seen: the SAE was trained on it. Hollow: the 95 % paired "
+        "bootstrap interval of their difference holds 0 (its ends averaged over seeds). " + sentence(study.said(cells))
     )
     for suffix, datasets in in_sheets(study.datasets(cells)):
         shape = (len(sources), len(datasets))
@@ -146,9 +146,10 @@ def risk(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     markers = {quantile: GATE_MARKERS[index % len(GATE_MARKERS)] for index, quantile in enumerate(quantiles)}
     notes = (
         "Images with an FVU below a threshold are steered. Upper row of each SAE: error among them, with VS2 and with "
-        f"plain CLIP (from {FEW_IMAGES} images on). Lower row: accuracy over all images when the others are left to plain CLIP; "
-        "markers: where the gate's thresholds lie, which are quantiles q of the FVU of held-out training images. Line: mean over "
-        "seeds; band: their range. Seen: the SAE was trained on it. " + sentence(study.said(cells))
+        f"plain CLIP (from {FEW_IMAGES} images on). Lower row: accuracy over all images when the others are left to "
+        "plain CLIP; markers: where the gate's thresholds lie, which are quantiles q of the FVU of held-out training "
+        "images. Line: mean over seeds; band: their range. Seen: the SAE was trained on "
+        "it. " + sentence(study.said(cells))
     )
     for suffix, datasets in in_sheets(study.datasets(cells)):
         sheet = Sheet(
@@ -244,10 +245,10 @@ def _draw_classes(
     supports = [tables[0][index]["support"] for index in present]
     few, many = min(supports), max(supports)
     notes = (
-        f"VS2 over plain CLIP, points of accuracy on the images of each class. Of {len(order)} classes {won} gain, {lost} lose, "
-        f"{len(order) - won - lost} stay. Each class has {few if few == many else f'{few} to {many}'} test images, so one image is "
-        f"{100 / many:.2g}{'' if few == many else f' to {100 / few:.2g}'} points. Bar: mean over seeds; dots: each seed; on the "
-        "right: accuracy before and after. " + sentence(study.said(cells))
+        f"VS2 over plain CLIP, points of accuracy on the images of each class. Of {len(order)} classes {won} gain, "
+        f"{lost} lose, {len(order) - won - lost} stay. Each class has {few if few == many else f'{few} to {many}'} "
+        f"test images, so one image is {100 / many:.2g}{'' if few == many else f' to {100 / few:.2g}'} points. Bar: "
+        "mean over seeds; dots: each seed; on the right: accuracy before and after. " + sentence(study.said(cells))
     )
     shown: list[int | None] = list(order)
     between = 0

@@ -1,7 +1,8 @@
-"""A study's results as figures, PNG and SVG. They need the `report` extra (matplotlib), imported when the first one is drawn.
+"""A study's results as figures, PNG and SVG. They need the `report` extra (matplotlib), imported when the first one is
+drawn.
 
-Colours are Okabe and Ito's, or a diverging map that colour-blind readers can tell apart; a marker, a dash or a number always says
-the same. Nothing here picks a setting: where one is varied, the study's own is marked as the default.
+Colours are Okabe and Ito's, or a diverging map that colour-blind readers can tell apart; a marker, a dash or a number
+always says the same. Nothing here picks a setting: where one is varied, the study's own is marked as the default.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def draw_figures(result: StudyResult, folder: str | Path) -> list[Path]:
     """
     Draw all that a result holds into `folder`, each figure as PNG and as SVG, named by figure and encoder.
 
-    A section without cells gives no file, and neither does one about single images whose files of outcomes are gone. Where data sets
-    do not fit on one sheet, sheets are numbered. The same result gives the same SVG, byte for byte.
+    A section without cells gives no file, and neither does one about single images whose files of outcomes are gone.
+    Where data sets do not fit on one sheet, sheets are numbered. The same result gives the same SVG, byte for byte.
 
     Returns:
         `list[Path]`: the files written.

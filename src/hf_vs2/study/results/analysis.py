@@ -32,7 +32,8 @@ def fvu_deciles(fvu: Any, right_steered: Any, right_plain: Any, bins: int = 10) 
 
     Returns:
         One dict a bin, ascending: `low` and `high` (the FVU of its first and last image), `n`, `steered` and `plain`
-        (accuracy, %), `gain_ci` (95 % paired bootstrap interval of their difference, points). Sizes differ by one at most.
+        (accuracy, %), `gain_ci` (95 % paired bootstrap interval of their difference, points). Sizes differ by one at
+        most.
 
     Raises:
         ValueError: a NaN, lengths that differ, or fewer images than bins.
@@ -64,10 +65,10 @@ def risk_coverage(fvu: Any, right_steered: Any, right_plain: Any) -> dict[str, l
     Arguments and errors as in [`fvu_deciles`].
 
     Returns:
-        Lists of one length, at most [`MAX_POINTS`], coverage ascending from 0 to 1: `coverage` (share steered), `threshold`
-        (`-inf` at coverage 0), `steered_risk` and `plain_risk` (errors among the admitted images with and without
-        steering, %; NaN at coverage 0), `gated_accuracy` (all images, the admitted ones steered, %). Images of equal
-        FVU are admitted together.
+        Lists of one length, at most [`MAX_POINTS`], coverage ascending from 0 to 1: `coverage` (share steered),
+        `threshold` (`-inf` at coverage 0), `steered_risk` and `plain_risk` (errors among the admitted images with and
+        without steering, %; NaN at coverage 0), `gated_accuracy` (all images, the admitted ones steered, %). Images of
+        equal FVU are admitted together.
     """
     fvu, steered, plain = _aligned(fvu, right_steered, right_plain)
     n = len(fvu)
@@ -96,7 +97,8 @@ def per_class(outputs: Outputs, plain_outputs: Outputs, class_names: Sequence[st
     Accuracy of each class with a method and with plain CLIP, in label order.
 
     Returns:
-        One dict a class: `name`, `support` (its images), `plain` and `steered` (%), `gain` (points); the last three are
+        One dict a class: `name`, `support` (its images), `plain` and `steered` (%), `gain` (points); the last three
+            are
         `None` for a class without images.
 
     Raises:
@@ -125,7 +127,8 @@ def fixed_confusions(
     Which confusions a method fixed and which it made.
 
     Returns:
-        `fixed`: images that plain CLIP got wrong and the method right, counted by true class and by what plain CLIP mistook
+        `fixed`: images that plain CLIP got wrong and the method right, counted by true class and by what plain CLIP
+            mistook
         them for; `broken`: the other way round, by what the method mistakes them for. Each the `top` most frequent
         as dicts of `true`, `mistaken_for` and `count`, ties in label order.
 
@@ -152,9 +155,9 @@ def agreement(outputs: Sequence[Outputs], plain_outputs: Outputs) -> dict[str, A
     How far the runs of one method, one a seed, decide alike, over all pairs of runs.
 
     Returns:
-        `pairs` (their number), `same_prediction_mean` and `same_prediction_min` (share of images that both runs of a pair
-        put in the same class, %), `fixed_jaccard_mean` and `fixed_jaccard_min` (intersection over union of the images
-        that each run corrects plain CLIP on, %; two runs that correct nothing agree).
+        `pairs` (their number), `same_prediction_mean` and `same_prediction_min` (share of images that both runs of a
+        pair put in the same class, %), `fixed_jaccard_mean` and `fixed_jaccard_min` (intersection over union of the
+        images that each run corrects plain CLIP on, %; two runs that correct nothing agree).
 
     Raises:
         ValueError: fewer than two runs, or runs on different images.
@@ -179,7 +182,8 @@ def agreement(outputs: Sequence[Outputs], plain_outputs: Outputs) -> dict[str, A
 
 
 def mean_per_class_accuracy(outputs: Outputs, num_classes: int) -> float:
-    """Accuracy of each class that has images, averaged over those classes (%): the metric of CLIP's paper for some data sets.
+    """Accuracy of each class that has images, averaged over those classes (%): the metric of CLIP's paper for some
+    data sets.
 
     Raises:
         ValueError: there is no image, or a label is not in `range(num_classes)`.
@@ -218,8 +222,8 @@ def _aligned(fvu: Any, right_steered: Any, right_plain: Any) -> tuple[np.ndarray
 def _check_paired(outputs: Outputs, plain_outputs: Outputs, class_names: Sequence[str] | None = None) -> None:
     if not torch.equal(outputs.labels, plain_outputs.labels):
         raise ValueError(
-            f"the outcomes are not about the same images: {len(outputs.labels)} and {len(plain_outputs.labels)} labels "
-            "that differ. Compare a method with plain CLIP on the same test split."
+            f"the outcomes are not about the same images: {len(outputs.labels)} and {len(plain_outputs.labels)} "
+            "labels that differ. Compare a method with plain CLIP on the same test split."
         )
     if class_names is not None:
         _check_labels(outputs.labels, len(class_names))

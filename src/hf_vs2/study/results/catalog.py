@@ -1,4 +1,5 @@
-"""The methods that a study compares, by name: its own, and every method of the library with its gated row and controls."""
+"""The methods that a study compares, by name: its own, and every method of the library with its gated row and
+controls."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ OWN: Mapping[str, Method] = {
     "knn_vote": Method("k-NN vote of pseudo-labels", ("retrieval",)),
     "linear_probe": Method("linear probe on pseudo-labels"),
 }
-"""Methods that only a study has, and those whose row it makes otherwise than the library: see [`hf_vs2.study.methods.RUNS`]."""
+"""Methods that only a study has, and those whose row it makes otherwise than the library: see
+[`hf_vs2.study.methods.RUNS`]."""
 
 STEERED_LAYERS = {"vs2_last2": 2, "vs2_last3": 3}
 """How many layers these steer, which the encoder must have."""

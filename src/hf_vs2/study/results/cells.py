@@ -1,8 +1,9 @@
 """What a study measured, cell by cell: JSON for the figures, safetensors for the outcome of every image.
 
-A cell is one encoder, data set, method, prompt set and seed, with the settings it was run with. It is written whole or not at
-all, as `cells/<name>.json` with `cells/<name>.safetensors` beside it, under a name that holds a hash of everything that decides
-its figures: an interrupted study goes on with the cells that are missing, and a changed setting makes other cells.
+A cell is one encoder, data set, method, prompt set and seed, with the settings it was run with. It is written whole or
+not at all, as `cells/<name>.json` with `cells/<name>.safetensors` beside it, under a name that holds a hash of
+everything that decides its figures: an interrupted study goes on with the cells that are missing, and a changed
+setting makes other cells.
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ class Cell:
 
     Args:
         encoder (`str`), dataset (`str`): their names in the study.
-        method (`str`): see [`hf_vs2.study.results.catalog`], or `"grid"`, `"cost"` and `"steering_cosine"`, which are no rows of a table.
+        method (`str`): see [`hf_vs2.study.results.catalog`], or `"grid"`, `"cost"` and `"steering_cosine"`, which are
+            no rows of a table.
         prompts (`str`): name of the prompt set; `""` where there is none.
         seed (`int`, *optional*): of the SAE; `None` for a method without one.
-        params (`dict`): settings that differ from cell to cell: `gamma`, `lambda`, `gate`, `top_k`, `expansion_factor`, `share`,
-            `trained_on`, `num_neighbors`, `pass_weight`, `layers`, ...
-        origin (`dict`): what else decides the figures (encoder, data, templates, training); part of the hash, not of the tables.
+        params (`dict`): settings that differ from cell to cell: `gamma`, `lambda`, `gate`, `top_k`,
+            `expansion_factor`, `share`, `trained_on`, `num_neighbors`, `pass_weight`, `layers`, ...
+        origin (`dict`): what else decides the figures (encoder, data, templates, training); part of the hash, not of
+            the tables.
     """
 
     encoder: str
@@ -92,7 +95,8 @@ class Cell:
 
 @dataclass
 class Outputs:
-    """What a method decided for each evaluated image; each tensor is `(n,)`, on the CPU, in the order of the test split."""
+    """What a method decided for each evaluated image; each tensor is `(n,)`, on the CPU, in the order of the test
+    split."""
 
     labels: torch.Tensor
     """int64: the true class."""
@@ -126,9 +130,10 @@ class CellResult:
 
     Args:
         cell (`Cell`): what was measured; read from a file, its `origin` is empty.
-        figures (`dict`): `top1`, `top5` (%, `None` for five classes or fewer), `mean_per_class` (%), `gain` over plain CLIP with
-            the same prompts on the same images (points) with `gain_ci` (95 % paired bootstrap over images), `fixed`, `broken`,
-            `coverage` (share of images touched), `mean_fvu`, `n`, `seconds`; or what a cell without rows has measured.
+        figures (`dict`): `top1`, `top5` (%, `None` for five classes or fewer), `mean_per_class` (%), `gain` over plain
+            CLIP with the same prompts on the same images (points) with `gain_ci` (95 % paired bootstrap over images),
+            `fixed`, `broken`, `coverage` (share of images touched), `mean_fvu`, `n`, `seconds`; or what a cell without
+            rows has measured.
         sections (`list[str]`): the parts of the study that show it.
         outputs_path (`Path`, *optional*): the outcome of every image.
     """
@@ -157,7 +162,8 @@ class StudyResult:
     cells: list[CellResult]
 
     def select(self, section: str | None = None, **wanted: Any) -> list[CellResult]:
-        """The cells of a section with these properties: `encoder=`, `dataset=`, `method=`, `prompts=`, `seed=`, or one of `params`."""
+        """The cells of a section with these properties: `encoder=`, `dataset=`, `method=`, `prompts=`, `seed=`, or one
+        of `params`."""
         return [
             one
             for one in self.cells
@@ -212,7 +218,8 @@ class StudyResult:
             return cls(meta, cells)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is not the result file of a study: JSON of format {FORMAT!r} version {FORMAT_VERSION} was expected."
+                f"{path} is not the result file of a study: JSON of format {FORMAT!r} version {FORMAT_VERSION} was "
+                "expected."
             ) from error
 
 
