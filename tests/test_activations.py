@@ -442,7 +442,7 @@ def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_extraction_continues_and_ends_with_the_same_files(tmp_path, streaming):
     cut, log = tmp_path / "cut", tmp_path / "log"
     victim = subprocess.Popen(start_job(cut, log, 0.1, streaming))

@@ -215,7 +215,7 @@ def test_computed_once(tiny_clip, monkeypatch):
     ask(search, sae, draw(3, HIDDEN))
     calls = []
     monkeypatch.setattr(type(sae), "encode", lambda *args: calls.append("encode"))
-    monkeypatch.setattr("hf_vs2.steering.corpus.NeighborIndex", lambda *args: calls.append("index"))
+    monkeypatch.setattr("hf_vs2.steering.corpus_search.NeighborIndex", lambda *args: calls.append("index"))
     ask(search, sae, draw(3, HIDDEN))
     assert not calls
 

@@ -35,7 +35,7 @@ DEMO_CLIP = Path(hf_vs2.__file__).parent / "demo_assets"
 PAGES = [path.relative_to(REPOSITORY).as_posix() for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
 PAGES += ["CONTRIBUTING.md", "README.md"]
 MOST_STEPS = 100
-SLOW = ("docs/distributed.md", "docs/explain.md", "docs/guides/research.md", "docs/guides/team.md")
+SLOW = ("docs/atlas.md", "docs/distributed.md", "docs/explain.md", "docs/guides/research.md", "docs/guides/team.md")
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?"
     r"(?P<fence>`{3,})(?P<language>\w*)(?: +title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<text>.*?)^(?P=fence)$",

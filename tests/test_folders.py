@@ -288,8 +288,10 @@ def test_tiny_imagenet_as_it_is_published(tmp_path, said):
 
 
 @pytest.fixture
-def as_people_have_it(tmp_path) -> Path:
-    """Two images of each of two classes, in ways that people and systems keep them, and what is no image of theirs."""
+def as_people_have_it(tmp_path, monkeypatch) -> Path:
+    """Two images of each of two classes, in ways that people and systems keep them, and what is no image of theirs, on
+    a machine without pillow-heif."""
+    monkeypatch.setattr("hf_vs2.data.folders.listing.heif_is_readable", lambda: False)
     root = put(tmp_path / "photos", "cat/1.png", "cat/album.jpg/2.JPG", "dog/3")
     far = put(tmp_path / "far", "4.png", "deeper/5.png")
     for name in (".DS_Store", "cat/._1.png", "__MACOSX/cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png"):

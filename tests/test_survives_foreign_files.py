@@ -373,7 +373,7 @@ NAN, INF, HUGE = float("nan"), float("inf"), 10**12
 SAE_HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "field missing": (config(top_k=...), r"config.json of .*field 'top_k' is missing"),
     "field misspelt": (config(top_k=..., tgp_k=8), r"config.json of .*no field 'tgp_k'.*'top_k'"),
-    "text for a number": (config(gamma="1.5"), r"config.json of .*'gamma'"),
+    "text for a number": (config(gamma="1.5"), r"config.json of .*gamma"),
     "number no float holds": (config(gamma=10**400), r"config.json of .*gamma=1000"),
     "NaN": (config(lambda_=NAN), r"config.json of .*lambda_=nan"),
     "more active than there are": (config(top_k=10_000), r"config.json of .*top_k=10000"),

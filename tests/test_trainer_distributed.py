@@ -204,7 +204,11 @@ def test_the_runs_compared_have_dead_latents_and_clipped_gradients(runs):
     assert 0 < (counters >= SHARED["dead_latent_threshold"]).sum() < len(counters)
     for changed in ({"config": {"aux_k_coefficient": 0.0}}, {"max_grad_norm": 0.0}):
         other = make_trainer(
-            folder / "other", sparse_rows(2000), per_device_train_batch_size=32, **{**SHARED, **changed}
+            folder / "other",
+            sparse_rows(2000),
+            per_device_train_batch_size=32,
+            overwrite_output_dir=True,
+            **{**SHARED, **changed},
         )
         other.train()
         with pytest.raises(AssertionError):

@@ -145,6 +145,7 @@ class _Demo:
         )
         arguments = SAETrainingArguments(
             output_dir=str(self.output_dir / folder),
+            overwrite_output_dir=True,
             learning_rate=1e-3,
             max_steps=MAX_STEPS,
             per_device_train_batch_size=256,

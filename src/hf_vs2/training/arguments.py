@@ -53,7 +53,7 @@ class SAETrainingArguments:
         whole(1, LARGEST_BATCH), default=1, help="Forward passes per optimizer step."
     )
     max_grad_norm: float = setting(
-        number(0), default=1.0, help="Gradients are clipped to this norm; 0 for no clipping."
+        number(0, infinite=True), default=1.0, help="Gradients are clipped to this norm; 0 for no clipping."
     )
     mixed_precision: str | None = setting(
         optional(one_of(("no", "bf16", "fp16"))),
