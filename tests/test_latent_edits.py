@@ -183,10 +183,13 @@ def test_edits_need_one_sae(tiny_clip):
         model.set_steering(edits={"suppress": [4]})
 
 
-def test_edits_and_a_gamma_for_each_latent_serve_training_after_inference_mode(model):
+def test_edits_and_a_gamma_for_each_latent_serve_training_after_inference_mode(tiny_clip):
     """What an evaluation under `torch.inference_mode` has put on the device is used in a training step: torch refuses tensors of
     inference mode there."""
-    pixels = make_inputs(2)["pixel_values"].double()
+    model = VS2CLIPForZeroShot(
+        tiny_clip, fitted_sae(tiny_clip)
+    ).eval()  # in float32, as they are kept: nothing is copied
+    pixels = make_inputs(2)["pixel_values"]
     settings = {"edits": {"amplify": {1: 3.0}, "set": {2: 1.5}, "suppress": [3]}, "gamma": tuple([1.2] * LATENTS)}
     model.set_steering(**settings)
     with torch.inference_mode():
