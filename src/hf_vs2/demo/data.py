@@ -38,7 +38,7 @@ def require_demo_packages() -> None:
     packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
     missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ImportError(f'The demo needs {" and ".join(missing)}: run `pip install "hf_vs2[demo]"`.')
+        raise ImportError(f"The demo needs {' and '.join(missing)}: run `pip install {' '.join(missing)}`.")
 
 
 def load_typefaces(size: int) -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:

@@ -64,7 +64,7 @@ def draw_explanation(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Pictures need matplotlib: pip install "hf_vs2[report]".') from error
+        raise ImportError("Pictures need matplotlib: pip install matplotlib.") from error
     labels = leading_labels(explanation, num_labels, image)
     steps = [explanation.parts(label, image, num_latents) for label in labels] if explanation.steered[image] else []
     lower = 0.9 + ROW_INCHES * (num_latents + 5) if steps else 0.0

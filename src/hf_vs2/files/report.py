@@ -352,7 +352,7 @@ def _new_figure(path: str | Path, height: float) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Drawing needs matplotlib: pip install 'hf_vs2[report]'.") from error
+        raise ImportError("Drawing needs matplotlib: pip install matplotlib.") from error
     # Not pyplot: no window, no global state, and nothing left open in a notebook or a server.
     figure = Figure(figsize=(7.2, height), layout="constrained")
     return figure, figure.add_subplot()

@@ -36,7 +36,7 @@ def add_flags(parser: Parser) -> None:
         help="Only these of its data sets, to share the work [all].",
     )
     parser.flag("--output_dir", metavar="O", kind=TEXT, help="Folder of the study, instead of the one in CONFIG.")
-    parser.flag("--no_figures", action="store_true", help="Tables only; figures need the extra hf_vs2[report].")
+    parser.flag("--no_figures", action="store_true", help="Tables only; figures need matplotlib.")
     add_progress_flag(parser)
 
 
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("a study runs in one process; share it between machines with --datasets")
     if not args.no_figures and find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib: pip install 'hf_vs2[report]', or give --no_figures")
+        raise UsageError("figures need matplotlib: pip install matplotlib, or give --no_figures")
     if args.disable_tqdm:
         datasets.disable_progress_bars()
     config = StudyConfig.from_yaml(args.config_file, output_dir=args.output_dir)

@@ -68,7 +68,7 @@ def study_figures(result: StudyResult) -> Iterator[tuple[str, Figure]]:
     try:
         from matplotlib import rc_context
     except ImportError as error:
-        raise ImportError("Drawing needs matplotlib: pip install 'hf_vs2[report]'.") from error
+        raise ImportError("Drawing needs matplotlib: pip install matplotlib.") from error
     study = StudyReader(result)
     for encoder in study.encoders():
         for name, draw in FIGURES.items():
