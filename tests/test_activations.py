@@ -463,6 +463,7 @@ def test_a_killed_extraction_continues_and_ends_with_the_same_files(tmp_path, st
     assert contents(folder) == contents(whole.path)
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_store_at_once_wait_for_each_other(tmp_path):
     other = subprocess.Popen(start_job(tmp_path / "out", tmp_path / "their log", 0.05))
     wait_for_shards(other, tmp_path / "out", 1)

@@ -449,6 +449,7 @@ def test_server_gone_but_cache_warm(hub, clip, tmp_path, pixels):
     assert not requests
 
 
+@pytest.mark.slow
 def test_two_processes_load_the_same_id_at_once(hub, clip, tmp_path):
     """The two workers of one machine, with one cold cache between them."""
     model = make_vs2(clip)

@@ -248,26 +248,18 @@ def assert_nothing_torn(folder: Path, undisturbed: tuple) -> None:
         assert (folder / "sae" / "model.safetensors").read_bytes() == whole["sae/model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("moment", "tries"),
-    [
-        ("file operation", 3),
-        pytest.param("file operation", TRIES, marks=pytest.mark.slow),
-        pytest.param("clock", TRIES, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_at_any_moment_the_next_run_ends_as_if_nothing_had_happened(
-    material, undisturbed, tmp_path, moment, tries
-):
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["file operation", "clock"])
+def test_killed_at_any_moment_the_next_run_ends_as_if_nothing_had_happened(material, undisturbed, tmp_path, moment):
     """Out of memory, a preempted node, a pulled plug, during extraction, training, calibration or saving: the user starts the same
     thing again, and gets the same bits, with no rubbish left beside them."""
     reference, _, seconds, operations = undisturbed
     draw = random.Random(6)
     killed, reached = 0, set()
-    for number in range(tries):
+    for number in range(TRIES):
         folder = tmp_path / str(number)
         # One draw from each part of the run.
-        share = (number + draw.random()) / tries
+        share = (number + draw.random()) / TRIES
         last = 1 + int(share * operations) if moment == "file operation" else None
         victim = start(tmp_path / "error", counted, material, folder, last)
         if moment == "clock":
@@ -282,7 +274,7 @@ def test_killed_at_any_moment_the_next_run_ends_as_if_nothing_had_happened(
         assert result(folder) == result(reference), f"killed after {share:.0%}"
         left = [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".partial")]
         assert not left, left
-    assert killed == tries if moment == "file operation" else killed > tries / 2
+    assert killed == TRIES if moment == "file operation" else killed > TRIES / 2
     assert len(reached) > 1, "all kills fell into the same part of the run"
 
 
@@ -296,19 +288,13 @@ def share_job(job: str, material: Path, folder: Path) -> list:
     ]
 
 
-@pytest.mark.parametrize(
-    ("job", "tries"),
-    [
-        ("training", 1),
-        pytest.param("training", TRIES // 2, marks=pytest.mark.slow),
-        pytest.param("extraction", TRIES // 2, marks=pytest.mark.slow),
-    ],
-)
-def test_who_loses_its_partner_says_so_and_both_go_on(material, tmp_path, job, tries):
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["training", "extraction"])
+def test_who_loses_its_partner_says_so_and_both_go_on(material, tmp_path, job):
     """One node of a job dies. The other must not hold its machine for hours without a word, nor leave something torn; started
     again, the two end with what one process makes alone."""
     draw = random.Random(7)
-    for number in range(tries):
+    for number in range(TRIES // 2):
         folder, victim = tmp_path / str(number), number % 2
         members = share_job(job, material, folder)
         first = "sae/checkpoint-*" if job == "training" else "activations/*/shard-*"

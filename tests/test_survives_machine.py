@@ -124,6 +124,7 @@ def test_a_bug_is_none_of_them(error, tmp_path, monkeypatch):
         main(["extract", "--model", "m", "--dataset", "d", "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_extraction_survives_a_killed_worker(clip_path, images_path, tmp_path):  # noqa: F811
     """For real: the system kills a worker; the next run ends as if nothing had happened."""
     command = [sys.executable, "-m", "hf_vs2.cli", "extract", *source(clip_path, images_path), "--disable_tqdm"]

@@ -303,6 +303,7 @@ def save_in_turn(folder, stop):
             sae.save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_reader_during_saves_gets_one_sae_or_an_error(tmp_path):
     """A gate served with the weights of one training and the thresholds of another would pass wrong images in silence."""
     folder, stop = tmp_path / "sae", CONTEXT.Event()

@@ -25,10 +25,10 @@ from hf_vs2.data.store_format import read_shard_header, write_index, write_shard
 from hf_vs2.functional import prototype_alignment
 from hf_vs2.functional.label_free import row_distance
 from hf_vs2.sae import modeling as modeling_sae
+from hf_vs2.training.batches import BatchPlan
 from hf_vs2.training.calibration import activation_statistics
 from hf_vs2.training.label_losses import PrototypeAlignment
 from hf_vs2.training.output_folder import checkpoints
-from hf_vs2.training.trainer import BatchPlan
 
 
 HIDDEN = 24
@@ -272,7 +272,9 @@ trainer.train()
 """
 
 
-@pytest.mark.parametrize(("where", "left"), [("training", "checkpoint-10"), ("saving", "checkpoint-5")])
+@pytest.mark.parametrize(
+    ("where", "left"), [("training", "checkpoint-10"), pytest.param("saving", "checkpoint-5", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_continues_exactly(rows, tmp_path, where, left):
     """SIGKILL (out of memory, a preempted node) in training or while a checkpoint is written; resumed, the same bits."""
     folder = tmp_path / "killed"

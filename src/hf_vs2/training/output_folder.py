@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from ..config.sae import SAEConfig
-from ..files.atomic import remove_folder
+from ..files.atomic import failing_as, remove_folder, replace_folder
 from ..files.checkpoint_folder import TRAINING_LOG_NAME
 from ..files.json_files import read_json, write_json
 from .arguments import SAETrainingArguments
-from .progress import STATE_NAME, differing
+from .progress import STATE_NAME, TrainingProgress, differing
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
+_LOCK_NAME = ".training.lock"
 # What must not change between a training and the run that continues it.
 _PLANNED_CONFIG = ("num_latents", "top_k", "activation", "aux_k", "aux_k_coefficient")
 _PLANNED_ARGUMENTS = (
@@ -65,6 +71,60 @@ def standing(
             "replace it."
         )
     return "none"
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """
+    Hold a folder for one training: two would tear each other's checkpoints. The system drops the lock when a process
+    dies. What a killed training left half written is removed.
+
+    Raises:
+        `OSError`: in all processes, when another training holds the folder.
+    """
+    from huggingface_hub.utils import WeakFileLock
+
+    with contextlib.ExitStack() as held:
+        taken = torch.zeros(1, device=accelerator.device)
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(WeakFileLock(folder / _LOCK_NAME, timeout=0.1))
+                for partial in folder.glob(f".{CHECKPOINT_PREFIX}*.partial"):
+                    shutil.rmtree(partial)
+            except TimeoutError:
+                taken += 1
+        if accelerator.reduce(taken, "sum").item():
+            raise OSError(
+                f"Another training is writing to {folder}. Wait for it, or choose another output_dir. If none is "
+                f"running (some file systems keep the lock of a process that died), remove {_LOCK_NAME} in it."
+            )
+        yield
+
+
+def save_checkpoint(folder: Path, accelerator: Accelerator, progress: TrainingProgress, limit: int) -> None:
+    """Everything needed to continue exactly, under a temporary name until it is whole; of the training checkpoints in
+    the folder the newest `limit` stay."""
+    final = folder / f"{CHECKPOINT_PREFIX}{progress.step}"
+    partial = final.with_name(f".{final.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        with failing_as(final, RuntimeError, SafetensorError):
+            accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with failing_as(final, RuntimeError, SafetensorError):
+                progress.save(partial)
+                replace_folder(partial, final)
+    finally:
+        if accelerator.is_main_process:  # nothing stays on a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+    if accelerator.is_main_process:
+        for old in checkpoints(folder)[:-limit]:
+            remove_folder(old)
+    accelerator.wait_for_everyone()
 
 
 def claim(folder: Path, plan: Mapping[str, Any], args: Mapping[str, Any], kept: Collection[Path] = ()) -> None:
@@ -128,11 +188,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 __all__ = [
     "CHECKPOINT_PREFIX",
+    "alone_in",
     "checkpoint_to_resume",
     "checkpoints",
     "claim",
     "finished_metrics",
     "planned_settings",
+    "save_checkpoint",
     "standing",
     "write_log",
 ]

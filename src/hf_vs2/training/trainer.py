@@ -7,9 +7,8 @@ import copy
 import hashlib
 import itertools
 import os
-import shutil
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,30 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
 from ..data.extraction import naming_lost_partners
-from ..data.rows import RowSource, chosen_rows, read_ahead, rows_of, training_labels
-from ..files.atomic import failing_as, remove_folder, replace_folder
+from ..data.rows import RowSource, chosen_rows, rows_of, training_labels
 from ..files.digests import tensor_digest
 from ..files.sharing.model_card import write_model_card
 from ..sae.modeling import SAEModel, SAEOutput
 from ..version import __version__
 from .arguments import SAETrainingArguments
+from .batches import BatchPlan, read_batches, to_device
 from .calibration import activation_statistics, calibrate, split_rows
 from .domain import measure_statistics
 from .label_losses import LabelLoss, describe_label_loss
 from .output_folder import (
-    CHECKPOINT_PREFIX,
+    alone_in,
     checkpoint_to_resume,
     checkpoints,
     claim,
     finished_metrics,
     planned_settings,
+    save_checkpoint,
     standing,
     write_log,
 )
@@ -51,35 +50,6 @@ from .trackers import check_tracker
 
 
 logger = logging.get_logger(__name__)
-
-_LOCK_NAME = ".training.lock"
-
-
-class BatchPlan:
-    """Which rows make up each batch: consecutive slices of an endless chain of seeded permutations.
-
-    A pure function of the batch number, so that resuming needs no sampler state, and that any number of processes see
-    the same global batches. Every row comes once an epoch; a batch may span two epochs.
-    """
-
-    def __init__(self, rows: torch.Tensor, batch_size: int, seed: int):
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._cached: tuple[int, torch.Tensor] = (-1, rows)
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        start, needed, parts = number * self.batch_size, self.batch_size, []
-        while needed:
-            epoch, offset = divmod(start, len(self.rows))
-            part = self._epoch(epoch)[offset : offset + needed]
-            parts.append(part)
-            start, needed = start + len(part), needed - len(part)
-        return torch.cat(parts)
-
-    def _epoch(self, epoch: int) -> torch.Tensor:
-        if self._cached[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._cached = (epoch, self.rows[torch.randperm(len(self.rows), generator=generator)])
-        return self._cached[1]
 
 
 class SAETrainer:
@@ -202,7 +172,7 @@ class SAETrainer:
             `OSError`: when another training writes to `args.output_dir`, on a full disk, or when another process of
                 this training has died.
         """
-        with naming_lost_partners(), self._alone():
+        with naming_lost_partners(), alone_in(self.args.output_path, self.accelerator):
             return self._train()
 
     def _train(self) -> dict[str, float]:
@@ -250,30 +220,6 @@ class SAETrainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return metrics
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Two trainings in one folder would tear each other's checkpoints. The system drops the lock when a process
-        dies."""
-        from huggingface_hub.utils import WeakFileLock
-
-        with contextlib.ExitStack() as held:
-            taken = torch.zeros(1, device=self.accelerator.device)
-            if self.accelerator.is_main_process:
-                self.args.output_path.mkdir(parents=True, exist_ok=True)
-                try:
-                    held.enter_context(WeakFileLock(self.args.output_path / _LOCK_NAME, timeout=0.1))
-                    for partial in self.args.output_path.glob(f".{CHECKPOINT_PREFIX}*.partial"):
-                        shutil.rmtree(partial)
-                except TimeoutError:
-                    taken += 1
-            if self.accelerator.reduce(taken, "sum").item():
-                raise OSError(
-                    f"Another training is writing to {self.args.output_dir}. Wait for it, or choose another "
-                    "output_dir. If none is running (some file systems keep the lock of a process that died), remove "
-                    f"{_LOCK_NAME} in it."
-                )
-            yield
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or
@@ -339,12 +285,15 @@ class SAETrainer:
         step_taker = TrainingStep(model, self.model, optimizer, accelerator, args, self._label_term, progress, meter)
         take_step = GraphedTrainingStep(step_taker) if graphed else step_taker
         model.train()
-        batches = self._batches(progress.step, steps)
+        micro = args.gradient_accumulation_steps
+        batch_plan = BatchPlan(self.train_indices, self.batch_size, args.seed)
+        numbers = range(progress.step * micro, steps * micro)
+        batches = read_batches(self.rows, self.labels, batch_plan, accelerator, numbers)
         # Between two log entries nothing here waits for a GPU.
         with self._bar(progress.step, steps) as bar, contextlib.closing(batches):
             for step in range(progress.step, steps):
                 can_be_dead = step >= args.dead_latent_threshold
-                parts = map(self._batch, itertools.islice(batches, args.gradient_accumulation_steps))
+                parts = map(self._batch, itertools.islice(batches, micro))
                 take_step(parts, revive=can_be_dead)
                 schedule.step()
                 progress.step = step + 1
@@ -352,7 +301,7 @@ class SAETrainer:
                 if progress.step % args.logging_steps == 0 or progress.step == steps:
                     self._log(progress, meter, schedule.get_last_lr()[0], bar)
                 if args.save_steps and progress.step % args.save_steps == 0 and progress.step < steps:
-                    self._save_checkpoint(progress)
+                    save_checkpoint(args.output_path, accelerator, progress, args.save_total_limit)
         # accelerate put mixed precision around the model's forward; what is calibrated and handed back is the model
         # itself.
         for name in ("forward", "_original_forward"):
@@ -378,29 +327,9 @@ class SAETrainer:
         plan["total_variance"] = config.total_variance
         return plan
 
-    def _batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """This process's part of each batch of the steps from `start` to `stop`, read while the one before is trained
-        on."""
-        size, device = self.args.per_device_train_batch_size, self.accelerator.device
-        plan = BatchPlan(self.train_indices, self.batch_size, self.args.seed)
-
-        def read(number: int) -> Batch:
-            mine = plan[number][self.accelerator.process_index * size :][:size]
-            batch = self.rows.take(mine), None if self.labels is None else self.labels[mine]
-            if device.type != "cuda":
-                return batch
-            with torch.cuda.device(device):  # a thread starts on the first GPU
-                # From pinned memory a copy does not wait for the GPU.
-                return batch[0].pin_memory(), None if batch[1] is None else batch[1].pin_memory()
-
-        micro_batches = self.args.gradient_accumulation_steps
-        return read_ahead(read, range(start * micro_batches, stop * micro_batches))
-
     def _batch(self, batch: Batch) -> Batch:
         """A batch on this process's device."""
-        rows, labels = batch
-        device = self.accelerator.device
-        return rows.to(device, non_blocking=True), None if labels is None else labels.to(device, non_blocking=True)
+        return to_device(batch, self.accelerator.device)
 
     def _label_term(self, out: SAEOutput, labels: torch.Tensor) -> torch.Tensor:
         """What the labels of this process's part add to its loss, in units of the FVU."""
@@ -447,29 +376,6 @@ class SAETrainer:
     def _bar(self, initial: int, total: int) -> tqdm:
         hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
         return tqdm(desc="Training SAE", initial=initial, total=total, unit="step", disable=hidden)
-
-    def _save_checkpoint(self, progress: TrainingProgress) -> None:
-        """Everything needed to continue exactly, under a temporary name until it is whole; older ones are removed."""
-        final = self.args.output_path / f"{CHECKPOINT_PREFIX}{progress.step}"
-        partial = final.with_name(f".{final.name}.partial")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            with failing_as(final, RuntimeError, SafetensorError):
-                self.accelerator.save_state(str(partial))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                with failing_as(final, RuntimeError, SafetensorError):
-                    progress.save(partial)
-                    replace_folder(partial, final)
-        finally:
-            if self.accelerator.is_main_process:  # nothing stays on a full disk
-                shutil.rmtree(partial, ignore_errors=True)
-        if self.accelerator.is_main_process:
-            for old in checkpoints(self.args.output_path)[: -self.args.save_total_limit]:
-                remove_folder(old)
-        self.accelerator.wait_for_everyone()
 
 
 def _digest(numbers: torch.Tensor) -> str:
