@@ -18,7 +18,8 @@ _PLACES = ("output_dir", "output", "activations_dir")
 _TEXTS = {
     "shared memory": r"unable to (write to|open|mmap|allocate) .*(</torch_|shared memory)|insufficient shared memory",
     "worker": r"worker.{0,40}(exited unexpectedly|is killed by signal|died|terminated)|abruptly (died|terminated)",
-    "memory": r"out of memory|(can.?t|cannot|unable to|failed to) allocate|not enough memory|bad_alloc|can't start new thread",
+    "memory": r"out of memory|(can.?t|cannot|unable to|failed to) allocate"
+    r"|not enough memory|bad_alloc|can't start new thread",
     "accelerator": r"\b(CUDA|cuDNN|CUBLAS|HIP|NCCL|MPS)\b.{0,40}(error|fail|status|unavailable)|No CUDA GPUs",
     "network": r"CAS service error|Data processing error|error sending request|client has been closed",
 }

@@ -35,8 +35,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             `"relu"` (ReLU, then the `top_k` largest: what the paper's released training used) or `"absolute"` (the
             `top_k` of largest absolute value, sign kept: eq. 1 as printed).
         aux_k (`int`, *optional*):
-            How many dead latents the AuxK loss (Gao et al., arXiv 2406.04093) reconstructs the residual with. `hidden_size
-            // 2` by default, at most `num_latents`.
+            How many dead latents the AuxK loss (Gao et al., arXiv 2406.04093) reconstructs the residual with.
+            `hidden_size // 2` by default, at most `num_latents`.
         aux_k_coefficient (`float`, *optional*, defaults to 1/32):
             Weight of the AuxK loss; 0 turns it off.
         base_model_name_or_path (`str`, *optional*):
@@ -46,11 +46,11 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
         base_model_num_layers (`int`, *optional*):
             Number of layers of its vision tower.
         base_model_fingerprint (`list[float]`, *optional*):
-            A few weights of its vision tower, by which another model of the same shape is recognised and refused. Set it to
-            `None` to use the SAE on a fine-tuned relative of its CLIP.
+            A few weights of its vision tower, by which another model of the same shape is recognised and refused.
+            Set it to `None` to use the SAE on a fine-tuned relative of its CLIP.
         base_model_weights (`dict[str, str]`, *optional*):
-            A sample of all its weights, the same in every precision, by which fine-tuned relatives are noticed and warned of.
-            `None`, as in checkpoints of earlier versions: there is no such warning.
+            A sample of all its weights, the same in every precision, by which fine-tuned relatives are noticed and
+            warned of. `None`, as in checkpoints of earlier versions: there is no such warning.
         layer (`int`, *optional*):
             Index of the encoder layer whose output the SAE reads, from 0. `None` means the last one.
         site (`str`, *optional*, defaults to `"cls"`):

@@ -1,7 +1,8 @@
 """One file a method, each of which registers itself; `base` says what a method is. The order here is the order of
 tables."""
 
-from . import plain, centroid, reconstruct, vs2, vs2pp, corrected, distribution_norm, combined, anchored, prototypes  # noqa: F401, I001
+# ruff: noqa: F401, I001
+from . import plain, centroid, reconstruct, vs2, vs2pp, corrected, distribution_norm, combined, anchored, prototypes
 from .base import (
     BEFORE,
     GATE,

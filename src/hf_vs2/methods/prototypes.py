@@ -51,4 +51,5 @@ for name, label, views, facts in (
 ):
     beside = f", beside the embedding {label.partition(' + ')[2]}" if views else ""
     summary = f"Prototypes fitted to unlabelled images that are spread evenly over the labels{beside}."
-    register(Method(name, label, summary, fit=fit, views=views, needs_rows=True, **{"compared": True, **facts}))  # type: ignore[arg-type]
+    facts = {"compared": True, **facts}
+    register(Method(name, label, summary, fit=fit, views=views, needs_rows=True, **facts))  # type: ignore[arg-type]

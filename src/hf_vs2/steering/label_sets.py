@@ -123,7 +123,8 @@ class LabelSets:
         """
         method, settings = steerer.settings.method, _settings(steerer)
         if steerer.settings.rule.needs_rows:
-            steerer.unlabelled_rows  # noqa: B018  which refuses: what an earlier version fitted without rows was another method
+            # It refuses: what an earlier version fitted without rows was another method.
+            steerer.unlabelled_rows  # noqa: B018
         with self._lock, _kept_tensors():
             classes = normalize(class_embeds.float(), dim=-1)
             self._check_state(steerer)

@@ -71,7 +71,8 @@ class SAETrainingArguments:
     sketch_rows: int = setting(
         whole(0, 10_000_000),
         default=4096,
-        help="Rows that the checkpoint keeps, at random, for methods that fit prototypes to labels; 0: the checkpoint holds no statistics, and no activation of any image.",
+        help="Rows that the checkpoint keeps, at random, for methods that fit prototypes to labels; 0: the checkpoint "
+        "holds no statistics, and no activation of any image.",
     )
     seed: int = setting(
         whole(0, LARGEST_SEED), default=42, help="Seeds the initial weights, the order of rows and the held-out rows."
@@ -82,7 +83,8 @@ class SAETrainingArguments:
     resume_from_checkpoint: str | None = setting(
         optional(PATH),
         default=None,
-        help="latest, or the path of a training checkpoint to continue from. Without it the same training goes on from where it was in output_dir.",
+        help="latest, or the path of a training checkpoint to continue from. Without it the same training resumes "
+        "where it stopped in output_dir.",
     )
     overwrite_output_dir: bool = setting(
         FLAG, default=False, help="Replace another training in output_dir, and train a finished one again."

@@ -49,8 +49,8 @@ def read_batches(
     This process's part of each batch of the plan, read by a thread while the batch before is trained on.
 
     Yields:
-        The rows, `(rows of one process, hidden_size)`, and their labels or `None`; in pinned memory where the device is
-        a GPU, from where a copy does not wait for it.
+        The rows, `(rows of one process, hidden_size)`, and their labels or `None`; in pinned memory where the device
+        is a GPU, from where a copy does not wait for it.
     """
     device, size = accelerator.device, plan.batch_size // accelerator.num_processes
     first = accelerator.process_index * size

@@ -31,7 +31,8 @@ _REFUSED = {
 _ROW_SCALES = {
     "layer_norm": "each row is scaled by its own deviation",
     "constant_norm_rescale": "each row is scaled by its own length",
-    "covariance_whitening": "the whitening is not in the checkpoint. Fold it first, with SAELens' fold_activation_whitening",
+    "covariance_whitening": "the whitening is not in the checkpoint. Fold it first, with SAELens' "
+    "fold_activation_whitening",
 }
 
 

@@ -23,8 +23,8 @@ _RESIDUAL = re.compile(r"(?:.*\.)?layers\.(\d+)")
 # Names of modules whose output is something else: one inside a layer, of the text tower, or before or after the
 # layers.
 _ELSEWHERE = re.compile(
-    r"(?:.*\.)?(?:(?:layers?|h|blocks?|resblocks)\.\d+|text_model|vision_model|embed\w*|\w*lay\w*norm\d?|ln_\w+|mlp|self_attn|attn"
-    r"|attention|fc\d|\w+_proj|\w+_projection)(?:\..*)?"
+    r"(?:.*\.)?(?:(?:layers?|h|blocks?|resblocks)\.\d+|text_model|vision_model|embed\w*|\w*lay\w*norm\d?|ln_\w+|mlp"
+    r"|self_attn|attn|attention|fc\d|\w+_proj|\w+_projection)(?:\..*)?"
 )
 
 

@@ -51,9 +51,9 @@ def gate_shift(view: ResultView) -> Iterator[str]:
         head = ["applied to", "CLIP", "VS2, no gate", *(f"gate q {quantile:g}" for quantile in quantiles)]
         yield (
             f"## Gate under shift: one SAE trained on {names}, {view.heading(encoder, prompts)}\n\n{seeds_note(seeds)}"
-            f"{table(head, rows)}\n\nThe gate is the q-quantile of FVU on held-out rows of the SAE's own data. Images above it are not "
-            'steered and keep plain CLIP\'s result. "At q ..." after a share steered says that the held-out rows were too few for '
-            "the quantile asked for."
+            f"{table(head, rows)}\n\nThe gate is the q-quantile of FVU on held-out rows of the SAE's own data. Images "
+            'above it are not steered and keep plain CLIP\'s result. "At q ..." after a share steered says that the '
+            "held-out rows were too few for the quantile asked for."
         )
 
 
