@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import CLIPModel
 
-from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot
+from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot
 
 
 def halves(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,11 +38,16 @@ def picked(labels: torch.Tensor, counts: Sequence[int], generator: torch.Generat
     return torch.cat(chosen)
 
 
-def trained(clip: CLIPModel, rows: torch.Tensor, folder: str, steps: int = 1500, seed: int = 0) -> VS2CLIPForZeroShot:
-    """The CLIP with an SAE, k 16, and statistics of CLS rows `(n, hidden_size)`."""
+def trained_sae(rows: torch.Tensor, folder: str, steps: int = 1500, seed: int = 0) -> SAEModel:
+    """An SAE, k 16, and statistics of rows `(n, hidden_size)`."""
     arguments = SAETrainingArguments(
         output_dir=folder, max_steps=steps, seed=seed, save_steps=0, disable_tqdm=True, report_to="none"
     )
     trainer = SAETrainer(SAEConfig(hidden_size=rows.shape[1], top_k=16), arguments, rows)
     trainer.train()
-    return VS2CLIPForZeroShot(clip, trainer.model.eval()).eval()
+    return trainer.model.eval()
+
+
+def trained(clip: CLIPModel, rows: torch.Tensor, folder: str, steps: int = 1500, seed: int = 0) -> VS2CLIPForZeroShot:
+    """The CLIP with an SAE of its CLS rows."""
+    return VS2CLIPForZeroShot(clip, trained_sae(rows, folder, steps, seed)).eval()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from draws import trained
+from draws import trained, trained_sae
 from rivals import Scores, first_rule, transclip, zlap
 from scenarios import LEAST_ROWS, ImageSet, Scenario, embedding_sets, row_sets, scenarios_of, study_sets
 from torch.nn.functional import normalize
@@ -33,7 +33,7 @@ from hf_vs2.evaluation.controls import control_model
 from hf_vs2.evaluation.methods import controls
 from hf_vs2.evaluation.recommendation import decide, gather_evidence, weigh
 from hf_vs2.functional.anchored import anchored_scores, fit_anchored_prototypes
-from hf_vs2.functional.equations import centroid_steer
+from hf_vs2.functional.equations import centroid_steer, steer, steering_vector
 from hf_vs2.functional.label_free import (
     LabelFit,
     balanced_mean,
@@ -115,7 +115,7 @@ def with_labels(one: Scenario, start: str, fits: dict[str, Scores], number: int 
 def steered(one: Scenario, steps: int) -> dict[str, torch.Tensor]:
     """Answers of what steers CLS rows, and of its controls, with an SAE and statistics of the rows that are fitted to."""
     if one.source.cls is None or one.own.cls is None or one.own.clip is None:
-        raise SystemExit("--sae_steps needs CLS rows: --rows or --study.")
+        return steered_embeddings(one, steps)
     with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
         model = trained(one.own.clip, one.source.cls[one.fit], folder, steps)
     known, others = controls(), {dictionary: control_model(model, dictionary) for dictionary in ("random", "pca")}
@@ -126,6 +126,18 @@ def steered(one: Scenario, steps: int) -> dict[str, torch.Tensor]:
         with using.steering(method=method, gate=None):
             images = using.image_features_from_cls(one.own.cls[one.scored])
             answers[f"{name}, at CLS"] = using.class_logits(images, one.own.classes).argmax(-1)
+    return answers
+
+
+def steered_embeddings(one: Scenario, steps: int) -> dict[str, torch.Tensor]:
+    """Answers of VS2's rule in embedding space, which is not the paper's site, where there are no CLS rows."""
+    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+        sae = trained_sae(one.rows, folder, steps)
+    code, answers = sae(one.images), {}
+    for alpha in (1.05, 0.25):
+        vector = steering_vector(code.latent_values, code.latent_indices, sae.W_dec, 1.5)
+        moved = normalize(steer(one.images, vector, alpha / 0.5), dim=-1)
+        answers[f"vs2, in embeddings, alpha {alpha}"] = (moved @ one.own.classes.T).argmax(-1)
     return answers
 
 
@@ -246,7 +258,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=[], help="Only kinds of draws that begin so; all by default.")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument(
-        "--sae_steps", type=int, default=0, help="Train an SAE on each draw of CLS rows: VS2, its controls."
+        "--sae_steps",
+        type=int,
+        default=0,
+        help="Train an SAE on each draw: VS2 and its controls at CLS, or VS2 in --embeddings.",
     )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
