@@ -26,8 +26,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, VS2CLIPForZeroShot, __version__
 from hf_vs2.cli import COMMANDS, main
+from hf_vs2.cli.answers import Table
 from hf_vs2.cli.commands.recommend import _next_lines
 from hf_vs2.cli.parsing import Parser, dataclass_from
+from hf_vs2.data import images as data_images
 from hf_vs2.data import load_images
 from hf_vs2.data.activations import extract_activations
 from hf_vs2.evaluation.comparison import evaluate
@@ -308,7 +310,7 @@ def test_evaluate_wants_names_for_numbered_classes(checkpoint, images_path, tmp_
     run(capsys, *arguments, "--labels", *sorted(COLOURS))
 
 
-def test_classify_gives_the_models_own_answer_beside_clips(checkpoint, images_path, tmp_path, capsys):
+def test_classify_gives_the_models_own_answer_beside_clips(checkpoint, images_path, tmp_path, capsys, monkeypatch):
     """Scores are the softmax of the full model's logits, steered and plain, for files and for folders."""
     file = images_path / "test" / "red" / "00.png"
     arguments = ["classify", file, images_path / "test" / "blue", "--checkpoint", checkpoint, "--labels", *COLOURS]
@@ -335,8 +337,12 @@ def test_classify_gives_the_models_own_answer_beside_clips(checkpoint, images_pa
     assert [item["label"] for item in printed[0]["predictions"]] == [list(COLOURS)[i] for i in logits.topk(2).indices]
     assert printed[0]["plain"][0]["score"] == pytest.approx(plain.logits_per_image.softmax(-1).max().item(), abs=1e-5)
     assert printed[0]["fvu"] == pytest.approx(out.fvu.item(), rel=1e-4) and printed[0]["steered"] is out.steered.item()
+    monkeypatch.setenv("COLUMNS", "80")
     table = run(capsys, *arguments).splitlines()
-    assert len(table) == 10 and table[0].split()[:2] == ["image", "label"]
+    assert table[0].split()[:3] == ["image", "label", "score"] and table[2].startswith(os.path.join("blue", "00.png"))
+    changed = sum(row["changed"] for row in printed)
+    assert sum(line.endswith("*") for line in table[1:10]) == changed
+    assert table[11].startswith(f"9 images: {changed} changed") and all(len(line) <= 80 for line in table)
 
 
 def test_classify_by_other_methods(checkpoint, images_path, tmp_path, capsys):
@@ -478,6 +484,51 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_classify_continues_a_file_of_rows(suffix, checkpoint, images_path, tmp_path, capsys, monkeypatch):
+    """Fifty thousand images take an hour: what is there is not computed again, in whatever state Ctrl-C left the file, and never
+    mixed with answers of other settings."""
+    whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+    arguments = ["classify", images_path / "test", "--checkpoint", checkpoint, "--labels", 'red, "light"', "blue"]
+    arguments += ["--top_k", 2, "--batch_size", 1]
+    answers = json.loads(run(capsys, *arguments, "--json"))
+    run(capsys, *arguments, "--output", whole)
+    if suffix == ".jsonl":
+        assert [json.loads(line) for line in whole.read_text(encoding="utf-8").splitlines()] == answers
+    else:
+        rows = datasets.Dataset.from_csv(str(whole), cache_dir=str(tmp_path / "cache")).to_list()
+        for row, answer in zip(rows, answers, strict=True):
+            assert (row["image"], row["label_2"]) == (answer["image"], answer["predictions"][1]["label"])
+            assert row["fvu"] == pytest.approx(answer["fvu"], rel=1e-5)
+            assert (row["steered"], row["changed"]) == tuple(
+                "yes" if answer[name] else "no" for name in ("steered", "changed")
+            )
+    opened = []
+    monkeypatch.setattr(
+        "hf_vs2.data.images.open_image", lambda name, _open=data_images.open_image: opened.append(name) or _open(name)
+    )
+
+    def interrupted(self, name, answer, _lines=Table.lines):
+        if len(opened) > 10 and len(cut.read_bytes().splitlines()) > 7:
+            raise KeyboardInterrupt
+        return _lines(self, name, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "lines", interrupted)
+        assert main([*map(str, arguments), "--output", str(cut)]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    with cut.open("ab") as file:
+        file.write(whole.read_bytes().splitlines(keepends=True)[-1][:-9])  # as if killed while it wrote
+    before = len(opened)
+    out = run(capsys, *arguments, "--output", cut)
+    assert cut.read_bytes() == whole.read_bytes() and len(opened) - before < 24 <= len(opened)
+    assert "24 images: " in out and "from an earlier run" in out
+    for other in (["--method", "none"], ["--labels", "red", "green"], ["--names_as_given"]):
+        assert f"{cut} holds rows made with other settings" in complaint(capsys, *arguments, "--output", cut, *other)
+    (tmp_path / f"cut{suffix}.settings.json").unlink()
+    assert "not beside it" in complaint(capsys, *arguments, "--output", cut)
+
+
 def test_classify_can_leave_out_what_cannot_be_read(checkpoint, images_path, tmp_path, capsys):
     """One broken file in a folder of thousands must not cost the answers for the others."""
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
@@ -494,6 +545,7 @@ def test_classify_can_leave_out_what_cannot_be_read(checkpoint, images_path, tmp
     message = complaint(capsys, *arguments)
     assert "broken.jpg" in message and "--on_error skip" in message
     assert len(json.loads(run(capsys, *arguments, "--on_error", "skip", "--json"))) == 8
+    assert "1 image left out" in run(capsys, *arguments, "--on_error", "skip")
 
 
 def test_calibrate_changes_the_gate_and_nothing_else(checkpoint, images_path, tmp_path, capsys):

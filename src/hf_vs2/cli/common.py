@@ -265,11 +265,16 @@ def activations_beside(args: argparse.Namespace) -> Path:
     return cached_assets_path("hf_vs2", subfolder="activations")
 
 
+def checkpoint_place(args: argparse.Namespace) -> dict[str, str]:
+    """`revision` and `subfolder` of [`add_checkpoint_flags`], where they were given."""
+    return {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
+
+
 def load_classifier(args: argparse.Namespace) -> VS2ZeroShotImageClassificationPipeline:
     """The model of [`add_checkpoint_flags`] with its tokenizer and image processor, on the best device there is."""
     from ..clip.classifier import zero_shot_classifier
 
-    options = {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
+    options: dict[str, Any] = checkpoint_place(args)
     if args.clip is not None:
         options["clip"] = local_or_id(args.clip)
     return zero_shot_classifier(args.checkpoint, device=join_processes().device, **options)

@@ -12,6 +12,7 @@ from ..common import (
     add_dataset_flags,
     add_extraction_flags,
     add_progress_flag,
+    checkpoint_place,
     extract,
     join_processes,
     load_steered_clip,
@@ -91,7 +92,7 @@ def run(args: Namespace) -> None:
             measure_statistics(sae, store, measured, held_out, clip=model.clip, sketch_rows=args.sketch_rows)
         )
     target = args.output_dir or local
-    place = {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
+    place = checkpoint_place(args)
     described, _ = SAEConfig.get_config_dict(args.checkpoint, **place)
     if described["model_type"] == SAEConfig.model_type:
         sae.save_pretrained(target)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.schema import whole
+from ..answers import Summary, Table, csv_columns, flat, say_beside_bar, shown_names, with_change
 from ..common import (
     BATCH,
     add_checkpoint_flags,
     add_label_flags,
+    add_progress_flag,
     add_steering_flags,
+    checkpoint_place,
     labels_from,
     load_classifier,
+    local_or_id,
     say,
     say_json,
     say_written,
     steering_from,
 )
 from ..parsing import Parser
+from ..row_file import ROW_SUFFIXES, RowFile
 
 
 if TYPE_CHECKING:
@@ -30,13 +38,16 @@ if TYPE_CHECKING:
 USAGE = "IMAGE... --checkpoint O --labels NAME... [options]"
 DESCRIPTION = """\
 Labels images with a steered CLIP. Prints for each image the label and its score, plain CLIP's label, how badly the SAE
-reconstructs the image (FVU; for methods that do not read it, the distance to the training images), and whether it was steered."""
+reconstructs the image (FVU; for methods that do not read it, the distance to the training images), whether it was
+steered, and * where the label is another than plain CLIP's. Images in a folder are named relative to it."""
 EXAMPLES = """\
 examples:
   hf-vs2 classify photo.jpg photos/ --checkpoint outputs/sae-cifar100 \\
       --labels bus forest "oak tree"
   hf-vs2 classify photos/ --checkpoint user/sae-cifar100 --labels labels.txt \\
-      --templates ensemble --top_k 3 --json"""
+      --templates ensemble --output answers.csv
+
+A .csv or .jsonl file is written as answers come, and continued when the same command runs again."""
 
 
 def add_flags(parser: Parser) -> None:
@@ -51,44 +62,116 @@ def add_flags(parser: Parser) -> None:
     parser.section("output")
     parser.flag("--top_k", type=int, kind=whole(1), default=1, help="How many labels to give for each image.")
     parser.flag("--json", action="store_true", help="Print JSON instead of a table.")
-    parser.flag("--output", type=Path, writes="file", metavar="JSON", help="Write JSON to this file, too.")
+    parser.flag(
+        "--output",
+        type=Path,
+        writes="file",
+        metavar="FILE",
+        help="Write the answers to this file, too: .csv or .jsonl (a row an image, as they come), else a JSON array.",
+    )
+    add_progress_flag(parser)
 
 
 def run(args: Namespace) -> None:
-    from transformers.utils import logging
-
+    from ...data.images import one_line
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import resolve_templates
     from ...files.json_files import write_json
+    from ...files.progress import progress_bar
 
     labels = names_in(labels_from(args) or [])
     resolve_templates(args.templates)
     names = list(_image_names(args.images, args.on_error))
     classifier = load_classifier(args)
-    images = _Images(names, skip=args.on_error == "skip")
-    answers = classifier(
-        iter(images),
-        candidate_labels=labels,
-        templates=args.templates,
-        clean=not args.names_as_given,
-        top_k=args.top_k,
-        return_details=True,
-        batch_size=args.batch_size,
-        **steering_from(args, method=True),
-    )
-    results = [{"image": name} | answer for answer, name in zip(list(answers), images.readable, strict=True)]
-    if not results:
+    summary, results = Summary(), []
+    with ExitStack() as stack:
+        file = stack.enter_context(_row_file(args, labels)) if _grows(args) else None
+        if file is not None:
+            names = summary.missing(names, file.rows())
+        shown = dict(zip(names, map(one_line, shown_names(names, args.images)), strict=True))
+        table = None if args.json else Table([*shown.values()], [*map(one_line, labels)])
+        images = _Images(names, skip=args.on_error == "skip")
+        answers = classifier(
+            iter(images),
+            candidate_labels=labels,
+            templates=args.templates,
+            clean=not args.names_as_given,
+            top_k=args.top_k,
+            return_details=True,
+            batch_size=args.batch_size,
+            **steering_from(args, method=True),
+        )
+        bar = progress_bar(
+            shown=not args.disable_tqdm and len(names) > args.batch_size,  # one batch is no wait
+            desc="Classifying",
+            initial=summary.images,
+            total=summary.images + len(names),
+            unit=" images",
+        )
+        stack.callback(bar.close)
+        for answer in answers:
+            answer = with_change({"image": images.names_read.popleft()} | answer)
+            summary.add(answer)
+            if file is None:
+                results.append(answer)
+            else:
+                file.append(flat(answer) if file.is_csv else answer)
+            if table is not None:
+                say_beside_bar(list(table.lines(shown[answer["image"]], answer)), bar)
+            bar.update()
+    if not summary.images:
         raise ValueError("none of the images can be read")
-    if len(results) < len(names):
-        lost = len(names) - len(results)
-        logging.get_logger(__name__).warning(f"{lost} of {len(names)} images could not be read and were skipped.")
     try:
-        if args.output is not None:
+        if args.output is not None and file is None:
             write_json(args.output, results)
     finally:  # shown in any case
-        say_json(results) if args.json else say(_table(results))
-    if args.output is not None and not args.json:
-        say_written({"results": args.output})
+        if args.json:
+            say_json(results if file is None else list(file.rows()))
+    if not args.json:
+        say("", *summary.lines(images.unreadable))
+        if args.output is not None:
+            say_written({"results": args.output})
+    elif images.unreadable:
+        print(*summary.lines(images.unreadable), file=sys.stderr)
+
+
+def _grows(args: Namespace) -> bool:
+    return args.output is not None and args.output.suffix.lower() in ROW_SUFFIXES
+
+
+def _row_file(args: Namespace, labels: Sequence[str]) -> RowFile:
+    """`--output` with the settings that decide its answers."""
+    from ...data.labels.prompts import resolve_templates
+
+    settings = {
+        "checkpoint": _checkpoint_state(args),
+        "clip": None if args.clip is None else local_or_id(args.clip),
+        "labels": labels,
+        "names_as_given": args.names_as_given,
+        "templates": resolve_templates(args.templates),
+        "top_k": args.top_k,
+        "steering": steering_from(args, method=True),
+    }
+    return RowFile(args.output, csv_columns(min(args.top_k, len(labels))), settings)
+
+
+def _checkpoint_state(args: Namespace) -> Any:
+    """What changes when the checkpoint does: digests of its files here, or its commit on the Hub."""
+    from ...files.checkpoint_folder import TENSOR_FILES
+    from ...files.digests import file_digest
+    from ...files.place import at_one_commit
+
+    folder = Path(args.checkpoint, args.subfolder or "")
+    if not folder.is_dir():
+        return at_one_commit(args.checkpoint, checkpoint_place(args))["revision"]
+    paths = [path for pattern in ("config.json", *TENSOR_FILES) for path in sorted(folder.glob(pattern))]
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+
+
+def kept(args: Namespace) -> str:
+    if not _grows(args):
+        return ""
+    return f"Answers so far are kept in {args.output}: run the same command again to continue."
 
 
 def _image_names(given: Sequence[str], on_error: str = "raise") -> Iterator[str]:
@@ -108,11 +191,13 @@ def _image_names(given: Sequence[str], on_error: str = "raise") -> Iterator[str]
 
 
 class _Images:
-    """Opens images one after another, and remembers which could be read."""
+    """Opens images one after another."""
 
     def __init__(self, names: Sequence[str], skip: bool):
         self.names, self.skip = names, skip
-        self.readable: list[str] = []
+        self.names_read: deque[str] = deque()
+        """Of the images that were read and have no answer yet."""
+        self.unreadable = 0
 
     def __iter__(self) -> Iterator[NamedImage]:
         from transformers.utils import logging
@@ -127,35 +212,7 @@ class _Images:
                 if not self.skip:
                     raise ValueError(f"{error}; leave such images out with --on_error skip") from error
                 logging.get_logger(__name__).warning(f"Skipped: {error}")
+                self.unreadable += 1
                 continue
-            self.readable.append(name)
+            self.names_read.append(name)
             yield NamedImage(image, name)
-
-
-def _table(results: Sequence[dict[str, Any]]) -> str:
-    from ...data.images import LONGEST_NAME, one_line
-
-    by_distance = "distance" in results[0]
-    rows = [["image", "label", "plain CLIP", "distance" if by_distance else "FVU", "steered"]]
-    for result in results:
-        # One value an SAE, where there are several.
-        measured = result["distance" if by_distance else "fvu"]
-        fvu, steered = (value if isinstance(value, list) else [value] for value in (measured, result["steered"]))
-        rows.append(
-            [
-                result["image"],
-                _answer(result["predictions"]),
-                _answer(result["plain"][:1]),
-                " ".join("-" if value is None else f"{value:.3f}" for value in fvu),
-                " ".join("yes" if value else "no" for value in steered),
-            ]
-        )
-    rows = [[one_line(cell[:LONGEST_NAME]) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _answer(predictions: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(f"{item['label']} {item['score']:.3f}" for item in predictions)

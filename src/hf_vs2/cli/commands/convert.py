@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.schema import number, whole
-from ..common import local_or_id, say, say_written
+from ..common import checkpoint_place, local_or_id, say, say_written
 from ..parsing import Parser, UsageError
 
 
@@ -67,7 +67,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    place = {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
+    place = checkpoint_place(args)
     source_format = args.source_format or _detect(args.source, place)
     if source_format == args.target_format:
         raise UsageError(f"{args.source} is of {source_format} already: name another format with --to")
