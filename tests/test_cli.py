@@ -258,7 +258,12 @@ def test_evaluate_gives_the_figures_of_the_library(checkpoint, clip_path, images
     assert {(row["method"], row["prompts"]) for row in result["rows"]} == {
         (method, prompts) for method in evaluation_methods() for prompts in ("single", "ensemble")
     }
-    assert "| vs2+gate" in out and str(checkpoint / "results.json") in out and str(checkpoint / "activations") in out
+    assert (
+        "\nvs2+gate" in out
+        and "\nprototypes" not in out
+        and str(checkpoint / "results.json") in out
+        and str(checkpoint / "activations") in out
+    )
 
     model = VS2CLIPForZeroShot.from_pretrained(checkpoint)
     model.set_steering(gamma=2.0, lambda_=1.0)
@@ -362,7 +367,7 @@ def test_classify_by_other_methods(checkpoint, images_path, tmp_path, capsys):
     arguments[3] = tmp_path
     assert "Use method='distribution_norm'" in complaint(capsys, *arguments, "--method", "prototypes")
     run(capsys, *arguments, "--method", "distribution_norm")
-    assert "| vs2 " in run(capsys, *with_checkpoint("evaluate", tmp_path, images_path), "--templates", "single")
+    assert "\nvs2 " in run(capsys, *with_checkpoint("evaluate", tmp_path, images_path), "--templates", "single")
 
 
 def test_recommend_says_what_to_run(checkpoint, images_path, tmp_path, capsys):

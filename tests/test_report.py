@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from hf_vs2.evaluation.table import terminal_table
 from hf_vs2.files.report import EvaluationResult, plot_fvu_histogram, plot_gains
 
 
@@ -76,7 +77,19 @@ def test_table(result):
         "100.0%",
         "0.250",
     ]
-    assert "gamma 1.5; lambda 2.1; tau 0.4" in caption and "from the evaluated images" in caption
+    assert "gamma 1.5; lambda 2.1; vs2+gate steers images of FVU up to 0.4" in caption
+    assert "from the evaluated images" in caption
+
+
+def test_table_for_a_terminal(result):
+    """It fits 80 columns, shows first what stands for the rest, and says how to see the rest."""
+    result.rows += [row | {"method": "prototypes+a_very_long_name_of_a_method+gate"} for row in result.rows[1:]]
+    few, every = terminal_table(result), terminal_table(result, every_row=True)
+    assert all(len(line) <= 80 for line in [*few.splitlines(), *every.splitlines()])
+    assert "shown with --all: 1." in few and "prototypes" not in few and "--all" not in every
+    assert (
+        "+2.00 to +4.00" in few and "prototypes+a_very" in every and "vs2+gate steers images of FVU up to 0.4" in few
+    )
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

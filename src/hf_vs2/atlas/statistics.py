@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.rows import Rows
+from ..files.progress import progress_bar
 from ..training.calibration import refuse_overflow
 
 
@@ -161,7 +161,7 @@ def nearest_latents(decoder: torch.Tensor, number: int, block: int = 1024) -> tu
 def blocks(rows: Rows, batch_size: int, what: str, progress: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """The rows block by block, each with the number of its first row, under a progress bar."""
     start = 0
-    with tqdm(total=len(rows), desc=what, unit=" rows", disable=not progress) as bar:
+    with progress_bar(shown=progress, total=len(rows), desc=what, unit=" rows") as bar:
         for batch in rows.batches(batch_size):
             yield start, batch
             start += len(batch)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..data.images import image_name, open_image
 from ..data.load import image_mode, undecoded
 from ..files.atomic import failing_as, new_folder
 from ..files.json_files import read_json, to_json
+from ..files.progress import progress_bar
 from ..version import __version__
 from .pages import thumbnail_path
 
@@ -99,7 +99,7 @@ def write_thumbnails(folder: Path, dataset: Any, image_column: str, wanted: Sequ
         UnreadableImageError: an image can't be read; the message names it.
     """
     mode = image_mode(dataset, image_column)
-    with tqdm(total=len(wanted), desc="Thumbnails", unit=" images", disable=not progress) as bar:
+    with progress_bar(shown=progress, total=len(wanted), desc="Thumbnails", unit=" images") as bar:
         for index, value in _values(dataset, image_column, wanted):
             path = folder / thumbnail_path(index)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from torch import distributed
 from transformers.utils import logging
 
 from ..encoders.vision_tower import VisionTower, best_device
+from ..files.progress import progress_bar
 from .batches import ImageBatch, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
 from .images import UnreadableImageError
 from .store import ActivationStore
@@ -166,10 +167,8 @@ class Extraction:
         return number % self.world_size == self.rank and self._is_missing(number)
 
     def _extract(self) -> None:
-        from tqdm.auto import tqdm
-
-        hidden = not self.progress or self.rank != 0
-        bar = tqdm(total=self.total, unit=" images", desc="CLS activations", disable=hidden)
+        shown = self.progress and self.rank == 0
+        bar = progress_bar(shown=shown, total=self.total, unit=" images", desc="CLS activations")
         shard: _Shard | None = None
         with bar, self.tower.inference():
             for batch in read_batches(self.reader, self.spans, self.num_workers, self.tower.device):

@@ -10,6 +10,7 @@ import torch
 from ..data.activations import ActivationStore
 from ..data.labels.prompts import SINGLE_TEMPLATE
 from ..evaluation.comparison import EvaluationResult
+from ..evaluation.table import terminal_table
 from .data import DIGIT_NAMES
 
 
@@ -71,7 +72,7 @@ class DemoResult:
             f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE each, no "
             "labels:",
             "",
-            self.evaluation.table(),
+            terminal_table(self.evaluation),
             "",
             f"The gate lets {covered:.0%} of the digits pass; of foreign images: {', '.join(foreign)}.",
             f"FVU tells where CLIP errs: it is right on {low:.1f} % of the half that the SAE reconstructs best, and "

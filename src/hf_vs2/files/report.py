@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -225,13 +225,28 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _caption(rows: list[dict[str, Any]]) -> str:
     parts = [f"{rows[0]['n']} images; gain over plain CLIP with the same prompts in points, 95 % paired bootstrap"]
-    for key in ("gamma", "lambda", "tau"):
+    for key in ("gamma", "lambda"):
         values = list(dict.fromkeys(f"{row[key]:.4g}" for row in rows if row.get(key) is not None))
         if values:
             parts.append(f"{key} {', '.join(values)}")
+    parts += thresholds(rows)
     if any(row.get("reference") == "evaluated" for row in rows):  # of versions before 0.2
         parts.append("distribution_norm took its image mean from the evaluated images themselves")
     return "; ".join(parts) + "."
+
+
+def thresholds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The gates' thresholds tau in words: `vs2+gate steers images of FVU up to 0.6454`."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("tau") is not None:
+            measure = "distance" if row.get("mean_fvu") is None else "FVU"
+            named.setdefault(f"{measure} up to {row['tau']:.4g}", []).append(row_label(row))
+    said = {limit: list(dict.fromkeys(names)) for limit, names in named.items()}
+    return [
+        f"{', '.join(names)} {'steers' if len(names) == 1 else 'steer'} images of {limit}"
+        for limit, names in said.items()
+    ]
 
 
 def draw_gains(axes: Axes, results: Results) -> None:

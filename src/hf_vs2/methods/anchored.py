@@ -29,6 +29,7 @@ register(
         score=score,
         needs_rows=True,
         compared=True,
+        headline=True,
         candidate=True,
     )
 )

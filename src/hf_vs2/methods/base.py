@@ -193,7 +193,7 @@ class Method:
         controls (mapping `str -> str`): rows of a comparison that run this method with another dictionary in the SAE's
             place, see [`control_model`]: the row's name -> the dictionary.
         compared (`bool`): whether [`evaluate`] has it in its table when nobody names methods; compared_gated (`bool`):
-            its gated row too.
+            its gated row too; headline (`bool`): whether a terminal shows these without being asked for all.
         candidate (`bool`): whether [`recommend`] compares it where there are labels.
     """
 
@@ -214,6 +214,7 @@ class Method:
     controls: Mapping[str, str] = field(default_factory=dict)
     compared: bool = False
     compared_gated: bool = False
+    headline: bool = False
     candidate: bool = False
 
     def __post_init__(self) -> None:

@@ -17,5 +17,6 @@ register(
         one_direction=True,
         shows=("gamma", "lambda"),
         compared=True,
+        headline=True,
     )
 )

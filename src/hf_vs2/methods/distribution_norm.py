@@ -30,6 +30,7 @@ register(
         fit=fit,
         shows=("coefficient",),
         compared=True,
+        headline=True,
         candidate=True,
     )
 )

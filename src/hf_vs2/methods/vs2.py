@@ -20,6 +20,7 @@ register(
         shows=("gamma", "lambda"),
         controls={"vs2_random": "random", "vs2_pca": "pca"},
         compared=True,
+        headline=True,
         compared_gated=True,
         candidate=True,
     )

@@ -22,6 +22,7 @@ from ..encoders.loading import load_vision_model
 from ..encoders.processing import load_image_processor
 from ..encoders.tail import unit_embeds
 from ..encoders.vision_tower import best_device
+from ..files.progress import progress_bar
 from ..functional.finite import first_broken_row
 from ..functional.neighbors import NeighborIndex, nearest_neighbors, pseudo_labels, select_positives
 from .corpus import RetrievalCorpus
@@ -81,10 +82,8 @@ def embed_images(
     normalizer = Normalizer(processor, parameter.device)
     dataset, columns, spans, total = _spans_of(dataset, image_column, batch_size)
     reader = ImageReader(dataset, columns, processor)
-    from tqdm.auto import tqdm
-
     rows = []
-    with _inference(model), tqdm(total=total, unit=" images", desc="Embeddings", disable=not progress) as bar:
+    with _inference(model), progress_bar(shown=progress, total=total, unit=" images", desc="Embeddings") as bar:
         for batch in read_batches(reader, spans, num_workers, parameter.device):
             if batch.unreadable or batch.pixels is None:
                 raise UnreadableImageError(f"{batch.unreadable[0]['error']}. Mend or remove it.")

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from ..data.registry import available
 from ..encoders.loading import clip_config
 from ..files.atomic import replace_text
 from ..files.digests import json_digest
 from ..files.json_files import write_json
+from ..files.progress import progress_bar
 from ..version import __version__
 from .bench import Bench
 from .config import StudyConfig
@@ -59,7 +59,7 @@ def run_study(config: StudyConfig, *, datasets: Collection[str] = (), progress: 
     _check_material(bench, cells)
     _check_labels(bench, cells)
     measured: dict[Cell, CellResult] = {}
-    with tqdm(total=len(cells), unit=" cells", disable=not progress) as bar:
+    with progress_bar(shown=progress, total=len(cells), unit=" cells") as bar:
         for planned, sections in cells.items():
             cell = bench.identified(planned)
             bar.set_description(" ".join(filter(None, (cell.dataset, cell.method, cell.prompts))))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
@@ -24,6 +23,7 @@ from ..config.sae import SAEConfig
 from ..data.extraction import naming_lost_partners
 from ..data.rows import RowSource, chosen_rows, rows_of, training_labels
 from ..files.digests import tensor_digest
+from ..files.progress import progress_bar
 from ..files.sharing.model_card import write_model_card
 from ..sae.modeling import SAEModel, SAEOutput
 from ..version import __version__
@@ -360,7 +360,7 @@ class SAETrainer:
         )
         return {}
 
-    def _log(self, progress: TrainingProgress, meter: Meter, learning_rate: float, bar: tqdm) -> None:
+    def _log(self, progress: TrainingProgress, meter: Meter, learning_rate: float, bar: Any) -> None:
         dead_share = progress.dead(self.args.dead_latent_threshold).float().mean().item()
         entry = {**meter.read(), "dead_share": dead_share, "learning_rate": learning_rate}
         if not entry["loss"] < float("inf"):
@@ -373,9 +373,9 @@ class SAETrainer:
         if self.args.report_to != "none":
             self.accelerator.log(entry, step=progress.step)
 
-    def _bar(self, initial: int, total: int) -> tqdm:
-        hidden = self.args.disable_tqdm or not self.accelerator.is_local_main_process
-        return tqdm(desc="Training SAE", initial=initial, total=total, unit="step", disable=hidden)
+    def _bar(self, initial: int, total: int) -> Any:
+        shown = self.accelerator.is_local_main_process and not self.args.disable_tqdm
+        return progress_bar(shown=shown, desc="Training SAE", initial=initial, total=total, unit="step")
 
 
 def _digest(numbers: torch.Tensor) -> str:

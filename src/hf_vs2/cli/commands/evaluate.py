@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..common import (
     TEMPLATES,
@@ -28,13 +27,11 @@ from ..parsing import Parser
 from ..places import check_writable
 
 
-if TYPE_CHECKING:
-    pass
-
 USAGE = "--checkpoint O --dataset D [--split S] [--label_column NAME] [options]"
 DESCRIPTION = """\
 Compares plain CLIP, the controls (centroid, distribution norm, other dictionaries), VS2 and label-free methods beyond it on labelled
-images, which should not be those the SAE was trained on. Prints a table with the gain over plain CLIP and its 95 % interval, and writes every figure as JSON."""
+images, which should not be those the SAE was trained on. Prints the gains over plain CLIP of the methods that matter most, with
+their 95 % intervals, and writes every figure as JSON."""
 EXAMPLES = """\
 examples:
   hf-vs2 evaluate --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
@@ -78,6 +75,7 @@ def add_flags(parser: Parser) -> None:
     add_class_names_flag(parser)
     add_steering_flags(parser)
     parser.section("output")
+    parser.flag("--all", action="store_true", help="Print the rows of all methods, not of the six that matter most.")
     parser.flag("--output", type=Path, writes="file", metavar="JSON", help="Result file [CHECKPOINT/results.json].")
     add_progress_flag(parser)
     parser.section("extraction of activations")
@@ -88,6 +86,7 @@ def run(args: Namespace) -> None:
     import torch
 
     from ...evaluation.comparison import evaluate
+    from ...evaluation.table import terminal_table
     from ...files.checkpoint_folder import RESULTS_NAME
     from ...files.sharing.model_card import write_model_card
 
@@ -127,7 +126,7 @@ def run(args: Namespace) -> None:
         if places["results"] == Path(args.checkpoint, RESULTS_NAME):
             places["model card"] = write_model_card(args.checkpoint)  # which shows them from now on
     finally:  # shown in any case
-        say(result.table())
+        say(terminal_table(result, every_row=args.all or args.method is not None))
     say_written(places)
 
 

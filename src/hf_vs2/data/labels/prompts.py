@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...encoders.tail import unit_embeds
+from ...files.progress import progress_bar
 from .lists import names_in, read_list
 from .names import clean_class_names
 
@@ -189,7 +189,7 @@ def _encode(
     """Unit text embeddings, float32 `(number of prompts, projection_dim)`."""
     embeddings: list[torch.Tensor] = []
     named = iter(prompts)
-    for ids, mask in tqdm(batches, desc="Encoding prompts", disable=not progress):
+    for ids, mask in progress_bar(batches, shown=progress and len(batches) > 1, desc="Encoding prompts"):
         output = clip.get_text_features(input_ids=ids.to(clip.device), attention_mask=mask.to(clip.device))
         names = [f"the prompt {prompt!r}" for prompt in islice(named, len(ids))]
         embeddings.append(unit_embeds(output.pooler_output, names.__getitem__))
