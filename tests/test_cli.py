@@ -461,7 +461,22 @@ def test_explain_draws_and_says_what_moved_the_scores(checkpoint, images_path, t
     assert "not steered" in gated and "normalisation" not in gated
     assert Image.open(picture).size[1] < len(steered), "the scores of an image left alone were taken apart"
     message = complaint(capsys, *arguments, "--output", tmp_path / "why.jpeg")
-    assert "must end in one of .png" in message and not (tmp_path / "why.jpeg").exists()
+    assert "its suffix must be one of .png" in message and not (tmp_path / "why.jpeg").exists()
+
+
+def test_explain_answers_in_a_base_install(checkpoint, images_path, tmp_path, capsys, monkeypatch):
+    """`pip install .` brings no matplotlib; table and JSON need none. A picture that was asked for is refused first."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["explain", images_path / "test" / "red" / "00.png", "--checkpoint", checkpoint, "--labels", *COLOURS]
+    assert json.loads(run(capsys, *arguments, "--json"))["picture"] is None
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("hf_vs2.cli.commands.explain.find_spec", lambda name: None)
+    assert "probability" in run(capsys, *arguments)
+    assert "pip install matplotlib" in complaint(
+        capsys, *arguments[:2], "--checkpoint", "nowhere", *arguments[4:], "--output", "a.png"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_classify_reads_images_from_the_web(checkpoint, images_path, capsys):

@@ -65,7 +65,10 @@ def test_widths_follow_from_the_hidden_size():
         ({"site": "patches"}, "site='patches' is not known.*'cls'"),
         ({"layer": -1}, "layer=-1 must be counted from 0"),
         ({"gate": 1.5}, r"gate=1.5 must be a quantile between 0 and 1 \(0.99, say\), or None"),
-        ({"format_version": 99}, "format version 99; this package reads up to 1.*pip install -U hf_vs2"),
+        (
+            {"format_version": 99},
+            "format version 99; this package reads up to 1.*Install a newer hf_vs2: `pip install",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -84,6 +84,6 @@ def test_image_left_alone_is_drawn_without_movers(explanation, tmp_path):
 
 def test_other_formats_are_refused(explanation, tmp_path):
     """A suffix that can't be drawn is said at once, and leaves no file."""
-    with pytest.raises(ValueError, match=r"why\.gif must end in one of \.png"):
+    with pytest.raises(ValueError, match=r"why\.gif: its suffix must be one of \.png"):
         draw_explanation(explanation, Image.linear_gradient("L"), tmp_path / "why.gif")
     assert not list(tmp_path.iterdir())

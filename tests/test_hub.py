@@ -21,6 +21,7 @@ from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, push_to_hub
 from hf_vs2.cli import main
 from hf_vs2.encoders.base_model import describe_base_model, loaded_revision
 from hf_vs2.encoders.processing import load_processing
+from hf_vs2.version import INSTALLATION
 
 
 # A real (if tiny) CLIP with its tokenizer and image processor files.
@@ -468,7 +469,7 @@ import sys
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
         if name == "hf_vs2":
-            raise ModuleNotFoundError("No module named 'hf_vs2'")
+            raise ModuleNotFoundError("No module named 'hf_vs2'", name="hf_vs2")
 
 sys.meta_path.insert(0, NotInstalled())
 from transformers import AutoModel, pipeline
@@ -490,7 +491,7 @@ def test_trust_remote_code_tells_what_to_install(hub, clip):
     make_vs2(clip).push_to_hub("ada/shim")
     told = output_of(run_python(WITHOUT_PACKAGE)).splitlines()
     assert len(told) == 4
-    assert all("pip install hf_vs2" in line and line.startswith("ImportError") for line in told[::2])
+    assert all(INSTALLATION in line and line.startswith("ImportError") for line in told[::2])
     assert all("trust_remote_code=True" in line for line in told[1::2])
 
 

@@ -387,7 +387,7 @@ SAE_HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "variance negative": (config(total_variance=-1.0), r"config.json of .*total_variance=-1"),
     "fingerprint NaN": (config(base_model_fingerprint=[NAN]), r"config.json of .*base_model_fingerprint"),
     "layer beyond the tower": (config(base_model_num_layers=2), r"config.json of .*layer=2 does not exist"),
-    "version of the future": (config(format_version=2), r"config.json of .*format version 2.*pip install -U"),
+    "version of the future": (config(format_version=2), r"config.json of .*format version 2.*Install a newer hf_vs2"),
     "version that never was": (config(format_version=0), r"config.json of .*format_version=0"),
     "another library's": (config(model_type="bert"), r"config.json of .*'bert' model"),
     "dtype of no weights": (config(dtype="int8"), r"config.json of .*dtype='int8'"),

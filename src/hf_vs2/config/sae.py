@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from ..functional.equations import ACTIVATIONS
+from ..version import INSTALLATION
 from .checks import CheckpointConfig, strict_values
 
 
@@ -178,7 +179,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has format version {self.format_version}; this package reads up to "
-                f"{FORMAT_VERSION}. Upgrade it: pip install -U hf_vs2."
+                f"{FORMAT_VERSION}. Install a newer hf_vs2: {INSTALLATION}."
             )
 
     def _check_statistics(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files.atomic import failing_as, replace_file
-from ..files.report import STYLES, SUFFIXES, as_text
+from ..files.report import STYLES, as_text, figure_for
 from .explanation import VS2Explanation
 
 
@@ -56,19 +56,14 @@ def draw_explanation(
         num_latents: latents drawn for each of them; the others are one bar.
 
     Raises:
-        `ImportError`: matplotlib is missing (the `report` extra). `ValueError`: another suffix.
+        `ImportError`: matplotlib is missing. `ValueError`: another suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install matplotlib.") from error
+    new_figure = figure_for(path)
     labels = leading_labels(explanation, num_labels, image)
     steps = [explanation.parts(label, image, num_latents) for label in labels] if explanation.steered[image] else []
     lower = 0.9 + ROW_INCHES * (num_latents + 5) if steps else 0.0
-    figure = Figure(
+    figure = new_figure(
         figsize=(max(9.0, COLUMN_INCHES * len(steps)), UPPER_INCHES + lower + 0.35), layout="constrained", dpi=130
     )
     figure.supxlabel(_caption(steps), fontsize=9, color="0.25", x=0.015, ha="left")

@@ -360,7 +360,13 @@ def in_legend(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _new_figure(path: str | Path, height: float) -> tuple[Figure, Axes]:
+def figure_for(path: str | Path) -> type[Figure]:
+    """matplotlib's class of figures, for a picture at `path`. (Not pyplot: no window, no global state, and nothing left open
+    in a notebook or a server.)
+
+    Raises:
+        `ValueError`: a suffix that is not drawn. `ImportError`: matplotlib is missing.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"cannot draw to {path}: its suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}.")
@@ -368,8 +374,11 @@ def _new_figure(path: str | Path, height: float) -> tuple[Figure, Axes]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Drawing needs matplotlib: pip install matplotlib.") from error
-    # Not pyplot: no window, no global state, and nothing left open in a notebook or a server.
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    return Figure
+
+
+def _new_figure(path: str | Path, height: float) -> tuple[Figure, Axes]:
+    figure = figure_for(path)(figsize=(7.2, height), layout="constrained")
     return figure, figure.add_subplot()
 
 

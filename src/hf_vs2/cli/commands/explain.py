@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,7 @@ def add_flags(parser: Parser) -> None:
         "--output",
         type=Path,
         writes="file",
-        default=Path("explanation.png"),
-        help="The picture, a .png, .svg or .pdf file.",
+        help="The picture, a .png, .svg or .pdf file [explanation.png; none with --json or without matplotlib].",
     )
     parser.flag(
         "--top_labels", type=int, kind=whole(1), default=3, metavar="N", help="Labels whose scores are taken apart."
@@ -73,11 +73,14 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from transformers.utils import logging
+
     from ...data.images import open_image
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import resolve_templates
     from ...explain.figure import draw_explanation, leading_labels
     from ...explain.latent_names import read_vocabulary
+    from ...files.report import figure_for
 
     if args.vocabulary is not None and args.names is not None:
         raise ValueError("--vocabulary and --names exclude each other: give one of them")
@@ -85,6 +88,11 @@ def run(args: Namespace) -> None:
     resolve_templates(args.templates)
     edits = _edits(args)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
+    drawn = args.output
+    if drawn is None and not args.json and find_spec("matplotlib") is not None:
+        drawn = Path("explanation.png")
+    if drawn is not None:
+        figure_for(drawn)
     picture = open_image(args.image)
     model, *processor = load_steered_clip(args)
     settings = steering_from(args) | ({} if edits is None else {"edits": edits})
@@ -99,15 +107,18 @@ def run(args: Namespace) -> None:
         clean=not args.names_as_given,
     )
     name = args.image.rsplit("/", 1)[-1]
-    draw_explanation(
-        explanation, picture, args.output, title=name, num_labels=args.top_labels, num_latents=args.top_latents
-    )
+    if drawn is not None:
+        counts = {"num_labels": args.top_labels, "num_latents": args.top_latents}
+        draw_explanation(explanation, picture, drawn, title=name, **counts)
     if args.json:
         (found,) = explanation.to_dict(args.top_latents)
-        say_json({"image": args.image, "picture": str(args.output), **found})
+        say_json({"image": args.image, "picture": None if drawn is None else str(drawn), **found})
         return
     say(*_lines(explanation, name, leading_labels(explanation, args.top_labels), args.top_latents))
-    say_written({"picture": args.output})
+    if drawn is None:
+        logging.get_logger(__name__).warning("No picture was drawn: that needs matplotlib (pip install matplotlib).")
+    else:
+        say_written({"picture": drawn})
 
 
 def _pair(text: str) -> tuple[int, float]:

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import CONFIG_NAME, logging
 
-from ...version import __version__
+from ...version import INSTALLATION, __version__
 from ..checkpoint_folder import (
     CARD_NAME,
     CORPUS_FILES,
@@ -39,10 +39,15 @@ logger = logging.get_logger(__name__)
 
 LEADERBOARD_NAME = ".eval_results/hf_vs2.yaml"
 SHIM_NAME = "hf_vs2_shim.py"
-# With trust_remote_code=True transformers looks into this file for the classes; where the package is missing, it reads
-# the import and says what to install.
-_SHIM = """# The classes of this checkpoint come with a package: pip install hf_vs2
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPConfig, VS2CLIPForZeroShot
+# With trust_remote_code=True transformers looks into this file for the classes. (Imports inside `try` are
+# left to the file; of others transformers says that PyPI has them.)
+_SHIM = f"""# The classes of this checkpoint come with the package hf_vs2.
+try:
+    from hf_vs2 import SAEConfig, SAEModel, VS2CLIPConfig, VS2CLIPForZeroShot
+except ModuleNotFoundError as error:
+    if error.name != "hf_vs2":
+        raise
+    raise ImportError("This checkpoint needs the package hf_vs2: {INSTALLATION}.") from error
 """
 _AUTO_MAPS = {
     SAE_TYPE: {"AutoConfig": "SAEConfig", "AutoModel": "SAEModel"},

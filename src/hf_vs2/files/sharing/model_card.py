@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ...config.latent_edits import LatentEdits
 from ...config.sae import SAEConfig
+from ...version import INSTALLATION
 from ..atomic import replace_text
 from ..checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, is_hub_id, looks_like_hub_id
 from ..markdown import Markdown, code, escaped, number
@@ -136,6 +137,7 @@ def _environment() -> jinja2.Environment:
     )
     # Not Jinja's own, which writes `'` for HTML pages.
     environment.filters["tojson"] = _python_literal
+    environment.globals["installation"] = Markdown(INSTALLATION)
     return environment
 
 
