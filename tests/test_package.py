@@ -39,6 +39,7 @@ FOLDERS = [
     "training",
     "evaluation",
     "atlas",
+    "adaptation",
     "study",
     "demo",
     "cli",

@@ -16,6 +16,7 @@ from .version import __version__ as __version__
 
 
 if TYPE_CHECKING:
+    from .adaptation import adapt
     from .atlas import build_atlas
     from .clip.classifier import zero_shot_classifier
     from .clip.modeling import VS2CLIPForZeroShot
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationStore": "data.activations",
     "extract_activations": "data.activations",
+    "adapt": "adaptation",
     "build_atlas": "atlas",
     "calibrate": "training.calibration",
     "SAEConfig": "config.sae",
@@ -99,6 +101,7 @@ __all__ = [
     "VS2CLIPOutput",
     "VS2Explanation",
     "VS2ZeroShotImageClassificationPipeline",
+    "adapt",
     "build_atlas",
     "calibrate",
     "class_embeddings",

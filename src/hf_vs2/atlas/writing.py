@@ -93,19 +93,23 @@ def write_manifest(folder: Path, facts: dict[str, Any], latents: list[dict[str, 
 
 
 def write_thumbnails(folder: Path, dataset: Any, image_column: str, wanted: Sequence[int], progress: bool) -> None:
+    """The [`thumbnails`] as files."""
+    made = thumbnails(dataset, image_column, wanted)
+    for index, jpeg in progress_bar(made, shown=progress, total=len(wanted), desc="Thumbnails", unit=" images"):
+        path = folder / thumbnail_path(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg)
+
+
+def thumbnails(dataset: Any, image_column: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """A small JPEG of each wanted row of the data set, ascending, each decoded once.
 
     Raises:
         UnreadableImageError: an image can't be read; the message names it.
     """
     mode = image_mode(dataset, image_column)
-    with progress_bar(shown=progress, total=len(wanted), desc="Thumbnails", unit=" images") as bar:
-        for index, value in _values(dataset, image_column, wanted):
-            path = folder / thumbnail_path(index)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image = open_image(value, image_name(f"image {index} of the data set", value), mode=mode)
-            path.write_bytes(thumbnail(image))
-            bar.update()
+    for index, value in _values(dataset, image_column, wanted):
+        yield index, thumbnail(open_image(value, image_name(f"image {index} of the data set", value), mode=mode))
 
 
 def thumbnail(image: Image.Image) -> bytes:
@@ -144,6 +148,7 @@ __all__ = [
     "atlas_folder",
     "check_output",
     "thumbnail",
+    "thumbnails",
     "write_assets",
     "write_data",
     "write_manifest",

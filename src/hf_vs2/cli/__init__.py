@@ -23,6 +23,7 @@ from .parsing import Parser, UsageError, nearest
 
 COMMANDS = {
     "demo": "the whole way on bundled material, offline, in about a minute",
+    "adapt": "images and labels in, a better (or honestly unchanged) classifier and a report out",
     "extract": "CLS activations of a set of images, cached on disk",
     "train": "a sparse autoencoder from unlabelled images: extract, train, calibrate",
     "calibrate": "measure the gate's thresholds again, on fresh unlabelled images",
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = import_module(f".commands.{name}", __name__)
         parser = _parser(prog, command)
         args = parser.parse(argv[1:])
+        args.argv = argv  # for messages that repeat the command
         check_places(parser, args)
         _run(command, args)
     except SystemExit as finished:  # --help and --version

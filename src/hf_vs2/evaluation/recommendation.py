@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..config.sae import SAEConfig
 from ..data.labels.lists import Names
 from ..data.rows import Rows, RowSource
 from ..encoders.tail import softmax_temperature, unit_embeds
 from ..files.json_files import write_json
-from ..methods import METHODS
+from ..methods import METHODS, method_named
 from ..training.domain import SKETCH_ROWS, measure_statistics
 from .evidence import Evidence, Shift, decide, embeds_of, gather_evidence, inside, shift_of
 from .inputs import are_stored, check_replayable, named_labels, replayable_rows
@@ -33,7 +34,7 @@ ERROR, POWER = 0.05, 0.8
 """Of the paired test: how often it may name a method that is no better, and how often it should find one that is."""
 TO_KNOW = "label 100 images, know"
 _SAFE = ("none", "anchored_prototypes")
-_SHOWN = {
+SHOWN_EVIDENCE = {
     "inside": "of your images inside the checkpoint's gate by distance",
     "inside_fvu": "of your images inside its gate by FVU",
     "drift": "more confidence of plain CLIP in the checkpoint's images than in yours, label by label",
@@ -78,8 +79,8 @@ class Recommendation:
         lines = [f"Recommended: {name}", *(f"- {reason}" for reason in self.reasons)]
         lines += ["", "Evidence, without labels:"] if self.evidence else []
         lines += [
-            f"  {_number(name, self.evidence[name]):>8}  {what}"
-            for name, what in _SHOWN.items()
+            f"  {evidence_text(name, self.evidence[name]):>8}  {what}"
+            for name, what in SHOWN_EVIDENCE.items()
             if name in self.evidence
         ]
         if self.candidates:
@@ -99,6 +100,8 @@ def recommend(
     labels: torch.Tensor | Sequence[int] | None = None,
     *,
     class_names: Names | None = None,
+    methods: Sequence[str] | None = None,
+    own_images: bool = False,
     seed: int = 0,
     batch_size: int = 1024,
 ) -> Recommendation:
@@ -118,6 +121,8 @@ def recommend(
         labels (*optional*): the class of each row, `(n,)`; -1 where it is not known.
         class_names (*optional*): what `class_embeds` are of, where `labels` are those of a store with class names:
             they are matched by name, see [`match_names`]. Without it they are places in `class_embeds`.
+        methods (*optional*): which to compare on labelled images; by default all [`METHODS`] that are a `candidate`.
+        own_images (`bool`): the checkpoint was fitted to these very images: don't ask whether they are others.
         seed: of the draws.
         batch_size: rows at a time.
 
@@ -136,8 +141,10 @@ def recommend(
     # Only the rows that are looked at are read: a store may be larger than memory.
     drawn = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:SKETCH_ROWS]
     own = torch.cat([*source.batches(batch_size, drawn.sort().values)]).cpu()
-    shown = inside(model, own)
-    shift = shift_of(model, own, classes, shown.get("inside", 1.0), batch_size)
+    shown, shift = {}, Shift("", "", {})
+    if not own_images:
+        shown = inside(model, own)
+        shift = shift_of(model, own, classes, shown.get("inside", 1.0), batch_size)
     trial = _trial(model, own if shift.calibrate else None, seed)
     known, evidence, by_rule, reasons = trial.domain_statistics, {}, "none", []
     if shift.why and not shift.calibrate:
@@ -153,7 +160,8 @@ def recommend(
     method, candidates = by_rule, []
     if target is not None and (target >= 0).any():
         chosen = (target >= 0).nonzero().squeeze(-1)
-        right = _answers(trial, source.batches(batch_size, chosen), target[chosen], classes)
+        compared = candidates_of(methods)
+        right = _answers(trial, compared, source.batches(batch_size, chosen), target[chosen], classes)
         candidates = _candidates(right, seed)
         method, told = weigh(by_rule, right)
         reasons += told
@@ -178,6 +186,22 @@ def _trial(model: VS2CLIPForZeroShot, rows: torch.Tensor | None, seed: int) -> V
     return trial.eval()
 
 
+def apply_method(model: VS2CLIPForZeroShot, method: str, folder: Path) -> None:
+    """Write a method into the checkpoint that the model was loaded from, with a gate only where it is calibrated for
+    one."""
+    described, _ = SAEConfig.get_config_dict(folder)
+    if described["model_type"] == SAEConfig.model_type:
+        model.sae.config.method = method
+        model.sae.save_pretrained(folder)
+        return
+    chosen, known = method_named(method), model.domain_statistics
+    gate = model.steering_settings.gate
+    if not chosen.reads_latents and (known is None or not known.distance_quantiles):
+        gate = None
+    model.set_steering(method=method, gate=gate, fvu_threshold=None)
+    model.save_pretrained(folder, full=described["holds_clip"])
+
+
 # With labels
 
 
@@ -200,11 +224,20 @@ def _checked_labels(rows: Rows, labels: Any, class_names: Names | None, num_clas
     return target.long()
 
 
+def candidates_of(methods: Sequence[str] | None) -> list[str]:
+    """Plain CLIP, and the methods that are compared with it."""
+    usual = [name for name, method in METHODS.items() if method.candidate]
+    return ["none", *(usual if methods is None else (name for name in methods if name != "none"))]
+
+
 def _answers(
-    model: VS2CLIPForZeroShot, blocks: Iterable[torch.Tensor], target: torch.Tensor, classes: torch.Tensor
+    model: VS2CLIPForZeroShot,
+    names: Sequence[str],
+    blocks: Iterable[torch.Tensor],
+    target: torch.Tensor,
+    classes: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Which labelled images each method has right, bool `(n,)`; plain CLIP first."""
-    names = ["none", *(name for name, method in METHODS.items() if method.candidate)]
+    """Which labelled images each method has right, bool `(n,)`."""
     steerers = {name: model.steerer.with_(method=name, gate=None, fvu_threshold=None, enabled=True) for name in names}
     answers: dict[str, list[torch.Tensor]] = {name: [] for name in steerers}
     classes = classes.to(model.clip.device)
@@ -328,7 +361,8 @@ def _gain(one: dict[str, Any]) -> str:
     return f"{one['gain']:+.1f} points [{low:+.1f}, {high:+.1f}]"
 
 
-def _number(name: str, value: float) -> str:
+def evidence_text(name: str, value: float) -> str:
+    """A number of the evidence as people read it."""
     if name in ("rows", "rows_per_label"):
         return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
     return f"{value:.2f}" if name.startswith("evenness") else f"{value:.0%}"
@@ -346,4 +380,17 @@ def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-__all__ = ["Evidence", "Recommendation", "Shift", "decide", "gather_evidence", "recommend", "sign_test", "weigh"]
+__all__ = [
+    "SHOWN_EVIDENCE",
+    "Evidence",
+    "Recommendation",
+    "Shift",
+    "apply_method",
+    "candidates_of",
+    "decide",
+    "evidence_text",
+    "gather_evidence",
+    "recommend",
+    "sign_test",
+    "weigh",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..common import (
     activations_beside,
@@ -22,10 +21,6 @@ from ..common import (
     say_written,
 )
 from ..parsing import Parser, UsageError
-
-
-if TYPE_CHECKING:
-    from ...clip.modeling import VS2CLIPForZeroShot
 
 
 USAGE = "--checkpoint O --dataset D --labels NAME... [options]"
@@ -74,7 +69,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import class_embeddings, resolve_templates
-    from ...evaluation.recommendation import recommend
+    from ...evaluation.recommendation import apply_method, recommend
 
     if args.labels is None and args.label_column is None:
         raise UsageError("name the labels to choose from with --labels")
@@ -103,7 +98,9 @@ def run(args: Namespace) -> None:
     if args.apply and found.calibrate_first:
         say("Not applied: it holds once the checkpoint is calibrated on these images.")
     elif args.apply:
-        places = {"checkpoint": _apply(args, model, found.method), **places}
+        folder = Path(args.checkpoint, args.subfolder or "")
+        apply_method(model, found.method, folder)
+        places = {"checkpoint": folder, **places}
     say_written(places)
     say("", *_next_lines(args, found.method, found.calibrate_first))
     if not found.candidates:
@@ -111,26 +108,6 @@ def run(args: Namespace) -> None:
             f"To know: hf-vs2 recommend --checkpoint {args.checkpoint} --dataset LABELLED --label_column label, with "
             "100 labelled images"
         )
-
-
-def _apply(args: Namespace, model: VS2CLIPForZeroShot, method: str) -> Path:
-    """The method as the checkpoint's own, with a gate only where it is calibrated for one."""
-    from ...config.sae import SAEConfig
-    from ...methods import method_named
-
-    folder = Path(args.checkpoint, args.subfolder or "")
-    described, _ = SAEConfig.get_config_dict(folder)
-    if described["model_type"] == SAEConfig.model_type:
-        model.sae.config.method = method
-        model.sae.save_pretrained(folder)
-        return folder
-    chosen, known = method_named(method), model.domain_statistics
-    gate = model.steering_settings.gate
-    if not chosen.reads_latents and (known is None or not known.distance_quantiles):
-        gate = None
-    model.set_steering(method=method, gate=gate, fvu_threshold=None)
-    model.save_pretrained(folder, full=described["holds_clip"])
-    return folder
 
 
 def _next_lines(args: Namespace, method: str, calibrate_first: bool) -> list[str]:

@@ -94,31 +94,47 @@ def _from_json(text: str, name: str) -> Names:
     return [one.strip() for one in texts if one.strip()]
 
 
-def _from_table(text: str, name: str, delimiter: str | None) -> Names:
+def read_table(path: str | os.PathLike, what: str) -> tuple[list[str], list[list[str]]]:
+    """
+    A UTF-8 table whose first line names its columns, between commas, semicolons or tabs: their names in small letters
+    with `_` for blanks, and the cells of each row that is not empty, without blanks at their ends.
+
+    Raises:
+        ValueError: it is no table. OSError: it can't be read.
+    """
+    name = f"{what} {os.fspath(path)}"
+    text = _utf8(Path(path).expanduser().read_bytes(), name)
+    return _table(text, name, "\t" if Path(path).suffix.lower() == ".tsv" else None)[:2]
+
+
+def _table(text: str, name: str, delimiter: str | None) -> tuple[list[str], list[list[str]], str]:
+    """The header as columns are found by, the rows, and the first line as it is."""
     first = text.lstrip("\n\r").partition("\n")[0]
     try:
         table = list(csv.reader(io.StringIO(text), delimiter=delimiter or max(",;\t", key=first.count)))
     except csv.Error as error:
         raise ValueError(f"{name} is not a table: {error}.") from error
     rows = [[cell.strip() for cell in row] for row in table if any(cell.strip() for cell in row)]
-    header = [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else []
+    return [cell.lower().replace(" ", "_") for cell in rows[0]] if rows else [], rows[1:], first.strip()
+
+
+def _from_table(text: str, name: str, delimiter: str | None) -> Names:
+    header, rows, first = _table(text, name, delimiter)
     columns = [header.index(word) for word in _TEXT_HEADERS if word in header]
     if not columns:
         raise ValueError(
-            f"{name} must name its columns in the first line, one of them 'name'; that line is {first.strip()!r}. A "
+            f"{name} must name its columns in the first line, one of them 'name'; that line is {first!r}. A "
             "list without such a line belongs into a .txt file."
         )
-    in_words = [
-        column for column in columns if not all("".join(row[column : column + 1]).isdecimal() for row in rows[1:])
-    ]
+    in_words = [column for column in columns if not all("".join(row[column : column + 1]).isdecimal() for row in rows)]
     column = (in_words or columns)[0]
     wrong = next((number for number, row in enumerate(rows) if len(row) != len(header) or not row[column]), None)
     if wrong is not None:
         raise ValueError(
-            f"{name}: row {wrong} is {rows[wrong]}, and the columns are {rows[0]}: give each row a text, in quotes if "
-            "it has commas."
+            f"{name}: row {wrong + 1} is {rows[wrong]}, and the columns are {header}: give each row a text, in quotes "
+            "if it has commas."
         )
-    texts = [row[column] for row in rows[1:]]
+    texts = [row[column] for row in rows]
     keys = [place for place, word in enumerate(header) if place != column and word in _KEY_HEADERS]
-    found = {row[keys[0]]: one for row, one in zip(rows[1:], texts, strict=True)} if keys else {}
+    found = {row[keys[0]]: one for row, one in zip(rows, texts, strict=True)} if keys else {}
     return found if len(found) == len(texts) else texts

@@ -1,0 +1,163 @@
+"""`hf-vs2 adapt`, from a folder of images to a checkpoint and a report, on the demo's CLIP and handwriting."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_vs2
+from hf_vs2.adaptation import run
+from hf_vs2.adaptation.answers import confidence
+from hf_vs2.adaptation.checked import checked_labels
+from hf_vs2.adaptation.plan import sae_plan, trust
+from hf_vs2.cli import main
+from hf_vs2.demo.data import DIGIT_NAMES, load_handwriting
+
+
+pytest.importorskip("sklearn")
+
+CLIP = Path(hf_vs2.__file__).parent / "demo_assets"
+HOSTILE = "<script>alert(1)<|script>.png"  # a file name can't have the slash
+LABELS = [*DIGIT_NAMES[:9], 'nine" onerror=alert(1) <b>']
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """What is trained is not looked at here."""
+    monkeypatch.setattr("hf_vs2.training.arguments.SAETrainingArguments.num_steps", lambda *_: 20)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder of 90 handwritten digits, one of them with a hostile name, and the label of each file."""
+    folder, truth = tmp_path_factory.mktemp("adapt") / "digits", {}
+    folder.mkdir()
+    for number, one in enumerate(load_handwriting().select(range(90))):
+        name = HOSTILE if number == 0 else f"{number:03d}.png"
+        one["image"].save(folder / name, "PNG")
+        truth[name] = LABELS[one["label"]]
+    return folder, truth
+
+
+def adapt(folder, output, *more):
+    given = ["--model", CLIP, "--dataset", folder, "--labels", *LABELS, "--output_dir", output, "--disable_tqdm"]
+    return main(["adapt", *map(str, [*given, *more])])
+
+
+def test_from_a_folder_to_a_checkpoint_that_labels_decide_on(digits, tmp_path, monkeypatch, capsys):
+    """The whole way: an interrupted run resumes, the report is whole, offline and escaped, the checkpoint answers as the report says, a
+    second run repeats nothing, and labels that were filled in decide and are never written over."""
+    (folder, truth), output = digits, tmp_path / "adapted"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_page", interrupted)
+        assert adapt(folder, output) == 130
+    weights = (output / "model.safetensors").stat().st_ino
+    assert not (output / "report.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read again"))
+        patch.setattr("hf_vs2.training.trainer.SAETrainer._optimize", lambda *_: pytest.fail("trained again"))
+        capsys.readouterr()
+        assert adapt(folder, output) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert report["chosen"]["label"] in shown and "Not known" in shown
+    assert f"--output_dir {output} --disable_tqdm --checked {output}/to_label.csv" in shown
+
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script|http:|https:|onerror=alert\(1\) <b>|src=\"(?!data:)", page)
+    assert "nine&quot; onerror=alert(1) &lt;b&gt;" in page
+
+    classifier = hf_vs2.zero_shot_classifier(str(output))
+    files = sorted(path for path in folder.iterdir())
+    found = classifier([str(path) for path in files], LABELS, templates="single", top_k=1, return_details=True)
+    changed = {path.name for path, one in zip(files, found, strict=True) if one["predictions"] != one["plain"]}
+    different = [one["predictions"][0]["label"] != one["plain"][0]["label"] for one in found]
+    assert report["changes"]["number"] == sum(different) <= len(changed)
+    sure = sum(one["plain"][0]["score"] for one in found) / len(found)
+    assert report["calibration"]["plain"]["mean_confidence"] == pytest.approx(sure, abs=1e-4)
+
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "recommend", lambda *_, **__: pytest.fail("chosen again"))
+        pipeline = hf_vs2.adapt(CLIP, folder, LABELS, output, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*.*")} == before
+    assert pipeline(str(files[3]))[0]["label"] == found[3]["predictions"][0]["label"]
+
+    rows = list(csv.DictReader((output / "to_label.csv").open(encoding="utf-8")))
+    assert {row["file"] for row in rows} == set(truth) and not any(row["label"] for row in rows)
+    filled = output / "to_label.csv"
+    with filled.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(row | {"label": truth[row["file"]].upper()} for row in rows[:60])
+    kept = filled.read_bytes()
+    assert adapt(folder, output, "--checked", filled) == 0
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert report["chosen"]["decided_by"] == "checked labels" and report["checked"]["n"] == 60
+    plain = {path.name: one["plain"][0]["label"] for path, one in zip(files, found, strict=True)}
+    right = sum(plain[row["file"]] == truth[row["file"]] for row in rows[:60]) / 60
+    assert report["calibration"]["plain"]["checked"]["accuracy"] == pytest.approx(right)
+    assert report["checked"]["methods"][0]["top1"] == pytest.approx(100 * right)
+    assert filled.read_bytes() == kept
+    assert (output / "model.safetensors").stat().st_ino != weights or report["chosen"]["method"] == "none"
+
+
+def test_five_images_keep_plain_clip(digits, tmp_path):
+    """Nothing can be learned of five images: the answers are plain CLIP's, bit for bit, and the report says why."""
+    files = sorted(digits[0].iterdir())[:5]
+    pipeline = hf_vs2.adapt(CLIP, list(map(str, files)), LABELS, tmp_path / "few", progress=False)
+    report = json.loads((tmp_path / "few" / "report.json").read_text(encoding="utf-8"))
+    assert report["chosen"]["method"] == "none" and "too few" in report["sae"]["why"]
+    plain = hf_vs2.zero_shot_classifier(CLIP)
+    assert pipeline(str(files[0])) == plain(str(files[0]), LABELS, templates="single")
+    with pytest.raises(ValueError, match="another training"):
+        hf_vs2.adapt(CLIP, digits[0], LABELS, tmp_path / "few", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\nb.png,dog\n", "names 'b.png', which is none of these 2 images"),
+        ("file,label\na.png,dig\n", "the label 'dig', which is none of those to choose from: cat, dog"),
+        ("file,label\na.png,\n", "has no label yet"),
+        ("name;label\na.png;dog\n", "has no column 'file'"),
+        ("", "has no column 'file'"),
+    ],
+)
+def test_a_table_of_labels_that_does_not_fit_is_named(text, message, tmp_path):
+    """A label that was not understood would count as a wrong answer of every method."""
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checked_labels(path, ["a.png", "c.png"], ["cat", "dog"])
+
+
+def test_a_table_of_labels_as_spreadsheets_write_it(tmp_path):
+    """Excel writes semicolons and a byte order mark, and people capital letters and rows in any order."""
+    path = tmp_path / "labels.csv"
+    path.write_bytes("\ufefflabel;File;note\r\n Dog ;c.png;\r\n\r\n;a.png;blurred\r\n".encode())
+    assert checked_labels(path, ["a.png", "c.png"], ["cat", "dog"]).tolist() == [-1, 1]
+
+
+def test_the_size_of_the_sae_and_when_it_counts():
+    """The rule that the docs state: a user who counts on it plans how many images to gather by it."""
+    assert sae_plan(5, 768).max_steps == 1
+    assert [sae_plan(n, 768).max_steps for n in (20, 120, 499, 500)] == [100, 360, 1497, None]
+    assert [sae_plan(n, 768).expansion_factor for n in (20, 999, 1000, 5000)] == [1, 1, 2, 4]
+    assert (sae_plan(5000, 768).top_k, sae_plan(5000, 8).top_k) == (64, 1)
+    assert [trust(1000, {"fvu": fvu, "held_out_rows": 200})[0] for fvu in (0.5, 0.51)] == [True, False]
+    assert "no better than the mean" in trust(120, {"fvu": 1.15, "held_out_rows": 24})[1]
+
+
+def test_calibration_error():
+    """By hand: in the tenth from 0.9, three images at 0.95 of which two are right; at 0.5, one that is right."""
+    found = confidence(torch.tensor([0.95, 0.95, 0.95, 0.5]), torch.tensor([True, True, False, True]))
+    assert found["ece"] == pytest.approx((abs(2.85 - 2) + 0.5) / 4) and found["accuracy"] == 0.75
+    assert found["shares"][9] == 0.75 and found["shares"][5] == 0.25
