@@ -662,7 +662,7 @@ def test_mistakes_in_a_config_file_are_named(text, expected, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "name a command: demo, extract"),
+        ([], "name a command: demo, adapt, extract"),
         (["trian"], "there is no command 'trian'; did you mean train?"),
         (["--verbose"], "unknown argument --verbose"),
         (["train"], "required: --output_dir"),
