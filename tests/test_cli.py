@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from argparse import Namespace
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +26,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, VS2CLIPForZeroShot, __version__
 from hf_vs2.cli import COMMANDS, main
 from hf_vs2.cli.answers import Table
-from hf_vs2.cli.commands.recommend import _next_lines
 from hf_vs2.cli.parsing import Parser, dataclass_from
 from hf_vs2.data import images as data_images
 from hf_vs2.data import load_images
@@ -371,7 +369,7 @@ def test_classify_by_other_methods(checkpoint, images_path, tmp_path, capsys):
 
 
 def test_recommend_says_what_to_run(checkpoint, images_path, tmp_path, capsys):
-    """A recommendation must be one that can be followed: the commands that it names are run here."""
+    """It is told with its evidence, of labelled images too, and the file holds the same."""
     target = tmp_path / "advice.json"
     given = with_checkpoint("recommend", checkpoint, images_path)
     assert "--labels" in complaint(capsys, *given)
@@ -380,15 +378,27 @@ def test_recommend_says_what_to_run(checkpoint, images_path, tmp_path, capsys):
     assert out.startswith("Recommended: ") and str(target) in out and advice["candidates"] == []
     with_labels = run(capsys, *given, "--label_column", "label")
     assert "On 24 labelled images:" in with_labels and "| balanced_prototypes |" in with_labels
-    # And for images that are not the checkpoint's, from another column.
-    shutil.copytree(checkpoint, tmp_path / "sae")
-    args = Namespace(checkpoint=f"{tmp_path / 'sae'}/", dataset=str(images_path), split="test", image_column="image")
-    foreign = _next_lines(args, "balanced_prototypes", True)
-    assert len(foreign) == 2 and _next_lines(args, "none", True) == _next_lines(args, "none", False)
-    for line in (line for line in [*out.splitlines(), *foreign] if line.startswith(("First: ", "Next: "))):
-        words = line.partition(": ")[2].replace("IMAGE", str(images_path / "test" / "red" / "00.png"))
-        command = words.replace("--labels ...", "--labels " + " ".join(COLOURS)).split()
-        run(capsys, *command[1:])
+
+
+@pytest.mark.parametrize("kind", ["plain", "classes"])
+def test_the_next_line_works_when_it_is_pasted(kind, clip_path, images_path, tmp_path, capsys):
+    """From a folder of images, with a blank in its name, each command leads to one that works as it stands."""
+    folder, sae = tmp_path / "my images", tmp_path / "sae"
+    shutil.copytree(images_path / "test", folder)
+    if kind == "plain":
+        for file in list(folder.glob("*/*.png")):
+            file.rename(folder / f"{file.parent.name}_{file.name}")
+    out = run(capsys, "train", "--model", clip_path, "--dataset", folder, "--output_dir", sae, *TRAIN)
+    followed = ["train"]
+    labels = ["--labels", *COLOURS] if kind == "plain" else ["--label_column", "label"]
+    while lines := [line for line in out.splitlines() if line.startswith(("First: hf-vs2 ", "Next: hf-vs2 "))]:
+        outs = [run(capsys, *shlex.split(line.partition("hf-vs2 ")[2])) for line in lines]
+        followed += [shlex.split(line)[2] for line in lines]
+        out = outs[-1]
+        if followed[-1] == "atlas":
+            given = ["--checkpoint", sae, "--dataset", folder, *labels, "--disable_tqdm"]
+            out = run(capsys, "recommend", *given)
+    assert followed[-1] == "classify" and followed[1] == ("atlas" if kind == "plain" else "recommend")
 
 
 @pytest.mark.parametrize("kind", ["sae", "light", "full"])
@@ -805,9 +815,10 @@ def test_missing_extra_is_named(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys, monkeypatch):
-    """Each flag has a help text that fits the screen, and each example is a command line that is understood."""
+    """Each flag has a help text that fits a terminal of 80 columns, and each example is a command line that is understood."""
+    monkeypatch.setenv("COLUMNS", "80")
     out = run(capsys, command, "--help")
-    assert out.startswith(f"usage: hf-vs2 {command} ") and all(len(line) <= 132 for line in out.splitlines())
+    assert out.startswith(f"usage: hf-vs2 {command} ") and all(len(line) <= 80 for line in out.splitlines())
     parser = parser_of(command)
     assert all(action.help for action in parser.flags.values())
     monkeypatch.chdir(REPOSITORY)
@@ -818,7 +829,8 @@ def test_every_command_explains_itself(command, capsys, monkeypatch):
 
 
 def test_help_and_version_of_the_program(capsys):
-    assert all(f"  {command} " in run(capsys, "--help") for command in COMMANDS)
+    out = run(capsys, "--help")
+    assert all(f"  {command} " in out for command in COMMANDS) and all(len(line) <= 80 for line in out.splitlines())
     assert run(capsys, "--version") == f"hf_vs2 {__version__}\n"
 
 

@@ -1,7 +1,8 @@
 """The command line `hf-vs2`: thin doors to the public functions.
 
 A command is a module of this package with `USAGE`, `DESCRIPTION` and `EXAMPLES` (text for its help),
-`add_flags(parser)`, `run(args)` and, if an interruption leaves something worth keeping, `kept(args)` that says what.
+`add_flags(parser)`, `run(args)` and, if the same command continues after an interruption, `keeps(args)`: where what is
+finished so far is kept.
 Enter it in `COMMANDS`. Modules import what is heavy inside `run`: help and mistakes in the command line need no torch.
 """
 
@@ -23,17 +24,17 @@ from .parsing import Parser, UsageError, nearest
 
 COMMANDS = {
     "demo": "the whole way on bundled material, offline, in about a minute",
-    "adapt": "images and labels in, a better (or honestly unchanged) classifier and a report out",
+    "adapt": "a better (or honestly unchanged) classifier from images and labels",
     "extract": "CLS activations of a set of images, cached on disk",
-    "train": "a sparse autoencoder from unlabelled images: extract, train, calibrate",
+    "train": "a sparse autoencoder from unlabelled images, calibrated",
     "calibrate": "measure the gate's thresholds again, on fresh unlabelled images",
     "evaluate": "compare plain CLIP, the controls and VS2 on labelled images",
     "recommend": "which method to use for your images and labels, and why",
     "atlas": "a folder of web pages to browse the latents in, offline",
     "study": "the paper's study, or one of yours, from one file",
     "classify": "label images with a steered CLIP, beside plain CLIP's answer",
-    "convert": "an SAE of sparsify, SAELens or ViT-Prisma to one of ours, or ours to theirs",
-    "explain": "which latents moved which score of an image, as a table and a picture",
+    "convert": "an SAE of sparsify, SAELens or ViT-Prisma to ours, or back",
+    "explain": "which latents moved which score of an image: table and picture",
     "push": "a checkpoint to the Hub, with a model card",
 }
 
@@ -115,13 +116,13 @@ def _run(command: Any, args: Namespace) -> None:
     from transformers.utils import logging
 
     from ..clip import auto_classes  # noqa: F401  `import hf_vs2` has left it to us
+    from ..files.progress import without_loading_bars
 
-    # Loading a model of one file takes a moment; bars for it are noise between the ones that matter.
-    logging.disable_progress_bar()
     logging.reset_format()  # our messages are not transformers'
     if _rank() != 0:
         logging.set_verbosity_error()
-    command.run(args)
+    with without_loading_bars():
+        command.run(args)
 
 
 def _is_expected(error: Exception) -> bool:
@@ -136,7 +137,10 @@ def _is_expected(error: Exception) -> bool:
 
 def _kept(command: Any, args: Namespace | None) -> str:
     """What an interruption leaves."""
-    return command.kept(args) if args is not None and hasattr(command, "kept") else ""
+    place = command.keeps(args) if args is not None and hasattr(command, "keeps") else None
+    return (
+        "" if place is None else f"What is finished so far is kept in {place}: run the same command again to continue."
+    )
 
 
 def _message(error: Exception) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..clip.modeling import VS2CLIPForZeroShot
     from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
+    from ..config.sae import SAEConfig
     from ..data.activations import ActivationStore
     from ..data.labels.lists import Names
 
@@ -49,6 +50,20 @@ def say_json(value: Any) -> None:
 def say_written(places: Mapping[str, Any]) -> None:
     """Print what was written, and where."""
     say("", "Written:", *(f"  {what:<15} {place}" for what, place in places.items()))
+
+
+def sae_lines(where: str, config: SAEConfig, metrics: Mapping[str, float]) -> list[str]:
+    """How well an SAE does on some rows, and the gate that it got there."""
+    worse = ["That is worse than the mean: train on more images."] if metrics["fvu"] > 1 else []
+    lines = [
+        f"{where}: FVU {metrics['fvu']:.4f} (0: nothing is missed, 1: no better than the mean).",
+        *worse,
+        f"An image has {metrics['l0']:.1f} active latents (L0).",
+    ]
+    if config.gate is None:
+        return [*lines, "Default gate: none."]
+    threshold = config.fvu_threshold(config.gate)
+    return [*lines, f"Default gate: images of FVU up to {threshold:.4f} (quantile {config.gate}) are steered."]
 
 
 # Flags
@@ -243,6 +258,17 @@ def extract(
         dataset_id=args.dataset,
         **options,
     )
+
+
+def open_rows(
+    args: argparse.Namespace, model: VS2CLIPForZeroShot, image_processor: Any, *, named: bool = False, **options: Any
+) -> tuple[Any, Names | None, ActivationStore]:
+    """The data set of the flags, the labels that they give for it (with `named`, it must have some), and its rows, in
+    the cache of [`activations_beside`] from then on."""
+    dataset = open_dataset(args)
+    labels = labels_from(args, dataset, required=named) if hasattr(args, "labels") else None
+    options = {"label_column": getattr(args, "label_column", None), "image_processor": image_processor} | options
+    return dataset, labels, extract(args, model.clip, dataset, activations_beside(args), **options)
 
 
 def check_places(parser: Parser, args: argparse.Namespace) -> None:

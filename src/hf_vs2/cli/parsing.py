@@ -30,18 +30,16 @@ class Parser(argparse.ArgumentParser):
     """
     An argument parser whose errors are [`UsageError`]s, and whose flags can also come from a YAML file (`--config`).
 
-    Flags are never abbreviated, and `--learning-rate` means `--learning_rate`. The first paragraph of the description
-    is wrapped to the terminal, the epilog is shown as it is.
+    Flags are never abbreviated, and `--learning-rate` means `--learning_rate`. The help fits the terminal: prose is
+    wrapped, and indented lines, which are commands, are continued after a backslash.
     """
 
     def __init__(self, prog: str, usage: str, description: str, epilog: str = ""):
-        first, *others = description.split("\n\n")
-        description = "\n\n".join([textwrap.fill(" ".join(first.split()), _width()), *others])
         super().__init__(
             prog,
-            f"{prog} {usage}",
-            description,
-            epilog,
+            textwrap.fill(f"{prog} {usage}", _width() - len("usage: "), subsequent_indent=" " * 7),
+            _laid_out(description),
+            _laid_out(epilog),
             formatter_class=_Formatter,
             add_help=False,
             allow_abbrev=False,
@@ -155,14 +153,41 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Room for long flag names, and lines that can be read on a wide terminal."""
+    """Lines that can be read on a wide terminal."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=38, width=_width())
+        super().__init__(prog, max_help_position=28, width=_width())
 
 
 def _width() -> int:
-    return min(shutil.get_terminal_size().columns, 130) - 2
+    return min(shutil.get_terminal_size().columns, 100) - 2
+
+
+def _laid_out(text: str) -> str:
+    """Paragraphs and indented lines wrapped to the terminal."""
+    lines: list[str] = []
+    for paragraph in text.replace("\\\n", " ").split("\n\n"):
+        prose: list[str] = []
+        for line in [*paragraph.splitlines(), "  "]:
+            if not line.startswith("  "):
+                prose.append(line)
+                continue
+            lines += textwrap.wrap(" ".join(prose), _width(), break_on_hyphens=False)
+            lines += _command_lines(line)
+            prose = []
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _command_lines(line: str) -> list[str]:
+    """A command, or another indented line, on as many lines as it takes, broken before its flags."""
+    lines: list[str] = []
+    for piece in re.split(r"\s+(?=--|-m )", line.rstrip()):
+        if lines and len(lines[-1]) + len(piece) + len("  \\") <= _width():
+            lines[-1] += f" {piece}"
+        elif piece:
+            lines.append(f"      {piece}" if lines else piece)
+    return [f"{part} \\" for part in lines[:-1]] + lines[-1:]
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -22,6 +22,7 @@ from ..encoders.base_model import loaded_revision
 from ..encoders.processing import save_processing
 from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
+from ..files.progress import without_loading_bars
 from ..files.sharing.hub import HubMixin
 from ..methods import method_named
 from ..sae.modeling import SAEModel
@@ -128,6 +129,7 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         self.training = clip.training  # `self.train(...)` would set the mode of each part of the CLIP
 
     @classmethod
+    @without_loading_bars()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,

@@ -79,6 +79,31 @@ def load_images(
         ValueError: the split or column does not exist (the message lists those that do), nothing readable is there, or
             it is not clear what belongs to which split.
     """
+    splits = open_splits(
+        source,
+        image_column=image_column,
+        label_column=label_column,
+        config_name=config_name,
+        revision=revision,
+        streaming=streaming,
+        on_error=on_error,
+        class_words=class_words,
+    )
+    return undecoded(_select_split(splits, split, source), image_column)
+
+
+def open_splits(
+    source: str | os.PathLike,
+    *,
+    image_column: str,
+    label_column: str | None,
+    config_name: str | None,
+    revision: str | None,
+    streaming: bool,
+    on_error: str,
+    class_words: bool = True,
+) -> dict[str, Any]:
+    """All splits of [`load_images`] by name, images decoded as `datasets` does it."""
     path = Path(source).expanduser()
     if path.exists():
         if revision is not None:
@@ -94,7 +119,7 @@ def load_images(
         splits = load_dataset(os.fspath(source), name=config_name, revision=revision, streaming=streaming)
         if not streaming:
             splits = number_labels(splits, label_column or "label")
-    return undecoded(_select_split(splits, split, source), image_column)
+    return splits
 
 
 def undecoded(dataset: Any, image_column: str) -> Any:

@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, log
 
 from ..config.checks import OF_OTHERS, CheckpointConfig, check_clip_config, refuse_requests
 from ..files.place import at_one_commit, commit_note, look_for, note_commit, one_dtype, refuse_variant
+from ..files.progress import without_loading_bars
 from ..files.weight_files import LARGEST, check_numbers, find_files, in_one_message, opened, unpickled
 from ..files.weight_state import weights_version
 from .families import refuse_family
@@ -170,7 +171,8 @@ def _load(
     asked = {"config": config, "use_safetensors": is_safe, "output_loading_info": True, **options}
     folder = os.path.dirname(files[0])
     try:
-        model, loading = model_class.from_pretrained(folder, **asked)
+        with without_loading_bars():
+            model, loading = model_class.from_pretrained(folder, **asked)
     except RuntimeError as error:  # "size mismatch", which names no weight
         misfit = _misfit(model_class, config, shapes, name_or_path)
         if misfit is None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..training.domain import SKETCH_ROWS, measure_statistics
 from .evidence import Evidence, Shift, decide, embeds_of, gather_evidence, inside, shift_of
 from .inputs import are_stored, check_replayable, named_labels, replayable_rows
 from .metrics import Gain
+from .table import WIDTH
 
 
 LEAST_LABELS = 10
@@ -76,13 +78,13 @@ class Recommendation:
 
     def __str__(self) -> str:
         name = _name(self.method) if self.candidates else f"{_name(self.method)}; {TO_KNOW}"
-        lines = [f"Recommended: {name}", *(f"- {reason}" for reason in self.reasons)]
+        lines = [f"Recommended: {name}"]
+        for reason in self.reasons:
+            lines += wrap(f"- {reason}", WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
         lines += ["", "Evidence, without labels:"] if self.evidence else []
-        lines += [
-            f"  {evidence_text(name, self.evidence[name]):>8}  {what}"
-            for name, what in SHOWN_EVIDENCE.items()
-            if name in self.evidence
-        ]
+        for name in (name for name in SHOWN_EVIDENCE if name in self.evidence):
+            line = f"  {evidence_text(name, self.evidence[name]):>8}  {SHOWN_EVIDENCE[name]}"
+            lines += wrap(line, WIDTH, subsequent_indent=" " * 12, break_on_hyphens=False)
         if self.candidates:
             lines += ["", *_table(self.candidates)]
         return "\n".join(lines)

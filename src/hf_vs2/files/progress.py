@@ -1,9 +1,13 @@
-"""The one progress bar of all long work."""
+"""The one progress bar of all long work, and silence of those that tell nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers.utils import logging
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool, **options: Any) -> Any:
@@ -21,4 +25,18 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool, **option
     return tqdm(iterable, disable=None if shown else True, dynamic_ncols=True, **options)
 
 
-__all__ = ["progress_bar"]
+@contextlib.contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """transformers shows no bars for the tensors that it reads or writes, which take a moment. Those of downloads stay."""
+    were_shown, downloads_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+
+
+__all__ = ["progress_bar", "without_loading_bars"]

@@ -20,6 +20,7 @@ from ..config.sae import SAEConfig
 from ..files.foreign import prisma, sae_lens, sparsify
 from ..files.foreign.parts import Converted
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype, refuse_variant
+from ..files.progress import without_loading_bars
 from ..files.sharing.hub import HubMixin
 from ..files.weight_files import WeightFiles
 from ..functional.equations import fvu_per_sample, top_k
@@ -97,6 +98,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         self.post_init()
 
     @classmethod
+    @without_loading_bars()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,

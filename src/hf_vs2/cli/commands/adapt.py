@@ -128,5 +128,5 @@ def _again(argv: list[str]) -> str:
     return shlex.join(words)
 
 
-def kept(args: Namespace) -> str:
-    return f"What is finished is kept in {args.output_dir}: run the same command again to continue."
+def keeps(args: Namespace) -> Path:
+    return args.output_dir

@@ -81,6 +81,9 @@ def add_flags(parser: Parser) -> None:
     add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
 
 
+keeps = activations_beside
+
+
 def run(args: Namespace) -> None:
     from ...atlas import build_atlas
     from ...atlas.writing import check_output
@@ -153,10 +156,3 @@ def _beside(args: Namespace, name: str) -> Path | None:
 def _dataset_name(args: Namespace) -> str:
     name = Path(args.dataset).name if Path(args.dataset).exists() else args.dataset
     return " ".join(part for part in (name, args.split) if part)
-
-
-def kept(args: Namespace) -> str:
-    return (
-        f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to "
-        "continue."
-    )

@@ -13,10 +13,10 @@ from ..common import (
     add_extraction_flags,
     add_progress_flag,
     checkpoint_place,
-    extract,
     join_processes,
     load_steered_clip,
-    open_dataset,
+    open_rows,
+    sae_lines,
     say,
     say_written,
 )
@@ -57,6 +57,9 @@ def add_flags(parser: Parser) -> None:
     add_progress_flag(parser)
 
 
+keeps = activations_beside
+
+
 def run(args: Namespace) -> None:
     from ...config.sae import SAEConfig
     from ...training.calibration import calibrate, gate_within, split_rows
@@ -73,9 +76,7 @@ def run(args: Namespace) -> None:
         raise UsageError(f"{args.checkpoint} holds {len(model.saes)} SAEs: calibrate each one's own checkpoint")
     sae = model.sae
     layers = [int(layer) for layer in model.saes]
-    store = extract(
-        args, model.clip, open_dataset(args), activations_beside(args), layers=layers, image_processor=image_processor
-    )
+    _, _, store = open_rows(args, model, image_processor, layers=layers)
     trained_on = sae.config.training_data or {}
     parts = trained_on.get("parts") or [trained_on]  # of a union of data sets
     if store.metadata["dataset"]["fingerprint"] in [part.get("fingerprint") for part in parts]:
@@ -101,12 +102,7 @@ def run(args: Namespace) -> None:
             model.set_steering(gate=gate_within(sae.config, model.steering_settings.gate))
         model.save_pretrained(target, full=described["holds_clip"])
     say(
-        f"On {sae.config.num_calibration_rows:,} rows: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f};"
-        f" default gate: {sae.config.gate or 'none'}.",
+        *sae_lines(f"On {sae.config.num_calibration_rows:,} rows", sae.config, metrics),
         *([] if sae.domain_statistics is None else [f"{sae.domain_statistics}."]),
     )
     say_written({"checkpoint": target, "activations": store.path})
-
-
-def kept(args: Namespace) -> str:
-    return "The checkpoint is whole, as it was or calibrated already; files of activations finished so far are kept."

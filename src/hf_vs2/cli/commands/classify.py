@@ -168,10 +168,8 @@ def _checkpoint_state(args: Namespace) -> Any:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 
-def kept(args: Namespace) -> str:
-    if not _grows(args):
-        return ""
-    return f"Answers so far are kept in {args.output}: run the same command again to continue."
+def keeps(args: Namespace) -> Path | None:
+    return args.output if _grows(args) else None
 
 
 def _image_names(given: Sequence[str], on_error: str = "raise") -> Iterator[str]:

@@ -19,6 +19,7 @@ from ..common import (
     labels_from,
     load_steered_clip,
     open_dataset,
+    open_rows,
     say,
     say_written,
     steering_from,
@@ -82,6 +83,9 @@ def add_flags(parser: Parser) -> None:
     add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
 
 
+keeps = activations_beside
+
+
 def run(args: Namespace) -> None:
     import torch
 
@@ -97,14 +101,12 @@ def run(args: Namespace) -> None:
     # One row through the tail: what cannot be replayed on cached rows is refused before hours of extraction.
     with torch.inference_mode():
         model.image_features_from_cls(torch.zeros(1, model.clip.config.vision_config.hidden_size))
-    dataset = open_dataset(args)
-    labels = labels_from(args, dataset, required=True)
     reference_args = _reference_args(args)
     reference_images = None if reference_args is None else open_dataset(reference_args)
-    cache = activations_beside(args)
-    store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
+    _, labels, store = open_rows(args, model, image_processor, named=True)
     reference = None
     if reference_args is not None:
+        cache = activations_beside(args)
         reference = extract(reference_args, model.clip, reference_images, cache, image_processor=image_processor)
     if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
@@ -158,10 +160,3 @@ def _result_path(args: Namespace) -> Path:
     if args.output is not None:
         return args.output
     return Path(args.checkpoint if Path(args.checkpoint).is_dir() else "", RESULTS_NAME)
-
-
-def kept(args: Namespace) -> str:
-    return (
-        f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to "
-        "continue."
-    )

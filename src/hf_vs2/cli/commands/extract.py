@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ..common import (
     LAYER,
@@ -73,5 +74,5 @@ def run(args: Namespace) -> None:
     say("", f'In Python: hf_vs2.ActivationStore.open("{store.path}")')
 
 
-def kept(args: Namespace) -> str:
-    return f"The files finished so far are kept in {args.output_dir}: run the same command again to continue."
+def keeps(args: Namespace) -> Any:
+    return args.output_dir

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ..common import say
 from ..parsing import Parser
@@ -56,5 +57,5 @@ def run(args: Namespace) -> None:
     say(commit.pr_url or commit.commit_url)
 
 
-def kept(args: Namespace) -> str:
-    return "Files that have arrived are not sent again by the next push."
+def keeps(args: Namespace) -> Any:
+    return args.repo_id

@@ -12,14 +12,14 @@ from ..common import (
     add_extraction_flags,
     add_label_flags,
     add_progress_flag,
-    extract,
     join_processes,
     labels_from,
     load_steered_clip,
-    open_dataset,
+    open_rows,
     say,
     say_written,
 )
+from ..next_steps import after_recommendation
 from ..parsing import Parser, UsageError
 
 
@@ -66,6 +66,9 @@ def add_flags(parser: Parser) -> None:
     add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
 
 
+keeps = activations_beside
+
+
 def run(args: Namespace) -> None:
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import class_embeddings, resolve_templates
@@ -80,9 +83,7 @@ def run(args: Namespace) -> None:
     labels_from(args)
     resolve_templates(args.templates)
     model, tokenizer, image_processor = load_steered_clip(args)
-    dataset, cache = open_dataset(args), activations_beside(args)
-    labels = labels_from(args, dataset, required=True)
-    store = extract(args, model.clip, dataset, cache, label_column=args.label_column, image_processor=image_processor)
+    _, labels, store = open_rows(args, model, image_processor, named=True)
     if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     names = store.class_names if labels is None else labels
@@ -102,26 +103,6 @@ def run(args: Namespace) -> None:
         apply_method(model, found.method, folder)
         places = {"checkpoint": folder, **places}
     say_written(places)
-    say("", *_next_lines(args, found.method, found.calibrate_first))
+    say("", *after_recommendation(args, found.method, found.calibrate_first, names_in(names)))
     if not found.candidates:
-        say(
-            f"To know: hf-vs2 recommend --checkpoint {args.checkpoint} --dataset LABELLED --label_column label, with "
-            "100 labelled images"
-        )
-
-
-def _next_lines(args: Namespace, method: str, calibrate_first: bool) -> list[str]:
-    checkpoint, lines = args.checkpoint, []
-    if calibrate_first and method != "none":
-        checkpoint = f"{checkpoint.rstrip('/')}-calibrated"
-        data = f"--dataset {args.dataset}" + (f" --split {args.split}" if args.split else "")
-        data += f" --image_column {args.image_column}" if args.image_column != "image" else ""
-        lines.append(f"First: hf-vs2 calibrate --checkpoint {args.checkpoint} {data} --output_dir {checkpoint}")
-    return [*lines, f"Next: hf-vs2 classify IMAGE --checkpoint {checkpoint} --method {method} --labels ..."]
-
-
-def kept(args: Namespace) -> str:
-    return (
-        f"Files of activations finished so far are kept in {activations_beside(args)}: run the same command again to "
-        "continue."
-    )
+        say("To know: label 100 of the images, and run this again with --dataset and --label_column for them.")

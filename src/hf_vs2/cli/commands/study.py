@@ -71,5 +71,5 @@ def run(args: Namespace) -> None:
     say_written(places)
 
 
-def kept(args: Namespace) -> str:
-    return "Every cell measured so far is kept: run the same command again to continue."
+def keeps(args: Namespace) -> Any:
+    return args.output_dir or "the folder of the study"

@@ -18,9 +18,11 @@ from ..common import (
     join_processes,
     local_or_id,
     open_dataset,
+    sae_lines,
     say,
     say_written,
 )
+from ..next_steps import after_training
 from ..parsing import Parser, UsageError, dataclass_from
 from ..places import check_writable
 
@@ -195,17 +197,12 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
 
     output = trainer.args.output_path
     config = trainer.model.config
-    lines = [
+    say(
         f"{metrics['steps']} steps on {metrics['train_rows']:,} rows in {metrics['seconds']:.1f} s:"
-        f" {config.num_latents} latents, {metrics['dead_share']:.1%} of them dead."
-    ]
+        f" {config.num_latents:,} latents, {metrics['dead_share']:.1%} of them dead."
+    )
     if metrics["held_out_rows"]:
-        gate = "none" if config.gate is None else f"{config.gate}, FVU {config.fvu_threshold(config.gate):.4f}"
-        lines.append(
-            f"On {metrics['held_out_rows']:,} rows held out: FVU {metrics['fvu']:.4f}, L0 {metrics['l0']:.1f}; "
-            f"default gate: {gate}."
-        )
-    say(*lines)
+        say(*sae_lines(f"On {metrics['held_out_rows']:,} rows held out", config, metrics))
     say_written(
         {
             "SAE checkpoint": output,
@@ -214,13 +211,11 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
         }
     )
     if config.layer != stores[0].metadata["num_layers"] - 1:
-        return  # `evaluate` replays the last layer only
-    columns = f"--image_column {args.image_column} --label_column {args.label_column or 'label'}"
-    say("", f"Next: hf-vs2 evaluate --checkpoint {output} --dataset {args.dataset or 'D'} --split test {columns}")
+        return  # commands that compare and show replay the last layer only
+    following = after_training(args, output)
+    if following is not None:
+        say("", f"Next: {following}")
 
 
-def kept(args: Namespace) -> str:
-    return (
-        "Files of activations and training checkpoints finished so far are kept: run the same command again to "
-        "continue."
-    )
+def keeps(args: Namespace) -> Any:
+    return args.output_dir

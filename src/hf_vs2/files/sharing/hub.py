@@ -16,6 +16,7 @@ from ..atomic import failing_as, replace_files
 from ..checkpoint_folder import TENSOR_FILES, VS2_TYPE, CheckpointFolder
 from ..digests import digests_in
 from ..place import refuse_variant
+from ..progress import without_loading_bars
 from ..weight_files import check_numbers
 
 
@@ -112,6 +113,7 @@ class HubMixin(PackagedCode):
     overwrites the card on the Hub.) Put it before `PreTrainedModel` among the bases.
     """
 
+    @without_loading_bars()
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
