@@ -321,12 +321,30 @@ def test_inner_layer_gated_out_is_plain_clip(tiny_clip):
         assert torch.equal(model(**inputs).logits_per_image, tiny_clip(**inputs).logits_per_image)
 
 
-def test_inner_layers_refuse_what_they_cannot_give(tiny_clip):
-    """Hidden states that silently miss the steering would be worse than none."""
+@pytest.mark.parametrize("asked", [True, 1, [0, LAST + 1]])
+def test_hidden_states_and_attentions_of_a_model_with_inner_layers(tiny_clip, asked):
+    """They are those of the steered tower; with steering that moves nothing CLIP's own, bit for bit. (An int or a list of
+    them keeps these states alone, as in newer transformers.)"""
+    tiny_clip.set_attn_implementation("eager")
+    inputs, flags = make_inputs(), {"output_hidden_states": asked, "output_attentions": True}
     model = VS2CLIPForZeroShot(tiny_clip, fitted_sae(layer=1))
-    for name in ("output_hidden_states", "output_attentions"):
-        with pytest.raises(ValueError, match=f"{name}=True is supported when only the last layer is steered"):
-            model(**make_inputs(), **{name: True})
+    with torch.no_grad():
+        steered = model(**inputs, **flags).vision_model_output
+        with model.steering(fvu_threshold=0.0):
+            held = model(**inputs, **flags).vision_model_output
+        plain = tiny_clip(**inputs, output_hidden_states=True, output_attentions=True).vision_model_output
+    assert len(held.hidden_states) == len(plain.hidden_states) and len(held.attentions) == len(plain.attentions)
+    chosen = range(LAST + 2) if asked is True else [asked] if isinstance(asked, int) else asked
+    for place, (found, moved, expected) in enumerate(
+        zip(held.hidden_states, steered.hidden_states, plain.hidden_states, strict=True)
+    ):
+        if place not in chosen:
+            assert found is None
+            continue
+        assert torch.equal(found, expected)
+        assert torch.equal(moved, expected) == (place < 2), "the row is steered in what layer 1 gives"
+    for found, expected in zip(held.attentions, plain.attentions, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("layer", [1, LAST])
@@ -880,7 +898,7 @@ def test_an_sae_without_a_layer_comes_back_at_its_own(named_clip, tmp_path):
 def test_checkpoints_that_cannot_work_say_why(tiny_clip, named_clip, tmp_path):
     """Each message names what was given, what was expected and the way out."""
     with pytest.raises(ValueError, match="A light checkpoint names its CLIP.*full=True"):
-        VS2CLIPForZeroShot(tiny_clip, fitted_sae(tiny_clip)).save_pretrained(tmp_path / "nameless")
+        VS2CLIPForZeroShot(tiny_clip, fitted_sae(tiny_clip)).save_pretrained(tmp_path / "nameless", full=False)
     fitted_sae(tiny_clip).save_pretrained(tmp_path / "sae")
     with pytest.raises(ValueError, match=r"does not name the CLIP it belongs to.*clip="):
         VS2CLIPForZeroShot.from_pretrained(tmp_path / "sae")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.families import STEERABLE
 from ..encoders.loading import load_clip
+from ..encoders.wrapped import unwrapped
 from ..files.place import at_one_commit
 from .loading import find_processing
 from .modeling import VS2CLIPForZeroShot
@@ -24,7 +26,7 @@ _MODEL_OPTIONS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "
 
 
 def zero_shot_classifier(
-    model: str | os.PathLike | VS2CLIPForZeroShot | CLIPModel,
+    model: str | os.PathLike | VS2CLIPForZeroShot | CLIPModel | nn.Module,
     *,
     tokenizer: Any = None,
     image_processor: Any = None,
@@ -40,7 +42,7 @@ def zero_shot_classifier(
 
     Args:
         model: a VS2 checkpoint, an SAE checkpoint (the CLIP that it names is loaded) or a plain CLIP, by Hub id or
-            path; or a model that is already loaded.
+            path; or a model that is already loaded, also inside `torch.compile` or a peft model.
         tokenizer, image_processor (*optional*): by default those of the checkpoint, or else of the CLIP it names.
         kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `dtype`,
             `device_map`, `attn_implementation`, `use_safetensors` and `clip` go to `from_pretrained`; everything else
@@ -62,7 +64,7 @@ def zero_shot_classifier(
         if place:
             raise ValueError(f"{next(iter(place))}= is for a model given by its id; this one is already loaded.")
     if tokenizer is None or image_processor is None:
-        found = find_processing(model, source, place)
+        found = find_processing(unwrapped(model), source, place)
         tokenizer = found[0] if tokenizer is None else tokenizer
         image_processor = found[1] if image_processor is None else image_processor
     return VS2ZeroShotImageClassificationPipeline(

@@ -6,17 +6,19 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import CLIPModel, PreTrainedModel
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import check_base_model, loaded_revision, resolve_layer
-from ..encoders.loading import check_clip, load_clip, refuse_offloaded
+from ..encoders.loading import check_clip, load_clip
 from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
+from ..encoders.wrapped import is_quantised, unwrapped
 from ..files.checkpoint_folder import CORPUS_FILES, CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, refuse_variant
 from ..files.weight_files import WeightFiles, in_one_message
@@ -26,14 +28,46 @@ from ..steering.corpus import RetrievalCorpus
 
 logger = logging.get_logger(__name__)
 
+_TOWERS = ("vision_config", "text_config")
 
-def without_attention(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Loading arguments that an SAE understands: it has no attention to choose."""
-    return {name: value for name, value in kwargs.items() if name != "attn_implementation"}
+
+def options_of(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Loading arguments as one part of a checkpoint takes them, its CLIP or an SAE, which is loaded by itself: its part
+    of a `device_map` by names of modules, and what is said of the CLIP's attention.
+
+    Args:
+        part: `"clip"`, or `"saes.11"`.
+
+    Raises:
+        `ValueError`: if a `device_map` names something else than the parts of this model.
+    """
+    found = {name: value for name, value in options.items() if part == "clip" or name != "attn_implementation"}
+    attention, devices = found.get("attn_implementation"), found.get("device_map")
+    if isinstance(attention, Mapping):
+        of_all = attention.get("clip_config", {})
+        of_all = dict.fromkeys(("", "vision_config", "text_config"), of_all) if isinstance(of_all, str) else of_all
+        found["attn_implementation"] = {**of_all, **{key: attention[key] for key in _TOWERS if key in attention}}
+    if isinstance(devices, Mapping):
+        strange = [name for name in devices if name.partition(".")[0] not in ("", "clip", "saes")]
+        if strange:
+            raise ValueError(
+                f"device_map names {strange[0]!r}; the parts of a steered CLIP are 'clip' (such as "
+                "'clip.vision_model') and 'saes' (such as 'saes.11')."
+            )
+        around = {
+            name: device for name, device in devices.items() if f"{part}.".startswith(f"{name}." if name else "")
+        }
+        inside = {name: device for name, device in devices.items() if name.startswith(f"{part}.")}
+        if not around and not inside:
+            raise ValueError(f"device_map says nothing of {part!r}. Give it a device there too.")
+        whole = {"": around[max(around, key=len)]} if around else {}
+        found["device_map"] = whole | {name.removeprefix(f"{part}."): device for name, device in inside.items()}
+    return found
 
 
 def clip_of(
-    clip: CLIPModel | str | os.PathLike | None,
+    clip: nn.Module | str | os.PathLike | None,
     config: SAEConfig | VS2CLIPConfig,
     checkpoint: str | os.PathLike,
     place: dict[str, Any],
@@ -41,21 +75,20 @@ def clip_of(
 ) -> CLIPModel:
     """The CLIP given, or the one that the checkpoint's config names, at the revision it records."""
     refuse_variant(kwargs)
-    if isinstance(clip, CLIPModel):
-        return clip
+    if isinstance(clip, nn.Module):
+        return cast(CLIPModel, unwrapped(clip))
     access = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "_commit_hash")}
     name, revision = (clip, None) if clip is not None else (config.base_model_name_or_path, config.base_model_revision)
     give = "Give the CLIP itself: clip= (on the command line --clip)."
     if name is None:
         raise ValueError(f"{checkpoint} does not name the CLIP it belongs to. {give}")
     try:
-        found = load_clip(name, {**access, "revision": revision}, **kwargs)
+        found = load_clip(name, {**access, "revision": revision}, **options_of("clip", kwargs))
     except (OSError, ValueError) as error:
         if clip is not None:
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{checkpoint} names {name} as its CLIP, which can't be loaded. {error} {give}") from error
-    refuse_offloaded(found, name)
     return found
 
 
@@ -73,7 +106,7 @@ def load_saes(
         prefix = f"saes.{sae_config.layer}."
         own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         saes[sae_config.layer] = SAEModel.from_pretrained(
-            None, config=sae_config, state_dict=own, **without_attention(kwargs)
+            None, config=sae_config, state_dict=own, **options_of(prefix.rstrip("."), kwargs)
         )
     return saes
 
@@ -95,15 +128,17 @@ def load_full(
     files = WeightFiles.find(name_or_path, place)
     sizes = in_one_message(lambda: _sizes_of_clip(config, files), files.source)
     files.check(sae_tensors(config, files.source) | sizes)
+    own = dict(kwargs)
+    if isinstance(own.get("attn_implementation"), dict):
+        own["attn_implementation"] = {"clip_config": options_of("clip", own)["attn_implementation"]}
     model, loading = in_one_message(
         lambda: model_class(
-            None, config=config, state_dict=files.read(config.digests), output_loading_info=True, **kwargs
+            None, config=config, state_dict=files.read(config.digests), output_loading_info=True, **own
         ),
         files.source,
     )
     if loading["missing_keys"] or loading["unexpected_keys"]:
         raise ValueError(f"{files.source} is not what this version writes: {loading}. Save the checkpoint again.")
-    refuse_offloaded(model, name_or_path)
     check_clip(model.clip, files.source, read=False)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model
@@ -147,6 +182,21 @@ def refuse_adapters(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig) ->
             "a LoRA into the weights first (merge_and_unload() of peft), and take other wrappers off; or save the "
             "adapter by itself."
         )
+    away = next((name for name, weight in state.items() if weight.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{away} is not in memory (it is offloaded), so it can't be saved: load the model whole first."
+        )
+
+
+def refuse_quantised(state: Mapping[str, torch.Tensor]) -> None:
+    """Raises `ValueError` on weights of the CLIP that a full checkpoint can't hold."""
+    name = next((name for name, weight in state.items() if is_quantised(weight)), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} is quantised ({type(state[name]).__name__}), which a full checkpoint can't hold. Save it with "
+            "full=False, and quantise the model that is loaded again; or save it before it is quantised."
+        )
 
 
 def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: bool | None) -> bool:
@@ -156,9 +206,9 @@ def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: b
     Raises:
         `ValueError`: if it is not to hold them, and would lose them.
     """
-    if full:
-        return True
     name = config.base_model_name_or_path
+    if full or (full is None and name is None):
+        return True
     if name is None:
         raise ValueError(
             "A light checkpoint names its CLIP, but this CLIP was not loaded from a Hub id or a path. "
@@ -185,6 +235,8 @@ def _is_same(weight: torch.Tensor | None, named: torch.Tensor) -> bool:
     """Whether a weight is that of the CLIP as it lies on the disk, be it that it has been in half precision since."""
     if weight is None or weight.shape != named.shape:
         return False
+    if is_quantised(weight):  # what is left in full precision tells of a fine-tuning
+        return True
     weight = weight.detach().cpu()
     kinds = (weight.dtype, torch.bfloat16, torch.float16)
     return any(torch.equal(weight, named.to(kind).to(weight.dtype)) for kind in kinds)
@@ -259,10 +311,9 @@ def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
             )
 
 
-def saes_by_layer(clip: CLIPModel, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
+def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
     if not isinstance(clip, CLIPModel):
         raise TypeError(f"clip must be a transformers CLIPModel, not {type(clip).__name__}.")
-    refuse_offloaded(clip, clip.config._name_or_path or "The CLIP given")
     check_clip(clip)
     given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
     if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
@@ -290,9 +341,10 @@ __all__ = [
     "load_corpus",
     "load_full",
     "load_saes",
+    "options_of",
     "processing_of",
     "refuse_adapters",
+    "refuse_quantised",
     "saes_by_layer",
     "saved_full",
-    "without_attention",
 ]

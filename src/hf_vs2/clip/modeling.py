@@ -20,6 +20,8 @@ from ..config.sae import SAEConfig
 from ..config.vs2_clip import Steering, VS2CLIPConfig
 from ..encoders.base_model import loaded_revision
 from ..encoders.processing import save_processing
+from ..encoders.tail import temperature
+from ..encoders.wrapped import unwrapped, weights_of
 from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
 from ..files.progress import without_loading_bars
@@ -39,10 +41,11 @@ from .loading import (
     load_corpus,
     load_full,
     load_saes,
+    options_of,
     refuse_adapters,
+    refuse_quantised,
     saes_by_layer,
     saved_full,
-    without_attention,
 )
 from .steering import SteeringMixin
 
@@ -81,7 +84,7 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
 
     config_class = VS2CLIPConfig
     base_model_prefix = "vs2"
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"  # as CLIPModel's
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "SAEModel"]
@@ -108,6 +111,7 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
             check_widths(saes, clip)
             chosen = config.steering()
         else:
+            clip = unwrapped(clip)
             saes = saes_by_layer(clip, sae)
             given = {"gamma": gamma, "lambda_": lambda_, "gate": gate, "method": method}
             chosen = changed(Steering(), given | settings)
@@ -126,17 +130,18 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         if sae is not None:  # from a configuration: what settings need of a checkpoint is still to come
             self._steerer.check()
         self.config.set_steering(chosen)
+        self.config.clip_config = clip.config  # what is set of the one, such as its attention, holds for the other
         self.training = clip.training  # `self.train(...)` would set the mode of each part of the CLIP
 
     @classmethod
     @without_loading_bars()
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
-        clip: CLIPModel | str | os.PathLike | None = None,
+        clip: nn.Module | str | os.PathLike | None = None,
         **kwargs: Any,
-    ) -> VS2CLIPForZeroShot:
+    ) -> Any:
         """
         Load a VS2 checkpoint, light or full, or a bare SAE checkpoint: one id or path is enough.
 
@@ -150,15 +155,18 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
                 path.
             kwargs: settings of [`Steering`] to use instead of the stored ones; and, as for any transformers model,
                 `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`, `dtype`,
-                `device_map`, `attn_implementation`. `revision` and `subfolder` belong to the checkpoint, not to the
-                CLIP it names.
+                `device_map`, `attn_implementation`, `output_loading_info`. `revision` and `subfolder` belong to the
+                checkpoint, not to the CLIP it names. A `device_map` by names of modules has `"clip"` and `"saes"`.
 
         Raises:
             `ValueError`: if the checkpoint is something else, names no CLIP, or `clip` is not the one it was trained
                 on.
             `OSError`: if files are missing or can't be reached.
         """
+        if pretrained_model_name_or_path is None:  # the weights are given as state_dict=
+            return super().from_pretrained(None, *model_args, **kwargs)
         kwargs = one_dtype(kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
         found = kwargs.pop("config", None)
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
@@ -166,7 +174,8 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         config_dict, _ = VS2CLIPConfig.get_config_dict(pretrained_model_name_or_path, **place)
         model_type, digests = config_dict.get("model_type"), config_dict.get("digests")
         if model_type == SAEConfig.model_type:
-            sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **without_attention(kwargs))
+            part = f"saes.{config_dict.get('layer')}"
+            sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **options_of(part, kwargs))
             defaults = sae.config
             model = cls(
                 clip_of(clip, defaults, pretrained_model_name_or_path, place, kwargs),
@@ -209,12 +218,14 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         if not settings and model._steerer.lacks_rows:
             # Versions before ran distribution norm under that name. It loads, and refuses to score.
             logger.warning(f"{pretrained_model_name_or_path}: {model._steerer.lacking_rows}")
-            return model
-        try:
-            model.set_steering(**settings)  # without any, a look at whether those stored can be used
-        except ValueError as error:
-            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
-        return model
+        else:
+            try:
+                model.set_steering(**settings)  # without any, a look at whether those stored can be used
+            except ValueError as error:
+                raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+        # All weights are there and fit, or nothing was loaded.
+        nothing: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        return (model, nothing | {"error_msgs": []}) if with_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, full: bool | None = None, **kwargs: Any) -> None:
         """
@@ -224,9 +235,9 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         one step.
 
         Args:
-            full (`bool`, *optional*): by default a light checkpoint, unless the CLIP's weights are not those of the
-                one that it names (it was fine-tuned), or it came from a full checkpoint and the one that it names is
-                not on this machine.
+            full (`bool`, *optional*): by default a light checkpoint, unless the CLIP came from nowhere that could be
+                named, its weights are not those of the one that it names (it was fine-tuned), or it came from a full
+                checkpoint and the one that it names is not on this machine.
 
         Raises:
             `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named, or has
@@ -235,6 +246,8 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         state = kwargs.pop("state_dict", None) or self.state_dict()
         refuse_adapters(state, self.config)
         full = saved_full(state, self.config, full)
+        if full:
+            refuse_quantised(state)
         self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
         self.config.holds_statistics = self.domain_statistics is not None
         self.config.holds_label_sets = bool(self.fitted_label_sets)
@@ -276,6 +289,7 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         outputs.pooler_output = self.clip.visual_projection(outputs.pooler_output)
         return outputs
 
+    @can_return_tuple
     def get_text_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`CLIPModel.get_text_features`, untouched: steering moves images only."""
         return self.clip.get_text_features(*args, **kwargs)
@@ -329,7 +343,7 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         steerer = self.steerer
         if not steerer.is_steering:
             plain = self.clip(**text_inputs, **image_inputs, return_loss=return_loss, **kwargs)
-            nothing = torch.zeros(len(plain.image_embeds), dtype=torch.bool, device=plain.image_embeds.device)
+            nothing = torch.zeros(plain.image_embeds.shape[0], dtype=torch.bool, device=plain.image_embeds.device)
             return VS2CLIPOutput(**plain, steered=nothing)
 
         text_outputs = None
@@ -345,13 +359,14 @@ class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
         # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out
         # bit-identical.
         logits_per_text = torch.matmul(text_embeds, image_embeds.t().to(text_embeds.device))
-        logits_per_text = logits_per_text * self.clip.logit_scale.exp().to(text_embeds.device)
+        (logit_scale,) = weights_of(self.clip, "logit_scale")
+        logits_per_text = logits_per_text * logit_scale.exp().to(text_embeds.device)
         if steerer.settings.rule.fit is not None:
             (made,) = done.values()
             images = VS2ImageFeatures(vision_outputs.pooler_output, steered=made.steered, views=made.views)
             classes = text_embeds.float()
             embeds = F.normalize(vision_outputs.pooler_output.float(), dim=-1).to(classes.device)
-            scale = self.clip.logit_scale.float().exp().to(classes.device)
+            scale = temperature(self.clip).to(classes.device)
             scored = (steerer.scores(images, embeds, classes).t() * scale).to(logits_per_text.dtype)
             logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)
         return VS2CLIPOutput(

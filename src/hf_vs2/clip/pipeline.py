@@ -4,47 +4,37 @@ steering."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForZeroShotImageClassification, CLIPModel
+from transformers import AutoModelForZeroShotImageClassification, CLIPModel, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineIterator
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
-from ..config.vs2_clip import Steering
 from ..data.batches import Normalizer, read_pixels
 from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
-from ..data.labels.names import clean_class_names
-from ..data.labels.prompts import resolve_templates
 from ..encoders.loading import check_clip
 from ..encoders.processing import knows_words
 from ..encoders.tail import logits_of, unit_embeds
+from ..encoders.wrapped import device_of, is_offloaded, unwrapped
 from ..explain.explanation import VS2Explanation, check_explainable, explain_rows
-from ..explain.inputs import resolve_names
 from ..steering.corpus_search import RetrievalInputs
 from ..steering.outputs import VS2ImageFeatures
 from .modeling import VS2CLIPForZeroShot
+from .pipeline_options import OptionsMixin
 from .prompt_cache import PromptCache
 
 
 TASK = "vs2-zero-shot-image-classification"
 
-# All settings of `Steering` but `enabled`, which is `steer` here.
-_STEERING_OPTIONS = tuple(one.name for one in fields(Steering) if one.name != "enabled")
-_OPTIONS = (
-    *("candidate_labels", "hypothesis_template", "templates", "clean", "top_k", "return_details", "timeout", "steer"),
-    *("explain", "top_latents", "latent_names"),
-    *_STEERING_OPTIONS,
-)
 _EXPLAINED = "explanation."  # a batch goes through transformers' pipeline as named tensors
 
 
-class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline):
+class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassificationPipeline):
     """
     transformers' zero-shot image classification pipeline for [`VS2CLIPForZeroShot`], and for a plain `CLIPModel`.
 
@@ -86,7 +76,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
     ViT-B/32."""
 
     def __init__(self, **kwargs: Any):
-        model = kwargs.get("model")
+        model = kwargs["model"] = unwrapped(kwargs.get("model"))
         if not isinstance(model, (VS2CLIPForZeroShot, CLIPModel)):
             kind = getattr(getattr(model, "config", None), "model_type", None)
             raise TypeError(
@@ -106,14 +96,21 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 "tokenizer=."
             )
         check_clip(getattr(model, "clip", model))
+        if is_offloaded(model):
+            model.hf_device_map = {"": device_of(model)}  # transformers then leaves the weights where they are
         kwargs.pop("local_files_only", None)  # `pipeline()` has used it and passes it on
         self._prompts = PromptCache(self.max_cached_floats)
         super().__init__(**kwargs)
 
     @property
+    def core(self) -> PreTrainedModel:
+        """The model, also where a wrapped one was put in its place since."""
+        return unwrapped(self.model)
+
+    @property
     def clip(self) -> CLIPModel:
         """The CLIP that is run."""
-        return self.model.clip if isinstance(self.model, VS2CLIPForZeroShot) else self.model
+        return getattr(self.core, "clip", self.core)
 
     def clear_cache(self) -> None:
         """Forget the class embeddings. Only needed after a change that leaves the text tower's weights as they are,
@@ -121,7 +118,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         self._prompts.clear()
 
     # The signature is transformers' with `candidate_labels` optional, since they may have been given at construction.
-    def __call__(self, image: Any, candidate_labels: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def __call__(self, image: Any = None, candidate_labels: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """
         Classify one image, or many.
 
@@ -129,6 +126,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
             image: a path, address (`http:`, `https:`, `file:`, `data:`), base64 string, encoded bytes,
                 `{"bytes": ..., "path": ...}`, a PIL image, or an array or tensor of one image; or a list, tuple or
                 `datasets` column of these; or a data set (`KeyDataset`) or any iterable of them, such as a generator.
+                `images=` is another name for it, as in transformers.
             candidate_labels (`list[str]`): the labels to choose from.
             hypothesis_template (`str`, *optional*, defaults to `"This is a photo of {}."`): the prompt, as in
                 transformers. The same for plain CLIP and for VS2, so that their scores can be compared.
@@ -136,6 +134,7 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 seven), a file of templates, or a list of them; see [`resolve_templates`].
             clean (`bool`, *optional*, defaults to `True`): read labels by [`clean_class_names`] before they go into
                 prompts; answers have them as they were given.
+            tokenizer_kwargs (`dict`, *optional*): further arguments of the tokenizer, as in transformers.
             top_k (`int`, *optional*): how many of the best labels to return; all by default.
             steer (`bool`, *optional*): `False` gives plain CLIP, `True` steers a model whose steering is off.
             gamma, lambda_, gate, fvu_threshold, method, num_neighbors, positives, edits (*optional*): see
@@ -170,6 +169,9 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 names the image).
             `TypeError`: for things of another type, and unknown options.
         """
+        image = kwargs.pop("images", image)
+        if image is None:
+            raise ValueError("image is missing: give one, or several.")
         if candidate_labels is not None:
             kwargs["candidate_labels"] = candidate_labels
         elif "candidate_labels" not in self._postprocess_params:
@@ -186,69 +188,6 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         if isinstance(image, Iterable):
             return call(NamedStream(image), **kwargs)
         raise TypeError(f"One image or several expected; {describe_type(image)} is neither.")
-
-    def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        unknown = [name for name in options if name not in _OPTIONS]
-        if unknown:
-            raise TypeError(f"Unknown option {unknown[0]!r}. The options are {', '.join(_OPTIONS)}.")
-        preprocess: dict[str, Any] = {name: options[name] for name in options if name == "timeout"}
-        postprocess: dict[str, Any] = {name: options[name] for name in options if name == "return_details"}
-        forward = postprocess | {name: options[name] for name in options if name == "clean"}
-        if "explain" in options:
-            forward["explain"] = self._check_explain(options["explain"])
-        for name in ("top_k", "top_latents"):
-            if name in options:
-                postprocess[name] = _check_count(name, options[name])
-        if "latent_names" in options:
-            postprocess["latent_names"] = resolve_names(options["latent_names"])
-        if "candidate_labels" in options:
-            labels, clean = options["candidate_labels"], options.get("clean", self._given("clean", True))
-            labels = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else tuple(labels)
-            clean_class_names(labels, clean, "candidate_labels")
-            forward["candidate_labels"] = postprocess["candidate_labels"] = labels
-        if options.get("templates") is not None or options.get("hypothesis_template") is not None:
-            forward["templates"] = _check_templates(options.get("templates"), options.get("hypothesis_template"))
-        steering = self._check_steering(options)
-        if steering:
-            forward["steering"] = steering
-        return preprocess, forward, postprocess
-
-    def _given(self, name: str, default: Any) -> Any:
-        """What was said of an option at construction."""
-        return getattr(self, "_forward_params", {}).get(name, default)
-
-    def _check_explain(self, explain: Any) -> bool:
-        if explain and not isinstance(self.model, VS2CLIPForZeroShot):
-            raise ValueError("explain=True needs latents, and this is a plain CLIP. Load a VS2 or an SAE checkpoint.")
-        return bool(explain)
-
-    def _check_steering(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The call's settings on top of the pipeline's own, tried out so that a bad one fails before the first
-        image."""
-        given = {name: options[name] for name in _STEERING_OPTIONS if name in options}
-        if options.get("steer") is not None:
-            if given and not options["steer"]:
-                raise ValueError(
-                    f"steer=False and {next(iter(given))}= exclude each other: plain CLIP has no settings."
-                )
-            given["enabled"] = bool(options["steer"])
-        if not isinstance(self.model, VS2CLIPForZeroShot):
-            if given not in ({}, {"enabled": False}):
-                raise ValueError(
-                    "Steering was asked for "
-                    f"({', '.join(name for name in options if name in ('steer', *_STEERING_OPTIONS))}), but this is a "
-                    "plain CLIP without SAE. Load a VS2 or an SAE checkpoint."
-                )
-            return {}
-        if not given:
-            return {}
-        settings = dict(self._given("steering", {}))
-        for name, other in (("gate", "fvu_threshold"), ("fvu_threshold", "gate")):
-            if given.get(name) is not None:
-                settings.pop(other, None)
-        settings.update(given)
-        self.model.steerer.with_(**settings)
-        return settings
 
     def get_iterator(
         self,
@@ -289,8 +228,11 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         return_details: bool = False,
         explain: bool = False,
         clean: bool = True,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, torch.Tensor | None]:
-        classes = self._prompts.get(self.clip, self.tokenizer, candidate_labels, templates, clean)
+        classes = self._prompts.get(
+            self.clip, self.tokenizer, candidate_labels, templates, clean, tokenizer_kwargs or {}
+        )
         pixels = model_inputs["pixel_values"]
         pixels = Normalizer(self.image_processor, pixels.device)(pixels).to(self.clip.dtype)
         names = model_inputs.get("name", "the image")
@@ -319,7 +261,8 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
         explain: bool,
         name: Callable[[int], str],
     ) -> tuple[VS2ImageFeatures, torch.Tensor, VS2Explanation | None]:
-        if not isinstance(self.model, VS2CLIPForZeroShot):
+        model = self.core
+        if not isinstance(model, VS2CLIPForZeroShot):
             features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
             return (
@@ -328,13 +271,13 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
                 None,
             )
         # The model itself is never set to this call's options, so nobody else sees them.
-        steerer = self.model.steerer.with_(**steering)
+        steerer = model.steerer.with_(**steering)
         if not explain:
             images = steerer.features(pixel_values, with_plain, RetrievalInputs(class_embeds=classes))
             unit_embeds(images.features, name)  # which image it is, `class_logits` can't say
             return images, steerer.class_logits(images, classes), None
         check_explainable(steerer)
-        rows = self.model.cls_rows(pixel_values)
+        rows = model.cls_rows(pixel_values)
         images = steerer.features_from_cls(rows, class_embeds=classes)
         unit_embeds(images.features, name)
         if with_plain:
@@ -380,20 +323,6 @@ class VS2ZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipeline
 def _ranked(logits: torch.Tensor, labels: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
     scores = zip(logits.softmax(-1).tolist(), labels, strict=True)
     return [{"score": score, "label": label} for score, label in sorted(scores, key=lambda pair: -pair[0])[:top_k]]
-
-
-def _check_count(name: str, count: Any) -> int | None:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"{name}={count!r} must be a positive whole number.")
-    return count
-
-
-def _check_templates(templates: Any, hypothesis_template: Any) -> tuple[str, ...]:
-    if templates is None:
-        return resolve_templates([hypothesis_template])
-    if hypothesis_template is not None:
-        raise ValueError("hypothesis_template= and templates= exclude each other: give one of them.")
-    return resolve_templates(templates)
 
 
 PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)  # a reload of this module is no reason for a warning

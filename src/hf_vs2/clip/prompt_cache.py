@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ class PromptCache:
 
     def __init__(self, max_floats: int):
         self.max_floats = max_floats
-        self._matrices: OrderedDict[tuple[tuple[str, ...], tuple[str, ...], bool], torch.Tensor] = OrderedDict()
+        self._matrices: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
         self._tokenizer: Any = None
         self._state: tuple[Any, ...] | None = None
         self._lock = threading.Lock()
@@ -52,6 +53,7 @@ class PromptCache:
         labels: tuple[str, ...],
         templates: tuple[str, ...],
         clean: bool,
+        tokenizer_kwargs: Mapping[str, Any],
     ) -> torch.Tensor:
         """[`class_embeddings`] of labels and templates; encoded now unless they are kept."""
         with self._lock:
@@ -59,11 +61,13 @@ class PromptCache:
             if state != self._state or tokenizer is not self._tokenizer:
                 self._matrices.clear()
                 self._state, self._tokenizer = state, tokenizer
-            key = (labels, templates, clean)
+            key = (labels, templates, clean, repr(sorted(tokenizer_kwargs.items())))
             if key in self._matrices:
                 self._matrices.move_to_end(key)
                 return self._matrices[key]
-            self._matrices[key] = matrix = class_embeddings(clip, tokenizer, labels, templates, clean=clean)
+            self._matrices[key] = matrix = class_embeddings(
+                clip, tokenizer, labels, templates, clean=clean, tokenizer_kwargs=tokenizer_kwargs
+            )
             while len(self) > 1 and sum(kept.numel() for kept in self._matrices.values()) > self.max_floats:
                 self._matrices.popitem(last=False)
             return matrix

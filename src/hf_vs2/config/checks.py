@@ -121,6 +121,8 @@ class CheckpointConfig(PackagedCode):
             `ValueError`: if the dictionary is no configuration of this class; the message names the field.
         """
         cls.check_fields(config_dict)
+        # What leads `trust_remote_code=True` to the shim beside the file: no part of the model.
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         try:
             return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         except ValueError:

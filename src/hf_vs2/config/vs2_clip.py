@@ -173,6 +173,21 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         except TypeError as error:
             raise ValueError(str(error)) from error
 
+    @property
+    def vision_config(self) -> Any:
+        """The CLIP's, where code written for `CLIPConfig` looks for it."""
+        return self.clip_config.vision_config  # type: ignore[union-attr]
+
+    @property
+    def text_config(self) -> Any:
+        """Likewise."""
+        return self.clip_config.text_config  # type: ignore[union-attr]
+
+    @property
+    def projection_dim(self) -> int:
+        """Width of the CLIP's embeddings."""
+        return self.clip_config.projection_dim  # type: ignore[union-attr]
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers. What a file of before `coefficient` calls distribution norm keeps its meaning, and its

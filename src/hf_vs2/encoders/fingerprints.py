@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
+from .wrapped import weights_of
+
 
 _FINGERPRINT_SIZE = 8
 FINGERPRINT_WEIGHTS = ("embeddings.class_embedding", "pre_layrnorm.weight", "post_layernorm.weight")
@@ -42,7 +44,8 @@ def vision_fingerprint(clip: CLIPModel) -> list[float]:
 
     Evenly spaced entries of the class embedding and of the two layer norms around the encoder: `3 * 8` floats.
     """
-    return entries(clip.vision_model.get_parameter(name) for name in FINGERPRINT_WEIGHTS)
+    parts = (name.rpartition(".") for name in FINGERPRINT_WEIGHTS)
+    return entries(weights_of(clip.vision_model.get_submodule(module), name)[0] for module, _, name in parts)
 
 
 def entries(vectors: Iterable[torch.Tensor]) -> list[float]:

@@ -128,13 +128,12 @@ def _check_scale(clip: Any, where: str) -> None:
 
 
 def refuse_offloaded(model: PreTrainedModel, name: str | os.PathLike) -> None:
-    """Raises `ValueError` on a CLIP whose weights are elsewhere: steering goes through parts of it that the hooks
-    which bring them back do not know of."""
+    """Raises `ValueError` on a CLIP whose weights are elsewhere, of which rows can't be extracted."""
     away = [parameter for parameter, tensor in model.named_parameters() if tensor.is_meta]
     if away:
         raise ValueError(
             f"{name} was loaded with weights left on the disk or in the host's memory ({away[0]} is one), which "
-            "steering can't run from. Give a device_map that places all of them, such as device_map='cpu'."
+            "rows can't be extracted from. Give a device_map that places all of them, such as device_map='cpu'."
         )
 
 

@@ -11,13 +11,15 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from ..functional.finite import first_broken_row
+from .wrapped import weights_of
 
 
 def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
     """Plain CLIP's image features of CLS rows of its last layer: `(batch, projection_dim)`, float32, not
     normalised."""
     norm = clip.vision_model.post_layernorm
-    rows = rows.to(device=norm.weight.device, dtype=norm.weight.dtype)
+    (weight,) = weights_of(norm, "weight")
+    rows = rows.to(device=weight.device, dtype=weight.dtype)
     return clip.visual_projection(norm(rows)).float()
 
 
@@ -48,7 +50,7 @@ def logits_of(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] 
     Raises:
         `ValueError`: see [`check_scores`].
     """
-    return check_scores(clip, scores * clip.logit_scale.float().exp().to(scores.device), name)
+    return check_scores(clip, scores * temperature(clip).to(scores.device), name)
 
 
 def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
@@ -68,9 +70,15 @@ def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], st
     return scores
 
 
+def temperature(clip: CLIPModel) -> torch.Tensor:
+    """`exp(logit_scale)`, float32."""
+    (scale,) = weights_of(clip, "logit_scale")
+    return scale.float().exp()
+
+
 def check_temperature(clip: CLIPModel) -> None:
     """Refuse, by a `ValueError`, a CLIP whose scores would be infinite."""
-    if not clip.logit_scale.float().exp().isfinite():
+    if not temperature(clip).isfinite():
         raise ValueError(
             f"logit_scale of the CLIP {clip.config._name_or_path or 'given'} is {float(clip.logit_scale):g}, and its "
             "exponential no finite "
@@ -92,7 +100,7 @@ def softmax_temperature(clip: CLIPModel) -> float:
             "softmax. Use method='none' with it."
         )
     check_temperature(clip)
-    return float(clip.logit_scale.detach().float().exp())
+    return float(temperature(clip).detach())
 
 
 class Tail(NamedTuple):
@@ -130,9 +138,11 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
     broken = first_broken_row(class_embeds)
     if broken is not None:
         raise ValueError(f"The embedding of class {broken} holds NaN or infinity. Make class_embeds again.")
-    device = projection.weight.device if device is None else device
-    matrix = class_embeds.to(device).double() @ projection.weight.to(device).double()
-    return Tail(matrix * norm.weight.to(device).double(), matrix @ norm.bias.to(device).double(), norm.eps)
+    (projection_weight,) = weights_of(projection, "weight")
+    device = projection_weight.device if device is None else device
+    matrix = class_embeds.to(device).double() @ projection_weight.to(device).double()
+    weight, bias = (one.to(device).double() for one in weights_of(norm, "weight", "bias"))
+    return Tail(matrix * weight, matrix @ bias, norm.eps)
 
 
 __all__ = [
@@ -143,5 +153,6 @@ __all__ = [
     "fold_tail",
     "logits_of",
     "softmax_temperature",
+    "temperature",
     "unit_embeds",
 ]

@@ -18,6 +18,7 @@ from .families import refuse_family
 from .fingerprints import model_fingerprint, vision_fingerprint, weight_samples
 from .loading import check_clip, load_clip, refuse_offloaded
 from .processing import load_image_processor
+from .wrapped import unwrapped
 
 
 logger = logging.get_logger(__name__)
@@ -67,6 +68,7 @@ class VisionTower:
             device = device or best_device()
         elif revision is not None:
             raise ValueError(f"revision={revision!r} is for a model given by its Hub id, this one is already loaded")
+        model = unwrapped(model)
         owner: Any = getattr(model, "clip", model)
         module: Any = getattr(owner, "vision_model", owner)
         parts = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")

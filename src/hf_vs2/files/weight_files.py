@@ -240,6 +240,8 @@ def in_one_message(load: Callable[[], _Made], where: str | os.PathLike) -> _Made
                 raise kind(f"{where}: {text}") from error
         if is_of_http(error):
             raise ConnectionError(f"{where} could not be reached, or the connection broke ({text}).") from error
+        if isinstance(error, RuntimeError) and "meta device context" in text:
+            raise  # the caller's doing, not the checkpoint's
         raise ValueError(f"{where} can't be loaded: {text[:400]}") from error
 
 

@@ -110,10 +110,9 @@ def anchored_scores(embeds: torch.Tensor, classes: torch.Tensor, fit: LabelFit) 
     were; with a scale of 0 they are plain CLIP's, bit for bit.
     """
     plain = embeds @ classes.T
-    if not fit.scale:
-        return plain
     cosines = normalize(embeds - fit.mean, dim=-1) @ fit.prototypes.T
-    return plain + fit.scale * _relative(cosines, fit.weights, (fit.facts["temperature"] * plain).softmax(-1))
+    added = fit.scale * _relative(cosines, fit.weights, (fit.facts["temperature"] * plain).softmax(-1))
+    return torch.where(fit.scale != 0, plain + added, plain)
 
 
 def _shares(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,7 +102,7 @@ def edited_change(
     value = torch.where(here, values.unsqueeze(-1), 0).sum(1)
     by_hand = factors.to(value.dtype) * value + targets.to(value.dtype) - value
     kept = torch.where((changed.unsqueeze(-1) == latents).any(-1), 0, change)
-    return torch.cat([kept, by_hand], dim=1), torch.cat([changed, latents.expand(len(changed), -1)], dim=1)
+    return torch.cat([kept, by_hand], dim=1), torch.cat([changed, latents.expand(changed.shape[0], -1)], dim=1)
 
 
 class ScoreParts(NamedTuple):

@@ -178,7 +178,7 @@ def latent_view(
         latent_frequency: `(num_latents,)`, the share `p` of those rows in which it is active, `(n p + 1) / (n + 1)` of
             n rows.
     """
-    dense = torch.zeros(len(values), len(latent_mean), dtype=values.dtype, device=values.device)
+    dense = torch.zeros(values.shape[0], len(latent_mean), dtype=values.dtype, device=values.device)
     dense = dense.scatter_add(1, indices, values)
     return normalize((dense - latent_mean) * -latent_frequency.log(), dim=-1)
 

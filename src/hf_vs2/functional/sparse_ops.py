@@ -100,7 +100,7 @@ def _weighted_sum(values: torch.Tensor, indices: torch.Tensor, weight: torch.Ten
 
 def _dense_code(values: torch.Tensor, indices: torch.Tensor, num_latents: int) -> torch.Tensor:
     # Added, not set: a row of several codes (VS2++) may name a latent more than once.
-    return values.new_zeros(len(indices), num_latents).scatter_add_(1, indices, values)
+    return values.new_zeros(indices.shape[0], num_latents).scatter_add_(1, indices, values)
 
 
 def sparse_limit(weight: torch.Tensor) -> float:

@@ -219,6 +219,11 @@ class SAEModel(HubMixin, PreTrainedModel):
         init.zeros_(self.b_pre)
         init.zeros_(self.mean)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """There is no attention in it: transformers leaves it out where that of a steered CLIP is set."""
+        return False
+
     def get_input_embeddings(self) -> None:
         """None: there are no tokens. accelerate asks when it shards a model (FSDP)."""
 
@@ -284,7 +289,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         values, order, pre_activations = self._encode(x)
         reconstruction = sparse_decode(values, order, self.W_dec) + self.b_pre
         target = x.float()
-        if not len(x):
+        if x.shape[0] == 0:  # not `len`, which would make the batch size a constant of an exported model
             return SAEOutput(reconstruction.float().sum(), reconstruction, values, order.indices, target.new_zeros(0))
         error = target - reconstruction.float()
         scale = self.config.total_variance or (target - target.mean(0)).square().sum(-1).mean()

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, TypeVar, Unpack, cast
 
 import torch
 from transformers import CLIPModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config.vs2_clip import Steering
 from ..encoders.base_model import resolve_layer
+from ..encoders.layers import run_layers
 from ..encoders.tail import logits_of, unit_embeds
+from ..encoders.wrapped import weights_of
 from ..functional.equations import edited_change, gate
-from ..functional.label_free import row_distance
+from ..functional.label_free import LabelFit, row_distance
 from ..methods import Batch, LatentStep, NeighborCodes
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
@@ -192,12 +193,13 @@ class Steerer:
         if sae is None:
             raise ValueError(f"No SAE for layer {index}: this model holds SAEs for layers {list(self.saes)}.")
         settings, rule = self.settings, self.settings.rule
-        x = rows.to(device=sae.b_pre.device, dtype=torch.promote_types(rows.dtype, torch.float32))
+        decoder, mean = weights_of(sae, "W_dec", "mean")
+        x = rows.to(device=decoder.device, dtype=torch.promote_types(rows.dtype, torch.float32))
         batch = Batch(
             x=x,
             code=sae(x) if settings.measures_fvu else None,
-            decoder=sae.W_dec,
-            mean=sae.mean,
+            decoder=decoder,
+            mean=mean,
             gamma=self._gamma_on(x.device),
             lambda_=settings.lambda_,
             alpha=settings.alpha,
@@ -207,7 +209,7 @@ class Steerer:
         moved, step = rows, None
         if rule.step is not None or settings.edits is not None:
             step = self._step(batch)
-            moved = step.move(x, sae.W_dec).to(device=rows.device, dtype=rows.dtype)
+            moved = step.move(x, decoder).to(device=rows.device, dtype=rows.dtype)
         # A row that its dtype can't hold once moved, or whose squares overflow in the LayerNorm that follows, stays as
         # it was.
         steered = moved.to(x.dtype).square().sum(-1).isfinite().to(x.device)
@@ -294,7 +296,7 @@ class Steerer:
                 f"CLS rows of this CLIP are (batch, {width}); these are {tuple(rows.shape)}. "
                 "Extract them again with the CLIP that this model wraps."
             )
-        weight = vision.post_layernorm.weight
+        (weight,) = weights_of(vision.post_layernorm, "weight")
         rows = rows.to(device=weight.device, dtype=weight.dtype)
         record = self.steer(rows, last, **retrieval) if self.is_steering else _untouched(rows)
         # Anew: the fields of a `ModelOutput` come in the order in which they are set, and `features` is the first.
@@ -334,39 +336,21 @@ class Steerer:
             outputs = vision(pixel_values=pixel_values, **kwargs)
             hidden = outputs.last_hidden_state
         else:
-            hidden = self._encoder(pixel_values, done, **kwargs)
-            outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
+
+            def between(index: int, rows: torch.Tensor) -> torch.Tensor | None:
+                if index not in self.saes or index == last:
+                    return None
+                done[index] = self.steer(rows, index)
+                return done[index].rows
+
+            outputs = run_layers(vision, pixel_values, between, **kwargs)
+            hidden = outputs.last_hidden_state
         cls_rows = hidden[:, 0, :]
         if last in self.saes:
             done[last] = self.steer(cls_rows, last, **retrieval)
             cls_rows = done[last].rows
         outputs.pooler_output = vision.post_layernorm(cls_rows)
         return outputs, done
-
-    def _encoder(
-        self,
-        pixel_values: torch.Tensor,
-        done: dict[int, VS2ImageFeatures],
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The encoder layer by layer, with the CLS row steered after each inner layer that has an SAE."""
-        unsupported = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, None)]
-        if unsupported:
-            raise ValueError(
-                f"{unsupported[0]}=True is supported when only the last layer is steered; SAEs: {list(self.saes)}."
-            )
-        kwargs.pop("return_dict", None)
-        vision = self.clip.vision_model
-        hidden = vision.pre_layrnorm(
-            vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        )
-        for index, layer in enumerate(vision.encoder.layers):
-            hidden = layer(hidden, None, **kwargs)
-            if index < self.num_layers - 1 and index in self.saes:
-                done[index] = self.steer(hidden[:, 0, :], index)
-                hidden = torch.cat([cast(torch.Tensor, done[index].rows).unsqueeze(1), hidden[:, 1:, :]], dim=1)
-        return hidden
 
     # Scores
 
@@ -380,11 +364,18 @@ class Steerer:
         embeds = unit_embeds(cast(torch.Tensor, images.features)).to(class_embeds.device)
         return logits_of(self.clip, self.scores(images, embeds, class_embeds))
 
-    def scores(self, images: VS2ImageFeatures, embeds: torch.Tensor, class_embeds: torch.Tensor) -> torch.Tensor:
-        """The same on the scale of cosines, of images whose unit embeddings are `embeds` `(batch, projection_dim)`."""
+    def scores(
+        self,
+        images: VS2ImageFeatures,
+        embeds: torch.Tensor,
+        class_embeds: torch.Tensor,
+        fit: LabelFit | None = None,
+    ) -> torch.Tensor:
+        """The same on the scale of cosines, of images whose unit embeddings are `embeds` `(batch, projection_dim)`.
+        `fit`: that of the classes, where it is at hand."""
         scores = embeds @ class_embeds.T
         if self.is_steering and self.settings.rule.fit is not None:
-            fit = self.fit_classes(class_embeds).fit.on(class_embeds.device)
+            fit = fit or self.fit_classes(class_embeds).fit.on(class_embeds.device)
             views = [view.to(class_embeds.device) for view in images.views or ()]
             steered = images.steered.to(class_embeds.device).unsqueeze(-1)
             scores = torch.where(steered, self.settings.rule.score(embeds, class_embeds, fit, views), scores)
@@ -406,7 +397,7 @@ def _plain(setting: Any) -> Any:
 
 
 def _untouched(rows: torch.Tensor) -> VS2ImageFeatures:
-    return VS2ImageFeatures(steered=torch.zeros(len(rows), dtype=torch.bool, device=rows.device), rows=rows)
+    return VS2ImageFeatures(steered=torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device), rows=rows)
 
 
 __all__ = ["Moved", "Steerer", "changed"]

@@ -7,16 +7,17 @@ embedding space, as OpenAI's CLIP does it: encode, normalise, mean over template
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import normalize
 from transformers.utils import logging
 
 from ...encoders.tail import unit_embeds
+from ...encoders.wrapped import device_of
 from ...files.progress import progress_bar
 from .lists import names_in, read_list
 from .names import clean_class_names
@@ -92,6 +93,7 @@ def class_embeddings(
     progress: bool = False,
     clean: bool = True,
     refuse_same: bool = True,
+    tokenizer_kwargs: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """The zero-shot classifier of a label set: one unit row a class, float32 `(num_classes, projection_dim)`.
 
@@ -107,6 +109,7 @@ def class_embeddings(
         progress: show a progress bar.
         clean: read names by [`clean_class_names`]; `False` puts them into the templates as they are.
         refuse_same: refuse names that are the same to this CLIP; a vocabulary may have such.
+        tokenizer_kwargs: further arguments of the tokenizer.
 
     Raises:
         ValueError, TypeError: see [`resolve_templates`] and [`clean_class_names`]; and for two names whose prompts are
@@ -117,7 +120,7 @@ def class_embeddings(
     # str.replace, not str.format: names and templates may hold braces of their own.
     prompts = [template.replace("{}", name) for name in names for template in templates]
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    batches = _tokenized(clip, tokenizer, list(distinct), batch_size)
+    batches = _tokenized(clip, tokenizer, list(distinct), batch_size, tokenizer_kwargs or {})
     rows = torch.tensor([distinct[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
     if refuse_same:
         _refuse_same(names, rows.tolist(), _read_tokens(clip, batches))
@@ -126,7 +129,11 @@ def class_embeddings(
 
 
 def _tokenized(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
+    clip: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    batch_size: int,
+    options: Mapping[str, Any],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids and attention mask of each batch of prompts, `(batch, length)` each."""
     table = clip.text_model.embeddings
@@ -134,9 +141,8 @@ def _tokenized(
     batches, full = [], []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        tokens = tokenizer(
-            batch, padding=True, truncation=True, max_length=positions, return_attention_mask=True, return_tensors="pt"
-        )
+        given = {"padding": True, "truncation": True, "max_length": positions, **options}
+        tokens = tokenizer(batch, **given, return_attention_mask=True, return_tensors="pt")
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         if ids.max() >= table.token_embedding.num_embeddings:
             raise ValueError(
@@ -189,8 +195,9 @@ def _encode(
     """Unit text embeddings, float32 `(number of prompts, projection_dim)`."""
     embeddings: list[torch.Tensor] = []
     named = iter(prompts)
+    device = device_of(clip)
     for ids, mask in progress_bar(batches, shown=progress and len(batches) > 1, desc="Encoding prompts"):
-        output = clip.get_text_features(input_ids=ids.to(clip.device), attention_mask=mask.to(clip.device))
+        output = clip.get_text_features(input_ids=ids.to(device), attention_mask=mask.to(device))
         names = [f"the prompt {prompt!r}" for prompt in islice(named, len(ids))]
         embeddings.append(unit_embeds(output.pooler_output, names.__getitem__))
     return torch.cat(embeddings)

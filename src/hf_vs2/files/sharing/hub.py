@@ -15,9 +15,11 @@ from ...config.packaged_code import PackagedCode
 from ..atomic import failing_as, replace_files
 from ..checkpoint_folder import TENSOR_FILES, VS2_TYPE, CheckpointFolder
 from ..digests import digests_in
+from ..json_files import read_json, write_json
 from ..place import refuse_variant
 from ..progress import without_loading_bars
 from ..weight_files import check_numbers
+from .shim import SHIM, SHIM_NAME, auto_map
 
 
 if TYPE_CHECKING:
@@ -138,6 +140,10 @@ class HubMixin(PackagedCode):
             save(scratch, **kwargs)
             self.config.digests = digests_in(scratch)  # type: ignore[attr-defined]
             self.config.save_pretrained(scratch)  # type: ignore[attr-defined]
+            (scratch / SHIM_NAME).write_text(SHIM, encoding="utf-8")
+            written = read_json(scratch / CONFIG_NAME)
+            written["auto_map"] = auto_map(written["model_type"])
+            write_json(scratch / CONFIG_NAME, written, indent=2, sort_keys=True)
 
         with failing_as(Path(save_directory), SafetensorError):
             replace_files(Path(save_directory), write, CONFIG_NAME, *TENSOR_FILES)

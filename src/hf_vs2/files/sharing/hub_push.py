@@ -14,16 +14,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import CONFIG_NAME, logging
 
-from ...version import INSTALLATION, __version__
+from ...version import __version__
 from ..checkpoint_folder import (
     CARD_NAME,
     CORPUS_FILES,
     LABEL_SETS_NAME,
     RESULTS_NAME,
-    SAE_TYPE,
     STATISTICS_NAME,
     TENSOR_FILES,
-    VS2_TYPE,
     CheckpointFolder,
     local_paths,
 )
@@ -33,30 +31,12 @@ from ..weight_files import is_of_http, opened
 from .card_edits import card_to_upload, license_of
 from .card_results import ResultFacts
 from .model_card import create_model_card, read_card
+from .shim import SHIM, SHIM_NAME, auto_map
 
 
 logger = logging.get_logger(__name__)
 
 LEADERBOARD_NAME = ".eval_results/hf_vs2.yaml"
-SHIM_NAME = "hf_vs2_shim.py"
-# With trust_remote_code=True transformers looks into this file for the classes. (Imports inside `try` are
-# left to the file; of others transformers says that PyPI has them.)
-_SHIM = f"""# The classes of this checkpoint come with the package hf_vs2.
-try:
-    from hf_vs2 import SAEConfig, SAEModel, VS2CLIPConfig, VS2CLIPForZeroShot
-except ModuleNotFoundError as error:
-    if error.name != "hf_vs2":
-        raise
-    raise ImportError("This checkpoint needs the package hf_vs2: {INSTALLATION}.") from error
-"""
-_AUTO_MAPS = {
-    SAE_TYPE: {"AutoConfig": "SAEConfig", "AutoModel": "SAEModel"},
-    VS2_TYPE: {
-        "AutoConfig": "VS2CLIPConfig",
-        "AutoModel": "VS2CLIPForZeroShot",
-        "AutoModelForZeroShotImageClassification": "VS2CLIPForZeroShot",
-    },
-}
 _ATTEMPTS = 3
 # Somebody else has committed; or a failing server, whose answer to a commit the client takes as final. (It may have
 # made the commit all the same: the next attempt then finds nothing left to change.)
@@ -204,7 +184,7 @@ class Push:
         results = self.results
         if results is None and RESULTS_NAME in on_hub and self._has_same_weights(on_hub):
             results = ResultFacts.from_file(self._download(head, RESULTS_NAME))
-        content: dict[str, Path | bytes] = {**self.folder.files, **self._configs(), SHIM_NAME: _SHIM.encode()}
+        content: dict[str, Path | bytes] = {**self.folder.files, **self._configs(), SHIM_NAME: SHIM.encode()}
         content[CARD_NAME] = self._card(head, results).encode()
         if results is not None:
             content[RESULTS_NAME] = results.content
@@ -233,8 +213,7 @@ class Push:
 
     def _configs(self) -> dict[str, bytes]:
         """Each `config.json`, with the entries that lead `trust_remote_code=True` to the shim."""
-        module = SHIM_NAME.removesuffix(".py")
-        classes = {auto: f"{module}.{name}" for auto, name in _AUTO_MAPS[self.folder.model_type].items()}
+        classes = auto_map(self.folder.model_type)
         return {
             f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME: _as_json(config | {"auto_map": classes})
             for place, config in self.folder.configs.items()
