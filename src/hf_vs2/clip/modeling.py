@@ -33,6 +33,7 @@ from ..steering.corpus_search import RetrievalInputs, pop_retrieval_inputs
 from ..steering.label_sets import LabelSets
 from ..steering.outputs import VS2CLIPOutput, VS2ImageFeatures, per_image
 from ..steering.steerer import Steerer, changed
+from .embeddings import EmbeddingMixin
 from .loading import (
     at_layer,
     check_widths,
@@ -47,13 +48,12 @@ from .loading import (
     saes_by_layer,
     saved_full,
 )
-from .steering import SteeringMixin
 
 
 logger = logging.get_logger(__name__)
 
 
-class VS2CLIPForZeroShot(SteeringMixin, HubMixin, PreTrainedModel):
+class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
     """
     Wraps a CLIP and the SAEs trained on it; everything that CLIP computes from an image is steered.
 

@@ -120,7 +120,7 @@ def class_embeddings(
     # str.replace, not str.format: names and templates may hold braces of their own.
     prompts = [template.replace("{}", name) for name in names for template in templates]
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    batches = _tokenized(clip, tokenizer, list(distinct), batch_size, tokenizer_kwargs or {})
+    batches = tokenized(clip, tokenizer, list(distinct), batch_size, tokenizer_kwargs or {})
     rows = torch.tensor([distinct[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
     if refuse_same:
         _refuse_same(names, rows.tolist(), _read_tokens(clip, batches))
@@ -128,7 +128,7 @@ def class_embeddings(
     return normalize(encoded[rows.to(encoded.device)].mean(1), dim=-1)
 
 
-def _tokenized(
+def tokenized(
     clip: CLIPModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
