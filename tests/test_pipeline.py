@@ -457,7 +457,7 @@ def test_details_tell_what_steering_did(classifier, model, images):
     passes = count_calls(model.clip.vision_model)
     found = classifier(images, LABELS, gate=0.5, return_details=True, batch_size=4)
     assert len(passes) == 2
-    assert [set(one) for one in found] == [{"predictions", "plain", "fvu", "steered"}] * len(images)
+    assert [set(one) for one in found] == [{"predictions", "plain", "fvu", "steered", "similarity"}] * len(images)
     assert [one["steered"] for one in found] == [one["fvu"] <= model.sae.fvu_threshold(0.5) for one in found]
     assert {one["steered"] for one in found} == {True, False}
     assert_same([one["predictions"] for one in found], classifier(images, LABELS, gate=0.5))
@@ -468,7 +468,8 @@ def test_details_tell_what_steering_did(classifier, model, images):
     alone = classifier(images[0], LABELS, gate=0.5, return_details=True, top_k=1)
     assert len(alone["predictions"]) == len(alone["plain"]) == 1
     off = classifier(images[0], LABELS, steer=False, return_details=True)
-    assert off == {"predictions": off["plain"], "plain": off["plain"], "fvu": None, "steered": False}
+    untouched = {"predictions": off["plain"], "plain": off["plain"], "fvu": None, "steered": False}
+    assert off == untouched | {"similarity": alone["similarity"]}
     plain_clip = hf_vs2.zero_shot_classifier(model.clip, device="cpu", return_details=True)
     assert plain_clip(images[0], LABELS) == off
 

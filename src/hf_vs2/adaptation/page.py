@@ -145,25 +145,18 @@ def _changes(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
         parts += [
             "<p>The clearest changes: plain CLIP's answer, then the adapted one, with the probability that each "
             "gives it.</p>",
-            *(_pair(one, others, pictures) for one, others in _both_ways(changes["clearest"])),
+            _gallery(_both_ways(changes["clearest"]), pictures),
             f"<details><summary>The commonest changes</summary>{_table(['from → to', 'images'], rows)}</details>",
         ]
     return _section("What it changes", *parts)
 
 
-def _both_ways(examples: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Examples by their two labels, whichever was first, those of one direction together."""
-    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+def _both_ways(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those between the same two labels side by side, one direction after the other."""
+    pairs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for one in examples:
-        found.setdefault(tuple(sorted((one["plain"], one["adapted"]))), []).append(one)
-    return [
-        (f"{_text(names[0])} and {_text(names[1])}", sorted(some, key=lambda one: one["plain"]))
-        for names, some in found.items()
-    ]
-
-
-def _pair(title: str, examples: Sequence[Mapping[str, Any]], pictures: Mapping[int, str]) -> str:
-    return f"<h3>{title}</h3>{_gallery(examples, pictures)}"
+        pairs.setdefault(tuple(sorted((one["plain"], one["adapted"]))), []).append(one)
+    return [one for some in pairs.values() for one in sorted(some, key=lambda one: one["plain"])]
 
 
 def _gallery(examples: Sequence[Mapping[str, Any]], pictures: Mapping[int, str]) -> str:
@@ -171,7 +164,7 @@ def _gallery(examples: Sequence[Mapping[str, Any]], pictures: Mapping[int, str])
     for one in examples:
         truth = "" if one["checked"] is None else f'<span class="truth">checked: {_text(one["checked"])}</span>'
         cards.append(
-            f'<li><img src="{pictures[one["row"]]}" alt="{_text(one["file"])}" loading="lazy">'
+            f'<li><img src="{pictures[one["row"]]}" alt="{_text(one["file"])}">'
             f'<span class="old">{_text(one["plain"])} <small>{one["plain_score"]:.0%}</small></span>'
             f'<span class="new">→ {_text(one["adapted"])} <small>{one["adapted_score"]:.0%}</small></span>'
             f'{truth}<span class="file">{_text(one["file"])}</span></li>'

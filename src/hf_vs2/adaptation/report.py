@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from ..data.labels.prompts import SINGLE_TEMPLATE
 from ..evaluation.recommendation import LEAST_LABELS, Recommendation
 from ..methods import method_named
 from ..version import __version__
 from .answers import Answers, clearest, confidence, pairs, rejection
 from .checked import TO_LABEL
+from .names import LABELS_NAME, TEMPLATES_NAME, TO_LABEL_NAME
 
 
 FORMAT, FORMAT_VERSION = "hf_vs2.adaptation", 1
@@ -58,7 +60,7 @@ def report_of(
             "method": found.method,
             "label": method_named(found.method).label,
             "decided_by": "checked labels" if found.candidates else "unlabelled images",
-            "why": found.reasons,
+            "why": _reasons(found),
             "evidence": found.evidence,
             "without_labels": found.by_rule,
         },
@@ -73,8 +75,16 @@ def report_of(
         "checked": None if not found.candidates else _checked(found, answers, truth, names, labels),
         "reject": rejection(answers),
         "not_known": _not_known(found),
-        "next": _next(found, folder, again),
+        "next": _next(found, request, folder, again),
     }
+
+
+def _reasons(found: Recommendation) -> list[str]:
+    """Why, with what decides first."""
+    if not found.candidates:
+        return found.reasons
+    by_rule, *by_labels = found.reasons
+    return [*by_labels, f"Without labels the answer is {method_named(found.by_rule).label}: {by_rule}"]
 
 
 def _example(
@@ -135,14 +145,14 @@ def _not_known(found: Recommendation) -> list[str]:
     return [
         "How many answers are right, of plain CLIP or adapted: that takes labels. A changed answer may be better or "
         "worse.",
-        "Whether the probabilities can be believed: that takes labels, too.",
+        "Whether the probabilities can be believed: that takes labels, too. They tend to be too high, the adapted ones "
+        "more so.",
         "How good the answers are on images of another kind than these.",
     ]
 
 
-def _next(found: Recommendation, folder: Path, again: str) -> list[dict[str, str]]:
-    to_label = folder / "to_label.csv"
-    steps = []
+def _next(found: Recommendation, request: Mapping[str, Any], folder: Path, again: str) -> list[dict[str, str]]:
+    to_label, steps = folder / TO_LABEL_NAME, []
     if not found.candidates:
         steps = [
             {
@@ -151,8 +161,11 @@ def _next(found: Recommendation, folder: Path, again: str) -> list[dict[str, str
                 "command": f"{again} --checked {shlex.quote(str(to_label))}",
             }
         ]
-    classify = shlex.join(["--checkpoint", str(folder), "--labels", str(folder / "labels.json")])
-    return [*steps, {"what": "Label images:", "command": f"hf-vs2 classify IMAGES {classify}"}]
+    classify = ["--checkpoint", str(folder), "--labels", str(folder / LABELS_NAME)]
+    if request["templates"] != list(SINGLE_TEMPLATE):
+        classify += ["--templates", str(folder / TEMPLATES_NAME)]
+    classify += [] if request["clean"] else ["--names_as_given"]
+    return [*steps, {"what": "Label images:", "command": f"hf-vs2 classify IMAGES {shlex.join(classify)}"}]
 
 
 def told(report: Mapping[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ from ..version import __version__
 from .answers import compare
 from .checked import checked_labels, write_to_label
 from .images import dataset_of, image_names
+from .names import LABELS_NAME, PAGE_NAME, REPORT_NAME, TEMPLATES_NAME, TO_LABEL_NAME
 from .page import write_page
 from .plan import sae_plan, trust
 from .report import report_of
@@ -40,8 +41,6 @@ from .report import report_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LABELS_NAME, TO_LABEL_NAME = "labels.json", "to_label.csv"
-REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 STEPS = 5
 # Images between two points from which an interrupted extraction goes on.
 _SHARD = 1024
@@ -173,6 +172,7 @@ def adapt(
 
     say(5, "writing the report")
     write_json(folder / LABELS_NAME, labels)
+    write_json(folder / TEMPLATES_NAME, list(templates))
     again = command or _command(clip, where, folder)
     report = report_of(
         request | {"digest": digest},

@@ -50,7 +50,7 @@ class Summary:
     """Counts answers, fresh ones and those read back from a file."""
 
     def __init__(self) -> None:
-        self.images = self.changed = self.steered = self.before = 0
+        self.images = self.changed = self.steered = self.rejected = self.before = 0
 
     def missing(self, names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
         """Count the rows of an earlier run, and give the images that have none."""
@@ -65,6 +65,7 @@ class Summary:
         """Count an answer."""
         self.images += 1
         self.changed += answer["changed"] in (True, "yes")
+        self.rejected += answer.get("rejected") is True
         steered = answer["steered"]
         self.steered += "yes" in steered.split() if isinstance(steered, str) else any(_each(steered))
 
@@ -74,6 +75,8 @@ class Summary:
         changed = f"{self.changed:,} changed" + (" (*)" if self.changed else "")
         left = f"{self.steered:,} steered, {self.images - self.steered:,} left to plain CLIP"
         lines = [f"{_images(self.images)}: {changed}, {left}."]
+        if self.rejected:
+            lines.append(f"{_images(self.rejected)} of none of the labels.")
         if self.before:
             lines.append(f"{_images(self.before)} of these had an answer from an earlier run.")
         if unreadable:

@@ -158,8 +158,9 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
             For one image a list of `{"score": float, "label": str}`, best first; for a list, tuple or column of images
             a list of those; for a data set or another iterable an iterator over them, which reads images as it goes.
 
-            With `return_details=True`, `{"predictions": [...], "plain": [...], "fvu": float or None, "steered": bool}`
-            takes the place of each such list. `plain` holds plain CLIP's scores. `fvu` is `None` where steering is
+            With `return_details=True`, `{"predictions": [...], "plain": [...], "fvu": float or None, "steered": bool,
+            "similarity": float}` takes the place of each such list. `plain` holds plain CLIP's scores, and
+            `similarity` the cosine of the image with plain CLIP's answer. `fvu` is `None` where steering is
             off, and from methods that do not read the SAE, which give `distance` in its place ([`row_distance`]). With
             several SAEs `fvu` and `steered` are lists, layers ascending.
 
@@ -314,6 +315,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
             "plain": _ranked(model_outputs["plain_logits"][0], candidate_labels, top_k),
             "fvu": None if fvu is None else fvu[0].tolist(),
             "steered": model_outputs["steered"][0].tolist(),
+            "similarity": model_outputs["plain_logits"][0].max().item() / self.clip.logit_scale.float().exp().item(),
         }
         if model_outputs.get("distance") is not None:
             details["distance"] = model_outputs["distance"][0].tolist()

@@ -164,19 +164,12 @@ def shift_of(
         return Shift("The checkpoint keeps no rows of unlabelled images.", "", {})
     scale = softmax_temperature(model.clip)
     ours, theirs = (embeds_of(model, one, batch_size) for one in (rows, known.rows))
-    drift, noise = _drift(ours, theirs, classes, scale)
+    drift, noise = Sureness.of(ours, classes, scale).drift_from(Sureness.of(theirs, classes, scale))
     even, before = (
         evenness(fit_anchored_prototypes(one, classes, scale).received, len(one)) for one in (ours, theirs)
     )
     figures = {"drift": drift, "evenness_here": even}
-    why = ""
-    if inside < LEAST_INSIDE:
-        why = f"These are not the images that the checkpoint is for: its gate by distance lets {inside:.0%} through."
-    elif abs(drift) > max(MOST_DRIFT, 3 * noise):
-        why = (
-            "These may not be the images that the checkpoint is for: within the labels that it gives, plain CLIP is "
-            f"{abs(drift):.0%} {'less' if drift > 0 else 'more'} sure of them than of its own."
-        )
+    why = why_others(inside, drift, noise)
     uneven = even < MUCH_LESS_EVEN * before and inside >= LEAST_INSIDE
     labels_only = (
         f"Your images are of few of the labels (evenness {even:.2f}, the checkpoint's {before:.2f}). Don't calibrate "
@@ -194,19 +187,70 @@ def _sure(embeds: torch.Tensor, classes: torch.Tensor, scale: float) -> torch.Te
     return (scale * embeds @ classes.T).softmax(-1).amax(-1).double()
 
 
-def _drift(ours: torch.Tensor, theirs: torch.Tensor, classes: torch.Tensor, scale: float) -> tuple[float, float]:
-    """By how much plain CLIP is surer of the checkpoint's images, label by label that it gives, weighted as ours have
-    them, and the standard error of that."""
-    answers = [(one @ classes.T).argmax(-1) for one in (ours, theirs)]
-    sure = [_sure(one, classes, scale) for one in (ours, theirs)]
-    shared = [label for label in answers[0].unique().tolist() if (answers[1] == label).any()]
-    total, squares, count = 0.0, 0.0, 0
-    for label in shared:
-        own, other = (part[answer == label] for part, answer in zip(sure, answers, strict=True))
-        total += len(own) * float(other.mean() - own.mean())
-        squares += len(own) ** 2 * sum(float(part.var(correction=0)) / len(part) for part in (own, other))
-        count += len(own)
-    return total / max(1, count), squares**0.5 / max(1, count)
+class Sureness:
+    """
+    How sure plain CLIP is of its answers, label by label: sums, whose size does not grow with the images.
+
+    Args:
+        num_classes (`int`): labels to choose from.
+    """
+
+    def __init__(self, num_classes: int):
+        self.sums = torch.zeros(3, num_classes, dtype=torch.float64)
+        """Images, their probabilities and the squares of these, of each label."""
+
+    @classmethod
+    def of(cls, embeds: torch.Tensor, classes: torch.Tensor, scale: float) -> Sureness:
+        """Of unit image embeddings `(n, projection_dim)` for unit class embeddings."""
+        found = cls(len(classes))
+        found.add((embeds @ classes.T).argmax(-1), _sure(embeds, classes, scale))
+        return found
+
+    def add(self, answers: torch.Tensor, probabilities: torch.Tensor) -> None:
+        """Plain CLIP's answers `(n,)`, as places in the labels, and the probability that it gives each."""
+        sure = probabilities.double()
+        self.sums.index_add_(1, answers, torch.stack([torch.ones_like(sure), sure, sure.square()]))
+
+    def drift_from(self, theirs: Sureness) -> tuple[float, float]:
+        """By how much plain CLIP is surer of their images, label by label that it gives, weighted as these have them,
+        and the standard error of that."""
+        shared = (self.sums[0] > 0) & (theirs.sums[0] > 0)
+        numbers = self.sums[0, shared]
+        means, errors = [], []
+        for one in (self, theirs):
+            count, total, squares = one.sums[:, shared]
+            means.append(total / count)
+            errors.append((squares / count - means[-1].square()).clamp_min(0) / count)
+        count = max(1.0, numbers.sum().item())
+        drift = (numbers * (means[1] - means[0])).sum().item() / count
+        return drift, (numbers.square() * (errors[0] + errors[1])).sum().item() ** 0.5 / count
 
 
-__all__ = ["Evidence", "Shift", "decide", "embeds_of", "evenness", "gather_evidence", "inside", "shift_of"]
+def why_others(inside: float, drift: float, noise: float) -> str:
+    """Why images are others than the checkpoint's; empty where nothing says so.
+
+    Args:
+        inside: share of them inside its gate by distance. drift, noise: see [`Sureness`].
+    """
+    if inside < LEAST_INSIDE:
+        return f"These are not the images that the checkpoint is for: its gate by distance lets {inside:.0%} through."
+    if abs(drift) > max(MOST_DRIFT, 3 * noise):
+        return (
+            "These may not be the images that the checkpoint is for: within the labels that it gives, plain CLIP is "
+            f"{abs(drift):.0%} {'less' if drift > 0 else 'more'} sure of them than of its own."
+        )
+    return ""
+
+
+__all__ = [
+    "Evidence",
+    "Shift",
+    "Sureness",
+    "decide",
+    "embeds_of",
+    "evenness",
+    "gather_evidence",
+    "inside",
+    "shift_of",
+    "why_others",
+]

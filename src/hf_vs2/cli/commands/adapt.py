@@ -71,8 +71,8 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: Namespace) -> None:
     from ...adaptation import adapt
+    from ...adaptation.names import PAGE_NAME, REPORT_NAME, TO_LABEL_NAME
     from ...adaptation.report import told
-    from ...adaptation.run import PAGE_NAME, REPORT_NAME, TO_LABEL_NAME
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import resolve_templates
     from ...files.json_files import read_json

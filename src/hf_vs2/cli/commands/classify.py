@@ -59,6 +59,11 @@ def add_flags(parser: Parser) -> None:
     add_label_flags(parser)
     parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass.")
     add_steering_flags(parser, method=True)
+    parser.flag(
+        "--reject",
+        action="store_true",
+        help="Answer 'none of these labels' below the threshold that hf-vs2 adapt measured (docs/adapt.md).",
+    )
     parser.section("output")
     parser.flag("--top_k", type=int, kind=whole(1), default=1, help="How many labels to give for each image.")
     parser.flag("--json", action="store_true", help="Print JSON instead of a table.")
@@ -73,6 +78,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from ...adaptation.in_use import NONE_OF_THESE, Familiarity, rejected, rejection_threshold
     from ...data.images import one_line
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import resolve_templates
@@ -80,22 +86,30 @@ def run(args: Namespace) -> None:
     from ...files.progress import progress_bar
 
     labels = names_in(labels_from(args) or [])
-    resolve_templates(args.templates)
+    templates, clean = resolve_templates(args.templates), not args.names_as_given
     names = list(_image_names(args.images, args.on_error))
+    threshold = None
+    if args.reject:
+        threshold = rejection_threshold(args.checkpoint, checkpoint_place(args), labels, templates, clean)
     classifier = load_classifier(args)
+    familiarity = Familiarity(classifier, labels, templates, clean)
     summary, results = Summary(), []
     with ExitStack() as stack:
         file = stack.enter_context(_row_file(args, labels)) if _grows(args) else None
         if file is not None:
             names = summary.missing(names, file.rows())
         shown = dict(zip(names, map(one_line, shown_names(names, args.images)), strict=True))
-        table = None if args.json else Table([*shown.values()], [*map(one_line, labels)])
+        table = (
+            None
+            if args.json
+            else Table([*shown.values()], [*map(one_line, labels), *([NONE_OF_THESE] if args.reject else [])])
+        )
         images = _Images(names, skip=args.on_error == "skip")
         answers = classifier(
             iter(images),
             candidate_labels=labels,
             templates=args.templates,
-            clean=not args.names_as_given,
+            clean=clean,
             top_k=args.top_k,
             return_details=True,
             batch_size=args.batch_size,
@@ -111,6 +125,9 @@ def run(args: Namespace) -> None:
         stack.callback(bar.close)
         for answer in answers:
             answer = with_change({"image": images.names_read.popleft()} | answer)
+            familiarity.add(answer)
+            if threshold is not None:
+                answer = rejected(answer, threshold)
             summary.add(answer)
             if file is None:
                 results.append(answer)
@@ -133,6 +150,8 @@ def run(args: Namespace) -> None:
             say_written({"results": args.output})
     elif images.unreadable:
         print(*summary.lines(images.unreadable), file=sys.stderr)
+    if others := familiarity.sentence():
+        print(others, file=sys.stderr)
 
 
 def _grows(args: Namespace) -> bool:
@@ -151,6 +170,7 @@ def _row_file(args: Namespace, labels: Sequence[str]) -> RowFile:
         "templates": resolve_templates(args.templates),
         "top_k": args.top_k,
         "steering": steering_from(args, method=True),
+        **({"reject": True} if args.reject else {}),
     }
     return RowFile(args.output, csv_columns(min(args.top_k, len(labels))), settings)
 
