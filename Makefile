@@ -11,6 +11,9 @@ INCLUDED_test = demo test
 INCLUDED_dev = demo test docs dev
 INCLUDED_docs = docs
 
+# Their code is formatted to the columns that a page of the site has.
+PAGES = $(wildcard *.md docs/*.md docs/*/*.md examples/*/*.md benchmarks/*.md)
+
 # Two processes of one thread each: on two cores half the time of one process.
 TWO_AT_ONCE = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
@@ -37,11 +40,13 @@ test-lowest: $(VENV_LOWEST)/.installed-lowest  ## run the tests with the lowest 
 quality: $(VENV)/.installed-dev  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff format --check --line-length 88 $(PAGES)
 	$(VENV)/bin/mypy
 
 style: $(VENV)/.installed-dev  ## fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff format --line-length 88 $(PAGES)
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/
 	$(VENV)/bin/mkdocs build --strict

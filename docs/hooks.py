@@ -1,8 +1,13 @@
-"""Hooks of the documentation's build: files from outside docs/, links out of it, names of the library, help of the commands."""
+"""
+Hooks of the documentation's build: files from outside docs/, links out of it, formulas, a page for each entry of the Python
+reference, names of the library, help of the commands.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import io
 import os
 import posixpath
@@ -11,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
@@ -24,6 +30,52 @@ PREFIX = "project/"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 FENCE = re.compile(r"(^ *(`{3,}).*?^ *\2 *$)", re.MULTILINE | re.DOTALL)
 COMMAND_HELP = "<!-- help of all commands -->"
+REFERENCE = "reference/api.md"
+# `::: hf_vs2.SAEModel` and the options below it.
+ENTRY = re.compile(r"^::: ([\w.]+)\n((?: +\S.*\n)*)", re.MULTILINE)
+
+
+def on_config(config: Any) -> Any:
+    """Formulas become MathML, which browsers show without a script. The reference's pages stand in the navigation."""
+    fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
+    fences.append({"name": "math", "class": "math", "format": formula})
+    for tab in config.nav:
+        for place, entry in enumerate(next(iter(tab.values()))):
+            if isinstance(entry, dict) and REFERENCE in entry.values():
+                next(iter(tab.values()))[place] = {"Python": reference_nav()}
+    return config
+
+
+def formula(source: str, *_: Any, **__: Any) -> str:
+    """A block of `math`, which GitHub shows too: one formula in LaTeX."""
+    return convert(source.strip(), display="block")
+
+
+def reference_nav() -> list[Any]:
+    """The overview, and under each of its headings the pages of the entries there."""
+    found: list[Any] = [REFERENCE]
+    for line in (REPOSITORY / "docs" / REFERENCE).read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            found.append({line[3:]: []})
+        elif line.startswith("::: "):
+            next(iter(found[-1].values())).append({line.rpartition(".")[2]: page_of(line[4:].strip())})
+    return found
+
+
+def overview(path: str) -> str:
+    """A link to the page of an entry, and the first sentence of its docstring."""
+    parent, _, name = path.rpartition(".")
+    try:
+        found = importlib.import_module(path)
+    except ModuleNotFoundError:
+        found = getattr(importlib.import_module(parent), name)
+    first = inspect.getdoc(found).split("\n\n")[0].replace("\n", " ")
+    return f"- [`{name}`][{path}]: {first}"
+
+
+def page_of(path: str) -> str:
+    """Of an entry of the reference, by its full name."""
+    return f"reference/python/{path.rpartition('.')[2]}.md"
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -35,12 +87,17 @@ def on_files(files: Any, config: Any) -> Any:
         for path in found:
             uri = PREFIX + path.relative_to(REPOSITORY).as_posix()
             files.append(File.generated(config, uri, abs_src_path=str(path)))
+    reference = (REPOSITORY / "docs" / REFERENCE).read_text(encoding="utf-8")
+    for path, options in ENTRY.findall(reference):
+        files.append(File.generated(config, page_of(path), content=f"::: {path}\n{options}"))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if COMMAND_HELP in markdown:
         markdown = markdown.replace(COMMAND_HELP, command_help())
+    if page.file.src_uri == REFERENCE:
+        markdown = re.sub(r"\n+(?=\n- )", "", ENTRY.sub(lambda entry: overview(entry[1]), markdown))
     parts = FENCE.split(markdown)
     for index in range(0, len(parts), 3):  # text, block, its fence, text, ...
         text = LINK.sub(lambda link: rewritten(link, page.file.src_uri, config, files), parts[index])
