@@ -133,6 +133,20 @@ def test_people_do_not_get_each_others_settings(playground, digits):
     torch.testing.assert_close(plain.steered_scores, plain.plain_scores, rtol=0, atol=1e-5)
 
 
+def test_every_method_of_the_page_answers_as_the_pipeline(playground, checkpoint, digits):
+    """The method that `recommend` names has to be tried there, and none that is offered may fail."""
+    classifier = hf_vs2.zero_shot_classifier(checkpoint, templates="single")
+    image = digits[0]["image"]
+    assert list(playground.methods)[0] == "vs2" and len(playground.methods) > 1
+    for method in playground.methods:
+        found = playground.explain(file_of(image), LABELS, 2.0, 3.0, False, method)
+        scores = dict(zip(LABELS, found.steered_scores[0].softmax(-1).tolist(), strict=True))
+        for one in classifier(image, list(LABELS), gamma=2.0, lambda_=3.0, gate=None, method=method):
+            assert scores[one["label"]] == pytest.approx(one["score"], abs=1e-5), method
+    with pytest.raises(ValueError, match="no method of this page"):
+        playground.explain(file_of(image), LABELS, 2.0, 3.0, False, "nonsense")
+
+
 def test_the_checkpoints_own_gammas_stay(space, checkpoint, digits, tmp_path):
     """A checkpoint that amplifies some latents only must not be shown as if it amplified all."""
     model = VS2CLIPForZeroShot.from_pretrained(checkpoint)
@@ -196,7 +210,12 @@ def test_words_of_strangers_stay_words(space, playground, digits):
     """A label is shown to whoever looks at the page; it must not run there."""
     _, looks = space
     found = playground.explain(file_of(digits[0]["image"]), LABELS, 1.5, 2.1, False)
-    html = looks.verdict(found) + looks.bars(found) + looks.latents(found, 4, playground.strongest_images)
+    html = (
+        looks.verdict(found)
+        + looks.note("<b>bold")
+        + looks.bars(found)
+        + looks.latents(found, 4, playground.strongest_images)
+    )
     assert "&lt;b&gt;bold" in html and "<b>bold" not in html
 
 
@@ -375,9 +394,14 @@ def test_the_page_in_a_browser(address, playground, digits, tmp_path):
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(address)
-        page.locator(".verdict", has_text="Give an image").wait_for(timeout=30_000)
+        # It opens with an example that is answered already, where a phone shows it.
+        bars, said = page.locator(".vs2 .row"), page.locator("#answer .verdict")
+        bars.first.wait_for(timeout=30_000)
+        box = said.bounding_box()
+        assert box["y"] + box["height"] <= 900, "the answer begins below the screen of a phone"
+        page.get_by_label("Remove Image").click()
+        page.locator("#answer", has_text="Give an image").wait_for(timeout=30_000)
         page.locator("#picture input[type=file]").set_input_files(str(tmp_path / "held_back.png"))
-        bars = page.locator(".vs2 .row")
         bars.first.wait_for(timeout=30_000)
 
         def changed(act):
@@ -390,20 +414,30 @@ def test_the_page_in_a_browser(address, playground, digits, tmp_path):
             )
             return bars.all_inner_texts()
 
-        assert "the gate is shut" in page.locator(".verdict").inner_text()
+        assert "the gate is shut" in said.inner_text()
         changed(page.get_by_label("Gate").uncheck)
         slider = page.locator("input[type=range]").first
 
-        def drag():
-            """gamma, from where it is to its end."""
-            box = slider.bounding_box()
-            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            page.mouse.down()
-            page.mouse.move(box["x"] + box["width"] - 1, box["y"] + box["height"] / 2, steps=5)
-            page.mouse.up()
+        def press():
+            """gamma, by the keys of a keyboard."""
+            slider.focus()
+            for _ in range(15):
+                page.keyboard.press("ArrowRight")
 
-        slider.scroll_into_view_if_needed()
-        changed(drag)
+        def type_number():
+            page.locator("input[type=number]").first.fill("1")
+
+        changed(press)
+        changed(type_number)
+
+        # A mistake is said in the answer's place, and nothing of the answer before it stays.
+        page.get_by_label("Labels").fill("cat")
+        page.get_by_label("Labels").blur()
+        page.locator("#answer", has_text="at least two labels").wait_for(timeout=30_000)
+        assert bars.count() == 0
+        page.get_by_label("Labels").fill("zero, one")
+        page.get_by_label("Labels").blur()
+        bars.first.wait_for(timeout=30_000)
 
         def rename():
             page.get_by_label("Labels").fill("cat, <i>dog</i>, bird")

@@ -1,18 +1,20 @@
 """A Space that shows what steering does to an image of yours: `python app.py`.
 
 Without settings it makes and shows the demo's checkpoint, offline. `VS2_CHECKPOINT` names another, a folder or a Hub id, and
-`VS2_IMAGES` images (a folder, or a data set's id) to show what activates a latent; `VS2_LABELS` are the labels to begin with.
+`VS2_IMAGES` images (a folder, or a data set's id) to show what activates a latent; `VS2_LABELS` are the labels to begin with,
+`VS2_ATLAS` the address of its atlas, to which latents are linked.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr  # noqa: E402
 from huggingface_hub.constants import HF_HOME  # noqa: E402
-from looks import CSS, HINT, bars, latents, verdict  # noqa: E402
+from looks import CSS, HINT, WORDS, bars, latents, note, verdict  # noqa: E402
 from PIL import Image  # noqa: E402
 from playground import SHOWN_LATENTS, Playground, demo_checkpoint, read_labels  # noqa: E402
 
@@ -22,6 +24,7 @@ from hf_vs2.data.inputs import NamedImages  # noqa: E402
 
 HOUR, DAY = 3600, 86400
 LARGEST_FILE = "30mb"
+ATLAS = os.environ.get("VS2_ATLAS", "")
 
 
 def make_playground() -> tuple[Playground, str, list[Image.Image]]:
@@ -40,42 +43,69 @@ def make_playground() -> tuple[Playground, str, list[Image.Image]]:
     return Playground(checkpoint, shown), labels or "cat, dog, bird", examples
 
 
-def build(playground: Playground, labels: str, examples: list[Image.Image]) -> gr.Blocks:
-    defaults = playground.defaults
-    gamma = 1.5 if playground.has_own_gammas else defaults.gamma
+class Page:
+    """What the listeners of the page do: `answer` for programs, which are told of a mistake by an error, and `show` for people,
+    who read it in the answer's place."""
 
-    def steer(path, text, gamma, lambda_, gate):
+    def __init__(self, playground: Playground):
+        self.playground = playground
+
+    def answer(
+        self, path: str | None, text: str, gamma: float, lambda_: float, gate: bool, method: str
+    ) -> tuple[str, str, str, Any]:
         if path is None:
             raise gr.Error("Give an image first.", print_exception=False)
         try:
-            found = playground.explain(Path(path).read_bytes(), read_labels(text), gamma, lambda_, gate)
+            return self._answer(path, text, gamma, lambda_, gate, method)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        shown = latents(found, SHOWN_LATENTS, playground.strongest_images)
-        return verdict(found), bars(found), shown, found.to_dict(SHOWN_LATENTS)[0]
 
-    def follow(path, *settings):
-        return (HINT, "", "", None) if path is None else steer(path, *settings)
+    def show(self, path: str | None, *settings: Any) -> tuple[str, str, str, Any]:
+        if path is None:
+            return note(HINT), "", "", None
+        try:
+            return self._answer(path, *settings)
+        except ValueError as error:
+            return note(str(error), "problem"), "", "", None
 
-    with gr.Blocks(title="Visual Sparse Steering", analytics_enabled=False, delete_cache=(HOUR, DAY)) as page:
-        gr.Markdown(
-            "# Visual Sparse Steering\nA sparse autoencoder amplifies what is active in your image. No labels were used to train it."
-        )
+    def _answer(self, path: str, text: str, gamma: float, lambda_: float, gate: bool, method: str) -> Any:
+        found = self.playground.explain(Path(path).read_bytes(), read_labels(text), gamma, lambda_, gate, method)
+        threshold = self.playground.threshold(method) if gate else None
+        moved = latents(found, SHOWN_LATENTS, self.playground.strongest_images, ATLAS)
+        return verdict(found, threshold), bars(found), moved, found.to_dict(SHOWN_LATENTS)[0]
+
+
+def build(playground: Playground, labels: str, examples: list[Image.Image]) -> gr.Blocks:
+    page = Page(playground)
+    defaults, methods = playground.defaults, playground.methods
+    gamma = 1.5 if playground.has_own_gammas else defaults.gamma
+
+    with gr.Blocks(title="Visual Sparse Steering", analytics_enabled=False, delete_cache=(HOUR, DAY)) as blocks:
+        gr.Markdown("# Visual Sparse Steering\nWhat does steering do to CLIP's answer? No label was used to learn it.")
         with gr.Row():
             with gr.Column(scale=2):
                 image = gr.Image(
+                    examples[0] if examples else None,
                     type="filepath",
                     format="png",
                     label="Image",
-                    height=260,
+                    height=240,
                     elem_id="picture",
                     sources=["upload", "clipboard"],
                 )
                 # Gradio itself would open the file here, and not tell people why it could not.
                 image.preprocess = lambda file: file and file.path
+                answer = gr.HTML(note(HINT), elem_id="answer")
                 if examples:
-                    gr.Examples([[example] for example in examples], [image], label="Images to try")
+                    names = [f"image {number}" for number in range(1, len(examples) + 1)]
+                    gr.Examples([[one] for one in examples], [image], label="Images to try", example_labels=names)
                 text = gr.Textbox(labels, label="Labels, separated by commas", lines=2)
+                method = gr.Dropdown(
+                    [(one.label, name) for name, one in methods.items()],
+                    value=next(iter(methods)),
+                    label="Method",
+                    filterable=False,
+                )
                 factor = gr.Slider(
                     0,
                     max(4, 2 * gamma),
@@ -95,30 +125,43 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                 )
                 gate = gr.Checkbox(
                     playground.has_gate,
-                    label="Gate: leave images alone that the SAE does not know",
+                    label="Gate: leave images alone that are unlike those it was made with",
                     interactive=playground.has_gate,
                 )
                 button = gr.Button("Steer", variant="primary")
             with gr.Column(scale=3):
-                answer, before_after, active = gr.HTML(HINT), gr.HTML(), gr.HTML()
+                before_after, active = gr.HTML(), gr.HTML()
+                with gr.Accordion("What do these words mean?", open=False):
+                    listed = "\n".join(f"- {one.label}: {one.summary}" for one in methods.values())
+                    more = f", [this checkpoint's atlas]({ATLAS})" if ATLAS else ""
+                    gr.Markdown(WORDS.format(methods=listed, more=more))
                 with gr.Accordion("As JSON", open=False):
                     facts = gr.JSON(show_label=False)
-        inputs, outputs = [image, text, factor, strength, gate], [answer, before_after, active, facts]
-        button.click(steer, inputs, outputs, api_name="steer")
-        # One listener for them all, so that what is shown last is what was set last.
+        inputs, outputs = [image, text, factor, strength, gate, method], [answer, before_after, active, facts]
+        gr.Button(visible=False).click(page.answer, inputs, outputs, api_name="steer")
+        # One listener for them all, so that what is shown last is what was set last, by mouse, keys or typing.
         gr.on(
-            [image.change, text.submit, text.blur, factor.release, strength.release, gate.input],
-            follow,
+            [
+                blocks.load,
+                button.click,
+                image.change,
+                text.submit,
+                text.blur,
+                *(one.change for one in (factor, strength, gate, method)),
+            ],
+            page.show,
             inputs,
             outputs,
             api_visibility="private",
             show_progress="hidden",
             trigger_mode="always_last",
         )
-    return page
+    return blocks
 
 
 if __name__ == "__main__":
-    page = build(*make_playground())
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
-    page.launch(css=CSS, theme=gr.themes.Default(**fonts), max_file_size=LARGEST_FILE)
+    theme = gr.themes.Default(primary_hue="blue", **fonts).set(
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+    )
+    build(*make_playground()).launch(css=CSS, theme=theme, max_file_size=LARGEST_FILE)

@@ -30,26 +30,52 @@ CSS = """
 .vs2 .value { color: color-mix(in srgb, var(--body-text-color) 72%, transparent); font-size: 13px; }
 .vs2 .pictures { display: flex; gap: 6px; flex-wrap: wrap; } .vs2 .pictures img { width: 56px; height: 56px; object-fit: cover; border-radius: 5px; }
 .vs2 .verdict { font-size: 17px; padding: 10px 14px; border-radius: 8px; background: var(--background-fill-secondary); border-left: 4px solid #2a78c5; }
-.vs2 .verdict.alone { border-left-color: #8c8c94; }
+.vs2 .verdict.alone { border-left-color: #8c8c94; } .vs2 .verdict.problem { border-left-color: #c43d1e; }
+.vs2 h2 { font-size: 17px; margin: 12px 0 4px; }
 """
 
-HINT = '<div class="vs2"><div class="verdict alone">Give an image, and this shows what is made of it.</div></div>'
+HINT = "Give an image, and this shows what is made of it."
+
+WORDS = """
+**What is what?** CLIP compares the image with each label's text. A sparse autoencoder (SAE) takes what CLIP saw apart into
+**latents**, few of which are active on an image. VS2 multiplies the active ones by **gamma** and adds **lambda** of the
+change; other methods leave the image alone and move the labels towards unlabelled images. **FVU** says how badly the SAE
+reconstructs the image: 0 is perfect, 1 is no better than the mean image. The **gate** leaves an image to plain CLIP, bit for
+bit, where it is unlike the images that the checkpoint was made with: where its FVU is above a threshold, **tau**, or, for
+methods without an SAE, its distance to them. A steered answer is not always the better one.
+
+The methods:
+
+{methods}
+
+[The paper](https://arxiv.org/abs/2506.01247){more}
+"""
 
 
-def verdict(explanation: VS2Explanation) -> str:
-    """One sentence: what plain CLIP says, what steering says, and whether the gate let it through."""
+def note(text: str, kind: str = "alone") -> str:
+    """A sentence in the place of the answer; a screen reader says it when it comes."""
+    return f'<div class="vs2"><div class="verdict {kind}" role="status">{escape(text)}</div></div>'
+
+
+def verdict(explanation: VS2Explanation, threshold: float | None = None) -> str:
+    """One sentence: what plain CLIP says, what the method says, and whether the gate let it through."""
     before, after = (
         escape(explanation.labels[int(scores[0].argmax())])
         for scores in (explanation.plain_scores, explanation.steered_scores)
     )
     fvu = f"FVU {float(explanation.fvu[0]):.2f}"
     if not bool(explanation.steered[0]):
-        text = f"<b>{before}</b>, as plain CLIP says: the gate is shut ({fvu}, the SAE does not know this image well)."
-        return f'<div class="vs2"><div class="verdict alone">{text}</div></div>'
+        why = "it is far from the images that the checkpoint was made with"
+        if threshold is not None:
+            why = f"{fvu} is above {threshold:.2f}, the SAE does not know this image well"
+        text = f"<b>{before}</b>, as plain CLIP says: the gate is shut ({why})."
+        return f'<div class="vs2"><div class="verdict alone" role="status">{text}</div></div>'
     text = (
         f"<b>{after}</b>, as plain CLIP." if before == after else f"<b>{after}</b>; plain CLIP says <b>{before}</b>."
     )
-    return f'<div class="vs2"><div class="verdict">{text} <span class="value">Steered, {fvu}.</span></div></div>'
+    if threshold is not None:
+        fvu += f", at most {threshold:.2f} passes the gate"
+    return f'<div class="vs2"><div class="verdict" role="status">{text} <span class="value">Steered. {fvu}.</span></div></div>'
 
 
 def bars(explanation: VS2Explanation) -> str:
@@ -72,22 +98,32 @@ def bars(explanation: VS2Explanation) -> str:
     return f'<div class="vs2"><div class="legend">{legend}</div>{"".join(rows)}{rest}</div>'
 
 
-def latents(explanation: VS2Explanation, number: int, images_of: Callable[[int], Sequence[Image.Image]]) -> str:
-    """The latents that moved the top label most, each with the images that activate it."""
+def latents(
+    explanation: VS2Explanation, number: int, images_of: Callable[[int], Sequence[Image.Image]], atlas: str = ""
+) -> str:
+    """The latents that moved the top label most, each with the images that activate it, and a link to its page in an atlas."""
     best = int(explanation.steered_scores[0].argmax())
     found = explanation.top(best, number)
     if not found:
-        return '<div class="vs2"><div class="value">No latent moved anything.</div></div>'
+        if not bool(explanation.steered[0]):
+            return note("The gate is shut: both answers are plain CLIP's, and no latent moved anything.")
+        if explanation.replacement.any():
+            return note("This method changes the scores themselves and moves no latent.")
+        return note("No latent moved anything.")
     label, blocks = escape(explanation.labels[best]), []
     for latent in found:
         pictures = "".join(f'<img src="{data_uri(image)}" alt="">' for image in images_of(latent["latent"]))
         sign = "steered" if latent["contribution"] >= 0 else "down"
+        link = f"<b>#{latent['latent']}</b>"
+        if atlas:
+            address = escape(f"{atlas.rstrip('/')}/index.html#latent={latent['latent']}")
+            link = f'<a href="{address}" target="_blank" rel="noopener">{link}</a>'
         blocks.append(
-            f'<div class="latent"><div><b>#{latent["latent"]}</b><div class="value">value {latent["value"]:.2f}</div></div><div>'
+            f'<div class="latent"><div>{link}<div class="value">value {latent["value"]:.2f}</div></div><div>'
             f'<span class="key {sign}"></span>{latent["contribution"]:+.2f} to the score of {label}'
             f'<div class="pictures">{pictures}</div></div></div>'
         )
-    title = f"<h3>Latents that moved <i>{label}</i>, and the images that activate them</h3>"
+    title = f"<h2>Latents that moved <i>{label}</i>, and the images that activate them</h2>"
     return f'<div class="vs2">{title}{"".join(blocks)}</div>'
 
 

@@ -15,6 +15,7 @@ import hf_vs2
 from hf_vs2 import VS2Explanation
 from hf_vs2.data.batches import Normalizer, read_pixels
 from hf_vs2.data.inputs import NamedImage, NamedImages
+from hf_vs2.methods import METHODS, Method
 
 
 MOST_LABELS = 200
@@ -46,6 +47,19 @@ class Playground:
         self._top = None if images is None else self._strongest_images(images)
 
     @property
+    def methods(self) -> dict[str, Method]:
+        """Those whose scores can be taken apart, with what this checkpoint holds, by name; that of the checkpoint first."""
+        own = self.defaults.method
+        has_statistics = self.model.domain_statistics is not None
+        shown = {
+            name: method
+            for name, method in METHODS.items()
+            if (method.explains or (method.fit is not None and method.step is None))
+            and not (method.needs_corpus or (method.needs_statistics and not has_statistics))
+        }
+        return {name: shown[name] for name in sorted(shown, key=lambda name: name != own)}
+
+    @property
     def has_gate(self) -> bool:
         """Whether there is a gate to switch on."""
         return self.defaults.gate is not None or self.defaults.fvu_threshold is not None
@@ -56,19 +70,36 @@ class Playground:
         return isinstance(self.defaults.gamma, tuple)
 
     def explain(
-        self, image: bytes, labels: tuple[str, ...], gamma: float, lambda_: float, gate: bool
+        self,
+        image: bytes,
+        labels: tuple[str, ...],
+        gamma: float,
+        lambda_: float,
+        gate: bool,
+        method: str | None = None,
     ) -> VS2Explanation:
-        """Scores before and after, and the latents between them. The image comes as the bytes of its file.
+        """Scores before and after, and the latents between them. The image comes as the bytes of its file; no method is the
+        checkpoint's.
 
         Raises:
-            `ValueError`: on an image that cannot be read.
+            `ValueError`: on an image that cannot be read, or a method that is not one of `methods`.
         """
+        method = method or next(iter(self.methods))
+        if method not in self.methods:
+            raise ValueError(f"{method!r} is no method of this page. Use one of: {', '.join(self.methods)}.")
         row, classes = self._row(image), self._embed(labels)
         settings = {"lambda_": lambda_} if self.has_own_gammas else {"gamma": gamma, "lambda_": lambda_}
+        settings["method"] = method
         if not gate:
             settings |= {"gate": None, "fvu_threshold": None}
         with self._lock, self.model.steering(**settings):
             return self.model.explain_from_cls(row, classes, labels)
+
+    def threshold(self, method: str) -> float | None:
+        """The gate's, where the method's gate goes by FVU."""
+        if not (self.has_gate and METHODS[method].reads_latents):
+            return None
+        return next(iter(self.model.steerer.with_(method=method).fvu_thresholds.values()))
 
     def strongest_images(self, latent: int) -> list[Image.Image]:
         """Thumbnails of the images on which a latent is largest; none where it is never active."""
