@@ -1,6 +1,8 @@
 """Every block of the documentation runs, as one session a page, on material that stands where the pages' Hub ids lead (see `world`)."""
 
+import html
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +11,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -31,10 +34,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 REPOSITORY = Path(__file__).parents[1]
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 DEMO_CLIP = Path(hf_vs2.__file__).parent / "demo_assets"
 PAGES = [path.relative_to(REPOSITORY).as_posix() for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
 PAGES += ["CONTRIBUTING.md", "README.md"]
 MOST_STEPS = 100
+WIDEST = 88  # columns of code, on a screen of 1280 pixels
 SLOW = ("docs/atlas.md", "docs/distributed.md", "docs/explain.md", "docs/guides/research.md", "docs/guides/team.md")
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?"
@@ -212,7 +217,11 @@ def test_commands_of_a_page_name_what_exists(page, tmp_path, monkeypatch):
         (tmp_path / path.name).symlink_to(path)
     for block in blocks_of(page):
         where = f"{page}:{block.line}"
-        assert block.language in ("", "text", "python", "bash", "yaml", "toml", "bibtex"), f"{where}: {block.language}"
+        known = ("", "text", "python", "bash", "yaml", "toml", "bibtex", "math")
+        assert block.language in known, f"{where}: {block.language}"
+        assert block.language == "math" or max(map(len, block.text.splitlines())) <= WIDEST, (
+            f"{where}: cut on the site"
+        )
         if block.title is not None:
             Path(block.title).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
@@ -318,7 +327,32 @@ def test_site_builds_and_asks_no_other_server(tmp_path):
     for sheet in tmp_path.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
     assert all(f"hf-vs2 {name}" in pages["reference/cli.html"] for name in cli.COMMANDS)
-    assert 'id="hf_vs2.SAEModel"' in pages["reference/api.html"]
+    assert 'id="hf_vs2.SAEModel"' in pages["reference/python/SAEModel.html"]
+    signature = re.search(r"<pre[^>]*>.*?</pre>", pages["reference/python/evaluate.html"], re.DOTALL)[0]
+    assert max(map(len, re.sub(r"<[^>]+>", "", html.unescape(signature)).splitlines())) <= WIDEST, "not wrapped"
+    assert "<mfrac>" in pages["how.html"] and "\\frac" not in pages["how.html"], "formulas are not typeset"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_site_is_searched_from_disk(tmp_path):
+    """Most readers open the pages that `make docs` wrote from disk, where browsers refuse the search its worker."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto((tmp_path / "index.html").as_uri())
+        page.keyboard.press("/")
+        page.keyboard.type("tau")
+        page.locator(".md-search-result__item", has_text="Glossary").first.wait_for(timeout=30_000)
+        for name in ("index", "recommend", "datasets", "reference/python/evaluate"):
+            page.set_viewport_size({"width": 390, "height": 844})
+            page.goto((tmp_path / f"{name}.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{name} scrolls sideways on a phone"
+        browser.close()
 
 
 def test_pictures_of_the_pages_are_there_and_not_empty():
@@ -326,5 +360,8 @@ def test_pictures_of_the_pages_are_there_and_not_empty():
     for page in PAGES:
         folder = (REPOSITORY / page).parent
         for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", (REPOSITORY / page).read_text(encoding="utf-8")):
+            if target.endswith(".svg"):
+                assert ElementTree.parse(folder / target).find("{http://www.w3.org/2000/svg}title").text
+                continue
             pixels = np.asarray(Image.open(folder / target).convert("L"))
             assert min(pixels.shape) > 200 and pixels.std() > 5, f"{page}: {target}"

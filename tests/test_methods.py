@@ -1,6 +1,7 @@
 """The registry of methods: one registered from outside the package works everywhere, incomplete ones are refused."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from test_prompts import NAMES, make_word_tokenizer
 from hf_vs2 import VS2CLIPForZeroShot, evaluate
 from hf_vs2.functional.label_free import norm_fit
 from hf_vs2.methods import METHODS, Batch, LatentStep, Method, markdown_table, method_named, register, then
+from hf_vs2.study.results.catalog import study_methods
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -144,6 +146,11 @@ def test_the_documented_table_is_that_of_the_registry():
     """A method that the page lacks is one that nobody finds."""
     ours = [line for line in markdown_table().splitlines() if "own_strongest" not in line and "own_norm" not in line]
     assert "\n".join(ours) in (DOCS / "methods.md").read_text(encoding="utf-8")
+    page = (DOCS / "study.md").read_text(encoding="utf-8").partition("\n## Methods\n")[2]
+    named = set(re.findall(r"`([\w+.]+)`", page))
+    known = {name.removesuffix("+gate") for name in study_methods()}
+    missing = {name for name in known if not name.startswith(("own_", "strongest"))} - named
+    assert not missing, "docs/study.md"
 
 
 # Settings belong to their context
