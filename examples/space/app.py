@@ -50,13 +50,11 @@ class Page:
     def __init__(self, playground: Playground):
         self.playground = playground
 
-    def answer(
-        self, path: str | None, text: str, gamma: float, lambda_: float, gate: bool, method: str
-    ) -> tuple[str, str, str, Any]:
+    def answer(self, path: str | None, *settings: Any) -> tuple[str, str, str, Any]:
         if path is None:
             raise gr.Error("Give an image first.", print_exception=False)
         try:
-            return self._answer(path, text, gamma, lambda_, gate, method)
+            return self._answer(path, *settings)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -68,7 +66,10 @@ class Page:
         except ValueError as error:
             return note(str(error), "problem"), "", "", None
 
-    def _answer(self, path: str, text: str, gamma: float, lambda_: float, gate: bool, method: str) -> Any:
+    def _answer(
+        self, path: str, text: str, gamma: float, lambda_: float, gate: bool, method: str | None = None
+    ) -> tuple[str, str, str, Any]:
+        method = method or next(iter(self.playground.methods))
         found = self.playground.explain(Path(path).read_bytes(), read_labels(text), gamma, lambda_, gate, method)
         threshold = self.playground.threshold(method) if gate else None
         moved = latents(found, SHOWN_LATENTS, self.playground.strongest_images, ATLAS)
@@ -138,7 +139,8 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                 with gr.Accordion("As JSON", open=False):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [image, text, factor, strength, gate, method], [answer, before_after, active, facts]
-        gr.Button(visible=False).click(page.answer, inputs, outputs, api_name="steer")
+        # Programs have the checkpoint's method, and give what they always gave.
+        gr.Button(visible=False).click(page.answer, inputs[:-1], outputs, api_name="steer")
         # One listener for them all, so that what is shown last is what was set last, by mouse, keys or typing.
         gr.on(
             [
