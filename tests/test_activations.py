@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -131,38 +130,6 @@ def test_preprocessing_equals_the_processor(size, options):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
-def test_images_of_a_batch_are_read_at_once_each_by_one_thread(monkeypatch):
-    """Decoding one after another leaves cores and the tower idle; but order and names must stay, an object given twice (a file
-    that Pillow has opened, not loaded) must not meet two threads, and nothing may go on after an error."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    shared, others = object(), [object() for _ in range(6)]
-    images = [shared, *others[:2], shared, *others[2:], shared]
-    names = [f"image {place}" for place in range(len(images))]
-    meeting, busy, asked = threading.Barrier(3), [], []
-
-    def read(image, name):
-        assert image not in busy, f"{name} is read twice at once"
-        busy.append(image)
-        asked.append(name)
-        if name in ("image 0", "image 1", "image 2"):
-            meeting.wait(timeout=10)  # fails unless three are read at once
-        else:
-            time.sleep(0.005)
-        busy.remove(image)
-        if name in broken:
-            raise UnreadableImageError(name)
-        return name
-
-    broken: tuple[str, ...] = ()
-    before = threading.active_count()
-    assert image_batches.read_together(read, images, names) == names
-    assert sorted(asked) == names
-    broken = ("image 6", "image 2")
-    with pytest.raises(UnreadableImageError, match="image 2"):
-        image_batches.read_together(read, images, names)
-    assert threading.active_count() == before
-
-
 def test_the_model_is_left_exactly_as_it_was(extract, tiny_clip):
     tiny_clip.train()
     tiny_clip.vision_model.encoder.layers[1].eval()
@@ -194,6 +161,7 @@ def test_workers_streams_and_formats_give_the_same_files(extract, tmp_path):
     dataset.to_parquet(tmp_path / "images" / "train.parquet")
     for name, other, options in (
         ("workers", dataset, {"num_workers": 2}),
+        ("in turn", dataset, {"num_workers": 0}),
         ("format", dataset.with_format("torch"), {}),
         ("stream", load_images(tmp_path / "images", streaming=True), {}),
         ("stream, workers", load_images(tmp_path / "images", streaming=True), {"num_workers": 2}),
@@ -531,7 +499,7 @@ def test_a_folder_of_several_stores_lists_them(extract, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [None, 0, 2])
 def test_a_broken_image_stops_by_name_or_is_skipped_and_listed(extract, num_workers):
     dataset = make_dataset(broken=(3, 17))
     with pytest.raises(UnreadableImageError, match=r"^image 3 \(photo 3\.png\) cannot be read.*on_error='skip'"):

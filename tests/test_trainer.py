@@ -1,6 +1,5 @@
 """Training learns, is reproducible to the last bit, survives a kill, and leaves a checkpoint that needs nothing else."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import clip_like_rows, make_sae, sparse_rows
 
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
-from hf_vs2.data.rows import UnionRows, read_ahead, rows_of
+from hf_vs2.data.ahead import THREAD_NAME
+from hf_vs2.data.rows import UnionRows, rows_of
 from hf_vs2.data.store_format import read_shard_header, write_index, write_shard
 from hf_vs2.functional import prototype_alignment
 from hf_vs2.functional.label_free import row_distance
@@ -895,29 +894,7 @@ def test_cuda_is_waited_for_at_log_entries_only(rows, tmp_path):
 
 
 def readers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("hf_vs2-rows")]
-
-
-def test_the_next_batch_is_read_during_the_step():
-    """Reading a batch from a store of a million rows took 6 % of a step. One batch ahead, no more: memory stays what it was."""
-    begun, at_work = [], [threading.Event() for _ in range(5)]
-    processors = torch.get_num_threads()
-
-    def read(number):
-        begun.append(number)
-        at_work[number].set()
-        return number**2
-
-    with contextlib.closing(read_ahead(read, range(5))) as batches:
-        for number in range(5):
-            assert next(batches) == number**2
-            if number < 4:
-                assert at_work[number + 1].wait(10), "the next is not read before this one is done with"
-            time.sleep(0.01)
-            assert begun == list(range(min(number + 2, 5)))
-        assert list(batches) == [] == readers()
-    assert list(read_ahead(read, range(0))) == []
-    assert torch.get_num_threads() == processors
+    return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
 
 class Lost(Exception):

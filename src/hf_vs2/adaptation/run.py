@@ -59,7 +59,7 @@ def adapt(
     image_processor: Any = None,
     revision: str | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     dtype: str = "float32",
     on_error: str = "raise",
     seed: int = 42,
@@ -91,7 +91,7 @@ def adapt(
         image_column: of a data set.
         tokenizer, image_processor (*optional*): by default those of the CLIP.
         revision (*optional*): of a CLIP on the Hub.
-        batch_size: images per forward pass. num_workers: processes that decode images. dtype: of the
+        batch_size: images per forward pass. num_workers: as [`extract_activations`]. dtype: of the
             activations on disk.
         on_error: `"skip"` leaves out images that can't be read.
         seed: of the training and of the draw of images to label.

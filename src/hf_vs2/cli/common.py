@@ -106,8 +106,8 @@ def add_extraction_flags(parser: Parser, activations_dir: str | None = None) -> 
         "--num_workers",
         type=int,
         kind=whole(0, 1024),
-        default=0,
-        help="Processes that decode and resize; 0: the main one does it.",
+        help="Processes that decode and resize; 0: the main one does it, when a batch's turn comes "
+        "[threads, as many as there are processors to have].",
     )
     parser.flag(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the activations on disk."

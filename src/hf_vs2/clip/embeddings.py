@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from transformers.pipelines.pt_utils import KeyDataset
 
-from ..data.batches import Normalizer, read_pixels
+from ..data.ahead import num_processors
+from ..data.batches import Normalizer, read_groups
 from ..data.folders.listing import list_images
 from ..data.inputs import SINGLE_IMAGE, NamedImage, NamedImages, NamedStream
 from ..data.labels.prompts import tokenized
@@ -88,12 +90,15 @@ class EmbeddingMixin(SteeringMixin):
         normalizer = Normalizer(image_processor, device_of(self.clip))
         shown = show_progress_bar if show_progress_bar is not None else total is None or total > batch_size
         found = []
-        with torch.no_grad(), progress_bar(shown=shown, total=total, desc="Images", unit=" images") as bar:
-            for batch in _groups(inputs, batch_size):
-                pixels = normalizer(read_pixels(batch, image_processor)).to(self.clip.dtype)
-                features = steerer.features(pixels).features
-                found.append(_checked(features, normalize_embeddings, [named.name for named in batch].__getitem__))
-                bar.update(len(batch))
+        num_threads = 0 if is_one else num_processors()
+        batches = read_groups(_groups(inputs, batch_size), image_processor, num_threads=num_threads)
+        bar = progress_bar(shown=shown, total=total, desc="Images", unit=" images")
+        with torch.no_grad(), bar, closing(batches):
+            for batch in batches:
+                features = steerer.features(normalizer(batch.pixels).to(self.clip.dtype)).features
+                names = [named.name for named in batch.images]
+                found.append(_checked(features, normalize_embeddings, names.__getitem__))
+                bar.update(len(names))
         if not found:
             raise ValueError("There is no image to encode.")
         return _converted(torch.cat(found), is_one, convert_to_numpy, convert_to_tensor)

@@ -4,16 +4,14 @@ steering."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoModelForZeroShotImageClassification, CLIPModel, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.pt_utils import PipelineIterator
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
+from ..data.ahead import num_processors
 from ..data.batches import Normalizer, read_pixels
 from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
@@ -24,6 +22,7 @@ from ..encoders.wrapped import device_of, is_offloaded, unwrapped
 from ..explain.explanation import VS2Explanation, check_explainable, explain_rows
 from ..steering.corpus_search import RetrievalInputs
 from ..steering.outputs import VS2ImageFeatures
+from .answers import Answers
 from .modeling import VS2CLIPForZeroShot
 from .pipeline_options import OptionsMixin
 from .prompt_cache import PromptCache
@@ -31,6 +30,7 @@ from .prompt_cache import PromptCache
 
 TASK = "vs2-zero-shot-image-classification"
 
+_AUTOMATIC = -1  # `num_workers` that nobody gave
 _EXPLAINED = "explanation."  # a batch goes through transformers' pipeline as named tensors
 
 
@@ -42,7 +42,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
     images:
 
     - a label set is encoded once, for any number of images and calls, not once a batch;
-    - a list or data set is taken in batches without asking, each read and resized by several threads;
+    - a list or data set is taken in batches without asking, and threads read and resize the next batches meanwhile;
     - labels are read as everywhere in hf_vs2: prompts have a blank for `_` and no numbering (`001.`); `clean=False`
       leaves them;
     - template ensembles, `top_k`, and `candidate_labels` (or any other option) fixed at construction;
@@ -151,8 +151,9 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
                 it beyond float rounding. By default 16 for images that can be counted (a list, tuple, column or data
                 set), and 1 for others: in a stream no answer waits for an image that may come much later. Give it for
                 a long generator.
-            num_workers (`int`, *optional*): as in every pipeline, processes that read and resize images. Without them
-                several threads (`torch.get_num_threads()`) do so for each batch of images that can be counted.
+            num_workers (`int`, *optional*): as in every pipeline, processes that read and resize images; 0 reads each
+                batch when its turn comes. By default threads read ahead, as many as there are processors to have,
+                where images can be counted.
 
         Returns:
             For one image a list of `{"score": float, "label": str}`, best first; for a list, tuple or column of images
@@ -184,7 +185,9 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         if hasattr(image, "__len__") and hasattr(image, "__getitem__"):
             if kwargs.get("batch_size") is None and self._batch_size is None:
                 kwargs["batch_size"] = self.default_batch_size
-            results = call(NamedImages(image), **kwargs)
+            if kwargs.get("num_workers") is None and self._num_workers is None:
+                kwargs["num_workers"] = _AUTOMATIC
+            results = call(image if isinstance(image, NamedImages) else NamedImages(image), **kwargs)
             return list(results) if isinstance(image, Sequence) else results
         if isinstance(image, Iterable):
             return call(NamedStream(image), **kwargs)
@@ -198,27 +201,20 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         preprocess_params: dict[str, Any],
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
-    ) -> PipelineIterator:
-        """transformers' own, except that several threads read the images of a batch where nothing else does."""
+    ) -> Iterable[Any]:
+        """transformers' own where its processes read, and for streams; else answers to images that are read ahead."""
+        options = preprocess_params, forward_params, postprocess_params
         if num_workers > 0 or not isinstance(inputs, NamedImages):
             # The images of a stream are read one by one, as they come: it may hand out the same object again, changed.
-            return super().get_iterator(
-                inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
-            )
-        batches = DataLoader(inputs, batch_size, collate_fn=partial(self._preprocess_batch, **preprocess_params))
-        outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)
-        return PipelineIterator(outputs, self.postprocess, postprocess_params)
-
-    def _preprocess_batch(self, images: Sequence[NamedImage], **options: Any) -> dict[str, Any]:
-        names = [image_name(named.name, named.image) for named in images]
-        return {"pixel_values": read_pixels(images, self.image_processor, **options), "name": names}
+            return super().get_iterator(inputs, num_workers, batch_size, *options)
+        return Answers(self, inputs, batch_size, num_processors() if num_workers == _AUTOMATIC else 0, *options)
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
         """uint8 `(1, channels, height, width)`: a quarter of the memory, and normalised on the device; and how
         messages name it."""
         named = image if isinstance(image, NamedImage) else NamedImage(image)
-        found = self._preprocess_batch([named], timeout=timeout)
-        return found | {"name": found["name"][0]}
+        pixels = read_pixels([named], self.image_processor, timeout)
+        return {"pixel_values": pixels, "name": image_name(named.name, named.image)}
 
     def _forward(
         self,

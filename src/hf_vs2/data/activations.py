@@ -40,7 +40,7 @@ def extract_activations(
     image_processor: Any = None,
     revision: str | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     dtype: str | torch.dtype = "float32",
     on_error: str = "raise",
     shard_size: int = 4096,
@@ -77,7 +77,9 @@ def extract_activations(
             normalisation follow on the device, with the same result to 1e-6.
         revision (`str`, *optional*): of a Hub model given by id.
         batch_size (`int`): images per forward pass.
-        num_workers (`int`): processes that decode, resize and crop; 0 does it in this one. Rows do not depend on it.
+        num_workers (`int`, *optional*): processes that decode, resize and crop the next batches; 0 does it in this
+            one, when a batch's turn comes. By default threads read ahead, as many as there are processors to have.
+            Rows do not depend on it.
         dtype (`str` or `torch.dtype`): of the rows on disk, "float32", "bfloat16" or "float16".
         on_error (`str`): "raise" stops at an image that cannot be read, "skip" leaves it out; what was skipped is
             logged and listed in `store.metadata["skipped"]`.
@@ -108,7 +110,7 @@ def extract_activations(
         ("num_workers", num_workers, 0),
         ("shard_size", shard_size, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     tower = VisionTower.of(model, revision, device)
     numbers = sorted({resolve_layer(layer, tower.num_layers) for layer in layers})

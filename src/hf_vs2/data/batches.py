@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from .ahead import map_ahead, num_processors
 from .images import UnreadableImageError, image_name, image_path, open_image
 from .inputs import NamedImage
 from .load import image_mode
 
-
-T = TypeVar("T")
-N = TypeVar("N")
 
 # An image that is larger, once resized, is cut before where that changes no bit.
 MANY_PIXELS = 4_000_000
@@ -73,6 +70,15 @@ class ImageBatch:
         return self
 
 
+class _Row(NamedTuple):
+    """One image of a span."""
+
+    place: int
+    value: Any
+    name: str
+    label: Any
+
+
 class ImageReader(TorchDataset):
     """`reader[span]` is the [`ImageBatch`] of a [`Span`]."""
 
@@ -82,22 +88,40 @@ class ImageReader(TorchDataset):
         self.processor = processor
 
     def __getitem__(self, span: Span) -> ImageBatch:
-        batch = ImageBatch(span.start, span.stop)
-        rows = list(self._rows(span))
-        values = [row[self.columns.image] for row in rows]
-        paths = [image_path(value) for value in values]
-        names = [image_name(f"image {index}", value) for index, value in enumerate(values, span.start)]
+        rows = self.rows(span)
+        return self.batch(rows, [self.read(row) for row in rows])
+
+    def rows(self, span: Span) -> list[_Row]:
+        """What the data set holds of the span."""
+        if span.rows is not None:
+            values = [row[self.columns.image] for row in span.rows]
+            labels = [row[self.columns.label] if self.columns.label else None for row in span.rows]
+        else:
+            columns = self.dataset[span.start : span.stop]
+            values = columns[self.columns.image]
+            labels = [None] * len(values) if self.columns.label is None else columns[self.columns.label]
+        numbered = enumerate(zip(values, labels, strict=True), span.start)
+        return [_Row(place, value, image_name(f"image {place}", value), label) for place, (value, label) in numbered]
+
+    def read(self, row: _Row) -> torch.Tensor | UnreadableImageError:
+        """The image's pixels, or why there are none."""
+        try:
+            return uint8_pixels(open_image(row.value, row.name, mode=self.columns.mode), self.processor, row.name)
+        except UnreadableImageError as error:
+            return error
+
+    def batch(self, rows: Sequence[_Row], found: Sequence[torch.Tensor | UnreadableImageError]) -> ImageBatch:
+        """What [`read`] gave for the rows of a span."""
+        batch = ImageBatch(rows[0].place, rows[-1].place + 1)
         pixels = []
-        found = read_together(self._pixels_or_error, values, names)
-        for index, row, path, name, image in zip(range(span.start, span.stop), rows, paths, names, found, strict=True):
+        for row, image in zip(rows, found, strict=True):
             if isinstance(image, UnreadableImageError):
-                batch.unreadable.append({"index": index, "path": path, "error": str(image)})
+                batch.unreadable.append({"index": row.place, "path": image_path(row.value), "error": str(image)})
                 continue
-            label = None if self.columns.label is None else row[self.columns.label]
             pixels.append(image)
-            batch.indices.append(index)
-            batch.names.append(name)
-            batch.labels.append(_integer_label(label, name))
+            batch.indices.append(row.place)
+            batch.names.append(row.name)
+            batch.labels.append(_integer_label(row.label, row.name))
         if pixels:
             if any(image.shape != pixels[0].shape for image in pixels):
                 sizes = sorted({tuple(image.shape[-2:]) for image in pixels})
@@ -105,19 +129,16 @@ class ImageReader(TorchDataset):
             batch.pixels = torch.stack(pixels)
         return batch
 
-    def _rows(self, span: Span) -> Iterator[dict[str, Any]]:
-        if span.rows is not None:
-            yield from span.rows
-        else:
-            columns = self.dataset[span.start : span.stop]
-            for values in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, values, strict=True))
 
-    def _pixels_or_error(self, value: Any, name: str) -> torch.Tensor | UnreadableImageError:
-        try:
-            return uint8_pixels(open_image(value, name, mode=self.columns.mode), self.processor, name)
-        except UnreadableImageError as error:
-            return error
+class Pixels(NamedTuple):
+    """Images given to be classified or explained, read."""
+
+    pixels: torch.Tensor
+    """(n, channels, height, width) uint8."""
+    images: list[NamedImage]
+    """The n images."""
+    unreadable: dict[int, UnreadableImageError]
+    """Places, among those of the group, of the images that can't be read."""
 
 
 def read_pixels(images: Sequence[NamedImage], processor: Any, timeout: float | None = None) -> torch.Tensor:
@@ -126,13 +147,44 @@ def read_pixels(images: Sequence[NamedImage], processor: Any, timeout: float | N
     width) uint8.
 
     Raises:
+        As [`read_groups`].
+    """
+    num_threads = num_processors() if len(images) > 1 else 0
+    (batch,) = read_groups([images], processor, timeout, num_threads=num_threads)
+    return batch.pixels
+
+
+def read_groups(
+    groups: Iterable[Sequence[NamedImage]],
+    processor: Any,
+    timeout: float | None = None,
+    *,
+    num_threads: int = 0,
+    skip: bool = False,
+) -> Generator[Pixels, None, None]:
+    """
+    Each group of images as `processor` resizes and crops them, read ahead by `num_threads`; with `skip` without those
+    that can't be read, and no group without images.
+
+    Raises:
         UnreadableImageError: an image can't be read. TypeError: it is none, or the processor gives other than uint8.
     """
 
-    def read(image: Any, named: NamedImage) -> torch.Tensor:
-        return uint8_pixels(named.read(timeout), processor, named.name)
+    def read(named: NamedImage) -> torch.Tensor | UnreadableImageError:
+        try:
+            return uint8_pixels(named.read(timeout), processor, named.name)
+        except UnreadableImageError as error:
+            if not skip:
+                raise
+            return error
 
-    return torch.stack(read_together(read, [named.image for named in images], images))
+    def gather(images: Sequence[NamedImage], found: list[torch.Tensor | UnreadableImageError]) -> Pixels:
+        read = [(image, pixels) for image, pixels in zip(images, found, strict=True) if torch.is_tensor(pixels)]
+        unreadable = {place: one for place, one in enumerate(found) if isinstance(one, UnreadableImageError)}
+        pixels = torch.stack([pixels for _, pixels in read]) if read else torch.empty(0)
+        return Pixels(pixels, [image for image, _ in read], unreadable)
+
+    return map_ahead(read, groups, gather, num_threads=num_threads)
 
 
 def uint8_pixels(image: Image.Image, processor: Any, name: str) -> torch.Tensor:
@@ -152,33 +204,6 @@ def uint8_pixels(image: Image.Image, processor: Any, name: str) -> torch.Tensor:
             "expected uint8: use CLIP's image processor or one built like it"
         )
     return pixels
-
-
-def read_together(read: Callable[[Any, N], T], images: Sequence[Any], names: Sequence[N]) -> list[T]:
-    """
-    `read(image, name)` of each image, in order, by as many threads as torch uses (in a DataLoader worker: one), for
-    Pillow's decoders and its resizing let other threads run. The threads end before this returns; the first error in
-    order is raised.
-    """
-    # A Pillow object that was given several times (opened, not loaded yet) can't be decoded by two threads at once.
-    places: dict[int, list[int]] = {}
-    for place, image in enumerate(images):
-        places.setdefault(id(image), []).append(place)
-    num_threads = min(torch.get_num_threads(), len(places))
-    if num_threads <= 1:
-        return [read(image, name) for image, name in zip(images, names, strict=True)]
-
-    def read_one(of_one: Sequence[int]) -> list[T]:
-        return [read(images[place], names[place]) for place in of_one]
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        found = pool.map(read_one, places.values())
-        by_place = {
-            place: result
-            for of_one, results in zip(places.values(), found, strict=True)
-            for place, result in zip(of_one, results, strict=True)
-        }
-    return [by_place[place] for place in range(len(images))]
 
 
 class Normalizer:
@@ -270,19 +295,37 @@ class StreamSpans:
 
 
 def read_batches(
-    reader: ImageReader, spans: Iterable[Span], num_workers: int, device: torch.device
-) -> Iterable[ImageBatch]:
-    """The spans' batches in order."""
-    return DataLoader(
-        reader,
-        sampler=spans,
-        batch_size=None,
-        collate_fn=_unchanged,  # type: ignore[arg-type]
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        # The default draws from the global generator: extracting must not change what a seeded run does next.
-        generator=torch.Generator(),
-    )
+    reader: ImageReader, spans: Iterable[Span], num_workers: int | None, device: torch.device
+) -> Generator[ImageBatch, None, None]:
+    """
+    The spans' batches in order. Close it (`contextlib.closing`) where its end may not be reached.
+
+    Args:
+        num_workers (`int`, *optional*): processes that read the next batches meanwhile; 0 reads each when it is asked
+            for. By default threads read ahead, as many as there are processors to have.
+    """
+    if num_workers:
+        yield from DataLoader(
+            reader,
+            sampler=spans,
+            batch_size=None,
+            collate_fn=_unchanged,  # type: ignore[arg-type]
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            # The default draws from the global generator: extracting must not change what a seeded run does next.
+            generator=torch.Generator(),
+        )
+        return
+
+    def gather(rows: Sequence[_Row], found: list[torch.Tensor | UnreadableImageError]) -> ImageBatch:
+        batch = reader.batch(rows, found)
+        if device.type != "cuda":
+            return batch
+        with torch.cuda.device(device):  # a thread starts on the first GPU
+            return batch.pin_memory()
+
+    num_threads = num_processors() if num_workers is None else 0
+    yield from map_ahead(reader.read, map(reader.rows, spans), gather, num_threads=num_threads)
 
 
 def _unchanged(batch: ImageBatch) -> ImageBatch:

@@ -42,7 +42,7 @@ class Extraction:
     index: dict[str, Any]
     folder: Path
     batch_size: int
-    num_workers: int
+    num_workers: int | None
     skip_unreadable: bool
     progress: bool
 
@@ -170,8 +170,9 @@ class Extraction:
         shown = self.progress and self.rank == 0
         bar = progress_bar(shown=shown, total=self.total, unit=" images", desc="CLS activations")
         shard: _Shard | None = None
-        with bar, self.tower.inference():
-            for batch in read_batches(self.reader, self.spans, self.num_workers, self.tower.device):
+        batches = read_batches(self.reader, self.spans, self.num_workers, self.tower.device)
+        with bar, self.tower.inference(), contextlib.closing(batches):
+            for batch in batches:
                 number = batch.start // self.index["shard_size"]
                 if shard is not None and shard.number != number:
                     self._write(shard)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import re
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -32,6 +34,9 @@ ROTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow reads pixels and EXIF of an opened file when they are first asked for, which two threads must not do at once: an
+# object's lock is found by its address.
+_LOCKS = [threading.Lock() for _ in range(251)]
 LONGEST_NAME = 500  # letters of a path, an address or base64 in a message
 
 
@@ -69,7 +74,8 @@ def open_image(
     """
     name = image_name("the image", value) if name is None else name
     try:
-        image = _to_rgb(_upright(_decode(value, timeout), name))
+        with _LOCKS[id(value) // 16 % len(_LOCKS)] if isinstance(value, Image.Image) else contextlib.nullcontext():
+            image = _to_rgb(_upright(_decode(value, timeout), name))
         if mode is not None:
             image = image.convert(mode).convert("RGB")
         image.info = {}

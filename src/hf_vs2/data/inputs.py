@@ -56,11 +56,20 @@ def describe_type(value: Any) -> str:
 
 
 class NamedImages(Dataset):
-    """Images that can be counted, each with its place in the order. Those of a column of a data set are opened here,
-    not there."""
+    """
+    Images that can be counted, each with its place in the order. Those of a column of a data set are opened here, not
+    there.
 
-    def __init__(self, images: Any):
+    Attributes:
+        skip (`bool`): leave out what can't be read.
+        unreadable (`dict[int, UnreadableImageError]`): what was left out, by place, of the images up to the last
+            answer.
+    """
+
+    def __init__(self, images: Any, skip: bool = False):
         self.images, self.mode = undecoded_column(images)
+        self.skip = skip
+        self.unreadable: dict[int, UnreadableImageError] = {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,7 +77,8 @@ class NamedImages(Dataset):
     def __getitem__(self, index: int) -> NamedImage:
         name = f"image {index}"
         if isinstance(self.images, (list, tuple)):
-            return NamedImage(self.images[index], name)
+            image = self.images[index]
+            return image if isinstance(image, NamedImage) else NamedImage(image, name)
         try:
             return NamedImage(self.images[index], name, self.mode)
         # A data set that decodes images itself raises whatever Pillow does, and does not say where.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
@@ -280,24 +278,3 @@ def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> 
     if not (found >= 0).any():
         raise ValueError("All labels are -1 (unknown): label_loss has nothing to learn from.")
     return found
-
-
-def read_ahead(read: Callable[[int], T], numbers: Iterable[int]) -> Generator[T, None, None]:
-    """
-    `read(number)` for each of `numbers`, in order. While the caller works on one, a thread reads the next.
-
-    What `read` raises is raised where its result was due. Close the iterator (`contextlib.closing`) to end the thread,
-    for which it waits.
-    """
-    processors = torch.get_num_threads()
-    with ThreadPoolExecutor(1, "hf_vs2-rows") as pool:
-        # One for the reader: a team of processors of its own would get in the way of the caller's. The setting is a
-        # thread's own, but threads to come begin with the last one made.
-        pool.submit(torch.set_num_threads, 1).result()
-        torch.set_num_threads(processors)
-        upcoming = iter(numbers)
-        ahead = [pool.submit(read, number) for number in itertools.islice(upcoming, 1)]
-        while ahead:
-            current = ahead.pop()
-            ahead = [pool.submit(read, number) for number in itertools.islice(upcoming, 1)]
-            yield current.result()

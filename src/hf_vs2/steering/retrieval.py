@@ -45,7 +45,7 @@ def embed_images(
     image_processor: Any = None,
     revision: str | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
@@ -62,7 +62,8 @@ def embed_images(
         image_processor (*optional*): default: that of the model.
         revision (`str`, *optional*): of a Hub model given by id.
         batch_size (`int`): images per forward pass.
-        num_workers (`int`): processes that decode, resize and crop; 0 does it in this one.
+        num_workers (`int`, *optional*): processes that decode, resize and crop the next batches; 0 does it in this
+            one, when a batch's turn comes. By default threads read ahead, as many as there are processors to have.
         device (*optional*): for a model given by name; default: a GPU if there is one. A model object stays where it
             is.
         progress (`bool`): show a progress bar.
@@ -83,8 +84,10 @@ def embed_images(
     dataset, columns, spans, total = _spans_of(dataset, image_column, batch_size)
     reader = ImageReader(dataset, columns, processor)
     rows = []
-    with _inference(model), progress_bar(shown=progress, total=total, unit=" images", desc="Embeddings") as bar:
-        for batch in read_batches(reader, spans, num_workers, parameter.device):
+    bar = progress_bar(shown=progress, total=total, unit=" images", desc="Embeddings")
+    batches = read_batches(reader, spans, num_workers, parameter.device)
+    with _inference(model), bar, contextlib.closing(batches):
+        for batch in batches:
             if batch.unreadable or batch.pixels is None:
                 raise UnreadableImageError(f"{batch.unreadable[0]['error']}. Mend or remove it.")
             features = _image_embeddings(model, normalizer(batch.pixels).to(parameter.dtype))

@@ -6,6 +6,7 @@ corpus and neighbours are worked out again, which takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -266,12 +267,13 @@ class Bench:
         normalizer = Normalizer(processor, clip.device)
         spans = spans_of_dataset(len(images), IMAGE_BATCH, len(images), lambda _: True)
         features, fvu = [], []
-        for batch in read_batches(reader, spans, 0, clip.device):
-            if batch.unreadable or batch.pixels is None:
-                raise ValueError(f"{dataset}: {batch.unreadable[0]['error']}")
-            out = model.image_features(normalizer(batch.pixels).to(clip.dtype))
-            features.append(unit_embeds(out.features, batch.names.__getitem__))
-            fvu.append(out.fvu.reshape(len(batch.pixels), -1)[:, -1])
+        with contextlib.closing(read_batches(reader, spans, None, clip.device)) as batches:
+            for batch in batches:
+                if batch.unreadable or batch.pixels is None:
+                    raise ValueError(f"{dataset}: {batch.unreadable[0]['error']}")
+                out = model.image_features(normalizer(batch.pixels).to(clip.dtype))
+                features.append(unit_embeds(out.features, batch.names.__getitem__))
+                fvu.append(out.fvu.reshape(len(batch.pixels), -1)[:, -1])
         return DeepFeatures(torch.cat(features), torch.cat(fvu))
 
     def _sae(self, encoder: str, spec: SAESpec) -> SAEModel:

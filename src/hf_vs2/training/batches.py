@@ -7,7 +7,8 @@ from collections.abc import Generator
 import torch
 from accelerate import Accelerator
 
-from ..data.rows import Rows, read_ahead
+from ..data.ahead import map_ahead
+from ..data.rows import Rows
 from .step import Batch
 
 
@@ -63,7 +64,8 @@ def read_batches(
         with torch.cuda.device(device):  # a thread starts on the first GPU
             return batch[0].pin_memory(), None if batch[1] is None else batch[1].pin_memory()
 
-    return read_ahead(read, numbers)
+    # One ahead, no more: memory stays what it is.
+    return map_ahead(read, ([number] for number in numbers), lambda _, batches: batches[0], num_threads=1, ahead=1)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

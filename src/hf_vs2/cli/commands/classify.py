@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...config.schema import whole
 from ..answers import Summary, Table, csv_columns, flat, say_beside_bar, shown_names, with_change
@@ -31,9 +30,6 @@ from ..common import (
 from ..parsing import Parser
 from ..row_file import ROW_SUFFIXES, RowFile
 
-
-if TYPE_CHECKING:
-    from ...data.inputs import NamedImage
 
 USAGE = "IMAGE... --checkpoint O --labels NAME... [options]"
 DESCRIPTION = """\
@@ -80,6 +76,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     from ...adaptation.in_use import NONE_OF_THESE, Familiarity, rejected, rejection_threshold
     from ...data.images import one_line
+    from ...data.inputs import NamedImage, NamedImages
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import resolve_templates
     from ...files.json_files import write_json
@@ -104,9 +101,9 @@ def run(args: Namespace) -> None:
             if args.json
             else Table([*shown.values()], [*map(one_line, labels), *([NONE_OF_THESE] if args.reject else [])])
         )
-        images = _Images(names, skip=args.on_error == "skip")
+        images = NamedImages([NamedImage(name) for name in names], skip=args.on_error == "skip")
         answers = classifier(
-            iter(images),
+            images,
             candidate_labels=labels,
             templates=args.templates,
             clean=clean,
@@ -123,8 +120,10 @@ def run(args: Namespace) -> None:
             unit=" images",
         )
         stack.callback(bar.close)
-        for answer in answers:
-            answer = with_change({"image": images.names_read.popleft()} | answer)
+        # What was left out before an answer is known when it comes.
+        names_read = (name for place, name in enumerate(names) if place not in images.unreadable)
+        for answer in _naming_the_flag(answers):
+            answer = with_change({"image": next(names_read)} | answer)
             familiarity.add(answer)
             if threshold is not None:
                 answer = rejected(answer, threshold)
@@ -145,13 +144,22 @@ def run(args: Namespace) -> None:
         if args.json:
             say_json(results if file is None else list(file.rows()))
     if not args.json:
-        say("", *summary.lines(images.unreadable))
+        say("", *summary.lines(len(images.unreadable)))
         if args.output is not None:
             say_written({"results": args.output})
     elif images.unreadable:
-        print(*summary.lines(images.unreadable), file=sys.stderr)
+        print(*summary.lines(len(images.unreadable)), file=sys.stderr)
     if others := familiarity.sentence():
         print(others, file=sys.stderr)
+
+
+def _naming_the_flag(answers: Iterable[Any]) -> Iterator[Any]:
+    from ...data.images import UnreadableImageError
+
+    try:
+        yield from answers
+    except UnreadableImageError as error:
+        raise ValueError(f"{error}; leave such images out with --on_error skip") from error
 
 
 def _grows(args: Namespace) -> bool:
@@ -206,31 +214,3 @@ def _image_names(given: Sequence[str], on_error: str = "raise") -> Iterator[str]
             raise ValueError(f"the folder {name} holds no image" + (f", but {found}" if found else ""))
         inside.say_left_out()
         yield from map(inside.path, inside.files)
-
-
-class _Images:
-    """Opens images one after another."""
-
-    def __init__(self, names: Sequence[str], skip: bool):
-        self.names, self.skip = names, skip
-        self.names_read: deque[str] = deque()
-        """Of the images that were read and have no answer yet."""
-        self.unreadable = 0
-
-    def __iter__(self) -> Iterator[NamedImage]:
-        from transformers.utils import logging
-
-        from ...data.images import UnreadableImageError, open_image
-        from ...data.inputs import NamedImage
-
-        for name in self.names:
-            try:
-                image = open_image(name)
-            except UnreadableImageError as error:
-                if not self.skip:
-                    raise ValueError(f"{error}; leave such images out with --on_error skip") from error
-                logging.get_logger(__name__).warning(f"Skipped: {error}")
-                self.unreadable += 1
-                continue
-            self.names_read.append(name)
-            yield NamedImage(image, name)
