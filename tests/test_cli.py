@@ -535,7 +535,8 @@ def test_classify_continues_a_file_of_rows(suffix, checkpoint, images_path, tmp_
             )
     opened = []
     monkeypatch.setattr(
-        "hf_vs2.data.images.open_image", lambda name, _open=data_images.open_image: opened.append(name) or _open(name)
+        "hf_vs2.data.inputs.open_image",
+        lambda *one, **options: opened.append(one) or data_images.open_image(*one, **options),
     )
 
     def interrupted(self, name, answer, _lines=Table.lines):
