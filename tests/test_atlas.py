@@ -17,8 +17,18 @@ from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate, steering_grid
+from hf_vs2.atlas.effects import effect_of
 from hf_vs2.atlas.flips import movers
-from hf_vs2.atlas.statistics import NUM_BINS, LatentStatistics, gather, histograms, nearest_latents
+from hf_vs2.atlas.statistics import (
+    EXAMPLES,
+    NUM_BINS,
+    NUM_INTERVALS,
+    LatentStatistics,
+    companions,
+    gather,
+    nearest_latents,
+    spread,
+)
 from hf_vs2.data.activations import extract_activations
 from hf_vs2.data.images import UnreadableImageError, open_image
 from hf_vs2.data.labels.prompts import class_embeddings
@@ -76,6 +86,7 @@ class Made:
         )
         self.folder = page.parent
         self.latents = json.loads((self.folder / "latents.json").read_text(encoding="utf-8"))["latents"]
+        self.index = registered(self.folder / "data" / "latents.js")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +125,7 @@ def test_running_statistics_are_those_of_the_whole_matrix(block):
     for latent in range(9):
         rows = (dense[:, latent] != 0).nonzero().squeeze(-1)
         ranked = sorted(rows.tolist(), key=lambda row: (-dense[row, latent].item(), row))
-        assert statistics.top_rows[latent].tolist() == ranked[:5]
+        assert statistics.strongest.of(latent) == ranked[:5]
         assert statistics.by_class[latent].tolist() == labels[rows].bincount(minlength=3).tolist()
 
 
@@ -124,7 +135,8 @@ def test_gathered_figures_are_those_of_the_sae(made):
     code = made.model.sae(made.rows)
     dense = torch.zeros(N, 70).scatter(1, code.latent_indices, code.latent_values)
     statistics = gather(made.model, rows_of(made.store), made.labels, 5, 4, batch_size=13)
-    counts = histograms(made.model, rows_of(made.store), statistics.low, statistics.high, batch_size=13)
+    values = spread(made.model, rows_of(made.store), statistics.low, statistics.high, batch_size=13)
+    counts, examples = values
     assert torch.equal(statistics.count, (dense != 0).sum(0)) and statistics.count[3] == 0
     torch.testing.assert_close(torch.cat(statistics.fvu), code.fvu)
     assert torch.equal(counts.sum(-1), statistics.count)
@@ -132,6 +144,20 @@ def test_gathered_figures_are_those_of_the_sae(made):
         values = dense[:, latent][dense[:, latent] != 0]
         expected, _ = np.histogram(values.numpy(), bins=NUM_BINS, range=(0, float(values.max())))
         assert counts[latent].tolist() == expected.tolist()
+        edges = np.linspace(0, float(values.max()), NUM_INTERVALS + 1)
+        for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+            rows = examples.of(latent * NUM_INTERVALS + number)
+            inside = [low - 1e-5 <= dense[row, latent] <= high + 1e-5 for row in rows]
+            assert all(inside) and len(set(rows)) == min(
+                EXAMPLES, counts[latent].view(NUM_INTERVALS, -1)[number].sum()
+            )
+
+
+def test_companions_are_those_that_fire_together_more_than_chance_gives():
+    """Two latents that are both active everywhere say nothing of each other, and a latent is no companion of its own."""
+    active = torch.tensor([[0, 1, 4], [0, 1, 4], [0, 1, 4], [2, 3, 4], [2, 4, 5], [3, 4, 5], [5, 4, 6], [5, 4, 6]])
+    found = companions(active.to(torch.int32), 6, number=3)  # 6 stands for no further latent
+    assert found[0] == [(1, 3)] and found[1] == [(0, 3)] and found[4] == []
 
 
 def test_nearest_latents_are_those_of_the_full_matrix():
@@ -171,6 +197,28 @@ def test_a_push_is_what_the_latent_adds_to_the_margin(made):
         assert [one.push for one in latents] == pytest.approx(largest, rel=1e-3)
 
 
+@torch.no_grad()
+def test_what_a_latent_does_is_steering_with_all_others_left_alone(made):
+    """The points beside a class must be those of the model itself, with a gamma of 1 for every other latent."""
+    embeds = class_embeddings(made.model.clip, made.tokenizer, CLASSES)
+    latent = int(made.model.sae(made.rows).latent_indices.flatten().bincount().argmax())
+    chosen = [row for row in range(N) if latent in made.model.sae(made.rows[row : row + 1]).latent_indices][:7]
+    found = effect_of(made.model, rows_of(made.store), chosen, latent, embeds)
+
+    def probabilities(**settings):
+        with made.model.steering(**settings):
+            features = normalize(made.model.image_features_from_cls(made.rows[chosen]).features, dim=-1)
+        return (made.model.clip.logit_scale.exp() * features @ embeds.T).softmax(-1)
+
+    gamma = tuple(3.0 if one == latent else 1.0 for one in range(70))
+    plain, steered = probabilities(enabled=False), probabilities(gamma=gamma, gate=None)
+    expected = 100 * (steered - plain).mean(0)
+    assert found.images == 7 and found.classes
+    for number, points in found.classes:
+        assert points == pytest.approx(expected[number].item(), abs=1e-3)
+    assert sum(one[2] for one in found.changes) == int((plain.argmax(-1) != steered.argmax(-1)).sum())
+
+
 # The folder
 
 
@@ -192,7 +240,8 @@ def test_latents_json_says_what_the_model_does(made):
             frequency = active[members].double().mean().item()
             assert known["frequency"] == pytest.approx(frequency, rel=1e-3)
             assert known["lift"] == pytest.approx(frequency / active.double().mean().item(), rel=1e-2)
-        assert len(latent["names"]) == len(CLASSES) and len(latent["nearest"]) == 6
+        assert len(latent["names"]) == len(latent["away"]) == 5 and len(latent["nearest"]) == 6
+        assert not latent["named"] or latent["names"][0]["score"] >= made.index["floor"]
     assert not made.latents[3]["top_images"] and made.latents[3]["mean"] == 0
 
 
@@ -201,6 +250,9 @@ def test_thumbnails_are_of_the_images_shown_and_of_no_others(made):
     overview = registered(made.folder / "data" / "overview.js")
     shown = {one["row"] for latent in made.latents for one in latent["top_images"]}
     shown |= {one["image"] for one in [*overview["fixed"], *overview["broken"]]}
+    for path in (made.folder / "data").glob("latents-*.js"):
+        details = registered(path)["latents"]
+        shown |= {image for one in details for _, some in one["intervals"] for image, _ in some}
     files = {int(path.stem): path for path in (made.folder / "thumbs").rglob("*.jpg")}
     assert files.keys() == shown
     for row, path in files.items():
@@ -247,7 +299,7 @@ def test_fixed_and_broken_images_are_those_of_the_model(made):
 def test_overview_shows_the_comparison_and_the_grid_as_they_are(made):
     """The table must be the result file's, the heat map steering_grid's, with the checkpoint's own setting among its cells."""
     overview = registered(made.folder / "data" / "overview.js")
-    assert [row["method"] for row in overview["results"]["rows"]][:2] == ["clip", "centroid"]
+    assert [row["method"] for row in overview["results"]["rows"]][:2] == ["plain CLIP", "centroid, no SAE"]
     assert [row["top1"] for row in overview["results"]["rows"]] == [row["top1"] for row in made.results.rows]
     grid = overview["grid"]
     assert 3.0 in grid["gammas"] and 2.0 in grid["lambdas"]
@@ -272,10 +324,6 @@ def test_what_lacks_its_input_is_left_out_and_says_why(made, tmp_path):
     assert "training_log.json" in overview["training"]["missing"] and "evaluate" in overview["results"]["missing"]
     latents = json.loads((page.parent / "latents.json").read_text())["latents"]
     assert not latents[0]["classes"] and {one["name"] for one in latents[0]["names"]} == {"dog", "bird", "tree"}
-
-    page = build_atlas(made.model, made.tokenizer, made.rows, made.dataset, tmp_path / "b")
-    assert "No vocabulary" in registered(page.parent / "data" / "overview.js")["names_missing"]
-    assert not json.loads((page.parent / "latents.json").read_text())["latents"][0]["names"]
 
 
 def test_data_scripts_hold_no_markup(made):

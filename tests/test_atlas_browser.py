@@ -144,6 +144,7 @@ def test_overview_has_every_part_and_the_list_is_lazy(reader):
     page = reader.open()
     titles = page.locator("#overview h2").all_inner_texts()
     for title in (
+        "An image of your own",
         "Map of the latents",
         "Training",
         "Methods compared",
@@ -179,7 +180,7 @@ def test_search_sort_and_filter(reader):
         "[...document.querySelectorAll('#latents .card')].map(c => atlas.data.latents.share[c.dataset.latent])"
     )
     assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
-    page.click("#order")
+    page.select_option("#order", "up")
     shares = page.evaluate(
         "[...document.querySelectorAll('#latents .card')].map(c => atlas.data.latents.share[c.dataset.latent])"
     )
@@ -192,14 +193,17 @@ def test_search_sort_and_filter(reader):
     page.select_option("#filter", "all")
     page.fill("#search", "1234")
     assert shown(page) == [1234]
+    page.fill("#search", "17 #1234 5")
+    assert shown(page) == [17, 1234, 5]
     page.fill("#search", "BIRD fish")
     found = shown(page)
-    texts = page.locator("#latents .card").evaluate_all("all => all.map(one => one.getAttribute('aria-label'))")
-    assert found and len(found) == len(texts)
+    # Those whose cosine with the word itself is above the floor, the largest first: no latent of another word's.
     wanted = page.evaluate(
-        "[...Array(3000).keys()].filter(at => atlas.data.latents.count[at] && (atlas.data.latents.names[at].some(n => atlas.data.latents.words[n] === 'bird & fish') || atlas.data.latents.class_names[atlas.data.latents.class[at]] === 'bird & fish'))"
+        """() => { const index = atlas.data.latents, [latents, scores] = index.found[index.words.indexOf("bird & fish")];
+        return latents.filter((at, place) => scores[place] >= index.floor && index.count[at]); }"""
     )
-    assert set(found) <= set(wanted) and page.inner_text("#count").startswith(f"{len(wanted):,} of 3,000")
+    assert found and found == wanted[: len(found)]
+    assert page.inner_text("#count") == f"{len(wanted):,} of 3,000 latents point to “bird & fish”"
     address = page.evaluate("location.hash")
     page.fill("#search", "no such thing")
     assert shown(page) == [] and page.is_visible(".nothing")
@@ -256,16 +260,54 @@ def test_page_of_a_latent_shows_its_images_and_figures(reader, folder):
     latents = json.loads((folder / "latents.json").read_text(encoding="utf-8"))["latents"]
     latent = max(latents, key=lambda one: one["share"])
     page = reader.open(f"#latent={latent['index']}", "latent")
-    images = page.locator("#latent .photo img")
+    images = page.locator("#latent .panel:has(h2:text-is('Strongest images')) .photo img")
     assert [one["thumbnail"] for one in latent["top_images"]] == images.evaluate_all(
         "all => all.map(one => one.getAttribute('src'))"
     )
     assert all(images.evaluate_all("all => all.map(one => one.alt.startsWith('image '))"))
     until(page, "[...document.querySelectorAll('#latent .photo img')].every(one => one.complete && one.naturalWidth)")
+    values = page.locator("#latent .panel:has(h2:text-is('Strongest images')) .photo b").all_inner_texts()
+    assert len(values) == len(latent["top_images"])
     classes = page.locator("#latent .panel:has(h2:text-is('Classes')) .bar-text").all_inner_texts()
     assert classes == [one["name"] for one in latent["classes"]]
-    nearest = page.locator("#latent .small .card").evaluate_all("all => all.map(one => Number(one.dataset.latent))")
+    nearest = page.locator("#latent .panel:has(h2:text-is('Nearest latents')) .card").evaluate_all(
+        "all => all.map(one => Number(one.dataset.latent))"
+    )
     assert nearest == [one["index"] for one in latent["nearest"]]
+    images.first.click()
+    page.wait_for_selector("#image:not([hidden]) .card")
+    active = page.locator("#image .card").evaluate_all("all => all.map(one => Number(one.dataset.latent))")
+    assert latent["index"] in active and len(active) <= 12
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#latents:not([hidden])")
+
+
+def test_a_name_needs_more_than_chance_and_a_card_says_what_its_numbers_are(reader):
+    """ "truck 0.07" under dogs must not be read as a name; a number without a word can't be read at all."""
+    page = reader.open("#view=latents", "latents")
+    floor, scores, count = page.evaluate(
+        "(({floor, scores, count}) => [floor, scores.map(s => s[0]), count])(atlas.data.latents)"
+    )
+    for latent, text in zip(shown(page), page.locator("#latents .card").all_inner_texts(), strict=True):
+        named = count[latent] and scores[latent] >= floor
+        assert ("unnamed (nearest: " in text.replace("\n", " ")) == bool(count[latent] and not named)
+        assert ("score " in text) == bool(named) and "of images" in text
+    assert not page.locator("[aria-label]:is(a.card, span)").count()  # hides what is seen from those who hear
+
+
+def test_intervals_stand_on_one_axis_and_nothing_is_rounded_to_all_or_none(reader):
+    """A loss drawn as a bar to the right, and "100 %" for all but three, are false at a glance."""
+    page = reader.open()
+    for row in page.evaluate(
+        """() => { const rows = atlas.data.overview.results.rows.filter(row => !row.plain);
+        return [...document.querySelectorAll(".interval-plot")].map((plot, at) => [rows[at].gain, rows[at].gain_ci, plot.className,
+        plot.querySelector(".point").getBoundingClientRect().x + 4, plot.getBoundingClientRect().x + plot.clientWidth * plot.style.getPropertyValue("--zero")]); }"""
+    ):
+        gain, (low, high), kind, dot, zero = row
+        assert (dot > zero + 0.5) == (gain > 0.05) or abs(gain) < 0.1
+        assert kind.endswith("open" if low <= 0 <= high else "loss" if gain < 0 else "gain")
+    script = "[0, 0.0004, 0.1234, 0.9957, 0.99996, 0.9999999, 1].map(share => atlas.cards.percent(share))"
+    assert page.evaluate(script) == ["0 %", "0.04 %", "12 %", "99.6 %", "99.996 %", "> 99.999 %", "100 %"]
 
 
 def test_names_that_are_attacks_stay_text(reader):

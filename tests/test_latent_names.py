@@ -9,7 +9,15 @@ from toy import make_sae
 
 from hf_vs2 import VS2CLIPForZeroShot
 from hf_vs2.data.labels.prompts import class_embeddings
-from hf_vs2.explain.latent_names import closest_words, embedding_directions, name_latents, read_vocabulary
+from hf_vs2.explain.inputs import resolve_names
+from hf_vs2.explain.latent_names import (
+    chance_score,
+    closest_words,
+    common_words,
+    embedding_directions,
+    name_latents,
+    read_vocabulary,
+)
 
 
 @pytest.fixture()
@@ -55,6 +63,29 @@ def test_a_latent_is_named_after_the_word_that_it_favours(model):
     assert len(set(names.indices[:, 0].tolist())) > 2  # they do differ
     assert names.of(5)[0] == (NAMES[names.indices[5, 0]], names.scores[5, 0].item())
     assert (names.scores.diff(dim=-1) <= 0).all() and names.scores.shape == (64, 3)
+
+
+@torch.no_grad()
+def test_a_word_that_chance_would_find_is_no_name(model):
+    """There is always a nearest word: stated as a name it tells a reader of directions without meaning what they are."""
+    directions = torch.eye(6)[:4] + 0.1
+    words = normalize(torch.eye(6)[:5], dim=-1)
+    floor = chance_score(directions, words)
+    generator = torch.Generator().manual_seed(1)
+    best = closest_words(torch.randn(2000, 4, generator=generator) @ directions, words, 1)[1]
+    assert 0.97 < (best < floor).float().mean() < 1
+    names = name_latents(model, make_word_tokenizer(), NAMES, top=2)
+    above = {latent: names.of(latent)[0][0] for latent in range(64) if names.scores[latent, 0] >= names.floor}
+    assert len(above) < 64 and resolve_names(names) == above and names.name(0) == above.get(0)
+    atlas = [{"index": 0, "names": [{"name": "dog"}], "named": False}, {"index": 1, "names": [{"name": "cat"}]}]
+    assert resolve_names({"latents": atlas}) == {1: "cat"}
+
+
+def test_common_words_are_words():
+    """The words that ship: thousands, each once, as prompts can take them."""
+    words = common_words()
+    assert len(words) > 2500 and len({word.casefold() for word in words}) == len(words)
+    assert all(word and word == word.strip() for word in words) and {"frog", "truck", "striped"} <= set(words)
 
 
 def test_what_all_words_share_names_nothing():

@@ -14,13 +14,16 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
+from ..data.labels.prompts import class_embeddings
 from ..data.rows import Rows, RowSource, StoreRows
 from ..evaluation.inputs import check_replayable, replayable_rows
 from ..files.report import Results
 from ..version import __version__
-from .material import Material, names_of, replay_of, results_table, training_curves, truth_of
-from .pages import detail_pages, index_page, machine_readable, overview_page, short, shown_rows
-from .statistics import gather, histograms, nearest_latents
+from .effects import effect_of
+from .material import Material, image_facts, replay_of, results_table, rows_on_pages, training_curves, truth_of
+from .names import words_of
+from .pages import detail_pages, image_pages, index_page, machine_readable, overview_page, short
+from .statistics import companions, gather, nearest_latents, spread
 from .writing import atlas_folder, check_output, write_assets, write_data, write_manifest, write_thumbnails
 
 
@@ -58,7 +61,8 @@ def build_atlas(
 
     Parts whose input is missing (labels, a training log, results) are left out, and the page says why. The folder also
     holds `latents.json`, the same for programs: a list `latents` of objects with `index`, `names` (`[{"name",
-    "score"}]`), `share`, `mean`, `max`, `top_images`, `classes` and `nearest`.
+    "score"}]`), `named` (whether the first of them scores above chance), `away`, `share`, `mean`, `max`, `top_images`,
+    `classes`, `nearest`, `companions` and `effect`.
 
     Args:
         model: the wrapper, with one SAE, on the last layer; its gamma, lambda and gate are what fixed and broken
@@ -71,7 +75,7 @@ def build_atlas(
         image_column: the data set's column of images.
         labels: the class of each row `(n,)`; by default the store's, if it has them.
         class_names: the names of the classes, as [`evaluate`] takes them; by default the store's.
-        vocabulary: words to name latents with, see [`name_latents`]; by default the class names.
+        vocabulary: words to name latents with, see [`name_latents`]; by default [`common_words`] and the class names.
         templates: prompts around words and class names, anything [`resolve_templates`] takes.
         results: what [`evaluate`] returned or wrote, for the comparison table.
         training_log: the `training_log.json` of the trainer, for the curves.
@@ -101,21 +105,36 @@ def build_atlas(
     training, table = training_curves(training_log), results_table(results)
 
     number = len(truth.class_names)
-    names, names_missing = names_of(model, tokenizer, vocabulary, truth, templates, progress)
+    words = words_of(model, tokenizer, vocabulary, truth.class_names, templates, progress)
+    embeds = (
+        class_embeddings(model.clip, tokenizer, truth.class_names, templates, progress=progress, clean=False)
+        if number > 1
+        else None
+    )
     statistics = gather(model, rows, truth.labels, number, top_images, batch_size, progress)
+    histograms = spread(model, rows, statistics.low, statistics.high, batch_size, progress)
+    on_page = [rows_on_pages(statistics, histograms, latent) for latent in range(statistics.num_latents)]
+    replay = replay_of(model, rows, truth, embeds, batch_size, progress)
+    examples = [] if replay is None else [one.row for one in [*replay.fixed, *replay.broken]]
+    shown = sorted({*examples, *(row for some in on_page for row in some)})
     material = Material(
         model=model,
         statistics=statistics,
-        histograms=histograms(model, rows, statistics.low, statistics.high, batch_size, progress),
+        spread=histograms,
+        companions=companions(torch.cat(statistics.active), statistics.num_latents, NUM_NEAREST),
         nearest=nearest_latents(model.sae.W_dec, NUM_NEAREST),
         truth=truth,
         image_indices=image_indices,
-        names=names,
-        names_missing=names_missing,
-        replay=replay_of(model, tokenizer, rows, truth, templates, batch_size, progress),
+        words=words,
+        effects=[
+            None if embeds is None else effect_of(model, rows, some, latent, embeds)
+            for latent, some in enumerate(on_page)
+        ],
+        images=image_facts(model, rows, shown, batch_size),
+        replay=replay,
         training=training,
         results=table,
-        facts=_facts(model, vocabulary, dict(meta or {})),
+        facts=_facts(model, words.source, dict(meta or {})),
     )
     _write(folder, material, dataset, image_column, progress)
     return folder / "index.html"
@@ -128,8 +147,10 @@ def _write(folder: Path, material: Material, dataset: Any, image_column: str, pr
         write_data(temporary, "latents", index_page(material))
         for number, page in enumerate(detail_pages(material)):
             write_data(temporary, f"latents-{number:04d}", page)
+        for number, page in image_pages(material):
+            write_data(temporary, f"images-{number:04d}", page)
         write_manifest(temporary, material.facts, machine_readable(material))
-        wanted = sorted(material.image_indices[row] for row in shown_rows(material))
+        wanted = sorted(material.image_indices[row] for row in material.images)
         write_thumbnails(temporary, dataset, image_column, wanted, progress)
 
 
@@ -146,7 +167,7 @@ def _image_indices(rows: Rows, dataset: Any) -> list[int]:
     return rows.store.image_indices.tolist() if isinstance(rows, StoreRows) else list(range(number))
 
 
-def _facts(model: VS2CLIPForZeroShot, vocabulary: Sequence[str] | None, meta: dict[str, Any]) -> dict[str, Any]:
+def _facts(model: VS2CLIPForZeroShot, vocabulary: str, meta: dict[str, Any]) -> dict[str, Any]:
     """What the head of the page and `latents.json` say about where everything comes from."""
     sae, now, (tau,) = model.sae.config, model.steering_settings, model.fvu_thresholds.values()
     return {
@@ -160,7 +181,7 @@ def _facts(model: VS2CLIPForZeroShot, vocabulary: Sequence[str] | None, meta: di
         "lambda": now.lambda_,
         "gate": now.gate,
         "fvu_threshold": tau if tau in (None, math.inf) else short(tau),
-        "vocabulary": "the data set's classes" if vocabulary is None else f"{len(set(vocabulary))} words",
+        "vocabulary": vocabulary,
         "made_with": f"hf_vs2 {__version__}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.labels.names import clean_class_names
-from ..data.labels.prompts import class_embeddings
 from ..data.rows import Rows
 from ..evaluation.grid import steering_grid
 from ..evaluation.inputs import class_labels, named_labels
-from ..explain.latent_names import LatentNames, name_latents
 from ..files.json_files import read_json
-from ..files.report import EvaluationResult, Results, row_label
+from ..files.report import EvaluationResult, Results, method_name
+from .effects import Effect
 from .flips import Mover, Predictions, class_gains, clearest_changes, movers, predict
-from .statistics import LatentStatistics
+from .names import Words
+from .statistics import NUM_INTERVALS, LatentStatistics, Spread, codes
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 GAMMAS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LAMBDAS = (0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4, 2.7, 3.0)
@@ -82,19 +79,51 @@ class Material:
 
     model: VS2CLIPForZeroShot
     statistics: LatentStatistics
-    histograms: torch.Tensor
+    spread: Spread
+    companions: list[list[tuple[int, int]]]
     nearest: tuple[torch.Tensor, torch.Tensor]
     truth: Truth
     image_indices: list[int]
     """Row of the data set that each row was made from."""
-    names: LatentNames | None
-    names_missing: str
+    words: Words
+    effects: list[Effect | None]
+    """What each latent alone does to the classes; `None` each without two class names."""
+    images: dict[int, ImageFacts]
+    """Of each row whose image is shown."""
     replay: Replay | None
     training: dict[str, Any]
     """`steps` and curves, or `missing`."""
     results: dict[str, Any]
     """`rows`, or `missing`."""
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+class ImageFacts(NamedTuple):
+    """What the SAE makes of one image."""
+
+    fvu: float
+    code: list[tuple[int, float]]
+    """Its active latents and their values, the largest first."""
+
+
+def rows_on_pages(statistics: LatentStatistics, spread: Spread, latent: int) -> list[int]:
+    """The rows that the page of a latent shows, each once: its strongest ones, then some of each interval."""
+    intervals = range(latent * NUM_INTERVALS, (latent + 1) * NUM_INTERVALS)
+    rows = [*statistics.strongest.of(latent), *(row for one in intervals for row in spread.examples.of(one))]
+    return list(dict.fromkeys(rows))
+
+
+@torch.no_grad()
+def image_facts(model: VS2CLIPForZeroShot, rows: Rows, shown: list[int], batch_size: int) -> dict[int, ImageFacts]:
+    """Codes and FVU of the rows that are shown."""
+    found = {}
+    for start, code in codes(model, rows, batch_size, "Images", False, torch.tensor(shown)):
+        for at, (fvu, values, indices) in enumerate(
+            zip(code.fvu.tolist(), code.latent_values.tolist(), code.latent_indices.tolist(), strict=True)
+        ):
+            pairs = [pair for pair in zip(indices, values, strict=True) if pair[1] != 0]
+            found[shown[start + at]] = ImageFacts(fvu, sorted(pairs, key=lambda pair: -abs(pair[1])))
+    return found
 
 
 def truth_of(rows: Rows, labels: Any, class_names: Names | None, clean: bool) -> Truth:
@@ -115,36 +144,18 @@ def truth_of(rows: Rows, labels: Any, class_names: Names | None, clean: bool) ->
     return Truth(class_labels(rows, labels, len(names)), names, "")
 
 
-def names_of(
-    model: VS2CLIPForZeroShot,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Sequence[str] | None,
-    truth: Truth,
-    templates: Any,
-    progress: bool,
-) -> tuple[LatentNames | None, str]:
-    """Names from the vocabulary, else from the class names, or why there are none."""
-    words = truth.class_names if vocabulary is None else vocabulary
-    if vocabulary is None and len(words) < 2:
-        return None, "No vocabulary was given, and the data set names no classes."
-    clean = vocabulary is not None  # class names are
-    return name_latents(model, tokenizer, words, templates=templates, clean=clean, progress=progress), ""
-
-
 @torch.no_grad()
 def replay_of(
     model: VS2CLIPForZeroShot,
-    tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     truth: Truth,
-    templates: Any,
+    embeds: torch.Tensor | None,
     batch_size: int,
     progress: bool,
 ) -> Replay | None:
-    """Answers, gains and the heat map; `None` without labels, or with one class."""
-    if truth.labels is None or len(truth.class_names) < 2:
+    """Answers, gains and the heat map; `None` without labels or class embeddings `(num_classes, projection_dim)`."""
+    if truth.labels is None or embeds is None:
         return None
-    embeds = class_embeddings(model.clip, tokenizer, truth.class_names, templates, progress=progress, clean=False)
     with model.steering(enabled=True, method="vs2"):
         predictions = predict(model, rows, embeds, batch_size, progress)
         classes = class_gains(predictions, truth.labels, len(truth.class_names))
@@ -219,6 +230,13 @@ def results_table(results: Results | None) -> dict[str, Any]:
     dataset = result.meta.get("dataset")
     split = dataset.get("split") if isinstance(dataset, Mapping) else None
     return {
-        "rows": [{"method": row_label(row), **{name: row.get(name) for name in names}} for row in result.rows],
+        "rows": [
+            {
+                "method": method_name(row, label=True),
+                "plain": row["method"] == "clip",
+                **{name: row.get(name) for name in names},
+            }
+            for row in result.rows
+        ],
         "dataset": " ".join(str(part) for part in (result.meta.get("dataset_id"), split) if part),
     }

@@ -7,12 +7,16 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
-from .material import Example, Material
+from .material import Example, Material, rows_on_pages
+from .statistics import NUM_INTERVALS
 
 
 CHUNK = 64
 """Latents in one file of details, which a browser loads when one of them is opened."""
+IMAGES = 500
+"""Numbers of images in one file of what their pages tell."""
 ON_CARD = 4
 """Images on the card of a latent."""
 CLASSES_SHOWN = 10
@@ -20,17 +24,12 @@ FVU_BINS = 48
 
 
 def short(value: float, digits: int = 4) -> float | None:
-    """A number with few digits, so that files stay small; `None` for what JSON cannot hold."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-
-
-def shown_rows(material: Material) -> list[int]:
-    """The rows whose images any page shows, each once, ascending."""
-    top = material.statistics.top_rows
-    rows = set(top[top >= 0].tolist())
-    if material.replay is not None:
-        rows |= {one.row for one in [*material.replay.fixed, *material.replay.broken]}
-    return sorted(rows)
+    """A number with few digits, so that files stay small; `None` for what JSON cannot hold. What is not 1 (or 100)
+    does not become it."""
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return value if rounded in (1, 100) else rounded
 
 
 def thumbnail_path(index: int) -> str:
@@ -40,10 +39,15 @@ def thumbnail_path(index: int) -> str:
 
 def index_page(material: Material) -> dict[str, Any]:
     """One entry a latent, as columns: what searching, sorting and the cards need."""
-    statistics, names = material.statistics, material.names
+    statistics, words = material.statistics, material.words
     page: dict[str, Any] = {
         "class_names": material.truth.class_names,
-        "words": [],
+        "words": words.names.words,
+        "names": words.names.indices.tolist(),
+        "scores": _rounded(words.names.scores),
+        "floor": short(words.names.floor, 3),
+        # Of each word the latents that a search for it finds, then their scores.
+        "found": [[[latent for latent, _ in some], [short(score, 3) for _, score in some]] for some in words.of_word],
         "chunk": CHUNK,
         "count": statistics.count.tolist(),
         "share": [short(value) for value in statistics.share.tolist()],
@@ -51,12 +55,6 @@ def index_page(material: Material) -> dict[str, Any]:
         "max": [short(value) for value in statistics.high.tolist()],
         "images": [_images(material, latent, ON_CARD) for latent in range(statistics.num_latents)],
     }
-    if names is not None:
-        # Only words that some latent is named by: a vocabulary may be large.
-        used, places = names.indices.unique(return_inverse=True)
-        page["words"] = [names.words[index] for index in used.tolist()]
-        page["names"] = places.tolist()
-        page["scores"] = [[short(value, 3) for value in line] for line in names.scores.tolist()]
     if material.truth.labels is not None:
         best = statistics.class_frequencies(material.truth.support).max(-1)
         page["class"] = best.indices.tolist()
@@ -71,9 +69,20 @@ def detail_pages(material: Material) -> list[dict[str, Any]]:
     for start in range(0, number, CHUNK):
         latents = range(start, min(start + CHUNK, number))
         details = [_detail(material, latent) for latent in latents]
-        rows = {row for latent in latents for row in _top_rows(material, latent)}
+        rows = {row for latent in latents for row in rows_on_pages(material.statistics, material.spread, latent)}
         pages.append({"start": start, "latents": details, "images": _image_facts(material, rows)})
     return pages
+
+
+def image_pages(material: Material) -> list[tuple[int, dict[str, Any]]]:
+    """What the page of each shown image tells, [`IMAGES`] numbers of the data set in one file."""
+    pages: dict[int, dict[str, Any]] = {}
+    for row, facts in material.images.items():
+        image = material.image_indices[row]
+        code = [[latent, short(value)] for latent, value in facts.code]
+        known = {"fvu": short(facts.fvu), "code": code, **_answers(material, row)}
+        pages.setdefault(image // IMAGES, {})[str(image)] = known
+    return sorted(pages.items())
 
 
 def overview_page(material: Material) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def overview_page(material: Material) -> dict[str, Any]:
         "num_images": statistics.num_rows,
         "num_latents": statistics.num_latents,
         "silent": silent,
-        "names_missing": material.names_missing,
+        "image_files": sorted({material.image_indices[row] // IMAGES for row in material.images}),
         "training": material.training,
         "fvu": _fvu(material),
         "results": material.results,
@@ -96,16 +105,16 @@ def overview_page(material: Material) -> dict[str, Any]:
 
 def machine_readable(material: Material) -> list[dict[str, Any]]:
     """The `latents` of `latents.json`."""
-    index, names = index_page(material), material.names
+    index, words, class_names = index_page(material), material.words, material.truth.class_names
     entries = []
     for latent in range(material.statistics.num_latents):
         detail = _detail(material, latent)
         entries.append(
             {
                 "index": latent,
-                "names": []
-                if names is None
-                else [{"name": word, "score": short(score)} for word, score in names.of(latent)],
+                "names": [{"name": word, "score": short(score)} for word, score in words.names.of(latent)],
+                "named": words.names.name(latent) is not None,
+                "away": [{"name": word, "score": short(score)} for word, score in words.away.of(latent)],
                 "share": index["share"][latent],
                 "mean": index["mean"][latent],
                 "max": index["max"][latent],
@@ -114,10 +123,15 @@ def machine_readable(material: Material) -> list[dict[str, Any]]:
                     for image, value in detail["top"]
                 ],
                 "classes": [
-                    {"name": material.truth.class_names[number], "frequency": frequency, "lift": lift}
+                    {"name": class_names[number], "frequency": frequency, "lift": lift}
                     for number, frequency, lift in detail.get("classes", [])
                 ],
                 "nearest": [{"index": other, "cosine": cosine} for other, cosine in detail["nearest"]],
+                "companions": [{"index": other, "images": both} for other, both in detail["companions"]],
+                "effect": [
+                    {"name": class_names[number], "points": points}
+                    for number, points in detail.get("effect", {}).get("classes", [])
+                ],
             }
         )
     return entries
@@ -126,12 +140,21 @@ def machine_readable(material: Material) -> list[dict[str, Any]]:
 def _detail(material: Material, latent: int) -> dict[str, Any]:
     statistics = material.statistics
     indices, cosines = material.nearest
-    rows = _top_rows(material, latent)
-    values = statistics.top_values[latent, : len(rows)].tolist()
+    rows = statistics.strongest.of(latent)
+    values = statistics.strongest.scores[latent, : len(rows)].tolist()
+    bins = material.spread.counts[latent].view(NUM_INTERVALS, -1).sum(-1).tolist()
+    examples = [material.spread.examples.of(latent * NUM_INTERVALS + one) for one in range(NUM_INTERVALS)]
+    words = material.words
     detail: dict[str, Any] = {
         "low": short(float(statistics.low[latent])),
         "high": short(float(statistics.high[latent])),
-        "histogram": material.histograms[latent].tolist(),
+        "histogram": material.spread.counts[latent].tolist(),
+        "intervals": [
+            [number, [[material.image_indices[row], _value(material, row, latent)] for row in some]]
+            for number, some in zip(bins, examples, strict=True)
+        ],
+        "away": [[word, short(score, 3)] for word, score in words.away.of(latent)],
+        "companions": material.companions[latent],
         "nearest": [
             [other, short(cosine, 3)]
             for other, cosine in zip(indices[latent].tolist(), cosines[latent].tolist(), strict=True)
@@ -140,7 +163,19 @@ def _detail(material: Material, latent: int) -> dict[str, Any]:
     }
     if material.truth.labels is not None:
         detail["classes"] = _classes(material, latent)
+    effect = material.effects[latent]
+    if effect is not None:
+        classes = [[number, short(points, 3)] for number, points in effect.classes]
+        detail["effect"] = {"images": effect.images, "classes": classes, "changes": effect.changes}
     return detail
+
+
+def _value(material: Material, row: int, latent: int) -> float | None:
+    return short(dict(material.images[row].code).get(latent, 0.0))
+
+
+def _rounded(scores: torch.Tensor) -> list[list[float | None]]:
+    return [[short(value, 3) for value in line] for line in scores.tolist()]
 
 
 def _classes(material: Material, latent: int) -> list[list[Any]]:
@@ -154,30 +189,21 @@ def _classes(material: Material, latent: int) -> list[list[Any]]:
     return [[number, short(value), short(value / share, 3)] for number, value in pairs if value > 0]
 
 
-def _top_rows(material: Material, latent: int) -> list[int]:
-    rows = material.statistics.top_rows[latent]
-    return rows[rows >= 0].tolist()
-
-
 def _images(material: Material, latent: int, number: int) -> list[int]:
-    return [material.image_indices[row] for row in _top_rows(material, latent)[:number]]
+    return [material.image_indices[row] for row in material.statistics.strongest.of(latent)[:number]]
 
 
 def _image_facts(material: Material, rows: set[int]) -> dict[int, dict[str, Any]]:
-    """Image of the data set -> `label`, and plain and steered CLIP's answers, where there are labels."""
+    return {material.image_indices[row]: _answers(material, row) for row in sorted(rows)}
+
+
+def _answers(material: Material, row: int) -> dict[str, Any]:
+    """`label`, and plain and steered CLIP's answers, where there are labels."""
     labels, replay = material.truth.labels, material.replay
-    facts = {}
-    for row in sorted(rows):
-        about: dict[str, Any] = {}
-        if labels is not None:
-            about["label"] = int(labels[row])
-        if replay is not None:
-            about["plain"], about["steered"] = (
-                int(replay.predictions.plain[row]),
-                int(replay.predictions.steered[row]),
-            )
-        facts[material.image_indices[row]] = about
-    return facts
+    about: dict[str, Any] = {} if labels is None else {"label": int(labels[row])}
+    if replay is not None:
+        about["plain"], about["steered"] = int(replay.predictions.plain[row]), int(replay.predictions.steered[row])
+    return about
 
 
 def _fvu(material: Material) -> dict[str, Any]:

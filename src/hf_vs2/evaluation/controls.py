@@ -8,12 +8,10 @@ from torch.nn.functional import normalize
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
 from ..functional.sparse_ops import sparse_decode
+from ..methods import DICTIONARIES
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
 from ..training.domain import measure_statistics
-
-
-DICTIONARIES = ("random", "pca")
 
 
 @torch.no_grad()

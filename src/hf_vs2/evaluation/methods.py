@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..methods import GATE, METHODS, Method, method_named
+from ..methods import GATE, METHODS, Method, method_named, rows_by_name
 
 
 logger = logging.get_logger(__name__)
@@ -28,9 +28,7 @@ def evaluation_methods() -> tuple[str, ...]:
 def controls() -> dict[str, tuple[str, str]]:
     """Rows that run a method with another dictionary in the SAE's place, see [`control_model`]: name -> method,
     dictionary."""
-    return {
-        name: (method.name, dictionary) for method in METHODS.values() for name, dictionary in method.controls.items()
-    }
+    return {name: (row.rule.name, row.dictionary) for name, row in rows_by_name().items() if row.dictionary}
 
 
 _OFF = (("enabled", False),)

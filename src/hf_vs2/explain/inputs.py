@@ -62,7 +62,7 @@ def resolve_names(names: Any) -> dict[int, str]:
     Args:
         names: a mapping `latent -> name`, a sequence with one name (or `None`) a latent, [`LatentNames`], the path of
             a JSON file of the first two, or of the `latents.json` of an atlas, of which each latent's first name is
-            taken; `None` for no names.
+            taken where the atlas takes it for a name; `None` for no names.
 
     Raises:
         `ValueError`, `TypeError`: on anything else. `OSError`: if the file can't be read.
@@ -74,7 +74,8 @@ def resolve_names(names: Any) -> dict[int, str]:
     if names is None:
         return {}
     if isinstance(names, LatentNames):
-        return {latent: names.words[best] for latent, best in enumerate(names.indices[:, 0].tolist())}
+        named = enumerate(map(names.name, range(len(names.indices))))
+        return {latent: name for latent, name in named if name is not None}
     if isinstance(names, Mapping) and isinstance(names.get("latents"), Sequence):
         return _atlas_names(names["latents"], source)
     if isinstance(names, Sequence):
@@ -107,7 +108,7 @@ def _atlas_names(latents: Sequence[Any], source: str) -> dict[int, str]:
     found = {}
     for number, latent in enumerate(latents):
         try:
-            if latent.get("names"):
+            if latent.get("names") and latent.get("named", True):
                 found[int(latent["index"])] = str(latent["names"][0]["name"])
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{source}: latents[{number}] is not as an atlas writes it: {latent!r}.") from error

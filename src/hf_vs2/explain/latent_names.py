@@ -9,13 +9,16 @@ derivative at the rows that activate the latent, in place of the mean, names the
 
 Text embeddings share a large common part (the modality gap), to which a direction is near or far whatever it means. So
 the vocabulary's mean embedding is subtracted from each word before the cosine: a name says what sets a word apart from
-the others in the vocabulary, and a score depends on the vocabulary.
+the others in the vocabulary, and a score depends on the vocabulary. There is always a nearest word, so a name must score
+more than the nearest word of directions without a meaning ([`chance_score`]).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NUM_MIXTURES, CHANCE = 1000, 0.99
+
+
 class LatentNames(NamedTuple):
     """The words of each latent, best first."""
 
@@ -41,11 +47,19 @@ class LatentNames(NamedTuple):
     """Which words they are, int64 `(num_latents, top)`, on the CPU."""
     scores: torch.Tensor
     """Their cosines with the latent's direction, float32 `(num_latents, top)`, on the CPU."""
+    floor: float = -math.inf
+    """What the best word of a direction without a meaning scores (see [`chance_score`]): a word with less names
+    nothing."""
 
     def of(self, latent: int) -> list[tuple[str, float]]:
-        """The words of one latent with their scores, best first."""
+        """The words of one latent with their scores, best first, below the floor too."""
         pairs = zip(self.indices[latent].tolist(), self.scores[latent].tolist(), strict=True)
         return [(self.words[index], score) for index, score in pairs]
+
+    def name(self, latent: int) -> str | None:
+        """The best word of a latent, or `None` where even that one lies below the floor."""
+        word, score = self.of(latent)[0]
+        return word if score >= self.floor else None
 
 
 @torch.no_grad()
@@ -68,7 +82,8 @@ def name_latents(
     Args:
         model: a [`VS2CLIPForZeroShot`] with an SAE on the last layer, or its `steerer`. It is left as it was found.
         tokenizer: the tokenizer of its CLIP.
-        vocabulary: two or more different words, such as class names, or the lines of a file ([`read_vocabulary`]).
+        vocabulary: two or more different words, such as class names, [`common_words`], or the lines of a file
+            ([`read_vocabulary`]).
         templates: prompts around a word, anything [`resolve_templates`] takes.
         top: words a latent, at most as many as there are.
         clean: read words by [`clean_class_names`].
@@ -77,6 +92,23 @@ def name_latents(
     Raises:
         ValueError, TypeError: fewer than two words, or a fault in the words or templates.
     """
+    words, embeds = embed_words(model, tokenizer, vocabulary, templates=templates, clean=clean, progress=progress)
+    directions = embedding_directions(model)
+    indices, scores = closest_words(directions, embeds, top)
+    return LatentNames(words, indices.cpu(), scores.cpu(), chance_score(directions, embeds))
+
+
+def embed_words(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Sequence[str],
+    *,
+    templates: str | Path | Sequence[str] = "single",
+    clean: bool = True,
+    progress: bool = False,
+) -> tuple[list[str], torch.Tensor]:
+    """The words of [`name_latents`] as prompts read them, and their unit text embeddings `(num_words,
+    projection_dim)`."""
     words = clean_class_names(vocabulary, clean, "the vocabulary")
     if len(words) < 2:
         raise ValueError(
@@ -85,8 +117,24 @@ def name_latents(
     embeds = class_embeddings(
         model.clip, tokenizer, words, templates, progress=progress, clean=False, refuse_same=False
     )
-    indices, scores = closest_words(embedding_directions(model), embeds, top)
-    return LatentNames(words, indices.cpu(), scores.cpu())
+    return words, embeds
+
+
+def chance_score(directions: torch.Tensor, word_embeds: torch.Tensor) -> float:
+    """
+    The score that the best word of a direction without a meaning stays below in 99 of 100 cases.
+
+    Such directions are random mixtures of all the latents' own, with weights from a normal distribution and a fixed
+    seed. docs/atlas.md tells how often names above and below are right.
+
+    Args:
+        directions: `(num_latents, projection_dim)`, of [`embedding_directions`].
+        word_embeds: unit text embeddings `(num_words, projection_dim)`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = (torch.randn(NUM_MIXTURES // 10, len(directions), generator=generator) for _ in range(10))
+    mixtures = torch.cat([some.to(directions) @ directions for some in weights])
+    return closest_words(mixtures, word_embeds, 1)[1].quantile(CHANCE).item()
 
 
 @torch.no_grad()
@@ -118,11 +166,24 @@ def closest_words(
         top: at least 1.
         block: directions at a time, so that a large vocabulary takes little memory.
     """
-    centred = normalize(word_embeds - word_embeds.mean(0), dim=-1)
+    centred = centre(word_embeds)
     found = [
         (normalize(some, dim=-1) @ centred.T).topk(min(top, len(centred)), dim=-1) for some in directions.split(block)
     ]
     return torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
+
+
+def centre(word_embeds: torch.Tensor) -> torch.Tensor:
+    """Unit text embeddings `(num_words, projection_dim)` without what all words share, unit rows again."""
+    return normalize(word_embeds - word_embeds.mean(0), dim=-1)
+
+
+def common_words() -> list[str]:
+    """About 2,900 words for things that photographs show: nouns of WordNet, ImageNet's classes, colours and textures.
+
+    Their licences are in `words_licence.txt` beside this file; `scripts/vocabulary.py` chose them.
+    """
+    return (files(__package__) / "words.txt").read_text(encoding="utf-8").splitlines()
 
 
 def read_vocabulary(path: str | PathLike) -> list[str]:
@@ -134,4 +195,13 @@ def read_vocabulary(path: str | PathLike) -> list[str]:
     return list(dict.fromkeys(map(clean_name, names_in(read_list(path, "the vocabulary")))))
 
 
-__all__ = ["LatentNames", "closest_words", "embedding_directions", "name_latents", "read_vocabulary"]
+__all__ = [
+    "LatentNames",
+    "chance_score",
+    "closest_words",
+    "common_words",
+    "embed_words",
+    "embedding_directions",
+    "name_latents",
+    "read_vocabulary",
+]

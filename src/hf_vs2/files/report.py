@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from ..methods import row_label
 from .json_files import read_json, write_json
 from .markdown import escaped
 
@@ -181,10 +182,11 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
     return result.rows
 
 
-def row_label(row: Mapping[str, Any]) -> str:
-    """What tells a row's method apart: its name, and for distribution normalisation the coefficient."""
-    coefficient = row.get("coefficient")
-    return row["method"] if coefficient is None else f"{row['method']} {coefficient:g}"
+def method_name(row: Mapping[str, Any], label: bool = False) -> str:
+    """What tells a row's method apart: its name as flags have it (or its label), and for distribution normalisation
+    the coefficient."""
+    name, coefficient = row_label(row["method"]) if label else row["method"], row.get("coefficient")
+    return name if coefficient is None else f"{name} {coefficient:g}"
 
 
 def format_table(results: Results) -> str:
@@ -212,7 +214,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
     gain = "-" if row["method"] == "clip" else "{:+.2f} [{:+.2f}, {:+.2f}]".format(row["gain"], *row["gain_ci"])
     return [
-        escaped(row_label(row)),
+        escaped(method_name(row)),
         escaped(row["prompts"]),
         number("top1", "{:.2f}"),
         number("top5", "{:.2f}"),
@@ -255,7 +257,7 @@ def draw_gains(axes: Axes, results: Results) -> None:
     gains = [row for row in rows if row["method"] != "clip"]
     if not gains:
         raise ValueError("there is no method but plain CLIP in these results, so there is no gain to draw.")
-    labels = list(dict.fromkeys(row_label(row) for row in gains))
+    labels = list(dict.fromkeys(method_name(row, label=True) for row in gains))
     prompt_sets = list(dict.fromkeys(row["prompts"] for row in gains))
     plain = {row["prompts"]: row["top1"] for row in rows if row["method"] == "clip"}
     for index, prompts in enumerate(prompt_sets):
@@ -266,7 +268,7 @@ def draw_gains(axes: Axes, results: Results) -> None:
         interval = np.array([row["gain_ci"] for row in chosen])
         axes.errorbar(
             x,
-            np.array([labels.index(row_label(row)) for row in chosen]) + shift,
+            np.array([labels.index(method_name(row, label=True)) for row in chosen]) + shift,
             # A percentile interval need not hold the gain itself, but matplotlib wants lengths that are not negative.
             xerr=np.stack([x - interval[:, 0], interval[:, 1] - x]).clip(min=0),
             fmt=marker,
@@ -331,7 +333,7 @@ def plot_gains(results: Results, path: str | Path, title: str | None = None) -> 
         ImportError: matplotlib is missing.
         ValueError: another suffix, or no row to draw.
     """
-    labels = {row_label(row) for row in rows_of(results)}
+    labels = {method_name(row, label=True) for row in rows_of(results)}
     figure, axes = _new_figure(path, height=1.3 + 0.42 * len(labels))
     draw_gains(axes, results)
     return _save(figure, axes, path, title)

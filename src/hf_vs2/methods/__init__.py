@@ -5,33 +5,41 @@ tables."""
 from . import plain, centroid, reconstruct, vs2, vs2pp, corrected, distribution_norm, combined, anchored, prototypes
 from .base import (
     BEFORE,
+    DICTIONARIES,
     GATE,
     METHODS,
     Batch,
     LatentStep,
     Method,
     NeighborCodes,
+    Row,
     UnlabelledRows,
     View,
     markdown_table,
     method_named,
     register,
+    row_label,
+    rows_by_name,
     then,
 )
 
 
 __all__ = [
     "BEFORE",
+    "DICTIONARIES",
     "GATE",
     "METHODS",
     "Batch",
     "LatentStep",
     "Method",
     "NeighborCodes",
+    "Row",
     "UnlabelledRows",
     "View",
     "markdown_table",
     "method_named",
     "register",
+    "row_label",
+    "rows_by_name",
     "then",
 ]

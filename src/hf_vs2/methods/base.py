@@ -262,6 +262,8 @@ GATE = "+gate"
 """What the name of a gated row of a comparison ends in."""
 BEFORE = {"distribution_norm": "full_distribution_norm"}
 """What a method's name means in files that say no `coefficient`: another rule had it when they were saved."""
+DICTIONARIES = {"random": "random directions", "pca": "principal components"}
+"""What can stand in an SAE's place for a control, and what tables call it."""
 METHODS: dict[str, Method] = {}
 """All methods by name, in the order of tables."""
 
@@ -299,6 +301,37 @@ def method_named(name: Any) -> Method:
             "that registers it is imported."
         )
     return METHODS[name]
+
+
+class Row(NamedTuple):
+    """What a row of a comparison runs."""
+
+    rule: Method
+    gated: bool = False
+    dictionary: str | None = None
+    """Of a control, what stands in the SAE's place."""
+
+    @property
+    def label(self) -> str:
+        """As tables and figures have it."""
+        parts = [self.rule.label, DICTIONARIES.get(self.dictionary or "", self.dictionary), self.gated and "gated"]
+        return ", ".join(part for part in parts if part)
+
+
+def rows_by_name() -> dict[str, Row]:
+    """Every row that a comparison can have: each method, its gated row, its controls; `"clip"` is plain CLIP."""
+    rows = {"clip": Row(METHODS[PLAIN])}
+    for rule in METHODS.values():
+        if rule.acts:
+            controls = {name: Row(rule, dictionary=dictionary) for name, dictionary in rule.controls.items()}
+            rows |= {rule.name: Row(rule), rule.name + GATE: Row(rule, gated=True), **controls}
+    return rows
+
+
+def row_label(name: str) -> str:
+    """What tables and figures call a row of a comparison; a name that no method has stays as it is."""
+    row = rows_by_name().get(name)
+    return name if row is None else row.label
 
 
 def then(step_of: str, fit_of: str, **facts: Any) -> Method:

@@ -111,39 +111,43 @@
     }, options.caption);
   }
 
-  /** Accuracy over gamma and lambda, coloured by the difference to plain CLIP. */
+  /** Accuracy over gamma and lambda, coloured by the difference to plain CLIP, with a scale; lambda runs down the side
+      where the window is narrow, so that every cell can hold its number. */
   function heatMap(grid) {
-    const label = `Top-1 accuracy for ${grid.gammas.length} values of gamma and ${grid.lambdas.length} of lambda; plain CLIP has ${grid.plain.toFixed(2)} percent.`;
+    const label = `Top-1 accuracy for ${grid.gammas.length} values of gamma and ${grid.lambdas.length} of lambda; plain CLIP has ${format.digits(grid.plain, 2)} percent.`;
     const gains = grid.top1.flat().map((value) => value - grid.plain);
     const most = Math.max(...gains.map(Math.abs), 0.01);
-    const best = Math.max(...grid.top1.flat());
     return figure(label, (width) => {
-      const pad = { left: 46, right: 4, top: 22, bottom: 38 };
-      const cell = (width - pad.left - pad.right) / grid.lambdas.length;
-      const tall = Math.min(34, Math.max(24, cell * 0.8));
-      const height = pad.top + pad.bottom + tall * grid.gammas.length;
-      const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: "chart" });
-      grid.gammas.forEach((gamma, row) => {
-        const y = pad.top + (grid.gammas.length - 1 - row) * tall;
-        root.append(svg("text", { class: "tick", x: pad.left - 8, y: y + tall / 2 + 4, "text-anchor": "end" }, format.number(gamma)));
-        grid.lambdas.forEach((lambda, column) => {
-          const value = grid.top1[row][column];
-          const gain = value - grid.plain;
-          const own = gamma === grid.gamma && lambda === grid.lambda;
+      const upright = width < 480;
+      const [across, down] = upright ? [grid.gammas, grid.lambdas] : [grid.lambdas, grid.gammas];
+      const pad = { left: 52, right: 4, top: 22, bottom: 84 };
+      const cell = (width - pad.left - pad.right) / across.length;
+      const tall = Math.min(34, Math.max(26, cell * 0.8));
+      const height = pad.top + pad.bottom + tall * down.length;
+      const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: `chart${cell < 38 ? " tight" : ""}` });
+      const box = (x, y, wide, high, gain, own) => svg("rect", { class: `heat ${gain < 0 ? "loss" : "gain"}${own ? " own" : ""}`, x, y, width: wide, height: high, rx: 3, style: { "--strength": String(Math.abs(gain) / most) } });
+      down.forEach((value, row) => {
+        const y = pad.top + (down.length - 1 - row) * tall;
+        root.append(svg("text", { class: "tick", x: pad.left - 8, y: y + tall / 2 + 4, "text-anchor": "end" }, format.number(value)));
+        across.forEach((other, column) => {
+          const [gamma, lambda] = upright ? [other, value] : [value, other];
+          const top1 = grid.top1[upright ? column : row][upright ? row : column];
+          const gain = top1 - grid.plain;
           const x = pad.left + column * cell;
-          const strength = Math.abs(gain) / most;
-          const group = svg("g", {}, svg("title", {}, `gamma ${gamma}, lambda ${lambda}: ${value.toFixed(2)} %, ${format.points(gain)} points`));
-          group.append(svg("rect", { class: `heat ${gain < 0 ? "loss" : "gain"}${own ? " own" : ""}`, x: x + 1, y: y + 1, width: cell - 2, height: tall - 2, rx: 3, style: { "--strength": String(strength) } }));
-          if (cell >= 36) group.append(svg("text", { class: `heat-text${value === best ? " best" : ""}`, x: x + cell / 2, y: y + tall / 2 + 4, "text-anchor": "middle" }, value.toFixed(1)));
-          root.append(group);
+          root.append(svg("g", {}, svg("title", {}, `gamma ${gamma}, lambda ${lambda}: ${format.digits(top1, 2)} %, ${format.points(gain)} points`),
+            box(x + 1, y + 1, cell - 2, tall - 2, gain, gamma === grid.gamma && lambda === grid.lambda),
+            svg("text", { class: "heat-text", x: x + cell / 2, y: y + tall / 2 + 4, "text-anchor": "middle" }, format.digits(top1, 1))));
         });
       });
-      grid.lambdas.forEach((lambda, column) => {
-        if (cell < 26 && column % 2) return;
-        root.append(svg("text", { class: "tick", x: pad.left + (column + 0.5) * cell, y: height - pad.bottom + 16, "text-anchor": "middle" }, format.number(lambda)));
-      });
-      root.append(svg("text", { class: "label", x: pad.left + (width - pad.left) / 2, y: height - 3, "text-anchor": "middle" }, "lambda"));
-      root.append(svg("text", { class: "label", x: 2, y: 11 }, "gamma"));
+      across.forEach((value, column) => root.append(svg("text", { class: "tick", x: pad.left + (column + 0.5) * cell, y: height - pad.bottom + 16, "text-anchor": "middle" }, format.number(value))));
+      const names = upright ? ["gamma", "lambda"] : ["lambda", "gamma"];
+      root.append(svg("text", { class: "label", x: pad.left + (width - pad.left) / 2, y: height - pad.bottom + 33, "text-anchor": "middle" }, names[0]));
+      root.append(svg("text", { class: "label", x: 2, y: 11 }, names[1]));
+      const long = Math.min(260, width - 40);
+      const start = (width - long) / 2;
+      const steps = 20;
+      for (let at = 0; at < steps; at++) root.append(box(start + (at * long) / steps, height - 36, long / steps + 0.4, 12, ((2 * at + 1 - steps) / steps) * most, false));
+      [-most, 0, most].forEach((gain, at) => root.append(svg("text", { class: "tick", x: start + (at * long) / 2, y: height - 10, "text-anchor": "middle" }, gain ? `${format.points(gain)}${at ? " points" : ""}` : "plain CLIP")));
       return root;
     });
   }

@@ -49,13 +49,20 @@ const atlas = (() => {
   /** The same in SVG. */
   const svg = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
+  /** A percentage with so many decimals, and more where it would read 0 or 100 and is not. */
+  function digits(value, decimals) {
+    if (value === 0 || value === 100) return String(value);
+    for (let more = decimals; more < 4; more++) {
+      const rounded = Number(value.toFixed(more));
+      if (rounded !== 0 && rounded !== 100) return value.toFixed(more);
+    }
+    return value < 50 ? "< 0.001" : "> 99.999";
+  }
+
   const format = {
     whole: (value) => value.toLocaleString("en"),
-    percent: (share) => {
-      const value = 100 * share;
-      if (value === 0) return "0 %";
-      return `${Number(value < 0.1 ? value.toPrecision(1) : value.toFixed(value < 10 ? 1 : 0))} %`;
-    },
+    digits,
+    percent: (share) => `${digits(100 * share, 100 * share < 10 ? 1 : 0)} %`,
     points: (value) => `${value > 0 ? "+" : value < 0 ? "\u2212" : "\u00b1"}${Math.abs(value).toFixed(2)}`,
     number: (value, digits = 3) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(digits))).replace("-", "\u2212")),
     score: (value) => (value === null ? "–" : value.toFixed(2).replace("-", "\u2212")),

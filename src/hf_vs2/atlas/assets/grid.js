@@ -4,6 +4,7 @@
   const { el, format } = atlas;
   const STEP = 48;
   const SORTS = {
+    fit: { text: "fit to the search", key: (index, at) => fits.get(at) || 0 },
     index: { text: "number", key: (index, at) => at, up: true },
     share: { text: "share of images", key: (index, at) => index.share[at] },
     max: { text: "largest activation", key: (index, at) => index.max[at] },
@@ -24,19 +25,22 @@
   let shown = 0;
   let made = null;
   let key = null;
+  let fits = new Map();
 
   /** The latents that a request (`q`, `sort`, `order`, `filter`, `class`) asks for, in order. */
   function select(request) {
     const index = atlas.data.latents;
-    const sort = SORTS[request.get("sort")] && (!SORTS[request.get("sort")].needs || index[SORTS[request.get("sort")].needs]) ? SORTS[request.get("sort")] : SORTS.index;
-    const filter = FILTERS[request.get("filter")] && (!FILTERS[request.get("filter")].needs || index[FILTERS[request.get("filter")].needs]) ? FILTERS[request.get("filter")] : FILTERS.all;
+    const usable = (group, name, otherwise) => (group[name] && (!group[name].needs || index[group[name].needs]) ? group[name] : otherwise);
+    const asked = search(request.get("q") || "");
+    fits = asked.found;
+    const sort = usable(SORTS, request.get("sort"), asked.terms.length ? SORTS.fit : SORTS.index);
+    const filter = usable(FILTERS, request.get("filter"), FILTERS.all);
     const wanted = request.get("class");
-    const terms = (request.get("q") || "").toLowerCase().split(/\s+/).filter(Boolean);
     const found = [];
     for (let at = 0; at < index.share.length; at++) {
       if (!filter.test(index, at)) continue;
       if (wanted && index.class && index.class_names[index.class[at]] !== wanted) continue;
-      if (terms.length && !matches(index, at, terms)) continue;
+      if (asked.terms.length && !asked.found.has(at)) continue;
       found.push(at);
     }
     const down = request.get("order") ? request.get("order") === "down" : !sort.up;
@@ -45,15 +49,51 @@
     return found;
   }
 
-  /** Every term is in a name, in the class, or is the number. */
-  function matches(index, at, terms) {
-    const texts = index.names && index.count[at] ? index.names[at].map((word) => index.words[word].toLowerCase()) : [];
-    if (index.class && index.count[at]) texts.push(index.class_names[index.class[at]].toLowerCase());
-    return terms.every((term) => term.replace("#", "") === String(at) || texts.some((text) => text.includes(term)));
+  /** What a search finds: latents by number, or those that point to a word that it is, or is the beginning of.
+      `found` maps latents to how well they fit, `words` are the words it was read as, `nearest` the best latent of
+      those words if none scores above the floor. */
+  function search(text) {
+    const index = atlas.data.latents;
+    const terms = text.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = new Map();
+    const words = [];
+    let nearest = null;
+    if (terms.length && terms.every((term) => /^#?\d+$/.test(term))) {
+      terms.forEach((term, at) => found.set(Number(term.replace("#", "")), terms.length - at));
+      return { terms, found, words, nearest };
+    }
+    if (!terms.length) return { terms, found, words, nearest };
+    index.words.forEach((word, number) => {
+      const parts = word.toLowerCase().split(/[^\p{L}\p{N}]+/u);
+      if (!terms.every((term) => parts.some((part) => part.startsWith(term)) || word.toLowerCase().startsWith(term))) return;
+      words.push(word);
+      const [latents, scores] = index.found[number];
+      latents.forEach((latent, at) => {
+        if (!index.count[latent]) return;
+        if (scores[at] >= index.floor) found.set(latent, Math.max(scores[at], found.get(latent) || -1));
+        if (!nearest || scores[at] > nearest.score) nearest = { latent, word, score: scores[at] };
+      });
+    });
+    return { terms, found, words, nearest };
+  }
+
+  /** What stands in place of the list where a search finds nothing. */
+  function nothing(request) {
+    const index = atlas.data.latents;
+    const asked = search(request.get("q") || "");
+    if (!asked.terms.length || asked.found.size) return ["No latent fits. Clear the search, or choose “all latents”."];
+    const named = index.class_names.find((name) => index.class && asked.terms.every((term) => name.toLowerCase().includes(term)));
+    return [
+      asked.nearest ? [`No latent points to “${asked.nearest.word}” more than chance would have it. The nearest is `,
+        el("a", { href: `#latent=${asked.nearest.latent}` }, `latent ${asked.nearest.latent}`), `, with ${format.score(asked.nearest.score)}; a name takes ${format.score(index.floor)}. `]
+        : "No word of the vocabulary begins so. ",
+      named ? el("a", { href: `#view=latents&sort=frequency&class=${encodeURIComponent(named)}` }, `Latents that are most active on images of “${named}”`) : null,
+    ];
   }
 
   function change(name, value) {
     const request = new URLSearchParams(location.hash.slice(1));
+    if (name === "q" && !request.get("q")) for (const one of ["sort", "order"]) request.delete(one); // a search brings its own order
     request.set("view", "latents");
     request.delete("latent");
     if (value) request.set(name, value);
@@ -73,12 +113,13 @@
 
   function toolbar(request) {
     const index = atlas.data.latents;
-    const sort = request.get("sort") || "index";
+    const searched = (request.get("q") || "").trim() !== "";
+    const sort = request.get("sort") || (searched ? "fit" : "index");
     const usable = (group) => Object.entries(group).filter(([, one]) => !one.needs || index[one.needs]).map(([name, one]) => [name, one.text]);
     const down = request.get("order") ? request.get("order") === "down" : !(SORTS[sort] || SORTS.index).up;
     const parts = [
-      choice("sort", "Sort by", usable(SORTS), sort, (value) => change("sort", value)),
-      el("button", { id: "order", type: "button", class: "quiet", onclick: () => change("order", down ? "up" : "down") }, down ? "largest first" : "smallest first"),
+      choice("sort", "Sort by", usable(SORTS).filter(([name]) => searched || name !== "fit"), sort, (value) => change("sort", value)),
+      choice("order", "Order", [["down", "largest first"], ["up", "smallest first"]], down ? "down" : "up", (value) => change("order", value)),
       choice("filter", "Show", usable(FILTERS), request.get("filter") || "all", (value) => change("filter", value === "all" ? "" : value)),
     ];
     if (index.class) {
@@ -101,7 +142,7 @@
     const button = el("button", { type: "button", class: "more" });
     made = {
       tools: el("div", { class: "toolbar" }), count: el("p", { class: "count", role: "status", id: "count" }), grid, button,
-      empty: el("p", { class: "nothing", hidden: true }, "No latent fits. Clear the search, or choose “all latents”."),
+      empty: el("p", { class: "nothing", hidden: true }, ""),
     };
     button.addEventListener("click", () => more(grid, button));
     // Further cards are made when the end of the list comes near.
@@ -122,7 +163,10 @@
     if (focused) document.getElementById(focused).focus();
     made.grid.replaceChildren();
     made.empty.hidden = list.length > 0;
-    made.count.textContent = `${format.whole(list.length)} of ${format.whole(atlas.data.latents.share.length)} latents`;
+    if (!list.length) made.empty.replaceChildren(...nothing(request).flat().filter(Boolean));
+    const { words } = search(request.get("q") || "");
+    const read = words.length ? ` point to ${words.slice(0, 6).map((word) => `“${word}”`).join(", ")}${words.length > 6 ? ` or one of ${words.length - 6} more words` : ""}` : "";
+    made.count.textContent = `${format.whole(list.length)} of ${format.whole(atlas.data.latents.share.length)} latents${read}`;
     more(made.grid, made.button);
   }
 

@@ -1,14 +1,15 @@
 "use strict";
 // Which page is shown follows from the address (#latent=17, #view=latents&q=fish), and the keys.
 (() => {
-  const views = ["overview", "latents", "latent"];
+  const views = ["overview", "latents", "latent", "image"];
   const places = {};
   let current = null;
   let turn = 0;
 
   function wanted() {
     const request = new URLSearchParams(location.hash.slice(1));
-    if (request.has("latent")) return { view: "latent", latent: /^\d+$/.test(request.get("latent")) ? Number(request.get("latent")) : -1, request };
+    const number = (name) => (/^\d+$/.test(request.get(name)) ? Number(request.get(name)) : -1);
+    for (const view of ["latent", "image"]) if (request.has(view)) return { view, number: number(view), request };
     return { view: request.get("view") === "latents" ? "latents" : "overview", request };
   }
 
@@ -20,9 +21,10 @@
     try {
       await Promise.all([atlas.load("overview"), atlas.load("latents")]);
       const view = document.getElementById(asked.view);
-      if (asked.view === "latent") await atlas.latent.show(view, asked.latent);
+      const single = asked.number !== undefined;
+      if (single) await atlas[asked.view].show(view, asked.number);
       if (mine !== turn) return; // another page was asked for meanwhile
-      if (asked.view !== "latent") {
+      if (!single) {
         view.hidden = false; // charts are drawn at the width they have
         if (asked.view === "latents") atlas.grid.show(view, asked.request);
         else atlas.overview.show(view);
@@ -37,7 +39,7 @@
     for (const name of views) document.getElementById(name).hidden = name !== asked.view;
     for (const name of ["overview", "latents"]) {
       const tab = document.getElementById(`tab-${name}`);
-      if (name === asked.view || (name === "latents" && asked.view === "latent")) tab.setAttribute("aria-current", "page");
+      if (name === asked.view || (name === "latents" && asked.number !== undefined)) tab.setAttribute("aria-current", "page");
       else tab.removeAttribute("aria-current");
     }
     const search = document.getElementById("search");
@@ -45,15 +47,14 @@
     if (asked.view === "latents") back = location.hash;
     const heading = document.querySelector(`#${asked.view} h1`);
     const source = atlas.data.overview.facts.dataset;
-    document.title = [asked.view === "latent" ? `${asked.latent} ${heading.textContent}` : heading.textContent, source !== heading.textContent && source, "Feature atlas"].filter(Boolean).join(" · ");
-    const link = document.getElementById("back");
-    if (asked.view === "latent" && link) link.setAttribute("href", back);
-    if (current !== asked.view || asked.view === "latent") {
-      scrollTo(0, asked.view === "latent" ? 0 : places[asked.view] || 0);
+    document.title = [asked.number !== undefined ? `${asked.number} ${heading.textContent}` : heading.textContent, source !== heading.textContent && source, "Feature atlas"].filter(Boolean).join(" · ");
+    for (const link of document.querySelectorAll("#back")) link.setAttribute("href", back);
+    if (current !== asked.view || asked.number !== undefined) {
+      scrollTo(0, asked.number !== undefined ? 0 : places[asked.view] || 0);
       if (current && !options.keepFocus) focusOn(asked, heading);
     }
     current = asked.view;
-    last = asked.view === "latent" ? asked.latent : last;
+    last = asked.view === "latent" ? asked.number : last;
   }
 
   let back = "#view=latents";
@@ -72,7 +73,7 @@
     const field = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
     if (event.key === "Escape") {
       if (event.target === search) search.blur();
-      else if (current === "latent") location.hash = back;
+      else if (current === "latent" || current === "image") location.hash = back;
       return;
     }
     if (field) return;

@@ -49,7 +49,10 @@ def add_flags(parser: Parser) -> None:
     parser.section("what to show")
     add_checkpoint_flags(parser)
     parser.flag(
-        "--vocabulary", type=Path, metavar="FILE", help="Words to name latents with, one a line [the classes]."
+        "--vocabulary",
+        type=Path,
+        metavar="FILE",
+        help="Words to name latents with, one a line [2,900 common words and the classes].",
     )
     parser.flag("--templates", default="single", metavar="T", help=TEMPLATES)
     parser.flag(

@@ -4,10 +4,9 @@ controls."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ...methods import GATE, METHODS
-from ...methods import Method as Rule
+from ...methods import Row, row_label, rows_by_name
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Method:
 _STEP = ("gamma", "lambda")
 _SAE = ("sae", *_STEP)
 OWN: Mapping[str, Method] = {
-    "clip": Method("CLIP zero-shot"),
+    "clip": Method(row_label("clip")),
     "centroid": Method("centroid, no SAE", _STEP),
     "distribution_norm_0.5": Method("distribution norm 0.5, no SAE"),
     "distribution_norm_1": Method("distribution norm 1, no SAE"),
@@ -75,26 +74,20 @@ STEERED_LAYERS = {"vs2_last2": 2, "vs2_last3": 3}
 def study_methods() -> dict[str, Method]:
     """All of them, those registered by now from outside the package too."""
     found = dict(OWN)
-    for rule in METHODS.values():
-        if rule.acts and not rule.needs_corpus:
-            for name, method in _rows_of(rule).items():
-                found.setdefault(name, method)
+    for name, row in rows_by_name().items():
+        if row.rule.acts and not row.rule.needs_corpus:
+            found.setdefault(name, _of_the_library(row))
     return found
 
 
-def _rows_of(rule: Rule) -> dict[str, Method]:
+def _of_the_library(row: Row) -> Method:
+    rule = row.rule
     settings: tuple[str, ...] = ("sae",) if rule.reads_latents else ()
     settings += tuple(name for name in _STEP if name in rule.shows)
-    sketch = () if not rule.needs_statistics else ("sketch",)
-    own = Method(rule.label, settings + sketch, rule=rule.name, default=rule.compared)
-    gated = replace(
-        own, label=f"{rule.label}, gated", settings=(*settings, "gate", *sketch), default=rule.compared_gated
-    )
-    rows = {rule.name: own, rule.name + GATE: gated}
-    for name, dictionary in rule.controls.items():
-        label = f"{rule.label}, dictionary: {dictionary}"
-        rows[name] = Method(label, (*settings, "sketch"), rule=rule.name, dictionary=dictionary)
-    return rows
+    settings += ("gate",) if row.gated else ()
+    settings += ("sketch",) if rule.needs_statistics or row.dictionary else ()
+    default = rule.compared_gated if row.gated else row.dictionary is not None or rule.compared
+    return Method(row.label, settings, rule=rule.name, dictionary=row.dictionary, default=default)
 
 
 __all__ = ["OWN", "STEERED_LAYERS", "Method", "study_methods"]
