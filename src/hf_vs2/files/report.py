@@ -243,7 +243,7 @@ def thresholds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if row.get("tau") is not None:
             measure = "distance" if row.get("mean_fvu") is None else "FVU"
-            named.setdefault(f"{measure} up to {row['tau']:.4g}", []).append(row_label(row))
+            named.setdefault(f"{measure} up to {row['tau']:.4g}", []).append(method_name(row))
     said = {limit: list(dict.fromkeys(names)) for limit, names in named.items()}
     return [
         f"{', '.join(names)} {'steers' if len(names) == 1 else 'steer'} images of {limit}"
