@@ -16,7 +16,7 @@ LABELS = torch.arange(N) % 4
 
 def made_up(datasets: dict[str, dict[str, Any]], cells: list[CellResult], encoder_id: str = B32) -> StudyResult:
     facts = {"title": "A set", "class_names": ["tractor", "bus", "owl", "cat"], "metric": "accuracy", "n": N}
-    labels = {"vs2": ("VS2", ""), "vs2++oracle": ("VS2++, oracle", "training"), "clip": ("CLIP zero-shot", "")}
+    labels = {"vs2": ("VS2", ""), "vs2++oracle": ("VS2++, oracle", "training"), "clip": ("plain CLIP", "")}
     meta = {
         "name": "made up",
         "datasets": {name: facts | {"registry": None} | about for name, about in datasets.items()},

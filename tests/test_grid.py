@@ -12,7 +12,7 @@ from toy import make_rows, make_sae
 
 from hf_vs2 import VS2CLIPForZeroShot
 from hf_vs2.evaluation import grid
-from hf_vs2.evaluation.grid import _direction, fold_tail, scores_along, steering_grid
+from hf_vs2.evaluation.grid import SteeringGrid, _direction, fold_tail, plot_grid, scores_along, steering_grid
 
 
 NUM_CLASSES = 7
@@ -168,3 +168,15 @@ def test_what_the_closed_form_does_not_hold_for_is_refused() -> None:
         run(classes=classes[:3])
     with pytest.raises(ValueError, match="Row 3 of rows"):
         run(rows=rows.clone().index_fill_(0, torch.tensor([3]), float("inf")))
+
+
+def test_a_drawn_grid_shows_each_gain_by_its_sign(tmp_path):
+    """A loss in a gain's colour, or a number of another setting, would be read off the picture as it stands."""
+    pytest.importorskip("matplotlib")
+    drawn = SteeringGrid(torch.tensor([[60.0, 59.0], [60.0, 63.5]], dtype=torch.float64), 60.0)
+    path = plot_grid(drawn, [0.75, 1.5], [0.0, 2.1], tmp_path / "grid.svg", own=(1.5, 2.1))
+    text = path.read_text()
+    assert ">+3.5<" in text and ">−1.0<" in text and text.count(">0.0<") >= 2 and "plain CLIP 60.0 %" in text
+    assert text.count('id="default-') == 2  # the frame
+    with pytest.raises(ValueError, match="2 x 2 cells, for 1 gammas"):
+        plot_grid(drawn, [1.5], [0.0, 2.1], tmp_path / "grid.svg")

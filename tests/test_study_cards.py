@@ -11,7 +11,9 @@ from test_cli import clip_path, images_path  # noqa: F401  (fixtures)
 from test_study import description
 
 from hf_vs2.files.sharing.card_edits import Card
+from hf_vs2.files.sharing.model_card import _environment
 from hf_vs2.study import StudyResult
+from hf_vs2.version import INSTALLATION
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -37,6 +39,20 @@ def test_a_card_is_the_librarys_own_and_agrees_with_the_study(path):
         assert top1_of(card.text, "clip", prompts) == pytest.approx(plain.figures["top1"], abs=0.005)
         (vs2,) = study.select(section, dataset=dataset, method="vs2", prompts=prompts, seed=0)
         assert top1_of(card.text, "vs2", prompts) == pytest.approx(vs2.figures["top1"], abs=0.005)
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_a_card_has_the_words_of_todays_templates(path):
+    """Whoever reads a committed card to learn what theirs will say must find what the code writes now."""
+    text = path.read_text(encoding="utf-8")
+    parts = _environment().get_template("parts.md.jinja").module
+    assert INSTALLATION in text and str(parts.limits()) in text and str(parts.citation()) in text
+    (picture,) = re.findall(r"```text\n(.*?)\n```", text, flags=re.DOTALL)
+    gains = dict(re.findall(r"^\| (\S+) +\| single +\|.*\| +([+-][\d.]+) \[", text, flags=re.MULTILINE))
+    (drawn,) = [line for line in picture.splitlines() if line.startswith("VS2, gated ")]
+    zero, dot = picture.splitlines()[0].index(" 0 ") + 1, drawn.index("●")
+    assert (dot > zero) == (float(gains["vs2+gate"]) > 0)
+    assert f"a gain of {float(gains['vs2+gate']):+.1f} [" in text.split("## How to use")[0].replace("\n", " ")
 
 
 def test_there_are_cards():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_vs2.evaluation.metrics import paired_bootstrap
+from hf_vs2.files.figure_style import COLUMN, PAGE
 from hf_vs2.study.config import StudyConfig
 from hf_vs2.study.drawings.figures import draw_figures, study_figures
 from hf_vs2.study.plan import plan
@@ -126,7 +127,9 @@ def figures(result) -> dict[str, Any]:
 
 def panel(figure: Any, *words: str) -> Any:
     """The panel whose title has all these words."""
-    return next(axes for axes in figure.axes if all(word in axes.get_title(loc="left") for word in words))
+    return next(
+        axes for axes in figure.axes if all(word in axes.get_title(loc="left").replace("\n", " ") for word in words)
+    )
 
 
 def line(axes: Any, label: str) -> np.ndarray:
@@ -154,7 +157,8 @@ def texts(figure: Any) -> list[Any]:
 
 
 def test_all_can_be_read(figures):
-    """A label that is cut off, written over another or too small for print is lost on the reader."""
+    """A label that is cut off, written over another or too small for print is lost on the reader; so is one in a
+    drawing that is shrunk to fit a paper's page."""
     from matplotlib.text import Text
 
     expected = {"gains", "grid", "share", "top_k", "expansion", "fvu_deciles", "risk_coverage", "pass", "neighbors"}
@@ -162,7 +166,8 @@ def test_all_can_be_read(figures):
     for name, figure in figures.items():
         shown = texts(figure)
         boxes = [(one.get_text(), Text.get_window_extent(one)) for one in shown]  # without the line of an annotation
-        assert len(shown) > 8 and min(one.get_fontsize() for one in shown) >= 8, name
+        assert len(shown) > 8 and {round(one.get_fontsize(), 1) for one in shown} <= {7, 7.5, 8, 9}, name
+        assert figure.get_figwidth() in (COLUMN, PAGE), name
         for text, box in boxes:
             assert box.x0 >= -1 and box.y0 >= -1, (name, text)
             assert box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1, (name, text)
@@ -277,15 +282,31 @@ def test_many_classes_are_cut(figures, result):
 
 
 def test_files(result, tmp_path):
-    """PNG and SVG of each; drawn again, the SVG is the same, so that a repository shows no change where nothing changed."""
+    """PNG, SVG and PDF of each; drawn again, the last two are the same, so that a repository shows no change where nothing changed."""
     cells = result.select("grid") + [one for one in result.select("pass") if "table" not in one.sections]
     part = StudyResult(result.meta, cells)
     once, again = draw_figures(part, tmp_path / "new" / "once"), draw_figures(part, tmp_path / "again")
-    assert [path.name for path in once] == ["grid-clip.png", "grid-clip.svg", "pass-clip.png", "pass-clip.svg"]
+    assert [path.name for path in once] == [
+        f"{name}-clip{suffix}" for name in ("grid", "pass") for suffix in (".png", ".svg", ".pdf")
+    ]
     assert sorted(once) == sorted((tmp_path / "new" / "once").iterdir())  # no temporary file stays
     for one, other in zip(once, again, strict=True):
-        assert one.read_bytes().startswith(b"\x89PNG" if one.suffix == ".png" else b"<?xml")
+        assert one.read_bytes().startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[one.suffix])
         assert one.suffix == ".png" or one.read_bytes() == other.read_bytes()
+    assert ">lambda</text>" in once[1].read_text()  # text, not outlines
+    bare = [figure for _, figure in study_figures(part, notes=False)]
+    assert not any(figure.texts for figure in bare)  # a caption says it
+
+
+def test_markers_of_a_method_stand_nearer_to_each_other_than_to_the_next(figures):
+    """Two prompts of one method that are further apart than two methods are read as a pair of different ones."""
+    axes = panel(figures["gains"], "Eurosat")
+    at = {
+        name: {float(one.get_ydata()[0]) for one in axes.lines if one.get_label() == f"prompts: {name}"}
+        for name in ("single", "ensemble")
+    }
+    assert min(abs(one - round(one)) for one in at["single"]) <= 0.2 and at["single"]
+    assert all(min(abs(one - other) for other in at["ensemble"]) <= 0.4 for one in at["single"])
 
 
 def test_no_figure_of_nothing(result, tmp_path):

@@ -19,8 +19,8 @@ def test_order_is_told_in_both_directions(tmp_path: Path, vs2: int, verdict: str
     # Other images right than plain CLIP's, so that two more of 400 is noise.
     runs = [with_outcomes(tmp_path, "vs2", vs2, offset=N - vs2, seed=seed) for seed in (0, 1)]
     document = study_markdown(made_up({"set": {}}, [plain, *runs]))
-    assert f"**VS2 > CLIP zero-shot**: {verdict} in 1 of 1." in document
-    shown = rows(document, "VS2 > CLIP")
+    assert f"**VS2 > plain CLIP**: {verdict} in 1 of 1." in document
+    shown = rows(document, "VS2 > plain CLIP")
     if verdict == "holds":
         assert not shown  # the table is for what needs a look
         return
@@ -41,7 +41,7 @@ def test_order_without_files_of_outcomes_goes_by_sign(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
     document = study_markdown(made_up({"set": {}}, runs))
-    (row,) = rows(document, "VS2 > CLIP")
+    (row,) = rows(document, "VS2 > plain CLIP")
     assert row[4:] == ["-0.50", "", "does not hold"]
     assert "Classes that VS2" not in document and "Agreement" not in document
 
@@ -55,11 +55,11 @@ def test_the_table_lists_failures_first_and_counts_stay_whole() -> None:
             cell("reconstruct", 62.0 if dataset == "even" else 50.0, 2.0 if dataset == "even" else -10.0, dataset, 0)
         ]
     document = study_markdown(made_up({name: {"title": name.upper()} for name in ("up", "down", "even")}, cells))
-    assert "**VS2 > CLIP zero-shot**: holds in 2, does not hold in 1 of 3." in document
+    assert "**VS2 > plain CLIP**: holds in 2, does not hold in 1 of 3." in document
     found = [row for row in rows(document, "") if row[-1] in ("holds", "does not hold", "within noise")]
     assert [row[:2] + row[4:5] for row in found] == [
-        ["VS2 > CLIP zero-shot", 'DOWN, "single"', "-2.00"],
-        ["CLIP zero-shot > reconstruct", 'EVEN, "single"', "-2.00"],
+        ["VS2 > plain CLIP", 'DOWN, "single"', "-2.00"],
+        ["plain CLIP > reconstruction", 'EVEN, "single"', "-2.00"],
     ]
 
 

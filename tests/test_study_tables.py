@@ -19,11 +19,11 @@ def test_a_field_is_mean_deviation_gain_and_seeds() -> None:
         cell("vs2", 64.0, 4.0, seed=1),
     ]
     document = study_markdown(made_up({"set": {}}, cells))
-    assert rows(document, "CLIP")[0] == ["CLIP zero-shot", "60.00"]
+    assert rows(document, "plain CLIP")[0] == ["plain CLIP", "60.00"]
     assert rows(document, "VS2")[0] == ["VS2", "62.50 ± 2.12 (+2.50), n 2"]
     assert rows(document, "VS2++")[0] == ["VS2++, oracle (uses labels: training)", "80.00 (+20.00), n 1"]
     # The paper's order of rows, not that of the cells.
-    assert document.index("| CLIP zero-shot |") < document.index("| VS2 |") < document.index("| VS2++, oracle")
+    assert document.index("| plain CLIP |") < document.index("| VS2 |") < document.index("| VS2++, oracle")
     assert "A set: 400" in document and "[" not in rows(document, "VS2")[0][1]
 
 
@@ -44,8 +44,8 @@ def test_number_of_seeds_stands_once_if_it_is_one_number() -> None:
 
 
 def test_rows_are_grouped_and_those_with_labels_last() -> None:
-    """A bound that used labels must not stand among the methods that it bounds, nor a control among the paper's rows."""
-    names = ["vs2++oracle", "zero_out", "centroid", "vs2", "clip"]
+    """A bound that used labels must not stand among the methods that it bounds, nor a control among the paper's rows or under an SAE."""
+    names = ["vs2++oracle", "vs2_random", "zero_out", "centroid", "vs2", "clip"]
     cells = [
         cell(name, 60.0, seed=None if name in ("clip", "centroid") else 0, prompts=prompts)
         for prompts in ("single", "ensemble")
@@ -57,12 +57,14 @@ def test_rows_are_grouped_and_those_with_labels_last() -> None:
         table = document.split(f'### Prompts "{prompts}"')[1].split("\n#")[0]
         assert [row[0] for row in rows(table, "")[2:]] == [
             "**The paper's rows**",
-            "CLIP zero-shot",
+            "plain CLIP",
             "VS2",
-            "**Controls without an SAE**",
-            "centroid",
-            "**Other ways to steer with an SAE**",
-            "zero_out",
+            "**Without an SAE**",
+            "centroid, no SAE",
+            "**With an SAE**",
+            "zero-out (gamma 0, lambda 1)",
+            "**The SAE replaced**",
+            "VS2, random directions",
             "**With labels**",
             "VS2++, oracle (uses labels: training)",
         ]
@@ -88,8 +90,8 @@ def test_neighbours_found_otherwise_than_in_the_paper_get_no_bracket(encoder, nu
     params = {"num_neighbors": number, "retrieval_encoder": encoder}
     cells = [cell("clip", 60.0), cell("vs2++", 61.0, 1.0, seed=0, params=params)]
     document = study_markdown(made_up({"set": {"registry": "cifar100"}}, cells))
-    assert rows(document, "CLIP zero-shot")[0][1] == "60.00 [61.07]"
-    assert rows(document, "vs2++")[0][1] == f"61.00 (+1.00){bracket}"
+    assert rows(document, "plain CLIP")[0][1] == "60.00 [61.07]"
+    assert rows(document, "VS2++")[0][1] == f"61.00 (+1.00){bracket}"
 
 
 def test_cost_stands_beside_the_papers() -> None:

@@ -12,15 +12,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from hf_vs2 import SAEModel, VS2CLIPForZeroShot, class_embeddings, steering_grid
+from hf_vs2 import SAEModel, VS2CLIPForZeroShot, class_embeddings, plot_grid, steering_grid
 from hf_vs2.demo.data import DIGIT_NAMES
 from hf_vs2.demo.run import GATE, NUM_FOLDS, run_demo
 from hf_vs2.encoders.processing import load_processing
+from hf_vs2.evaluation.grid import SteeringGrid
+from hf_vs2.files.figure_style import PAGE, STYLES, style
+from hf_vs2.files.markdown import percent
 from hf_vs2.functional import steering_vector
 
 
 IMAGES = Path(__file__).parents[1] / "images"
-BLUE, RED, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+BLUE, RED, GREEN, PINK, GREY = *(colour for colour, _ in STYLES), "#777777"
 SEED = 0
 
 
@@ -33,8 +36,9 @@ def main() -> None:
         saes = [SAEModel.from_pretrained(folder / "folds" / str(number)).eval() for number in range(NUM_FOLDS)]
         clip_files = VS2CLIPForZeroShot.from_pretrained(folder / "model")
         IMAGES.mkdir(exist_ok=True)
-        draw_plane(saes[0], rows[folds[0]])
-        draw_gate(demo)
+        with style(), plt.rc_context({"text.parse_math": True}):
+            draw_plane(saes[0], rows[folds[0]])
+            draw_gate(demo)
         draw_grid(clip_files, load_processing(folder / "model")[0], saes, rows, labels, folds)
 
 
@@ -48,7 +52,7 @@ def draw_plane(sae: SAEModel, rows: torch.Tensor) -> None:
     angles = torch.rad2deg(torch.arccos(torch.cosine_similarity(rows, moved).clamp(-1, 1)))
     chosen = int((angles - angles.median()).abs().argmin())  # the row that turns as much as the middle one does
     row, vector = rows[chosen].double(), vectors[chosen].double()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
 
     first = row / row.norm()
     rest = vector - (vector @ first) * first
@@ -67,10 +71,10 @@ def draw_plane(sae: SAEModel, rows: torch.Tensor) -> None:
     left.quiver(*flat["x"], *(np.subtract(flat["sum"], flat["x"])), color=GREEN, **arrow)
     left.quiver(0, 0, *flat["result"], color=RED, **arrow)
     left.plot(*zip(flat["result"], flat["sum"], strict=True), color=GREY, lw=1, ls=":")
-    left.annotate("x", flat["x"], (-14, -16), textcoords="offset points", color=BLUE, fontsize=12)
+    left.annotate("x", flat["x"], (-30, 4), textcoords="offset points", color=BLUE, fontsize=9)
     middle = np.add(flat["x"], flat["sum"]) / 2
-    left.annotate(r"$\lambda v$", middle, (8, -4), textcoords="offset points", color=GREEN, fontsize=12)
-    left.annotate(r"$\hat{x}$", flat["result"], (-16, 6), textcoords="offset points", color=RED, fontsize=12)
+    left.annotate(r"$\lambda v$", middle, (8, -4), textcoords="offset points", color=GREEN, fontsize=9)
+    left.annotate(r"$\hat{x}$", flat["result"], (-16, 6), textcoords="offset points", color=RED, fontsize=9)
     left.annotate(
         "the norm of x", (radius * np.cos(0.8), radius * np.sin(0.8)), (8, 0), textcoords="offset points", color=GREY
     )
@@ -97,7 +101,7 @@ def draw_plane(sae: SAEModel, rows: torch.Tensor) -> None:
 
 def draw_gate(demo) -> None:
     """Per-sample FVU over the gate's threshold: 1 is the gate."""
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(PAGE, 3), layout="constrained")
     sets = {"digits, not trained on": demo.relative_fvu, **{group.name: group.relative_fvu for group in demo.foreign}}
     bins = np.geomspace(0.05, 30, 60)
     for (name, values), colour in zip(sets.items(), (BLUE, RED, GREEN, PINK, GREY), strict=True):
@@ -110,14 +114,14 @@ def draw_gate(demo) -> None:
             alpha=1 if name != "digits, not trained on" else 0.45,
             color=colour,
             lw=1.6,
-            label=f"{name}: {share:.0%} steered",
+            label=f"{name}: {percent(float(share), 0)} steered",
         )
     axes.axvline(1, color="black", lw=1)
     axes.annotate("gate", (1, axes.get_ylim()[1]), (4, -12), textcoords="offset points")
     axes.set(
         xscale="log", xlabel=rf"per-sample FVU / $\tau$ (quantile {GATE} of held-out digits)", ylabel="% of the images"
     )
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False)
     save(figure, "gate.png")
 
 
@@ -131,25 +135,12 @@ def draw_grid(model, tokenizer, saes, rows, labels, folds) -> None:
         grid = steering_grid(steered, rows[fold], labels[fold], embeds, gammas, lambdas)
         right += grid.top1 * len(fold) / len(rows)
         plain += grid.plain * len(fold) / len(rows)
-    gain = (right - plain).numpy()
-    figure, axes = plt.subplots(figsize=(8.2, 4.6), layout="constrained")
-    limit = gain.max()  # what steering costs with gamma below 1 is far beyond it
-    edges = (-0.15, 4.35, 0.625, 3.125)
-    image = axes.imshow(gain, origin="lower", cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", extent=edges)
-    for gamma, line in zip(gammas, gain, strict=True):
-        for lambda_, value in zip(lambdas, line, strict=True):
-            colour = "black" if abs(value) < 0.6 * limit else "white"
-            axes.text(lambda_, gamma, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.add_patch(plt.Rectangle((1.95, 1.375), 0.3, 0.25, fill=False, ec="black", lw=2))
-    axes.set(
-        xlabel=r"$\lambda$", ylabel=r"$\gamma$", title=f"Points over plain CLIP ({plain:.1f} %), all digits, no gate"
-    )
-    figure.colorbar(image, label="gain in points", extend="min")
-    save(figure, "grid.png")
+    title = f"All digits, no gate; plain CLIP {plain:.1f} %"
+    print(plot_grid(SteeringGrid(right, plain), gammas, lambdas, IMAGES / "grid.png", own=(1.5, 2.1), title=title))
 
 
 def save(figure, name: str) -> None:
-    figure.savefig(IMAGES / name, dpi=110, metadata={"Software": None})
+    figure.savefig(IMAGES / name, dpi=200, metadata={"Software": None})
     plt.close(figure)
     print(IMAGES / name)
 

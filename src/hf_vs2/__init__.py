@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .data.load import load_images
     from .data.registry import DatasetInfo, dataset_info
     from .evaluation.comparison import EvaluationResult, evaluate
-    from .evaluation.grid import steering_grid
+    from .evaluation.grid import plot_grid, steering_grid
     from .evaluation.recommendation import Recommendation, recommend
     from .explain.explanation import VS2Explanation
     from .files.sharing.hub import push_to_hub
@@ -60,6 +60,7 @@ _HOMES = {
     "EvaluationResult": "evaluation",
     "evaluate": "evaluation",
     "VS2Explanation": "explain.explanation",
+    "plot_grid": "evaluation.grid",
     "steering_grid": "evaluation.grid",
     "push_to_hub": "files.sharing.hub",
     "PrototypeAlignment": "training.label_losses",
@@ -113,6 +114,7 @@ __all__ = [
     "measure_statistics",
     "push_to_hub",
     "recommend",
+    "plot_grid",
     "steering_grid",
     "write_model_card",
     "zero_shot_classifier",

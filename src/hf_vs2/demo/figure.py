@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
+from ..files.figure_style import GREY, PAGE, STYLES, new_figure, save_figure, style
+from ..files.markdown import percent
 from ..files.report import draw_gains
 from .folds import labels_of, samples_of
 
@@ -20,34 +21,27 @@ if TYPE_CHECKING:
 
     from .result import DemoResult
 
-# Okabe and Ito's palette; position, shape and text always say the same as the colour.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.55"
+BLUE, ORANGE, GREEN = (colour for colour, _ in STYLES[:3])
 MAX_RELATIVE_FVU = 3.0
 NUM_FLIPPED = 12
 
 
 def draw_demo(result: DemoResult, images: Sequence[Image], path: Path) -> None:
     """Write the picture of a demo run to `path`; `images` are the evaluated ones, in order."""
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
-    figure.suptitle(
-        f"A CLIP that learned typefaces reads {len(images):,} handwritten digits: VS2 without labels, out of fold",
-        fontsize=13,
-    )
-    panels: Any = figure.subfigures(2, 2, hspace=0.06, wspace=0.04)
-    (top_left, top_right), (bottom_left, bottom_right) = panels
-    axes = top_left.subplots()
-    draw_gains(axes, result.evaluation)
-    # Below: intervals can lie anywhere inside.
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize="small", title="prompts"
-    )
-    _finish(axes, "Gain over plain CLIP with the same prompts")
-    axes = top_right.subplots()
-    _draw_classes(axes, result)
-    axes = bottom_left.subplots()
-    _draw_gate(axes, result)
-    _draw_flipped(bottom_right, result, images)
-    figure.savefig(path, dpi=110)
+    with style():
+        figure = new_figure(PAGE, 7.6)
+        figure.suptitle(
+            f"A CLIP that learned typefaces reads {len(images):,} handwritten digits: VS2 without labels, out of fold"
+        )
+        rows: Any = figure.subfigures(3, 1, height_ratios=[4.2, 2.8, 2])
+        top, middle, bottom = rows
+        axes = top.subplots()
+        draw_gains(axes, result.evaluation)
+        left, right = middle.subfigures(1, 2)
+        _draw_classes(left.subplots(), result)
+        _draw_gate(right.subplots(), result)
+        _draw_flipped(bottom, result, images)
+        save_figure(figure, path)
 
 
 def _draw_classes(axes: Axes, result: DemoResult) -> None:
@@ -59,14 +53,13 @@ def _draw_classes(axes: Axes, result: DemoResult) -> None:
     names = evaluation.per_class["class_names"]
     places = np.arange(len(names))
     axes.hlines(places, np.minimum(plain, steered), np.maximum(plain, steered), color=GREY, linewidth=1.5)
-    axes.plot(plain, places, "o", color="white", markeredgecolor="black", markersize=7, label="plain CLIP")
-    axes.plot(steered, places, "D", color=BLUE, markersize=6, label="VS2 with gate")
+    axes.plot(plain, places, "o", color="white", markeredgecolor="black", markersize=4.5, label="plain CLIP")
+    axes.plot(steered, places, "D", color=BLUE, markersize=4, label="VS2 with gate")
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlabel("top-1 accuracy, % (one prompt)")
+    axes.set_xlabel("top-1 accuracy of each class, % (one prompt)")
     axes.grid(axis="x", color="0.9")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize="small")
-    _finish(axes, "Accuracy per class")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
 
 def _draw_gate(axes: Axes, result: DemoResult) -> None:
@@ -79,13 +72,13 @@ def _draw_gate(axes: Axes, result: DemoResult) -> None:
         counts, _ = np.histogram(relative.clamp(max=MAX_RELATIVE_FVU - 1e-6), edges)
         axes.stairs(place + 0.85 * counts / counts.max(), edges, baseline=place, fill=True, color=colour, alpha=0.8)
         steered = (relative <= 1).double().mean().item()
-        axes.text(1.02, place + 0.3, f"{steered:.0%} steered", transform=axes.get_yaxis_transform(), fontsize="small")
+        axes.text(1.02, place + 0.3, f"{percent(steered, 0)} steered", transform=axes.get_yaxis_transform())
     axes.axvline(1, color="black", linestyle="--", linewidth=1.2)
     axes.set_yticks(np.arange(len(groups)) + 0.3, [name for name, _, _ in reversed(groups)])
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, MAX_RELATIVE_FVU)
-    axes.set_xlabel(f"per-sample FVU over the gate's threshold ({MAX_RELATIVE_FVU:g} also holds all above)")
-    _finish(axes, "The gate: steered left of the line, plain CLIP right of it")
+    axes.set_xlabel(f"FVU over the gate's threshold ({MAX_RELATIVE_FVU:g}: and above)")
+    axes.set_title("The gate: left of the line steered", loc="left")
 
 
 def _draw_flipped(panel: Any, result: DemoResult, images: Sequence[Image]) -> None:
@@ -100,25 +93,17 @@ def _draw_flipped(panel: Any, result: DemoResult, images: Sequence[Image]) -> No
         (f"broken ({row['broken']})", right_before & ~right_after, ORANGE),
     )
     panel.suptitle(
-        "Answers that VS2 with gate changed: plain \N{RIGHTWARDS ARROW} steered", x=0.02, ha="left", fontsize="large"
+        "Answers that VS2 with gate changed: plain \N{RIGHTWARDS ARROW} steered", x=0.02, ha="left", fontsize="medium"
     )
-    cells = panel.subplots(2 * len(kinds), NUM_FLIPPED // 2, squeeze=False)
+    cells = panel.subplots(len(kinds), NUM_FLIPPED, squeeze=False)
     for kind, (name, chosen, colour) in enumerate(kinds):
         indices = torch.nonzero(chosen).flatten().tolist()[:NUM_FLIPPED]
-        places = cells[2 * kind : 2 * kind + 2].flatten()
+        places = cells[kind]
         for axes in places:
             axes.set_axis_off()
         for axes, index in zip(places, indices, strict=False):
             axes.imshow(np.asarray(images[index]), cmap="gray", vmin=0, vmax=255)
-            axes.set_title(
-                f"{before[index]} \N{RIGHTWARDS ARROW} {after[index]}", fontsize="small", color=colour, pad=3
-            )
+            axes.set_title(f"{before[index]} \N{RIGHTWARDS ARROW} {after[index]}", color=colour, pad=3)
         places[0].text(
             -0.25, 0.5, name, transform=places[0].transAxes, rotation=90, va="center", ha="right", color=colour
         )
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left")

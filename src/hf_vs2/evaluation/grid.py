@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,16 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.rows import RowSource
 from ..encoders.tail import Tail, fold_tail, unit_embeds
+from ..files.figure_style import (
+    COLUMN,
+    PAGE,
+    check_drawing,
+    draw_cells,
+    frame_cell,
+    new_figure,
+    save_figure,
+    style,
+)
 from ..functional.sparse_ops import sparse_decode
 from .inputs import check_replayable, class_labels, replayable_rows
 
@@ -172,3 +184,49 @@ def _axis(name: str, values: Sequence[float]) -> list[float]:
 
 
 __all__ = ["SteeringGrid", "Tail", "fold_tail", "scores_along", "steering_grid"]
+
+
+def plot_grid(
+    grid: SteeringGrid,
+    gammas: Sequence[float],
+    lambdas: Sequence[float],
+    path: str | PathLike,
+    *,
+    own: tuple[float, float] | None = None,
+    title: str | None = None,
+) -> Path:
+    """
+    Draw what [`steering_grid`] measured as gains over plain CLIP, blue where a setting gains and orange where it loses.
+
+    Args:
+        grid, gammas, lambdas: its result and its settings.
+        path: a .png, .svg or .pdf file.
+        own: a gamma and a lambda to frame, such as a checkpoint's.
+        title: above the drawing; by default plain CLIP's accuracy.
+
+    Raises:
+        ImportError: matplotlib is missing. ValueError: another suffix, or a grid of other settings.
+    """
+    check_drawing(path)
+    gain = grid.top1 - grid.plain
+    if gain.shape != (len(gammas), len(lambdas)):
+        raise ValueError(
+            f"the grid has {gain.shape[0]} x {gain.shape[1]} cells, for {len(gammas)} gammas and {len(lambdas)} lambdas."
+        )
+    # What gamma below 1 or the largest steps cost can be so much that all other settings would look alike.
+    limit = max(min(1.5 * float(gain.abs().quantile(0.9)), float(gain.abs().max())), 1e-9)
+    with style():
+        figure = new_figure(PAGE if len(lambdas) > 7 else COLUMN, 0.22 * len(gammas) + 0.9)
+        axes = figure.add_subplot()
+        mesh = draw_cells(axes, gain, gammas, lambdas, limit)
+        if own is not None:
+            frame_cell(axes, gammas, lambdas, own)
+        axes.set_xlabel("lambda")
+        axes.set_ylabel("gamma")
+        axes.set_title(f"plain CLIP {grid.plain:.1f} %" if title is None else title, loc="left")
+        bar = figure.colorbar(
+            mesh, ax=axes, pad=0.02, aspect=25, extend="min" if bool(gain.min() < -limit) else "neither"
+        )
+        bar.set_label("gain, points")
+        bar.outline.set_visible(False)
+        return save_figure(figure, path)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files.atomic import failing_as, replace_file
-from ..files.report import STYLES, as_text, figure_for
+from ..data.batches import uint8_pixels
+from ..files.figure_style import GAIN, GREY, GRID_LINES, LOSS, PAGE, check_drawing, new_figure, save_figure, style
 from .explanation import VS2Explanation
 
 
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-UP, DOWN = STYLES[0][0], STYLES[1][0]
-GREY = "0.6"
 TOTAL = "0.25"
 NO_LATENT = ("no latent", "normalisation")
-COLUMN_INCHES, UPPER_INCHES, ROW_INCHES = 3.3, 3.1, 0.26
+UPPER_INCHES, ROW_INCHES = 2.9, 0.2
 MAX_BARS = 8
 
 
@@ -48,7 +46,7 @@ def draw_explanation(
 
     Args:
         explanation: of a batch.
-        picture: the image itself.
+        picture: the image as the model saw it, see [`as_clip_sees`].
         path: where to; its folder is made when needed.
         image: which of the batch.
         title: of the image.
@@ -59,41 +57,45 @@ def draw_explanation(
         `ImportError`: matplotlib is missing. `ValueError`: another suffix.
     """
     path = Path(path)
-    new_figure = figure_for(path)
+    check_drawing(path)
     labels = leading_labels(explanation, num_labels, image)
     steps = [explanation.parts(label, image, num_latents) for label in labels] if explanation.steered[image] else []
-    lower = 0.9 + ROW_INCHES * (num_latents + 5) if steps else 0.0
-    figure = new_figure(
-        figsize=(max(9.0, COLUMN_INCHES * len(steps)), UPPER_INCHES + lower + 0.35), layout="constrained", dpi=130
-    )
-    figure.supxlabel(_caption(steps), fontsize=9, color="0.25", x=0.015, ha="left")
-    shares = [UPPER_INCHES, lower] if steps else [UPPER_INCHES]
-    panels: Any = figure.subfigures(len(shares), 1, height_ratios=shares, squeeze=False)[:, 0]
-    upper, *below = panels
-    left, right = upper.subplots(1, 2, width_ratios=[1, 2])
-    _draw_image(left, picture, explanation, image, title)
-    _draw_probabilities(right, explanation, image, labels)
-    for panel in below:
-        places = panel.subplots(1, len(steps), squeeze=False)[0]
-        for axes, parts in zip(places, steps, strict=True):
-            _draw_steps(axes, parts)
-        _same_width(places)
-    as_text(figure)
-    with failing_as(path):
-        # By name: the temporary file has another suffix.
-        replace_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:].lower()))
-    return path
+    lower = 0.75 + ROW_INCHES * (num_latents + 5) if steps else 0.0
+    with style():
+        figure = new_figure(max(PAGE, 2.2 * len(steps)), UPPER_INCHES + lower + 0.45)
+        figure.supxlabel(_caption(steps), fontsize=7, color="0.25", x=0.015, ha="left")
+        shares = [UPPER_INCHES, lower] if steps else [UPPER_INCHES]
+        panels: Any = figure.subfigures(len(shares), 1, height_ratios=shares, squeeze=False)[:, 0]
+        upper, *below = panels
+        left, right = upper.subplots(1, 2, width_ratios=[1, 2])
+        _draw_image(left, picture, explanation, image, title)
+        _draw_probabilities(right, explanation, image, labels)
+        for panel in below:
+            places = panel.subplots(1, len(steps), squeeze=False)[0]
+            for axes, parts in zip(places, steps, strict=True):
+                _draw_steps(axes, parts)
+            _same_width(places)
+        return save_figure(figure, path)
+
+
+def as_clip_sees(picture: Image, image_processor: Any) -> Image:
+    """The image resized and cropped as the model's processor does it: what lies beyond the crop moved nothing."""
+    from PIL import Image as images
+
+    pixels = uint8_pixels(picture, image_processor, "the image")
+    return images.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def _caption(steps: Sequence[dict[str, Any]]) -> str:
     if not steps:
         return "This image was not steered: its scores are plain CLIP's, and no latent moved them."
     score = "logit" if steps[0]["relative_to"] is None else "logit less the mean of all labels' logits"
-    return (
+    text = (
         f"Lower row: a label's score ({score}), from plain CLIP's to the steered one; each bar is what a latent added "
-        "to it.\nNormalisation is what the LayerNorm and unit length of the steered row do to the plain score; it "
+        "to it. Normalisation is what the LayerNorm and unit length of the steered row do to the plain score; it "
         "belongs to no single latent."
     )
+    return "\n".join(textwrap.wrap(text, 118))
 
 
 def _draw_image(axes: Axes, picture: Image, explanation: VS2Explanation, image: int, title: str) -> None:
@@ -104,8 +106,10 @@ def _draw_image(axes: Axes, picture: Image, explanation: VS2Explanation, image: 
     axes.spines[:].set_color("0.8")
     active = int((explanation.latent_values[image] != 0).sum())
     state = "steered" if explanation.steered[image] else "not steered"
-    axes.set_xlabel(f"{state}, FVU {explanation.fvu[image]:.2f}\n{active} active latents", fontsize=9, color="0.25")
-    axes.set_title("\n".join(textwrap.wrap(title, 22)), fontsize=11, fontweight="bold", loc="left")
+    axes.set_xlabel(
+        f"as CLIP sees it; {state}\nFVU {explanation.fvu[image]:.2f}, {active} active latents", color="0.25"
+    )
+    axes.set_title("\n".join(textwrap.wrap(title, 24)), fontweight="bold", loc="left")
 
 
 def _draw_probabilities(axes: Axes, explanation: VS2Explanation, image: int, labels: Sequence[int]) -> None:
@@ -116,21 +120,21 @@ def _draw_probabilities(axes: Axes, explanation: VS2Explanation, image: int, lab
     order = sorted(range(len(before)), key=lambda one: -max(before[one], after[one]))
     shown = sorted({*order[:MAX_BARS], *labels}, key=lambda one: -after[one])
     places = np.arange(len(shown))
-    for offset, values, colour, name in ((-0.2, before, GREY, "plain CLIP"), (0.2, after, UP, "steered")):
+    for offset, values, colour, name in ((-0.2, before, GREY, "plain CLIP"), (0.2, after, GAIN, "steered")):
         numbers = [values[one] for one in shown]
         axes.barh(places + offset, numbers, height=0.38, color=colour, label=name)
         for place, number in zip(places + offset, numbers, strict=True):
-            text = f"{number:.1%}" if number >= 0.0005 else "<0.1%"
-            axes.annotate(text, (number, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
-    axes.set_yticks(places, [_short(explanation.labels[one], 26) for one in shown], fontsize=9)
+            text = "<0.1%" if number < 0.0005 else ">99.9%" if 0.9995 <= number < 1 else f"{number:.1%}"
+            axes.annotate(text, (number, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_yticks(places, [_short(explanation.labels[one], 26) for one in shown])
     for tick, one in zip(axes.get_yticklabels(), shown, strict=True):
         tick.set_fontweight("bold" if one in labels else "normal")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(before + after))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(loc="lower right", frameon=False, fontsize="small")
+    axes.legend(loc="lower right", frameon=False)
     left_out = len(before) - len(shown)
-    axes.set_xlabel("probability" + (f" ({left_out:,} labels left out)" if left_out else ""), fontsize=9)
+    axes.set_xlabel("probability" + (f" ({left_out:,} labels left out)" if left_out else ""))
     _finish(axes, "Before and after")
 
 
@@ -142,11 +146,11 @@ def _draw_steps(axes: Axes, parts: dict[str, Any]) -> None:
     at = parts["plain"]
     names, ends = ["plain CLIP"], [at]
     for place, (name, size) in enumerate(rows, 1):
-        colour = GREY if name in NO_LATENT else UP if size > 0 else DOWN
+        colour = GREY if name in NO_LATENT else GAIN if size > 0 else LOSS
         axes.barh(place, size, left=at, height=0.62, color=colour)
         axes.vlines(at, place - 1, place, color="0.7", linewidth=0.8, zorder=0)
         edge = max(at, at + size)
-        axes.annotate(_signed(size), (edge, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(_signed(size), (edge, place), (3, 0), textcoords="offset points", va="center")
         at += size
         names.append(name)
         ends.append(at)
@@ -154,14 +158,14 @@ def _draw_steps(axes: Axes, parts: dict[str, Any]) -> None:
     names.append("steered")
     ends.append(at)
     for place, score in ((0, parts["plain"]), (len(rows) + 1, parts["steered"])):
-        axes.plot([score], [place], "D", color=TOTAL, markersize=6)
+        axes.plot([score], [place], "D", color=TOTAL, markersize=4)
         axes.annotate(
-            _signed(score), (score, place), (7, 0), textcoords="offset points", va="center", fontsize=8, weight="bold"
+            _signed(score), (score, place), (7, 0), textcoords="offset points", va="center", weight="bold", fontsize=7
         )
-    axes.set_yticks(range(len(names)), names, fontsize=8.5)
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(min(ends), max(ends))
-    axes.set_xlabel("score", fontsize=9)
+    axes.set_xlabel("score")
     _finish(axes, "\n".join(textwrap.wrap(_short(parts["label"], 38), 20)))
 
 
@@ -192,12 +196,9 @@ def _short(text: str, length: int) -> str:
 
 
 def _finish(axes: Axes, title: str) -> None:
-    axes.set_axisbelow(True)
-    axes.grid(axis="x", color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", color=GRID_LINES)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontweight="bold")
 
 
-__all__ = ["draw_explanation", "leading_labels"]
+__all__ = ["as_clip_sees", "draw_explanation", "leading_labels"]

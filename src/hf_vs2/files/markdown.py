@@ -47,4 +47,14 @@ def number(value: Any, layout: str) -> Markdown:
     return escaped(format(value, layout) if is_number else value)
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage of so many decimals, and of more where it would read 0 or 100 and is not."""
+    value = 100 * share
+    for more in range(digits, digits + 4):
+        text = f"{value:.{more}f}"
+        if value in (0, 100) or float(text) not in (0, 100):
+            return f"{text}%"
+    return f"<{10.0**-more:g}%" if value < 50 else f">{100 - 10.0**-more:g}%"
+
+
 __all__ = ["Markdown", "code", "escaped", "number"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,19 +17,26 @@ import numpy as np
 import torch
 
 from ..methods import row_label
+from .figure_style import (
+    GRID_LINES,
+    PAGE,
+    STYLES,
+    as_text,
+    check_drawing,
+    in_legend,
+    new_figure,
+    save_figure,
+    style,
+)
 from .json_files import read_json, write_json
-from .markdown import escaped
+from .markdown import escaped, percent
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 COLUMNS = ("method", "prompts", "top-1", "top-5", "gain [95 % interval]", "steered", "FVU", "seconds")
-# Okabe and Ito's palette, and a marker for each, so that colour never carries the meaning alone.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass
@@ -219,7 +226,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         number("top1", "{:.2f}"),
         number("top5", "{:.2f}"),
         gain,
-        number("coverage", "{:.1%}"),
+        "-" if row.get("coverage") is None else percent(row["coverage"]),
         number("mean_fvu", "{:.3f}"),
         number("seconds", "{:.3f}"),
     ]
@@ -273,18 +280,21 @@ def draw_gains(axes: Axes, results: Results) -> None:
             xerr=np.stack([x - interval[:, 0], interval[:, 1] - x]).clip(min=0),
             fmt=marker,
             color=colour,
-            markersize=5,
-            capsize=3,
-            elinewidth=1.4,
+            markersize=4,
+            capsize=2,
+            elinewidth=1.2,
             label=in_legend(prompts if prompts not in plain else f"{prompts} (CLIP {plain[prompts]:.1f} %)"),
         )
     axes.axvline(0, color="0.35", linewidth=1)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
+    for row in range(1, len(labels), 2):  # bands keep the markers of a method together
+        axes.axhspan(row - 0.5, row + 0.5, color="0.96", zorder=0, linewidth=0)
     axes.set_xlabel("top-1 gain over plain CLIP, points (95 % paired bootstrap)")
-    axes.grid(axis="x", color="0.9")
+    axes.grid(axis="x", color=GRID_LINES)
     axes.set_axisbelow(True)
-    axes.legend(title="prompts", frameon=False, fontsize="small", title_fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="prompts", frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(prompt_sets))
     as_text(axes)
 
 
@@ -305,91 +315,54 @@ def draw_fvu_histogram(axes: Axes, fvu: Mapping[str, Any], threshold: float | No
     limit = max(top if math.isfinite(top) else 1.0, 1.3 * (threshold or 0.0), 1e-6)
     edges = np.linspace(0, limit, bins + 1)
     for index, (label, values) in enumerate(groups.items()):
+        colour = STYLES[index % len(STYLES)][0]
+        # Fills lie over each other: only the first is filled, the others are outlines of another dash.
+        look = {"histtype": "stepfilled", "alpha": 0.45} if index == 0 else {"histtype": "step"}
         axes.hist(
             values.clip(max=limit),
             bins=list(edges),
             weights=np.full(len(values), 100 / len(values)),
-            histtype="stepfilled",
-            alpha=0.45,
-            edgecolor=STYLES[index % len(STYLES)][0],
-            facecolor=STYLES[index % len(STYLES)][0],
-            linewidth=1.4,
+            color=colour,
+            linewidth=1.3,
+            linestyle=("-", "--", "-.", ":")[index % 4],
             label=in_legend(
-                label if threshold is None else f"{label}: {100 * np.mean(values <= threshold):.3g} % steered"
+                label if threshold is None else f"{label}: {percent(float(np.mean(values <= threshold)), 0)} steered"
             ),
+            **look,
         )
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"gate, tau = {threshold:.3g}")
     axes.set_xlabel("per-sample FVU")
     axes.set_ylabel("images, %")
-    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     as_text(axes)
 
 
 def plot_gains(results: Results, path: str | Path, title: str | None = None) -> Path:
-    """Draw [`draw_gains`] into a file, PNG, SVG or PDF by its suffix.
+    """Draw [`draw_gains`] into a file, PNG, SVG or PDF by its suffix, as wide as a page of a paper.
 
     Raises:
         ImportError: matplotlib is missing.
         ValueError: another suffix, or no row to draw.
     """
     labels = {method_name(row, label=True) for row in rows_of(results)}
-    figure, axes = _new_figure(path, height=1.3 + 0.42 * len(labels))
-    draw_gains(axes, results)
-    return _save(figure, axes, path, title)
+    return _plotted(path, 0.9 + 0.2 * len(labels), title, lambda axes: draw_gains(axes, results))
 
 
 def plot_fvu_histogram(
     fvu: Mapping[str, Any], path: str | Path, threshold: float | None = None, title: str | None = None
 ) -> Path:
     """Draw [`draw_fvu_histogram`] into a file; errors as in [`plot_gains`]."""
-    figure, axes = _new_figure(path, height=3.4)
-    draw_fvu_histogram(axes, fvu, threshold)
-    return _save(figure, axes, path, title)
+    return _plotted(path, 2.6, title, lambda axes: draw_fvu_histogram(axes, fvu, threshold))
 
 
-def as_text(drawn: Figure | Axes) -> None:
-    """Everything that is written in a drawing as it is: in a label, a title or a file name, `$` begins no formula."""
-    from matplotlib.text import Text
-
-    for text in drawn.findobj(Text):
-        text.set_parse_math(False)
-        text.set_usetex(False)
-
-
-def in_legend(name: str) -> str:
-    """matplotlib leaves out of its legend what begins with `_`."""
-    return f" {name}" if name.startswith("_") else name
-
-
-def figure_for(path: str | Path) -> type[Figure]:
-    """matplotlib's class of figures, for a picture at `path`. (Not pyplot: no window, no global state, and nothing left open
-    in a notebook or a server.)
-
-    Raises:
-        `ValueError`: a suffix that is not drawn. `ImportError`: matplotlib is missing.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"cannot draw to {path}: its suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Drawing needs matplotlib: pip install matplotlib.") from error
-    return Figure
-
-
-def _new_figure(path: str | Path, height: float) -> tuple[Figure, Axes]:
-    figure = figure_for(path)(figsize=(7.2, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _save(figure: Figure, axes: Axes, path: str | Path, title: str | None) -> Path:
-    axes.spines[["top", "right"]].set_visible(False)
-    if title:
-        axes.set_title(title, loc="left")
-    as_text(figure)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
-    return target
+def _plotted(path: str | Path, height: float, title: str | None, draw: Callable[[Axes], None]) -> Path:
+    check_drawing(path)
+    with style():
+        figure = new_figure(PAGE, height)
+        axes = figure.add_subplot()
+        draw(axes)
+        if title:
+            axes.set_title(title, loc="left")
+        return save_figure(figure, path)

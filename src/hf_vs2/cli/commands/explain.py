@@ -78,9 +78,9 @@ def run(args: Namespace) -> None:
     from ...data.images import open_image
     from ...data.labels.lists import names_in
     from ...data.labels.prompts import resolve_templates
-    from ...explain.figure import draw_explanation, leading_labels
+    from ...explain.figure import as_clip_sees, draw_explanation, leading_labels
     from ...explain.latent_names import read_vocabulary
-    from ...files.report import figure_for
+    from ...files.figure_style import check_drawing
 
     if args.vocabulary is not None and args.names is not None:
         raise ValueError("--vocabulary and --names exclude each other: give one of them")
@@ -92,7 +92,7 @@ def run(args: Namespace) -> None:
     if drawn is None and not args.json and find_spec("matplotlib") is not None:
         drawn = Path("explanation.png")
     if drawn is not None:
-        figure_for(drawn)
+        check_drawing(drawn)
     picture = open_image(args.image)
     model, *processor = load_steered_clip(args)
     settings = steering_from(args) | ({} if edits is None else {"edits": edits})
@@ -109,7 +109,7 @@ def run(args: Namespace) -> None:
     name = args.image.rsplit("/", 1)[-1]
     if drawn is not None:
         counts = {"num_labels": args.top_labels, "num_latents": args.top_latents}
-        draw_explanation(explanation, picture, drawn, title=name, **counts)
+        draw_explanation(explanation, as_clip_sees(picture, processor[1]), drawn, title=name, **counts)
     if args.json:
         (found,) = explanation.to_dict(args.top_latents)
         say_json({"image": args.image, "picture": None if drawn is None else str(drawn), **found})

@@ -13,14 +13,16 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from transformers.utils import logging
 
 from ...config.sae import SAEConfig
+from ...methods import rows_by_name
 from ..checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
 from ..markdown import Markdown, code, escaped, number
-from ..report import EvaluationResult, Results, format_table
+from ..report import EvaluationResult, Results, format_table, method_name
 
 
 logger = logging.get_logger(__name__)
 
 _NUM_CLASSES_SHOWN = 5
+_WIDTH = 41
 _METHOD_NAMES = {"vs2+gate": "VS2 with gate", "vs2": "VS2"}
 
 
@@ -126,6 +128,59 @@ class ResultFacts:
     def table(self) -> Markdown:
         return Markdown(format_table(self.result))
 
+    def outcome(self, encoder: Markdown) -> Markdown:
+        """What the evaluation found with that CLIP, in a sentence: the gain of the checkpoint's own row, and beside it
+        that of the best row without an SAE."""
+        if not self.own_rows:
+            return Markdown("")
+        row = self.result.rows[self.own_rows[0]]
+        plain = self.result.rows[self.result.index("clip", row["prompts"])]
+        low, high = row["gain_ci"]
+        verdict = (
+            "is not shown to differ from plain CLIP"
+            if low <= 0 <= high
+            else "is better than plain CLIP"
+            if low > 0
+            else "is worse than plain CLIP"
+        )
+        text = (
+            f"On {escaped(self.data_set_name)} with {encoder}, {_METHOD_NAMES[row['method']]} {verdict}: {row['top1']:.1f} % against "
+            f"{plain['top1']:.1f} % top-1, a gain of {_interval(row)} points (95 % interval, {code(row['prompts'])} prompts)."
+        )
+        others = [one for one in self._compared(row["prompts"]) if not _has_a_dictionary(one["method"])]
+        if others:
+            best = max(others, key=lambda one: one["gain"])
+            text += f" Without an SAE, {escaped(method_name(best, label=True))} gains {_interval(best)}."
+        return Markdown(text)
+
+    @property
+    def picture(self) -> Markdown:
+        """Gains and their intervals on one axis, drawn in characters: a card has no other file."""
+        if not self.own_rows:
+            return Markdown("")
+        rows = self._compared(self.result.rows[self.own_rows[0]]["prompts"])
+        ends = [0.0, *(end for row in rows for end in (row["gain"], *row["gain_ci"]))]
+        low, high = min(ends), max(ends)
+
+        def at(value: float) -> int:
+            return round((value - low) / (high - low or 1) * (_WIDTH - 1))
+
+        names = [" ".join(method_name(row, label=True).split()).replace("`", "'") for row in rows]
+        wide = max(map(len, names))
+        ticks = f"{low:+.1f}".ljust(at(0)) + "0"
+        lines = [" " * (wide + 2) + ticks + f"{high:+.1f}".rjust(_WIDTH - len(ticks))]
+        for name, row in zip(names, rows, strict=True):
+            cells = [" "] * _WIDTH
+            cells[at(0)] = "│"
+            first, last = (at(end) for end in row["gain_ci"])
+            cells[first : last + 1] = "─" * (last + 1 - first)
+            cells[at(row["gain"])] = "●"
+            lines.append(f"{name:<{wide}}  {''.join(cells)}".rstrip())
+        return Markdown("\n".join(["```text", *lines, "```"]))
+
+    def _compared(self, prompts: str) -> list[dict[str, Any]]:
+        return [row for row in self.result.rows if row["prompts"] == prompts and row["method"] != "clip"]
+
     @property
     def prompts(self) -> list[tuple[Markdown, Markdown]]:
         """Prompt set -> its templates, in one line."""
@@ -211,6 +266,18 @@ class ResultFacts:
             notes=f"zero-shot top-1 accuracy in %, {_METHOD_NAMES[row['method']]}, {row['prompts']} prompts",
         )
         return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(row["gain"], *row["gain_ci"])
+
+
+def _has_a_dictionary(name: str) -> bool:
+    """Whether a row needs an SAE or something in its place. (The centroid does not, though its gate does.)"""
+    row = rows_by_name().get(name)
+    if row is None or row.rule.name == "centroid":
+        return False
+    return row.dictionary is not None or row.rule.reads_latents or bool(row.rule.views)
 
 
 def _line(value: Any) -> str:

@@ -80,6 +80,7 @@ def create_model_card(
             subfolder=list(saes)[-1] if folder.holds_several else "",
             several=len(saes) > 1,
             base_model=_base_model(folder, saes),
+            clip_on_hub=any(map(_base_id, _configs(folder))),
             hidden_size=next((config.hidden_size for config in saes.values()), 0),
             labels=_example_labels(found),
             saes=[{"name": place, "facts": _sae_facts(folder, place, config)} for place, config in saes.items()],
@@ -138,6 +139,9 @@ def _environment() -> jinja2.Environment:
     # Not Jinja's own, which writes `'` for HTML pages.
     environment.filters["tojson"] = _python_literal
     environment.globals["installation"] = Markdown(INSTALLATION)
+    environment.globals["clip_in_a_folder"] = Markdown(
+        ' (the CLIP is not on the Hub: keep its folder where it was, or name it with `clip="FOLDER"`):'
+    )
     return environment
 
 
@@ -230,12 +234,12 @@ def _sae_facts(folder: CheckpointFolder, place: str, config: SAEConfig) -> Facts
 
 def _shape_facts(config: SAEConfig) -> Facts:
     layers = config.base_model_num_layers
-    layer = "the last" if config.layer is None else f"layer {config.layer}, counted from 0"
+    layer = "the last encoder layer" if config.layer is None else f"encoder layer {config.layer}, counted from 0"
     if layers:
         layer += f", of {layers} layers"
     num_latents = config.num_latents or 0  # never None once the config is made
     return [
-        ("Reads", f"CLS token at the output of encoder {layer}"),
+        ("Reads", f"CLS token at the output of {layer}"),
         (
             "Size",
             f"{config.hidden_size:,} inputs, {num_latents:,} features (expansion "

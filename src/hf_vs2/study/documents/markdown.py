@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..results.analysis import summary
 
 
+WIDTH = 119
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def wrapped(document: str) -> str:
+    """Paragraphs and items of lists in lines that fit a window and a diff; rows of tables stay whole."""
+    lines = []
+    for line in document.split("\n"):
+        if len(line) > WIDTH and not line.startswith(("|", "#")):
+            indent = "  " if line.startswith("- ") else ""
+            line = textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:

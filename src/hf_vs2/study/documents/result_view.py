@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...files.markdown import escaped
+from ..results.catalog import label_of
 from ..results.cells import CellResult, Outputs, StudyResult
 from . import published
 from .markdown import mean, spread
@@ -45,7 +46,7 @@ class ResultView:
 
     def label(self, method: str, mark: bool = True) -> str:
         """The name of a row, with a mark if it uses labels."""
-        name = escaped(self.meta.get("methods", {}).get(method, {}).get("label") or method)
+        name = escaped(label_of(method, self.meta.get("methods", {})))
         labels = self.uses_labels(method)
         return f"{name} (uses labels: {labels})" if mark and labels else name
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...files.markdown import escaped
+from ..results.catalog import GROUPS, group_of
 from ..results.cells import CellResult, StudyResult
 from . import published
 from .ablation_tables import ablations, gate_shift, reconstruction
 from .class_report import classes, cosines, seeds
 from .cost_table import cost
-from .markdown import distinct, table
+from .markdown import distinct, table, wrapped
 from .order import order
 from .result_view import ResultView, common_seeds, seeds_note
 
@@ -67,7 +68,7 @@ def study_markdown(result: StudyResult) -> str:
         *cosines(view),
         *cost(view),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return wrapped("\n\n".join(part for part in parts if part)) + "\n"
 
 
 def _head(view: ResultView) -> str:
@@ -84,8 +85,8 @@ def _head(view: ResultView) -> str:
         lines.append(
             "- Versions: " + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()) + "."
         )
-    return (
-        f"# {escaped(meta['name'])}\n\nAccuracy is top-1 in %: the mean over SAE seeds ± their standard deviation (n "
+    explained = (
+        "Accuracy is top-1 in %: the mean over SAE seeds ± their standard deviation (n "
         "- 1), and in parentheses the gain over plain CLIP with the same prompts on the same images, in points. n, "
         "the number of seeds, stands above the table, or in each field where it differs; nothing without an SAE "
         "depends on a seed, unless it draws a share of the training images. A number of images in a field says that "
@@ -93,8 +94,11 @@ def _head(view: ResultView) -> str:
         "encoder, data set, method and prompts (it lists no prompts: its Ens rows are taken for ensemble, all others "
         "for single; its neighbours are DINOv2's); no brackets, no such figure. Rows that say so use labels for more "
         "than scoring: those of training images, or those of test images, which makes a bound that nobody can "
-        "deploy.\n\n" + "\n".join(lines)
+        "deploy."
     )
+    encoders = ", ".join(escaped(name) for name in meta["encoders"])
+    title = f"# Study of {encoders}: {'; '.join(view.title(name) for name in meta['datasets'])}"
+    return "\n\n".join([title, explained, "\n".join(lines)])
 
 
 def _accuracy(view: ResultView) -> Iterator[str]:
@@ -141,20 +145,13 @@ def _groups(view: ResultView, cells: Sequence[CellResult]) -> list[tuple[str, li
     seeded = {one.cell.method: one.cell.seed is not None for one in cells}
     paper = [name for name in PAPER_ROWS if name in seeded]
     methods = [*paper, *(name for name in seeded if name not in paper)]
-    groups: dict[str, list[str]] = {
-        "The paper's rows": [],
-        "Controls without an SAE": [],
-        "Other ways to steer with an SAE": [],
-        "With labels": [],
-    }
+    groups: dict[str, list[str]] = {"The paper's rows": [], **{group: [] for group in GROUPS}}
     for name in methods:
-        if view.uses_labels(name):
-            groups["With labels"].append(name)
-        elif name in paper:
-            groups["The paper's rows"].append(name)
-        else:
-            groups["Other ways to steer with an SAE" if seeded[name] else "Controls without an SAE"].append(name)
-    return [(title, names) for title, names in groups.items() if names]
+        is_paper = name in paper and not view.uses_labels(name)
+        groups["The paper's rows" if is_paper else GROUPS[-1] if view.uses_labels(name) else group_of(name)].append(
+            name
+        )
+    return [(title[0].upper() + title[1:], names) for title, names in groups.items() if names]
 
 
 __all__ = ["study_markdown"]

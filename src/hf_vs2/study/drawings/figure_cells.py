@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...files.report import STYLES
+from ...files.figure_style import COLUMN, GRID_LINES, PAGE, STYLES, draw_cells, frame_cell
+from ..results.catalog import GROUPS
 from ..results.cells import CellResult
-from .figure_sheets import COLUMNS, GRID_LINES, GROUPS, WIDEST, Sheet, StudyReader, distinct, in_sheets, sentence
+from .figure_sheets import COLUMNS, StudyReader, distinct, in_sheets, sentence
 
 
 if TYPE_CHECKING:
@@ -22,41 +23,40 @@ if TYPE_CHECKING:
 
 
 def gains(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Every method's gain over plain CLIP, by group."""
     cells = [one for one in study.result.select("table", encoder=encoder) if one.cell.method != "clip"]
     prompts = distinct(one.cell.prompts for one in cells)
     rows: list[tuple[str, str]] = []  # (group, "") is the line that names a group
     methods = distinct(one.cell.method for one in cells)
-    for number, group in enumerate(GROUPS):
-        members = [name for name in methods if study.group(name) == number]
+    for group in GROUPS:
+        members = [name for name in methods if study.group(name) == group]
         rows += [(group, "")] * bool(members) + [(group, name) for name in members]
     sampled = {one.cell.method for one in cells if one.figures["n"] != study.about(one.cell.dataset).get("n")}
     notes = (
         "Points of top-1 accuracy above plain CLIP with the same prompts on the same images. Large marker: mean over "
         "seeds; small dots: each seed; bar: 95 % paired bootstrap interval over images (its ends averaged over seeds; "
         "it does not cover the choice of seed). An arrow stands for a mean beyond the "
-        "axis. " + sentence(study.said(cells))
+        "axis, and each panel has its own. " + sentence(study.said(cells))
     )
     if sampled:
         sizes = sorted({one.figures["n"] for one in cells if one.cell.method in sampled})
         notes += f" * on {' or '.join(f'{n:,}' for n in sizes)} images drawn at random."
     for suffix, datasets in in_sheets(study.datasets(cells)):
-        panel = min(3.4, 7.2 / len(datasets))
-        sheet = Sheet(
+        sheet = study.sheet(
             f"Gain over plain CLIP: {encoder}",
             notes,
             (1, len(datasets)),
-            (panel, len(rows) * (0.13 + 0.085 * len(prompts)) + 0.6),
-            margin=2.4,
+            len(rows) * (0.1 + 0.05 * len(prompts)) + 0.8,
+            margin=2.1,
+            wide=True,
             sharey=True,
         )
         for axes, dataset in zip(sheet.panels(len(datasets)), datasets, strict=True):
             here = [one for one in cells if one.cell.dataset == dataset]
             _draw_gain_panel(axes, here, rows, prompts)
-            lines = [study.headline(dataset)]
-            for name in prompts:
-                plain = study.result.plain(encoder, dataset, name)
-                lines += [f"CLIP, {name}: {plain.figures['top1']:.1f} %"] if plain is not None else []
-            sheet.title(axes, *lines, beside=0.2)
+            plain = [study.result.plain(encoder, dataset, name) for name in prompts]
+            shown = " / ".join(f"{one.figures['top1']:.1f}" for one in plain if one is not None)
+            sheet.title(axes, study.headline(dataset), *([f"CLIP {shown} %"] if shown else []), beside=0.1)
         first = sheet.axes[0, 0]
         first.set_yticks(range(len(rows)), [_row_label(study, *row, row[1] in sampled) for row in rows])
         for label, (_, method) in zip(first.get_yticklabels(), rows, strict=True):
@@ -78,7 +78,7 @@ def _draw_gain_panel(
 ) -> None:
     means, bars, seeds, places = [], [], [], []
     for index, name in enumerate(prompts):
-        shift = (index - (len(prompts) - 1) / 2) * 0.56 / max(1, len(prompts) - 1) if len(prompts) > 1 else 0.0
+        shift = (index - (len(prompts) - 1) / 2) * 0.3 / max(1, len(prompts) - 1) if len(prompts) > 1 else 0.0
         for row, (_, method) in enumerate(rows):
             chosen = [one for one in cells if method and (one.cell.method, one.cell.prompts) == (method, name)]
             if chosen:
@@ -94,24 +94,26 @@ def _draw_gain_panel(
     usual = max(3.0, 2 * float(np.quantile(np.abs(ends), 0.75)))
     floor, top = max(float(ends.min()), -usual), min(float(ends.max()), usual)
     room = 0.06 * (top - floor)
+    apart = 1.8  # numbers need more room than markers
     for (place, index), mean, (low, high), gains in zip(places, means, intervals, seeds, strict=True):
         colour, marker = STYLES[index % len(STYLES)]
         label = f"prompts: {prompts[index]}"
         if not floor <= mean <= top:
+            place = round(place) + apart * (place - round(place))
             edge, inward, arrow, side = (floor, room, "<", "left") if mean < floor else (top, -room, ">", "right")
-            axes.plot(edge, place, arrow, color=colour, markersize=5, clip_on=False)
+            axes.plot(edge, place, arrow, color=colour, markersize=4, clip_on=False)
             text = f"{mean:+.1f}".replace("-", "−")
-            axes.text(edge + inward, place, text, va="center", ha=side, fontsize=8, color=colour)
+            axes.text(edge + inward, place, text, va="center", ha=side, fontsize=7, color=colour)
             continue
-        axes.plot([max(low, floor - room), min(high, top + room)], [place, place], "-", color=colour, linewidth=1.3)
-        axes.plot(mean, place, marker, color=colour, markersize=4, linestyle="none", label=label)
+        axes.plot([max(low, floor - room), min(high, top + room)], [place, place], "-", color=colour, linewidth=1.1)
+        axes.plot(mean, place, marker, color=colour, markersize=3.5, linestyle="none", label=label)
         if len(gains) > 1:
-            axes.scatter(gains, [place + 0.17] * len(gains), s=4, color=colour, alpha=0.8, linewidths=0)
-    for row, (group, method) in enumerate(rows):
+            axes.scatter(gains, [place + 0.1] * len(gains), s=2, color=colour, alpha=0.8, linewidths=0)
+    for row, (_, method) in enumerate(rows):
         if not method:
             axes.axhline(row - 0.5, color="0.75", linewidth=0.8)
-        if group == GROUPS[-1]:
-            axes.axhspan(row - 0.5, row + 0.5, color="0.94", zorder=0, linewidth=0)
+        elif row % 2:  # bands keep the markers of a method together
+            axes.axhspan(row - 0.5, row + 0.5, color="0.96", zorder=0, linewidth=0)
     axes.axvline(0, color="0.35", linewidth=1)
     axes.set_xlim(floor - room, top + room)
     axes.set_xlabel("gain, points")
@@ -123,8 +125,7 @@ def _draw_gain_panel(
 
 
 def grid(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    from matplotlib.patches import Rectangle
-
+    """Gain for each gamma and lambda."""
     cells = study.result.select("grid", encoder=encoder, method="grid")
     if not cells:
         return
@@ -135,16 +136,17 @@ def grid(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         "grid is shown, not chosen from: these are test images. Dashed outline: lambda times gamma from 2 to 3, the "
         "paper's good region. An arrow at a colour bar: some settings lie beyond it. " + sentence(study.said(cells))
     )
-    wide = max(len(one.figures["lambda"]) for one in cells) * 0.36 + 1.2
-    tall = max(len(one.figures["gamma"]) for one in cells) * 0.3 + 0.85
-    columns = max(1, min(int(WIDEST / wide), COLUMNS))
+    wide = max(len(one.figures["lambda"]) for one in cells) * 0.3 + 0.9
+    tall = max(len(one.figures["gamma"]) for one in cells) * 0.22 + 0.8
+    columns = max(1, min(int(PAGE / wide), COLUMNS))
     for suffix, datasets in in_sheets(study.datasets(cells), 3 * columns):
         rows = math.ceil(len(datasets) / columns)
-        sheet = Sheet(
+        sheet = study.sheet(
             f"Gain over plain CLIP for each gamma and lambda: {encoder}",
             notes,
             (rows, min(columns, len(datasets))),
-            (wide, tall),
+            tall,
+            wide=wide > COLUMN,
             foot=0.1,
         )
         for axes, dataset in zip(sheet.panels(len(datasets)), datasets, strict=True):
@@ -153,29 +155,15 @@ def grid(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             gain = np.mean([np.array(one["top1"]) - one["plain"] for one in here], axis=0)
             # The corner of the largest steps can lose so much that all other settings would look alike.
             limit = max(min(1.5 * float(np.quantile(np.abs(gain), 0.9)), float(np.abs(gain).max())), 1e-9)
-            mesh = axes.pcolormesh(gain, cmap="PuOr", vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.5)
-            for row, column in np.ndindex(*gain.shape):
-                value = gain[row, column]
-                colour = "white" if abs(value) > 0.62 * limit else "black"
-                # No "-0.0", which would look like a loss.
-                text = f"{value:+.{1 if abs(value) < 10 else 0}f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
-                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
+            mesh = draw_cells(axes, gain, gammas, lambdas, limit)
             _outline(axes, [[2 <= gamma * lambda_ <= 3 for lambda_ in lambdas] for gamma in gammas])
-            place = _place(gammas, default[0]), _place(lambdas, default[1])
-            if None not in place:
-                row, column = place
-                for colour, width in (("white", 4.5), ("black", 2.2)):
-                    frame = Rectangle((column, row), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=5)  # type: ignore[arg-type]
-                    frame.set_gid(f"default-{colour}")
-                    axes.add_patch(frame)
-            axes.set_xticks(np.arange(len(lambdas)) + 0.5, [f"{value:g}" for value in lambdas])
-            axes.set_yticks(np.arange(len(gammas)) + 0.5, [f"{value:g}" for value in gammas])
-            axes.tick_params(length=0)
+            framed = frame_cell(axes, gammas, lambdas, (default[0], default[1]))
             axes.set_xlabel("lambda")
             axes.set_ylabel("gamma")
             plain = np.mean([one["plain"] for one in here])
-            lines = [f"{study.headline(dataset)}; plain CLIP {plain:.1f} %"]
-            lines += [f"the default, {named}, is not on this grid"] if None in place else []
+            title = study.headline(dataset).replace("\n", ", ")
+            lines = [f"{title}; plain CLIP {plain:.1f} %"]
+            lines += [f"the default, {named}, is not on this grid"] if not framed else []
             sheet.title(axes, *lines, beside=1.2)
             beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
             ends = beyond[bool(gain.min() < -limit), bool(gain.max() > limit)]
@@ -183,10 +171,6 @@ def grid(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             bar.set_label("gain, points")
             bar.outline.set_visible(False)
         yield suffix, sheet.figure
-
-
-def _place(values: Sequence[float], wanted: float) -> int | None:
-    return next((index for index, value in enumerate(values) if math.isclose(value, wanted)), None)
 
 
 def _outline(axes: Axes, inside: Sequence[Sequence[bool]]) -> None:

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...files.figure_style import COLUMN, GRID_LINES, PAGE
 from ..results.cells import CellResult
 from .figure_sheets import (
     COLUMNS,
-    GRID_LINES,
     METHOD_STYLES,
     OTHER,
     PLAIN,
     VS2,
-    WIDEST,
-    Sheet,
     StudyReader,
     by_setting,
     distinct,
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
 
 
 def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Gain against the share of the unlabelled images that the SAE is trained on."""
     cells = study.first_prompts("share", encoder)
     methods = distinct(one.cell.method for one in cells)
     datasets = study.datasets(cells)
@@ -49,7 +48,7 @@ def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         "seed, and their range. " + sentence(study.said(cells))
     )
     shape = wrapped_shape(len(datasets))
-    sheet = Sheet(f"Gain against the share of unlabelled images: {encoder}", notes, shape, (2.7, 2.5))
+    sheet = study.sheet(f"Gain against the share of unlabelled images: {encoder}", notes, shape, 2.0)
     for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
         shares: set[float] = set()
         for method in methods:
@@ -67,7 +66,7 @@ def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         if total:
             above = axes.secondary_xaxis("top")
             set_log_ticks(above, shares, partial(_images_of, total))
-            above.set_xlabel("training images", fontsize=8)
+            above.set_xlabel("training images", fontsize=7)
             above.spines["top"].set_visible(True)
         sheet.title(axes, study.headline(dataset))
     sheet.legend()
@@ -89,7 +88,7 @@ def _two_rows(
         + sentence(study.said(cells))
     )
     for suffix, datasets in in_sheets(study.datasets(cells)):
-        sheet = Sheet(f"{title}: {encoder}", notes, (2, len(datasets)), (2.5, 1.9), sharex="col", margin=0.4)
+        sheet = study.sheet(f"{title}: {encoder}", notes, (2, len(datasets)), 1.4, sharex="col")
         for column, dataset in enumerate(datasets):
             here = [one for one in cells if one.cell.dataset == dataset]
             gain, fvu = by_setting(here, setting, "gain"), by_setting(here, setting, "held_out_fvu")
@@ -110,12 +109,14 @@ def _two_rows(
 
 
 def top_k(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Gain and held-out FVU against the number of active latents."""
     yield from _two_rows(
         study, encoder, "top_k", "top_k", "Sparsity of the SAE", "top_k, active latents", "SAEs of different sparsity"
     )
 
 
 def expansion(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Gain and held-out FVU against the width of the SAE."""
     yield from _two_rows(
         study,
         encoder,
@@ -128,6 +129,7 @@ def expansion(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
 
 
 def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Gain of VS2++ against the number of neighbours."""
     cells = study.first_prompts("neighbors", encoder, method="vs2++")
     datasets = study.datasets(cells)
     if not cells:
@@ -138,7 +140,7 @@ def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         "seed, and their range; dashed: VS2, which retrieves nothing, mean over seeds. " + sentence(study.said(cells))
     )
     shape = wrapped_shape(len(datasets))
-    sheet = Sheet(f"Gain of VS2++ against the number of neighbours: {encoder}", notes, shape, (2.5, 2.2), margin=0.4)
+    sheet = study.sheet(f"Gain of VS2++ against the number of neighbours: {encoder}", notes, shape, 1.9)
     for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
         points = by_setting([one for one in cells if one.cell.dataset == dataset], "num_neighbors", "gain")
         seed_curve(axes, points, OTHER, study.label("vs2++"))
@@ -159,6 +161,7 @@ def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
 
 
 def pass_trade_off(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Accuracy against held-out FVU for each weight of PASS."""
     cells = study.first_prompts("pass", encoder, method="vs2_pass")
     datasets = study.datasets(cells)
     if not cells:
@@ -169,7 +172,7 @@ def pass_trade_off(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figu
         "held-out training rows. " + sentence(study.said(cells))
     )
     shape = wrapped_shape(len(datasets))
-    sheet = Sheet(f"Trade-off of PASS: {encoder}", notes, shape, (2.9, 2.6), margin=0.3)
+    sheet = study.sheet(f"Trade-off of PASS: {encoder}", notes, shape, 2.0)
     for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
         here = [one for one in cells if one.cell.dataset == dataset]
         prompts = here[0].cell.prompts
@@ -230,25 +233,28 @@ def _label_above(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
             textcoords="axes fraction",
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=7,
             arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
         )
 
 
 def agreement(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Cosines between the steering vectors of SAEs of several seeds."""
     cells = study.result.select("agreement", encoder=encoder, method="steering_cosine")
     if not cells:
         return
     size = max(len(one.figures["names"]) for one in cells)
-    wide, tall = 0.36 * size + 1.4, 0.28 * size + 1.2
-    columns = max(1, min(int(WIDEST / wide), COLUMNS))
+    wide, tall = 0.3 * size + 1.1, 0.22 * size + 1.0
+    columns = max(1, min(int(PAGE / wide), COLUMNS))
     notes = (
         "Mean cosine, over the test images, between the steering vectors that two SAEs of the same data set give an "
         "image; centroid: the image minus the mean of the training images, without an SAE."
     )
     for suffix, datasets in in_sheets(study.datasets(cells), 3 * columns):
         shape = (math.ceil(len(datasets) / columns), min(columns, len(datasets)))
-        sheet = Sheet(f"Agreement of steering vectors: {encoder}", notes, shape, (wide, tall), foot=0.1)
+        sheet = study.sheet(
+            f"Agreement of steering vectors: {encoder}", notes, shape, tall, wide=wide > COLUMN, foot=0.1
+        )
         for axes, dataset in zip(sheet.panels(len(datasets)), datasets, strict=True):
             figures = next(one.figures for one in cells if one.cell.dataset == dataset)
             names, cosine = figures["names"], np.array(figures["cosine"])
@@ -257,7 +263,7 @@ def agreement(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             for row, column in np.ndindex(*cosine.shape):
                 value = cosine[row, column]
                 colour = "black" if (value - low) / (1 - low) > 0.55 else "white"
-                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
             axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(np.arange(len(names)) + 0.5, names)
             axes.set_ylim(len(names), 0)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...files.figure_style import GRID_LINES
 from ..results.analysis import fvu_deciles, per_class, risk_coverage
 from ..results.cells import CellResult, Outputs
-from .figure_sheets import GATED, GRID_LINES, PLAIN, VS2, Sheet, StudyReader, distinct, file_word, in_sheets, sentence
+from .figure_sheets import GATED, PLAIN, VS2, StudyReader, distinct, file_word, in_sheets, sentence
 
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _sources(study: StudyReader, encoder: str) -> list[_Source]:
 
 
 def deciles(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Accuracy of tenths of the images, by how badly the SAE reconstructs them."""
     sources = _sources(study, encoder)
     cells = [one for source in sources for one in source.steered]
     notes = (
@@ -74,7 +76,7 @@ def deciles(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     )
     for suffix, datasets in in_sheets(study.datasets(cells)):
         shape = (len(sources), len(datasets))
-        sheet = Sheet(f"Accuracy by per-sample FVU: {encoder}", notes, shape, (2.6, 2.4), margin=0.4)
+        sheet = study.sheet(f"Accuracy by per-sample FVU: {encoder}", notes, shape, 1.9)
         for (row, column), axes in np.ndenumerate(sheet.axes):
             source, dataset = sources[row], datasets[column]
             pairs = source.pairs(dataset)
@@ -140,6 +142,7 @@ def _wilson(percent: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def risk(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Error among the images that a gate lets through, and accuracy over all, against coverage."""
     sources = _sources(study, encoder)
     cells = [one for source in sources for one in source.steered]
     quantiles = sorted({one.cell.params["gate"] for source in sources for one in source.gated})
@@ -152,12 +155,11 @@ def risk(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         "it. " + sentence(study.said(cells))
     )
     for suffix, datasets in in_sheets(study.datasets(cells)):
-        sheet = Sheet(
+        sheet = study.sheet(
             f"Risk and coverage of the gate: {encoder}",
             notes,
             (2 * len(sources), len(datasets)),
-            (2.6, 1.95),
-            margin=0.5,
+            1.5,
             foot=0.6,
         )
         for quantile in quantiles:  # first, so that the legend has them in order
@@ -175,8 +177,8 @@ def risk(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
                 sheet.title(risk, *source.headline(dataset))
                 accuracy.set_xlabel("coverage: images steered, %")
                 if column == 0:
-                    risk.set_ylabel("error below, %")
-                    accuracy.set_ylabel("accuracy, all, %")
+                    risk.set_ylabel("error, %")
+                    accuracy.set_ylabel("accuracy, %")
         sheet.legend()
         yield suffix, sheet.figure
 
@@ -217,7 +219,7 @@ def _draw_risk(
 
 
 def _gate_style(marker: str, quantile: float) -> dict[str, Any]:
-    style = {"marker": marker, "color": "black", "markerfacecolor": "white", "markersize": 6, "linestyle": "none"}
+    style = {"marker": marker, "color": "black", "markerfacecolor": "white", "markersize": 4.5, "linestyle": "none"}
     return style | {"label": f"gate at q = {quantile:g}"}
 
 
@@ -225,6 +227,7 @@ def _gate_style(marker: str, quantile: float) -> dict[str, Any]:
 
 
 def classes(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Gain of each class."""
     cells = study.first_prompts("table", encoder, method="vs2")
     for dataset in study.datasets(cells):
         here = [one for one in cells if one.cell.dataset == dataset]
@@ -257,8 +260,13 @@ def _draw_classes(
         between = len(order) - len(best) - len(worst)
         shown = [*best, None, *worst]
         notes += f" Shown: the {len(best)} largest gains and the {len(worst)} largest losses, which noise alone would spread too."
-    sheet = Sheet(
-        f"Gain by class: {study.title(dataset)}, {encoder}", notes, (1, 1), (6.8, 0.21 * len(shown) + 0.5), foot=0.1
+    sheet = study.sheet(
+        f"Gain by class: {study.title(dataset)}, {encoder}",
+        notes,
+        (1, 1),
+        0.15 * len(shown) + 0.5,
+        wide=True,
+        foot=0.1,
     )
     axes = sheet.axes[0, 0]
     for place, index in enumerate(shown):
@@ -271,7 +279,7 @@ def _draw_classes(
             axes.scatter(gains[index], [place] * len(tables), s=9, color="black", linewidths=0, zorder=3)
         before, after = (np.mean([table[index][key] for table in tables]) for key in ("plain", "steered"))
         axes.annotate(
-            f"{before:.0f} → {after:.0f} %", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
+            f"{before:.0f} → {after:.0f} %", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7
         )
     axes.set_yticks(
         range(len(shown)),

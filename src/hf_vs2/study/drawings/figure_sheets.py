@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...files.report import STYLES
-from ..results.catalog import study_methods
+from ...files.figure_style import COLUMN, GRID_LINES, PAGE, STYLES
+from ..results.catalog import GROUPS, group_of, label_of
 from ..results.cells import CellResult, Outputs, StudyResult
 
 
@@ -18,23 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-GRID_LINES = "0.9"
 COLUMNS = 3
 """Panels side by side on one sheet, at most: more would need type too small to read on a page."""
-GROUPS = ("without an SAE", "with an SAE", "retrieval or pseudo-labels", "with labels")
 # One method looks the same in every figure.
 VS2, PLAIN, GATED, OTHER = STYLES
-
-WIDEST = 9.6
-"""Inches that a sheet of heat maps may take, as long as one fits."""
 METHOD_STYLES = {"vs2": (VS2, "-"), "vs2+gate": (GATED, "-."), "centroid": (OTHER, "--")}
 
 
 class StudyReader:
     """What the figures ask of a result."""
 
-    def __init__(self, result: StudyResult):
-        self.result, self.meta = result, result.meta
+    def __init__(self, result: StudyResult, notes: bool = True):
+        self.result, self.meta, self.notes = result, result.meta, notes
         self.defaults: Mapping[str, Any] = result.meta.get("defaults", {})
 
     def encoders(self) -> list[str]:
@@ -53,24 +48,23 @@ class StudyReader:
         return self.about(dataset).get("title") or dataset
 
     def headline(self, dataset: str) -> str:
-        """Title of a panel: the data set and its test images."""
+        """Title of a panel: the data set, and below it its test images."""
         n = self.about(dataset).get("n")
-        return self.title(dataset) if n is None else f"{self.title(dataset)}, {n:,} images"
+        return self.title(dataset) if n is None else f"{self.title(dataset)}\n{n:,} images"
 
     def label(self, method: str) -> str:
-        return self.meta.get("methods", {}).get(method, {}).get("label") or method
+        return label_of(method, self.meta.get("methods", {}))
 
     def uses_labels(self, method: str) -> str:
         return self.meta.get("methods", {}).get(method, {}).get("uses_labels", "")
 
-    def group(self, method: str) -> int:
+    def group(self, method: str) -> str:
         """The one of [`GROUPS`] that a method belongs to."""
-        about = study_methods().get(method)
-        if self.uses_labels(method) or about is not None and about.uses_labels:
-            return 3
-        if about is not None and ("retrieval" in about.settings or "pseudo" in about.label):
-            return 2
-        return 1 if about is not None and about.seeded else 0
+        return GROUPS[-1] if self.uses_labels(method) else group_of(method)
+
+    def sheet(self, title: str, notes: str, shape: tuple[int, int], tall: float, **options: Any) -> Sheet:
+        """A [`Sheet`], with a title and notes unless a caption is to say them."""
+        return Sheet(*((title, notes) if self.notes else ("", "")), shape, tall, **options)
 
     def pairs(self, cells: Iterable[CellResult]) -> list[tuple[Outputs, Outputs]]:
         """The outcomes of each cell with plain CLIP's; none at all when a file is gone."""
@@ -104,38 +98,51 @@ class StudyReader:
 
 
 class Sheet:
-    """A figure with a title and notes at its upper left, panels below and one legend for all of them at the bottom."""
+    """
+    A figure as wide as a page of a paper, or as a column where it has one panel: title and notes at its upper left, panels
+    below, and one legend for all of them at the bottom.
 
-    def __init__(self, title: str, notes: str, shape: tuple[int, int], panel: tuple[float, float], **options: Any):
+    Args:
+        title, notes: empty where a caption says them.
+        shape: rows and columns of panels; tall: inches of each.
+        margin: inches on the left that belong to no panel, such as names of rows.
+        wide: whether a single panel takes the whole page.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        notes: str,
+        shape: tuple[int, int],
+        tall: float,
+        margin: float = 0.0,
+        wide: bool = False,
+        foot: float = 0.35,
+        **options: Any,
+    ):
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         rows, columns = shape
-        margin = options.pop("margin", 0.0)
-        width = max(6.4, columns * panel[0] + margin)
+        width = PAGE if columns > 1 or wide else COLUMN
         self.panel_width = (width - margin) / columns
-        # About 15 characters of 9 points to an inch.
-        heading = textwrap.wrap(title, int(12.5 * width))
-        lines = textwrap.wrap(notes, int(14.5 * width))
-        head = 0.12 + 0.2 * len(heading) + 0.165 * len(lines) + 0.1
-        height = rows * panel[1] + head + options.pop("foot", 0.35)
+        # About 16 characters of 8 points to an inch.
+        heading = textwrap.wrap(title, int(14.5 * width))
+        lines = textwrap.wrap(notes, int(17 * width))
+        head = 0.17 * len(heading) + 0.135 * len(lines) + (0.15 if title else 0.0)
+        height = rows * tall + head + foot
         layout = ConstrainedLayoutEngine(
-            rect=(0.0, 0.0, 1.0, 1 - head / height), w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.03
+            rect=(0.0, 0.0, 1.0, 1 - head / height), w_pad=0.04, h_pad=0.04, wspace=0.02, hspace=0.02
         )
         self.figure = Figure(figsize=(width, height), layout=layout)
-        top = 1 - 0.1 / height
-        self.figure.text(
-            0.1 / width, top, "\n".join(heading), fontsize=11, fontweight="bold", va="top", linespacing=1.2
-        )
-        self.figure.text(
-            0.1 / width,
-            top - 0.2 * len(heading) / height,
-            "\n".join(lines),
-            fontsize=9,
-            color="0.25",
-            va="top",
-            linespacing=1.2,
-        )
+        top = 1 - 0.05 / height
+        under = top - 0.17 * len(heading) / height
+        for text, at, look in (
+            (heading, top, {"fontsize": 9, "fontweight": "bold"}),
+            (lines, under, {"fontsize": 7.5, "color": "0.25"}),
+        ):
+            if text:
+                self.figure.text(0.05 / width, at, "\n".join(text), va="top", linespacing=1.2, **look)  # type: ignore[arg-type]
         self.axes = self.figure.subplots(rows, columns, squeeze=False, **options)
 
     def panels(self, count: int) -> list[Axes]:
@@ -147,8 +154,9 @@ class Sheet:
 
     def title(self, axes: Axes, *lines: str, beside: float = 0.5) -> None:
         """A panel's own title, wrapped to its width less the inches of what stands `beside` it."""
-        width = max(12, int(14.5 * (self.panel_width - beside)))
-        axes.set_title("\n".join(textwrap.fill(line, width) for line in lines), loc="left")
+        width = max(12, int(16 * (self.panel_width - beside)))
+        parts = [part for line in lines for part in line.split("\n")]
+        axes.set_title("\n".join(textwrap.fill(part, width) for part in parts), loc="left")
 
     def legend(self) -> None:
         """One entry a label, from all panels."""
@@ -158,7 +166,7 @@ class Sheet:
                 handles.setdefault(label, handle)
         if handles:
             wide = max(len(label) for label in handles)
-            columns = max(1, min(len(handles), int(self.figure.get_figwidth() * 14 / (wide + 5))))
+            columns = max(1, min(len(handles), int(self.figure.get_figwidth() * 15 / (wide + 6))))
             self.figure.legend(
                 list(handles.values()), list(handles), loc="outside lower left", ncols=columns, frameon=False
             )
@@ -188,7 +196,9 @@ def seed_curve(
     """Mean over seeds against a setting, each seed's own value as a dot, and the band that holds them."""
     colour, marker = style
     x = sorted(points)
-    axes.plot(x, [np.mean(points[at]) for at in x], line, color=colour, marker=marker, markersize=5, label=label)
+    # A dashed curve may lie on another: its hollow markers let that one be seen.
+    look = {"markersize": 4} if line == "-" else {"markersize": 5.5, "markerfacecolor": "none"}
+    axes.plot(x, [np.mean(points[at]) for at in x], line, color=colour, marker=marker, label=label, **look)
     if any(len(points[at]) > 1 for at in x):
         low, high = [min(points[at]) for at in x], [max(points[at]) for at in x]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

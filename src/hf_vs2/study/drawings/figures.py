@@ -1,4 +1,4 @@
-"""A study's results as figures, PNG and SVG. They need the `report` extra (matplotlib), imported when the first one is
+"""A study's results as figures, PNG, SVG and PDF. They need the `report` extra (matplotlib), imported when the first one is
 drawn.
 
 Colours are Okabe and Ito's, or a diverging map that colour-blind readers can tell apart; a marker, a dash or a number
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...files.atomic import replace_file
+from ...files.figure_style import SUFFIXES, save_figure, style
 from ..results.cells import StudyResult
 from . import figure_cells, figure_curves, figure_images
 from .figure_sheets import StudyReader, file_word
@@ -20,30 +20,19 @@ from .figure_sheets import StudyReader, file_word
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg")
-# A fixed salt gives SVG elements the same ids on each run; class names may hold a dollar sign, which is no formula.
-RC: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "svg.hashsalt": "hf_vs2",
-    "text.parse_math": False,
-    "text.usetex": False,
-}
 
-
-def draw_figures(result: StudyResult, folder: str | Path) -> list[Path]:
+def draw_figures(result: StudyResult, folder: str | Path, notes: bool = True) -> list[Path]:
     """
-    Draw all that a result holds into `folder`, each figure as PNG and as SVG, named by figure and encoder.
+    Draw all that a result holds into `folder`, each figure as PNG, SVG and PDF, named by figure and encoder.
 
-    A section without cells gives no file, and neither does one about single images whose files of outcomes are gone.
-    Where data sets do not fit on one sheet, sheets are numbered. The same result gives the same SVG, byte for byte.
+    A figure is as wide as a page of a paper (6.8 inches), or as a column (3.3) if it has one panel. A section without
+    cells gives no file, and neither does one about single images whose files of outcomes are gone. Where data sets do
+    not fit on one sheet, sheets are numbered. The same result gives the same SVG and PDF, byte for byte.
+
+    Args:
+        result: of a study.
+        folder: made when needed.
+        notes: whether title and explanation stand in the drawing; without them a caption has to say both.
 
     Returns:
         `list[Path]`: the files written.
@@ -52,40 +41,26 @@ def draw_figures(result: StudyResult, folder: str | Path) -> list[Path]:
         ImportError: matplotlib is missing. OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    written = []
-    for name, figure in study_figures(result):
-        for suffix in SUFFIXES:
-            written.append(_save(figure, folder / f"{name}{suffix}"))
-    return written
+    return [
+        save_figure(figure, folder / f"{name}{suffix}")
+        for name, figure in study_figures(result, notes)
+        for suffix in SUFFIXES
+    ]
 
 
-def study_figures(result: StudyResult) -> Iterator[tuple[str, Figure]]:
+def study_figures(result: StudyResult, notes: bool = True) -> Iterator[tuple[str, Figure]]:
     """The name and the matplotlib figure of everything that [`draw_figures`] writes.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise ImportError("Drawing needs matplotlib: pip install matplotlib.") from error
-    study = StudyReader(result)
+    study = StudyReader(result, notes)
     for encoder in study.encoders():
         for name, draw in FIGURES.items():
-            with rc_context(RC):
+            with style():
                 sheets = list(draw(study, encoder))
             for suffix, figure in sheets:
                 yield f"{name}-{file_word(encoder)}{suffix}", figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    from matplotlib import rc_context
-
-    kind = path.suffix[1:]
-    options: dict[str, Any] = {"format": kind, "dpi": 150, "metadata": {"Date": None} if kind == "svg" else None}
-    with rc_context(RC):
-        replace_file(path, lambda temporary: figure.savefig(temporary, **options))
-    return path
 
 
 FIGURES: dict[str, Callable[[StudyReader, str], Iterator[tuple[str, Figure]]]] = {

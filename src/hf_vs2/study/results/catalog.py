@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ...methods import Row, row_label, rows_by_name
+from ...methods import METHODS, Row, row_label, rows_by_name
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,33 @@ STEERED_LAYERS = {"vs2_last2": 2, "vs2_last3": 3}
 """How many layers these steer, which the encoder must have."""
 
 
+GROUPS = ("without an SAE", "with an SAE", "the SAE replaced", "retrieval or pseudo-labels", "with labels")
+"""What a method is, for tables and figures; "the SAE replaced" are the controls that run a rule with something untrained
+in the SAE's place."""
+
+
+def group_of(name: str) -> str:
+    """The one of [`GROUPS`] that a method belongs to; those of a study's file that nothing knows are without an SAE."""
+    about = study_methods().get(name)
+    if about is None:
+        return GROUPS[0]
+    rule = METHODS.get(about.rule or "")
+    if about.uses_labels:
+        return GROUPS[4]
+    if "retrieval" in about.settings or "pseudo" in about.label:
+        return GROUPS[3]
+    if about.dictionary is not None or rule is not None and rule.views and not rule.reads_latents:
+        return GROUPS[2]
+    return GROUPS[1] if about.seeded else GROUPS[0]
+
+
+def label_of(name: str, written: Mapping[str, Any]) -> str:
+    """What tables and figures call a method: as it is called today, or else as the result (its `meta["methods"]`) has
+    it."""
+    about = study_methods().get(name)
+    return written.get(name, {}).get("label") or name if about is None else about.label
+
+
 def study_methods() -> dict[str, Method]:
     """All of them, those registered by now from outside the package too."""
     found = dict(OWN)
@@ -90,4 +118,4 @@ def _of_the_library(row: Row) -> Method:
     return Method(row.label, settings, rule=rule.name, dictionary=row.dictionary, default=default)
 
 
-__all__ = ["OWN", "STEERED_LAYERS", "Method", "study_methods"]
+__all__ = ["GROUPS", "OWN", "STEERED_LAYERS", "Method", "group_of", "label_of", "study_methods"]
