@@ -150,7 +150,7 @@ class ResultFacts:
         others = [one for one in self._compared(row["prompts"]) if not _has_a_dictionary(one["method"])]
         if others:
             best = max(others, key=lambda one: one["gain"])
-            text += f" Without an SAE, {escaped(method_name(best, label=True))} gains {_interval(best)}."
+            text += f" The best row without an SAE, {escaped(method_name(best, label=True))}, has {_interval(best)}."
         return Markdown(text)
 
     @property
