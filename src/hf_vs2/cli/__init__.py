@@ -14,7 +14,9 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import import_module
+from logging import getLogger
 from typing import Any
 
 from .common import check_places
@@ -113,6 +115,7 @@ def _without_command(argv: Sequence[str]) -> None:
 
 
 def _run(command: Any, args: Namespace) -> None:
+    from tqdm.contrib.logging import logging_redirect_tqdm
     from transformers.utils import logging
 
     from ..clip import auto_classes  # noqa: F401  `import hf_vs2` has left it to us
@@ -121,7 +124,10 @@ def _run(command: Any, args: Namespace) -> None:
     logging.reset_format()  # our messages are not transformers'
     if _rank() != 0:
         logging.set_verbosity_error()
-    with without_loading_bars():
+    with ExitStack() as stack:
+        stack.enter_context(without_loading_bars())
+        if sys.stderr.isatty():  # where bars are: messages come above them
+            stack.enter_context(logging_redirect_tqdm([getLogger("transformers")]))  # ours go through it
         command.run(args)
 
 

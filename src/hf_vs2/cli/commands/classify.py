@@ -197,7 +197,7 @@ def _checkpoint_state(args: Namespace) -> Any:
 
 
 def keeps(args: Namespace) -> Path | None:
-    return args.output if _grows(args) else None
+    return args.output if _grows(args) and args.output.exists() else None
 
 
 def _image_names(given: Sequence[str], on_error: str = "raise") -> Iterator[str]:
