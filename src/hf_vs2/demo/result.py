@@ -10,7 +10,7 @@ import torch
 from ..data.activations import ActivationStore
 from ..data.labels.prompts import SINGLE_TEMPLATE
 from ..evaluation.comparison import EvaluationResult
-from ..evaluation.table import terminal_table
+from ..evaluation.table import terminal_table, wrapped
 from .data import DIGIT_NAMES
 
 
@@ -69,14 +69,18 @@ class DemoResult:
         low, high = meta["plain_accuracy_by_fvu"]["lower half"], meta["plain_accuracy_by_fvu"]["upper half"]
         covered = self.evaluation.row("vs2+gate")["coverage"]
         return [
-            f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE each, no "
-            "labels:",
+            *wrapped(
+                f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE each, "
+                "no labels:"
+            ),
             "",
-            terminal_table(self.evaluation),
+            terminal_table(self.evaluation, others="in results.json"),
             "",
-            f"The gate lets {covered:.0%} of the digits pass; of foreign images: {', '.join(foreign)}.",
-            f"FVU tells where CLIP errs: it is right on {low:.1f} % of the half that the SAE reconstructs best, and "
-            f"on {high:.1f} % of the rest.",
+            *wrapped(f"The gate lets {covered:.0%} of the digits pass; of foreign images: {', '.join(foreign)}."),
+            *wrapped(
+                f"FVU tells where CLIP errs: it is right on {low:.1f} % of the half that the SAE reconstructs best, "
+                f"and on {high:.1f} % of the rest."
+            ),
         ]
 
     def _places(self) -> list[str]:

@@ -26,33 +26,34 @@ def headline_rows() -> set[str]:
     return names
 
 
-def terminal_table(result: EvaluationResult, every_row: bool = False) -> str:
+def terminal_table(result: EvaluationResult, every_row: bool = False, others: str = "shown with --all") -> str:
     """
     A comparison as text of at most 80 columns, one table for each set of prompts.
 
     Args:
         result: the comparison.
         every_row (`bool`, *optional*, defaults to `False`): `False` shows the [`headline_rows`] alone, and says how many
-            others there are.
+            other methods there are.
+        others (`str`): where these can be seen.
     """
     rows, headline = rows_of(result), headline_rows()
     shown = [row for row in rows if every_row or row["method"] in headline]
     if len({row["method"] for row in shown}) < 2:  # none but plain CLIP: others were asked for
         shown = rows
-    lines = _wrapped(
+    lines = wrapped(
         f"{rows[0]['n']:,} images. Top-1 in percent; gain over plain CLIP with the same prompts in points."
     )
     for prompts in dict.fromkeys(row["prompts"] for row in shown):
         lines += ["", f"Prompts: {one_line(prompts)}", *_aligned([row for row in shown if row["prompts"] == prompts])]
     lines.append("")
-    lines += _wrapped(
+    lines += wrapped(
         "An interval that holds 0 shows no difference. FVU is what the SAE misses of an image: 0 nothing, 1 as much as "
         "the mean image would."
     )
-    lines += [line for fact in _facts(shown) for line in _wrapped(fact)]
+    lines += [line for fact in _facts(shown) for line in wrapped(fact)]
     hidden = len({row["method"] for row in rows} - {row["method"] for row in shown})
     if hidden:
-        lines += _wrapped(f"Rows of other methods, shown with --all: {hidden}.")
+        lines += wrapped(f"Rows of other methods, {others}: {hidden}.")
     return "\n".join(lines)
 
 
@@ -93,8 +94,9 @@ def _facts(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{fact}." for fact in (*([", ".join(settings)] if settings else []), *thresholds(rows))]
 
 
-def _wrapped(text: str) -> list[str]:
+def wrapped(text: str) -> list[str]:
+    """Lines of a terminal's width."""
     return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-__all__ = ["headline_rows", "terminal_table"]
+__all__ = ["headline_rows", "terminal_table", "wrapped"]

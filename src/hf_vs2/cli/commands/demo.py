@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ...config.schema import LARGEST_SEED, whole
 from ..common import add_progress_flag, say
+from ..next_steps import command
 from ..parsing import Parser
 
 
@@ -32,6 +33,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from ...demo.data import DIGIT_NAMES
     from ...demo.run import run_demo
 
-    say(str(run_demo(args.output_dir, seed=args.seed, progress=not args.disable_tqdm)))
+    result = run_demo(args.output_dir, seed=args.seed, progress=not args.disable_tqdm)
+    say(str(result))
+    image, names = result.output_dir / "digit.png", list(DIGIT_NAMES)
+    say("", f"Next: {command('classify', image, checkpoint=result.sae_path, labels=names)}")

@@ -43,6 +43,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: Namespace) -> None:
     import datasets
 
+    from ...evaluation.table import wrapped
     from ...study.config import StudyConfig
     from ...study.documents.reports import REPORTS_NAME
     from ...study.drawings.figures import draw_figures
@@ -59,7 +60,8 @@ def run(args: Namespace) -> None:
     check_writable(config.output_dir, "--output_dir")
     result = run_study(config, datasets=args.datasets or (), progress=not args.disable_tqdm)
     folder = Path(config.output_dir)
-    say((folder / TABLE_NAME).read_text(encoding="utf-8"))
+    for line in (folder / TABLE_NAME).read_text(encoding="utf-8").splitlines():
+        say(*([line] if line.startswith("|") else wrapped(line) or [""]))
     places: dict[str, Any] = {
         "results": folder / RESULTS_NAME,
         "reports": folder / REPORTS_NAME,
