@@ -28,7 +28,7 @@ METHODS = (
 )
 # What the two result files call a method where that is not its name of today.
 IN_STUDY = {"full_distribution_norm": "distribution_norm_1"}
-ON_TRUE_CLIP = {"centroid": "centroid, in embeddings", "vs2": "VS2, in embeddings"}
+ON_TRUE_CLIP = {"centroid": "centroid, in embeddings", "vs2": "vs2, in embeddings, alpha 1.05"}
 TRUE = {"imagenet": "ImageNet", "caltech": "Caltech"}
 SMALL = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet", "cub100": "CUB, 100 birds"}
 LOOKS = {GROUPS[0]: ("#666666", "s"), GROUPS[1]: STYLES[0], GROUPS[2]: (STYLES[1][0], "^")}
@@ -45,7 +45,7 @@ def main() -> None:
         axes[0].set_yticks(range(len(METHODS)), [row_label(name) for name in METHODS])
         axes[0].set_ylim(len(METHODS) - 0.4, -0.6)
         figure.supxlabel(
-            "gain over plain CLIP in points of top-1 accuracy, 95 % interval; one scale; n/a: not measured",
+            "gain over plain CLIP in points of top-1 accuracy, 95 % interval; one scale\nhollow: the rule in embeddings instead of CLS rows; n/a: not measured",
             fontsize=7.5,
         )
         handles, labels = axes[-1].get_legend_handles_labels()
@@ -57,10 +57,14 @@ def main() -> None:
 def true_clip() -> list[tuple[str, dict[str, Gain]]]:
     """Fitted to one half of the images and scored on the other, mean of four draws."""
     found = []
-    entries = json.loads((RESULTS / "true-clip" / "vit_b32.json").read_text())
+    files = [
+        json.loads((RESULTS / "true-clip" / name).read_text()) for name in ("vs2_in_embeddings.json", "vit_b32.json")
+    ]
     for name, title in TRUE.items():
-        entry = next(one for one in entries if (one["set"], one["kind"]) == (name, "even"))
-        rules = {method: entry["rules"].get(ON_TRUE_CLIP.get(method, method)) for method in METHODS}
+        entries = [one for file in files for one in file if (one["set"], one["kind"]) == (name, "even")]
+        entry = entries[-1]
+        measured = {rule: gain for one in entries for rule, gain in one["rules"].items()}
+        rules = {method: measured.get(ON_TRUE_CLIP.get(method, method)) for method in METHODS}
         gains = {method: (one["gain"], one["low"], one["high"]) for method, one in rules.items() if one is not None}
         found.append((f"CLIP ViT-B/32\n{title}\nCLIP {entry['plain']:.1f} %", gains))
     return found
@@ -95,7 +99,17 @@ def draw(axes, title: str, gains: dict[str, Gain]) -> None:
             continue
         gain, low, high = gains[method]
         axes.plot([low, high], [place, place], color=colour, linewidth=1.3)
-        axes.plot(gain, place, marker, color=colour, markersize=3.5, label=group)
+        in_embeddings = "ViT-B" in title and method in ON_TRUE_CLIP
+        face = "white" if in_embeddings else colour
+        axes.plot(
+            gain,
+            place,
+            marker,
+            color=colour,
+            markerfacecolor=face,
+            markersize=3.5,
+            label="" if in_embeddings else group,
+        )
     axes.axvline(0, color="0.35", linewidth=0.8, zorder=1)
     axes.set_title(title, loc="left", fontsize=7.5)
     axes.grid(axis="x", color=GRID_LINES, linewidth=0.6)
