@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -74,6 +75,8 @@ def ours_eager(hidden_size: int, num_latents: int, top_k: int, device: str) -> S
 
 def sparsify(hidden_size: int, num_latents: int, top_k: int, device: str) -> Step:
     """eai-sparsify's `SparseCoder` in the order of its trainer, with Adam; that trainer itself wants a language model."""
+    if not device.startswith("cuda"):
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels ask for a GPU where Triton is installed
     with contextlib.redirect_stdout(io.StringIO()):
         from sparsify import SparseCoder, SparseCoderConfig
     sae = SparseCoder(hidden_size, SparseCoderConfig(num_latents=num_latents, k=top_k), device, dtype=torch.float32)

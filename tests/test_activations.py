@@ -126,7 +126,8 @@ def test_preprocessing_equals_the_processor(size, options):
     batch = reader[image_batches.Span(0, 1, [{"image": image}])]
     ours = image_batches.Normalizer(processor, torch.device("cpu"))(batch.pixels)
     theirs = processor(images=[image], return_tensors="pt")["pixel_values"].float()
-    assert batch.pixels.dtype == torch.uint8
+    whole = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert batch.pixels.dtype == torch.uint8 and torch.equal(batch.pixels, whole)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 

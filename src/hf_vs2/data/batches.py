@@ -7,10 +7,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from transformers import CLIPImageProcessorPil
 
 from .ahead import map_ahead, num_processors
 from .images import UnreadableImageError, image_name, image_path, open_image
@@ -197,6 +199,8 @@ def uint8_pixels(image: Image.Image, processor: Any, name: str) -> torch.Tensor:
         TypeError: a processor that gives other than uint8.
     """
     image = _middle_of_a_thread(image, processor, name)
+    if (pixels := _resized_and_cropped(image, processor)) is not None:
+        return pixels
     pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
     if pixels.dtype != torch.uint8:
         raise TypeError(
@@ -204,6 +208,29 @@ def uint8_pixels(image: Image.Image, processor: Any, name: str) -> torch.Tensor:
             "expected uint8: use CLIP's image processor or one built like it"
         )
     return pixels
+
+
+def _resized_and_cropped(image: Image.Image, processor: Any) -> torch.Tensor | None:
+    """What CLIP's own processor makes of an RGB image, to the bit, without its ways to numpy and back; `None` where
+    another class or a setting asks for something else."""
+    if type(processor) is not CLIPImageProcessorPil or not processor.do_resize or not processor.do_center_crop:
+        return None
+    size = {side: pixels for side, pixels in dict(processor.size).items() if pixels is not None}
+    if (
+        size.keys() != {"shortest_edge"}
+        or not isinstance(processor.resample, int)
+        or getattr(processor, "do_pad", None)
+    ):
+        return None
+    short, edge = min(image.size), size["shortest_edge"]
+    width, height = (int(edge * side / short) for side in image.size)
+    crop = dict(processor.crop_size)
+    left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+    if left < 0 or top < 0:  # padded
+        return None
+    resized = image.resize((width, height), resample=processor.resample)
+    cropped = resized.crop((left, top, left + crop["width"], top + crop["height"]))
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
 
 
 class Normalizer:
