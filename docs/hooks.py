@@ -1,6 +1,6 @@
 """
-Hooks of the documentation's build: files from outside docs/, links out of it, formulas, a page for each entry of the Python
-reference, names of the library, help of the commands.
+Hooks of the documentation's build: files from outside docs/, links out of it, formulas, a page for each entry of the
+Python reference, names of the library, help of the commands.
 """
 
 from __future__ import annotations

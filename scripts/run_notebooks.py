@@ -1,4 +1,4 @@
-"""Run the notebooks of examples/notebooks and save them with what they print and draw, without what belongs to one machine:
+"""Run the notebooks of examples/notebooks and save them with what they print and draw, free of this machine:
 
 python scripts/run_notebooks.py
 """

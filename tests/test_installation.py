@@ -10,7 +10,7 @@ from hf_vs2.version import INSTALLATION
 
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# `pip install hf_vs2`, with options and quotes, and the package as a requirement; not `.[demo]`, nor a line of pyproject.toml.
+# `pip install hf_vs2`, with options and quotes, and the package as a requirement; not `.[demo]`.
 FROM_PYPI = re.compile(r"pip install [^\n`]*hf_vs2|^\W*hf_vs2\[", re.MULTILINE)
 EXTRA = re.compile(r"""\.\[(\w+)\]["'`]|`(\w+)` extra""")
 

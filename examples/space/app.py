@@ -1,8 +1,8 @@
 """A Space that shows what steering does to an image of yours: `python app.py`.
 
 Without settings it makes and shows the demo's checkpoint, offline. `VS2_CHECKPOINT` names another, a folder or a Hub id, and
-`VS2_IMAGES` images (a folder, or a data set's id) to show what activates a latent; `VS2_LABELS` are the labels to begin with,
-`VS2_ATLAS` the address of its atlas, to which latents are linked.
+`VS2_IMAGES` images (a folder, or a data set's id) to show what activates a latent; `VS2_LABELS` are the labels to begin
+with, `VS2_ATLAS` the address of its atlas, to which latents are linked.
 """
 
 import os
@@ -44,8 +44,8 @@ def make_playground() -> tuple[Playground, str, list[Image.Image]]:
 
 
 class Page:
-    """What the listeners of the page do: `answer` for programs, which are told of a mistake by an error, and `show` for people,
-    who read it in the answer's place."""
+    """What the listeners of the page do: `answer` for programs, which are told of a mistake by an error, and `show` for
+    people, who read it in the answer's place."""
 
     def __init__(self, playground: Playground):
         self.playground = playground

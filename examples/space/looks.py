@@ -37,12 +37,13 @@ CSS = """
 HINT = "Give an image, and this shows what is made of it."
 
 WORDS = """
-**What is what?** CLIP compares the image with each label's text. A sparse autoencoder (SAE) takes what CLIP saw apart into
-**latents**, few of which are active on an image. VS2 multiplies the active ones by **gamma** and adds **lambda** of the
-change; other methods leave the image alone and move the labels towards unlabelled images. **FVU** says how badly the SAE
-reconstructs the image: 0 is perfect, 1 is no better than the mean image. The **gate** leaves an image to plain CLIP, bit for
-bit, where it is unlike the images that the checkpoint was made with: where its FVU is above a threshold, **tau**, or, for
-methods without an SAE, its distance to them. A steered answer is not always the better one.
+**What is what?** CLIP compares the image with each label's text. A sparse autoencoder (SAE) takes what CLIP saw apart
+into **latents**, few of which are active on an image. VS2 multiplies the active ones by **gamma** and adds **lambda**
+of the change; other methods leave the image alone and move the labels towards unlabelled images. **FVU** says how
+badly the SAE reconstructs the image: 0 is perfect, 1 is no better than the mean image. The **gate** leaves an image
+to plain CLIP, bit for bit, where it is unlike the images that the checkpoint was made with: where its FVU is above a
+threshold, **tau**, or, for methods without an SAE, its distance to them. A steered answer is not always the better
+one.
 
 The methods:
 
@@ -101,7 +102,7 @@ def bars(explanation: VS2Explanation) -> str:
 def latents(
     explanation: VS2Explanation, number: int, images_of: Callable[[int], Sequence[Image.Image]], atlas: str = ""
 ) -> str:
-    """The latents that moved the top label most, each with the images that activate it, and a link to its page in an atlas."""
+    """The latents that moved the top label most, each with the images that activate it and a link to an atlas."""
     best = int(explanation.steered_scores[0].argmax())
     found = explanation.top(best, number)
     if not found:

@@ -48,7 +48,7 @@ class Playground:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """Those whose scores can be taken apart, with what this checkpoint holds, by name; that of the checkpoint first."""
+        """Those whose scores can be taken apart, with what this checkpoint holds; the checkpoint's own first."""
         own = self.defaults.method
         has_statistics = self.model.domain_statistics is not None
         shown = {
@@ -78,8 +78,8 @@ class Playground:
         gate: bool,
         method: str | None = None,
     ) -> VS2Explanation:
-        """Scores before and after, and the latents between them. The image comes as the bytes of its file; no method is the
-        checkpoint's.
+        """Scores before and after, and the latents between them. The image comes as the bytes of its file; no method
+        is the checkpoint's.
 
         Raises:
             `ValueError`: on an image that cannot be read, or a method that is not one of `methods`.
