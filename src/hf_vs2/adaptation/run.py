@@ -21,6 +21,7 @@ from ..data.activations import ActivationStore, extract_activations
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings, resolve_templates
 from ..data.rows import rows_of
+from ..encoders.families import is_steerable
 from ..encoders.vision_tower import best_device
 from ..evaluation.recommendation import apply_method, candidates_of, recommend
 from ..files.digests import file_digest, json_digest
@@ -220,7 +221,7 @@ def _plain(clip: Any, tokenizer: Any, image_processor: Any, revision: str | None
         clip = os.path.abspath(clip) if os.path.exists(clip) else os.fspath(clip)
         options |= {"device": best_device()} | ({} if revision is None else {"revision": revision})
     plain = zero_shot_classifier(clip, **options)
-    if not isinstance(plain.model, CLIPModel):
+    if not is_steerable(plain.model):
         raise ValueError(f"{clip} is a checkpoint of hf_vs2: adapt starts from a plain CLIP. Give that one's name.")
     return plain
 

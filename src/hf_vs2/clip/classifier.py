@@ -10,7 +10,7 @@ from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
-from ..encoders.families import STEERABLE
+from ..encoders.families import steerable
 from ..encoders.loading import load_clip
 from ..encoders.wrapped import unwrapped
 from ..files.place import at_one_commit
@@ -77,7 +77,7 @@ def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> 
     model_type = config.get("model_type")
     if model_type in (VS2CLIPConfig.model_type, SAEConfig.model_type):
         return VS2CLIPForZeroShot.from_pretrained(source, **place, **loading)
-    if model_type not in STEERABLE:
+    if model_type not in steerable():
         raise ValueError(
             f"{source} holds a model of type {model_type!r}; expected a VS2 checkpoint "
             f"({VS2CLIPConfig.model_type!r}), an SAE checkpoint ({SAEConfig.model_type!r}) or a CLIP ('clip')."

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from ..encoders.tail import temperature
+from ..encoders.tail import bias, temperature
 from ..steering.corpus_search import RetrievalInputs
 from .modeling import VS2CLIPForZeroShot
 
@@ -17,7 +17,7 @@ class ImageScores(NamedTuple):
     """What [`ImageSide`] gives."""
 
     logits: torch.Tensor
-    """`(batch, num_classes)`, float32: softmax gives the scores."""
+    """`(batch, num_classes)`, float32: softmax gives the scores (of SigLIP a sigmoid)."""
     steered: torch.Tensor
     """bool `(batch,)`, of several SAEs `(batch, num_saes)`: which images the gate let through."""
 
@@ -47,6 +47,7 @@ class ImageSide(nn.Module):
         super().__init__()
         self.class_embeds: torch.Tensor
         self.scale: torch.Tensor
+        self.bias: torch.Tensor
         self.steerer = model.steerer
         if self.steerer.settings.rule.needs_corpus and self.steerer.is_steering:
             raise ValueError(
@@ -57,6 +58,7 @@ class ImageSide(nn.Module):
         vision = model.clip.vision_model.config
         self.register_buffer("class_embeds", class_embeds.detach().float())
         self.register_buffer("scale", temperature(model.clip).detach())
+        self.register_buffer("bias", bias(model.clip).detach().to(self.scale.device))
         with torch.no_grad():
             fits = self.steerer.is_steering and self.steerer.settings.rule.fit is not None
             self.fit = self.steerer.fit_classes(class_embeds).fit.on(class_embeds.device) if fits else None
@@ -68,7 +70,7 @@ class ImageSide(nn.Module):
         images = self.steerer.features(pixel_values, False, RetrievalInputs())
         embeds = normalize(images.features.float(), dim=-1)  # type: ignore[union-attr]
         return ImageScores(
-            self.steerer.scores(images, embeds, self.class_embeds, self.fit) * self.scale, images.steered
+            self.steerer.scores(images, embeds, self.class_embeds, self.fit) * self.scale + self.bias, images.steered
         )
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import check_base_model, loaded_revision, resolve_layer
+from ..encoders.families import FAMILIES, family_of, is_steerable
 from ..encoders.loading import check_clip, load_clip
 from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
 from ..encoders.wrapped import is_quantised, unwrapped
@@ -157,7 +158,7 @@ def _sizes_of_clip(config: VS2CLIPConfig, files: WeightFiles) -> dict[str, tuple
 
 def _clip_tensors(clip_config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        clip = CLIPModel(clip_config)
+        clip = FAMILIES[clip_config.model_type].model(clip_config)
     return {f"clip.{name}": tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
 
 
@@ -312,13 +313,18 @@ def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
 
 
 def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
-    if not isinstance(clip, CLIPModel):
+    if not is_steerable(clip):
         raise TypeError(f"clip must be a transformers CLIPModel, not {type(clip).__name__}.")
     check_clip(clip)
     given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
     if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
         raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
     num_layers = clip.vision_model.config.num_hidden_layers
+    inner = [layer for layer in given if resolve_layer(layer, num_layers) < num_layers - 1]
+    if inner and not family_of(clip).has_tokens:
+        raise ValueError(
+            f"A {type(clip).__name__} has no CLS token: it is steered at its last layer alone, not {inner}."
+        )
     saes = {}
     for layer, one in given.items():
         check_base_model(clip, one.config)

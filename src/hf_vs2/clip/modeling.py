@@ -19,8 +19,9 @@ from transformers.utils.generic import can_return_tuple
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import Steering, VS2CLIPConfig
 from ..encoders.base_model import loaded_revision
+from ..encoders.families import FAMILIES, family_of
 from ..encoders.processing import save_processing
-from ..encoders.tail import temperature
+from ..encoders.tail import bias, is_sigmoid, temperature
 from ..encoders.wrapped import unwrapped, weights_of
 from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
@@ -106,7 +107,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
     ):
         if isinstance(clip, VS2CLIPConfig):
             config = clip
-            clip = CLIPModel._from_config(config.clip_config)
+            clip = FAMILIES[config.clip_config.model_type].model._from_config(config.clip_config)  # type: ignore[union-attr]
             saes = {layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
             check_widths(saes, clip)
             chosen = config.steering()
@@ -285,8 +286,8 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
         if not self.steerer.is_steering:
             return self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
-        outputs, _ = self.steerer.vision(pixel_values, retrieval, **kwargs)
-        outputs.pooler_output = self.clip.visual_projection(outputs.pooler_output)
+        outputs, *_ = self.steerer.vision(pixel_values, retrieval, **kwargs)
+        outputs.pooler_output = family_of(self.clip).projection(self.clip)(outputs.pooler_output)
         return outputs
 
     @can_return_tuple
@@ -350,27 +351,31 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         if steerer.settings.rule.needs_corpus:
             text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
             retrieval.setdefault("class_embeds", text_outputs.pooler_output)
-        vision_outputs, done = steerer.vision(**image_inputs, retrieval=retrieval, **kwargs)
-        vision_outputs.pooler_output = self.clip.visual_projection(vision_outputs.pooler_output)
+        vision_outputs, done, _ = steerer.vision(**image_inputs, retrieval=retrieval, **kwargs)
+        family = family_of(self.clip)
+        vision_outputs.pooler_output = family.projection(self.clip)(vision_outputs.pooler_output)
         if text_outputs is None:
             text_outputs = self.clip.get_text_features(**text_inputs, **kwargs)
-        image_embeds = _unit(vision_outputs.pooler_output)
-        text_embeds = _unit(text_outputs.pooler_output)
+        image_embeds = family.unit(vision_outputs.pooler_output)
+        text_embeds = family.unit(text_outputs.pooler_output)
         # The same operations in the same order as CLIPModel.forward: a row the gate held back must come out
         # bit-identical.
         logits_per_text = torch.matmul(text_embeds, image_embeds.t().to(text_embeds.device))
         (logit_scale,) = weights_of(self.clip, "logit_scale")
         logits_per_text = logits_per_text * logit_scale.exp().to(text_embeds.device)
+        if is_sigmoid(self.clip):
+            logits_per_text = logits_per_text + weights_of(self.clip, "logit_bias")[0].to(text_embeds.device)
         if steerer.settings.rule.fit is not None:
             (made,) = done.values()
             images = VS2ImageFeatures(vision_outputs.pooler_output, steered=made.steered, views=made.views)
             classes = text_embeds.float()
             embeds = F.normalize(vision_outputs.pooler_output.float(), dim=-1).to(classes.device)
             scale = temperature(self.clip).to(classes.device)
-            scored = (steerer.scores(images, embeds, classes).t() * scale).to(logits_per_text.dtype)
+            scored = steerer.scores(images, embeds, classes).t() * scale + bias(self.clip).to(classes.device)
+            scored = scored.to(logits_per_text.dtype)
             logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)
         return VS2CLIPOutput(
-            loss=_contrastive_loss(logits_per_text) if return_loss else None,
+            loss=family.loss(logits_per_text) if return_loss else None,
             logits_per_image=logits_per_text.t(),
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
@@ -379,18 +384,6 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
             vision_model_output=vision_outputs,
             **per_image(done),
         )
-
-
-def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    # Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit. Where it divides by 0, this
-    # gives 0.
-    length = embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
-    return embeds / torch.where(length > 0, length, 1)
-
-
-def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    target = torch.arange(len(logits_per_text), device=logits_per_text.device)
-    return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
 
 
 def _default_gate(sae: SAEModel) -> float | None:

@@ -15,9 +15,10 @@ from ..data.ahead import num_processors
 from ..data.batches import Normalizer, read_pixels
 from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
+from ..encoders.families import is_steerable
 from ..encoders.loading import check_clip
 from ..encoders.processing import knows_words
-from ..encoders.tail import logits_of, unit_embeds
+from ..encoders.tail import logits_of, probabilities, unit_embeds
 from ..encoders.wrapped import device_of, is_offloaded, unwrapped
 from ..explain.explanation import VS2Explanation, check_explainable, explain_rows
 from ..steering.corpus_search import RetrievalInputs
@@ -77,11 +78,11 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
 
     def __init__(self, **kwargs: Any):
         model = kwargs["model"] = unwrapped(kwargs.get("model"))
-        if not isinstance(model, (VS2CLIPForZeroShot, CLIPModel)):
+        if not isinstance(model, VS2CLIPForZeroShot) and not is_steerable(model):
             kind = getattr(getattr(model, "config", None), "model_type", None)
             raise TypeError(
                 f"This pipeline runs VS2CLIPForZeroShot and CLIPModel, not {type(model).__name__}"
-                f"{f' (model type {kind!r})' if kind else ''}. For SigLIP and other families use transformers' own "
+                f"{f' (model type {kind!r})' if kind else ''}. For other families use transformers' own "
                 'pipeline("zero-shot-image-classification").'
             )
         for part in ("tokenizer", "image_processor"):
@@ -286,6 +287,10 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         """Float32 logits `(batch, num_classes)`, also of a model in half precision."""
         return logits_of(self.clip, unit_embeds(features, name).to(classes.device) @ classes.T, name)
 
+    def _ranked(self, logits: torch.Tensor, labels: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
+        scores = zip(probabilities(logits, self.clip).tolist(), labels, strict=True)
+        return [{"score": score, "label": label} for score, label in sorted(scores, key=lambda pair: -pair[0])[:top_k]]
+
     def postprocess(
         self,
         model_outputs: dict[str, Any],
@@ -295,7 +300,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         top_latents: int | None = 5,
         latent_names: Mapping[int, str] | None = None,
     ) -> Any:
-        predictions = _ranked(model_outputs["logits"][0], candidate_labels, top_k)
+        predictions = self._ranked(model_outputs["logits"][0], candidate_labels, top_k)
         if _EXPLAINED + "contributions" in model_outputs:
             tensors = {name: model_outputs[_EXPLAINED + name] for name in VS2Explanation.tensor_fields}
             explanation = VS2Explanation(**tensors, labels=candidate_labels, names=dict(latent_names or {}))
@@ -308,7 +313,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         fvu = model_outputs["fvu"]
         details = {
             "predictions": predictions,
-            "plain": _ranked(model_outputs["plain_logits"][0], candidate_labels, top_k),
+            "plain": self._ranked(model_outputs["plain_logits"][0], candidate_labels, top_k),
             "fvu": None if fvu is None else fvu[0].tolist(),
             "steered": model_outputs["steered"][0].tolist(),
             "similarity": model_outputs["plain_logits"][0].max().item() / self.clip.logit_scale.float().exp().item(),
@@ -316,11 +321,6 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         if model_outputs.get("distance") is not None:
             details["distance"] = model_outputs["distance"][0].tolist()
         return details
-
-
-def _ranked(logits: torch.Tensor, labels: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
-    scores = zip(logits.softmax(-1).tolist(), labels, strict=True)
-    return [{"score": score, "label": label} for score, label in sorted(scores, key=lambda pair: -pair[0])[:top_k]]
 
 
 PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)  # a reload of this module is no reason for a warning

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..data.labels.prompts import class_embeddings
 from ..files.weight_state import weights_state
@@ -76,7 +77,8 @@ class PromptCache:
 def text_state(clip: CLIPModel) -> tuple[Any, ...]:
     """Compares equal as long as the same prompts give the same text embeddings, see [`weights_state`]. A change that
     leaves the weights alone (switching an adapter off) is not seen."""
-    return weights_state([*clip.text_model.parameters(), *clip.text_projection.parameters()])
+    projection = getattr(clip, "text_projection", nn.Identity())  # SigLIP's is a part of the text model
+    return weights_state([*clip.text_model.parameters(), *projection.parameters()])
 
 
 __all__ = ["PromptCache", "text_state"]

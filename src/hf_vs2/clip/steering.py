@@ -20,6 +20,7 @@ from ..config.vs2_clip import Steering, VS2CLIPConfig
 from ..data.inputs import DEFAULT_TEMPLATES
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings
+from ..encoders.families import family_of
 from ..explain.explanation import VS2Explanation, explain_rows
 from ..explain.inputs import explain_images, resolve_names
 from ..sae.modeling import SAEModel
@@ -323,7 +324,7 @@ class SteeringMixin:
 
     def cls_rows(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Plain CLIP's CLS rows of the last layer, `(batch, hidden_size)`: what [`image_features_from_cls`] takes."""
-        return self.clip.vision_model(pixel_values=pixel_values, **kwargs).last_hidden_state[:, 0]
+        return family_of(self.clip).row(self.clip.vision_model(pixel_values=pixel_values, **kwargs))
 
 
 __all__ = ["SteeringMixin"]

@@ -55,7 +55,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
         layer (`int`, *optional*):
             Index of the encoder layer whose output the SAE reads, from 0. `None` means the last one.
         site (`str`, *optional*, defaults to `"cls"`):
-            Which token of that layer: the CLS token, before `post_layernorm`.
+            Which row: `"cls"`, that layer's CLS token, before `post_layernorm`; or `"pooled"`, what the vision tower
+            gives (SigLIP).
         total_variance (`float`, *optional*):
             Mean squared distance of the training activations to their mean. Normalises the loss (FVU).
         fvu_quantiles (`dict[str, float]`, *optional*):
@@ -164,8 +165,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             raise ValueError(f"aux_k={aux_k} must be between 0 and the number of latents ({num_latents}).")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known. Use one of {list(ACTIVATIONS)}.")
-        if self.site != "cls":
-            raise ValueError(f"site={self.site!r} is not known. This version reads the CLS token only: use 'cls'.")
+        if self.site not in ("cls", "pooled"):
+            raise ValueError(f"site={self.site!r} is not known: expected 'cls', or 'pooled' (of SigLIP).")
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer={self.layer} must be counted from 0. Resolve a negative index before saving it.")
         layers = self.base_model_num_layers

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from ..functional.neighbors import POSITIVES
@@ -108,7 +108,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     Configuration of [`VS2CLIPForZeroShot`].
 
     Args:
-        clip_config (`CLIPConfig` or `dict`, *optional*): the CLIP.
+        clip_config (`CLIPConfig`, `SiglipConfig` or another family's, or `dict`, *optional*): the CLIP.
         sae_configs (`list[SAEConfig]` or list of `dict`, *optional*): one SAE a steered layer, ascending.
         method, gamma, lambda_, gate, fvu_threshold, num_neighbors, positives, edits, coefficient: see [`Steering`].
             `edits` is a `dict` here, and not written where there are none.
@@ -134,9 +134,9 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         "lambda_",
         "holds_clip",
     )
-    sub_configs: ClassVar[dict[str, Any]] = {"clip_config": CLIPConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"clip_config": AutoConfig}
 
-    clip_config: dict | CLIPConfig | None = None
+    clip_config: dict | PreTrainedConfig | None = None
     sae_configs: list = field(default_factory=list)
     method: str = "vs2"
     gamma: int | float | list[float] = 1.5
@@ -159,7 +159,8 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         if self.clip_config is None:
             self.clip_config = CLIPConfig()
         elif isinstance(self.clip_config, dict):
-            self.clip_config = CLIPConfig(**self.clip_config)
+            given = dict(self.clip_config)
+            self.clip_config = AutoConfig.for_model(given.pop("model_type", "clip"), **given)
         else:
             # A composite config sets the attention implementation of its parts: never on a config that a live model
             # uses.
@@ -186,7 +187,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     @property
     def projection_dim(self) -> int:
         """Width of the CLIP's embeddings."""
-        return self.clip_config.projection_dim  # type: ignore[union-attr]
+        return getattr(self.clip_config, "projection_dim", self.vision_config.hidden_size)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..encoders.base_model import resolve_layer
+from ..encoders.families import family_of
 from ..encoders.vision_tower import VisionTower
 from ..version import __version__
 from .batches import Columns, ImageReader, describe_processor
@@ -116,6 +117,7 @@ def extract_activations(
     numbers = sorted({resolve_layer(layer, tower.num_layers) for layer in layers})
     if not numbers:
         raise ValueError("layers is empty: name at least one, such as layers=(-1,)")
+    tower.check_layers(numbers)
     processor = image_processor if image_processor is not None else tower.image_processor()
     processor = getattr(processor, "image_processor", processor)  # of a CLIPProcessor
     dataset = _prepare_dataset(dataset, image_column, label_column)
@@ -126,7 +128,7 @@ def extract_activations(
         "format_version": FORMAT_VERSION,
         "model": tower.identity(),
         "layers": numbers,
-        "site": "cls",
+        "site": family_of(tower.module).site,
         "preprocessing": describe_processor(processor),
         "dataset": {"fingerprint": fingerprint, "split": str(dataset.split) if dataset.split else None},
         "columns": columns.description(),

@@ -120,6 +120,7 @@ class StoreRows(Rows):
             "base_model_name_or_path": made_from["model"]["id"],
             "base_model_revision": made_from["model"]["revision"],
             "base_model_num_layers": made_from["num_layers"],
+            "site": made_from["site"],
             "base_model_fingerprint": made_from["base_model_fingerprint"],
             "base_model_weights": made_from.get("base_model_weights"),
             "layer": self.layer,

@@ -14,8 +14,8 @@ from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config.sae import SAEConfig
+from .families import family_of
 from .fingerprints import (
-    FINGERPRINT_WEIGHTS,
     adapter_weight,
     entries,
     other_weight,
@@ -60,17 +60,19 @@ def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> st
     newest = main.read_text().strip() if main.is_file() else None
     commits = sorted((path.name for path in folder.glob("snapshots/*")), key=lambda commit: commit != newest)
     fingerprint = vision_fingerprint(clip)
-    stored = {commit: _stored_fingerprint(folder / "snapshots" / commit / SAFE_WEIGHTS_NAME) for commit in commits}
+    names = [f"vision_model.{name}" for name in family_of(clip.vision_model).fingerprint]
+    stored = {
+        commit: _stored_fingerprint(folder / "snapshots" / commit / SAFE_WEIGHTS_NAME, names) for commit in commits
+    }
     for commit, found in stored.items():
         if found is not None and same_fingerprint(found, fingerprint):
             return commit
     return newest if newest in stored and stored[newest] is None else None
 
 
-def _stored_fingerprint(path: Path) -> list[float] | None:
+def _stored_fingerprint(path: Path, names: list[str]) -> list[float] | None:
     if not path.is_file():
         return None
-    names = [f"vision_model.{name}" for name in FINGERPRINT_WEIGHTS]
     try:
         with safe_open(path, framework="pt") as weights:
             if not set(names) <= set(weights.keys()):
@@ -89,6 +91,7 @@ def describe_base_model(clip: CLIPModel) -> dict:
         "base_model_num_layers": clip.vision_model.config.num_hidden_layers,
         "base_model_fingerprint": vision_fingerprint(clip),
         "base_model_weights": weight_samples(clip),
+        "site": family_of(clip.vision_model).site,
     }
 
 
@@ -111,6 +114,12 @@ def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
         raise ValueError(
             f"{both} Their depths differ: {config.base_model_num_layers} layers against {vision.num_hidden_layers}. "
             "Load the SAE's own CLIP, or train an SAE for this one."
+        )
+    site = family_of(clip.vision_model).site
+    if config.site != site:
+        raise ValueError(
+            f"{both} The SAE reads the {config.site!r} row, and the row that is steered in this model is the {site!r} "
+            "one. Train an SAE for it."
         )
     recorded = config.base_model_fingerprint
     if recorded is not None and not same_fingerprint(vision_fingerprint(clip), recorded):

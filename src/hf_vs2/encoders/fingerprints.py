@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import CLIPModel
 
+from .families import family_of
 from .wrapped import weights_of
 
 
 _FINGERPRINT_SIZE = 8
-FINGERPRINT_WEIGHTS = ("embeddings.class_embedding", "pre_layrnorm.weight", "post_layernorm.weight")
 # Fields of a vision configuration that change the rows although the weights are the same.
 _VISION_FIELDS = (
     "hidden_size",
@@ -39,12 +38,13 @@ moves it by 0.001."""
 
 
 @torch.no_grad()
-def vision_fingerprint(clip: CLIPModel) -> list[float]:
+def vision_fingerprint(clip: Any) -> list[float]:
     """A few weights of the vision tower, enough to tell one CLIP from another and the same in float32 and bfloat16.
 
-    Evenly spaced entries of the class embedding and of the two layer norms around the encoder: `3 * 8` floats.
+    Eight evenly spaced entries of each vector that its family names; of CLIP the class embedding and the two layer
+    norms around the encoder.
     """
-    parts = (name.rpartition(".") for name in FINGERPRINT_WEIGHTS)
+    parts = (name.rpartition(".") for name in family_of(clip.vision_model).fingerprint)
     return entries(weights_of(clip.vision_model.get_submodule(module), name)[0] for module, _, name in parts)
 
 
@@ -129,7 +129,7 @@ def _samples(clip: Any) -> dict[str, list[_Sample]]:
     vision = getattr(clip, "vision_model", clip)
     weights = {f"vision_model.{name}": weight for name, weight, is_own in _unwrapped(vision) if is_own}
     parts = {"vision": sorted(weights)}
-    if isinstance(clip, CLIPModel):
+    if vision is not clip and hasattr(clip, "text_model"):
         weights |= {name: weight for name, weight, is_own in _unwrapped(clip) if is_own}
         parts["other"] = sorted(set(weights) - set(parts["vision"]))
     return {part: [_sample(name, weights[name]) for name in names] for part, names in parts.items()}
@@ -166,7 +166,6 @@ def _unwrapped(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 __all__ = [
-    "FINGERPRINT_WEIGHTS",
     "adapter_weight",
     "entries",
     "model_fingerprint",

@@ -20,7 +20,7 @@ from ..files.place import at_one_commit, commit_note, look_for, note_commit, one
 from ..files.progress import without_loading_bars
 from ..files.weight_files import LARGEST, check_numbers, find_files, in_one_message, opened, unpickled
 from ..files.weight_state import weights_version
-from .families import refuse_family
+from .families import FAMILIES, refuse_family
 
 
 logger = logging.get_logger(__name__)
@@ -68,7 +68,8 @@ def load_clip(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None =
 
     def load() -> CLIPModel:
         found = at_one_commit(name_or_path, _given(place))
-        model = _load(CLIPModel, _read_config(name_or_path, found), name_or_path, found, options)
+        config = _read_config(name_or_path, found)
+        model = _load(FAMILIES[config.model_type].model, config, name_or_path, found, options)
         check_clip(model, str(name_or_path))
         return model
 
@@ -152,7 +153,7 @@ def _read_config(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> C
 
     def make() -> CLIPConfig:
         check_clip_config(config)
-        return CLIPConfig.from_dict(config)
+        return FAMILIES[config["model_type"]].config.from_dict(config)
 
     return in_one_message(make, f"{CONFIG_NAME} of {name_or_path}")
 
@@ -280,10 +281,10 @@ def _misfit(
     model_class: Any, config: PreTrainedConfig, shapes: Mapping[str, Any], name_or_path: str | os.PathLike
 ) -> str | None:
     """The first weight whose shape is not that of the configuration."""
-    if model_class is not CLIPModel or hasattr(config, "quantization_config"):
+    if model_class is AutoModel or hasattr(config, "quantization_config"):
         return None
     with torch.device("meta"):
-        made = CLIPModel(config)
+        made = model_class(config)
     for name, tensor in made.state_dict().items():
         if name in shapes and shapes[name] != tuple(tensor.shape):
             return (

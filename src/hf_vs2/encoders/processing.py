@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files.json_files import read_object
@@ -26,7 +26,10 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "spiece.model",
 )
+_OF_FAMILIES = ("SiglipTokenizer", "GemmaTokenizer", "XLMRobertaTokenizer")
+"""Tokenizers of SigLIP, SigLIP 2 and MetaCLIP 2; all else is read as a CLIP's."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _LARGEST_IMAGE = 4096
 """Pixels of a side to which images may be resized; the largest CLIPs take 448."""
@@ -56,13 +59,16 @@ def load_tokenizer(name_or_path: str | os.PathLike, place: Mapping[str, Any]) ->
         As [`load_processing`].
     """
     files = _files(name_or_path, TOKENIZER_FILES, place)
-    if "tokenizer.json" not in files and "vocab.json" not in files:
+    if not {"tokenizer.json", "vocab.json", "spiece.model"} & set(files):
         raise FileNotFoundError(
             f"{name_or_path} holds no tokenizer files (tokenizer.json): expected those of its CLIP."
         )
 
     def load() -> PreTrainedTokenizerBase:
-        tokenizer = CLIPTokenizer.from_pretrained(name_or_path, **place)
+        kind = read_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+        of_another = str(kind.get("tokenizer_class") or "").removesuffix("Fast") in _OF_FAMILIES
+        auto: Any = AutoTokenizer if of_another else CLIPTokenizer
+        tokenizer = auto.from_pretrained(name_or_path, **{"trust_remote_code": False} if of_another else {}, **place)
         if not knows_words(tokenizer) or not all(isinstance(one, int) for one in tokenizer("a photo.")["input_ids"]):
             raise ValueError("it makes no tokens of text")
         return tokenizer
@@ -85,7 +91,7 @@ def load_image_processor(
         raise FileNotFoundError(_missing(name_or_path, "image processor", PROCESSOR_FILES[0]))
 
     def load() -> CLIPImageProcessorPil:
-        if of_clip:
+        if of_clip and "Siglip" not in _kind(name_or_path, place).__name__:
             processor = CLIPImageProcessorPil.from_pretrained(name_or_path, **place)
         else:
             processor = _kind(name_or_path, place).from_pretrained(name_or_path, trust_remote_code=False, **place)

@@ -11,16 +11,33 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from ..functional.finite import first_broken_row
+from .families import family_of
 from .wrapped import weights_of
 
 
 def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
     """Plain CLIP's image features of CLS rows of its last layer: `(batch, projection_dim)`, float32, not
     normalised."""
-    norm = clip.vision_model.post_layernorm
-    (weight,) = weights_of(norm, "weight")
-    rows = rows.to(device=weight.device, dtype=weight.dtype)
-    return clip.visual_projection(norm(rows)).float()
+    return project(clip, rows_for(clip, rows)).float()
+
+
+def rows_for(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of its last layer `(batch, hidden_size)` as its tail takes them, on its device and in its dtype."""
+    module, _, name = family_of(clip).row_weight.rpartition(".")
+    (weight,) = weights_of(clip.vision_model.get_submodule(module), name)
+    return rows.to(device=weight.device, dtype=weight.dtype)
+
+
+def tail_parameters(clip: CLIPModel) -> list[nn.Parameter]:
+    """The weights of its tail."""
+    family = family_of(clip)
+    return [*family.norm(clip).parameters(), *family.projection(clip).parameters()]
+
+
+def project(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
+    """Its tail: rows of the last layer to image features `(batch, projection_dim)`, not normalised."""
+    family = family_of(clip)
+    return family.projection(clip)(family.norm(clip)(rows))
 
 
 def unit_embeds(features: Any, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
@@ -50,7 +67,23 @@ def logits_of(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] 
     Raises:
         `ValueError`: see [`check_scores`].
     """
-    return check_scores(clip, scores * temperature(clip).to(scores.device), name)
+    return check_scores(clip, scores * temperature(clip).to(scores.device) + bias(clip).to(scores.device), name)
+
+
+def bias(clip: CLIPModel) -> torch.Tensor:
+    """What is added to logits: `logit_bias`, float32; 0 where scores are a softmax."""
+    held = getattr(clip, "logit_bias", None)
+    return torch.zeros(()) if held is None else weights_of(clip, "logit_bias")[0].float()
+
+
+def is_sigmoid(clip: CLIPModel) -> bool:
+    """Whether it scores each label by itself, as SigLIP does."""
+    return getattr(clip, "logit_bias", None) is not None
+
+
+def probabilities(logits: torch.Tensor, clip: CLIPModel) -> torch.Tensor:
+    """Of logits `(..., num_classes)`: a softmax, or with a `logit_bias` (SigLIP) a sigmoid of each label by itself."""
+    return logits.sigmoid() if is_sigmoid(clip) else logits.softmax(-1)
 
 
 def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
@@ -94,7 +127,7 @@ def softmax_temperature(clip: CLIPModel) -> float:
         `ValueError`: the model scores each label by itself, by a sigmoid (SigLIP), so that its answers are no
             probabilities to fit to.
     """
-    if getattr(clip, "logit_bias", None) is not None:
+    if is_sigmoid(clip):
         raise ValueError(
             f"{type(clip).__name__} scores labels by a sigmoid, and this method is fitted to the probabilities of a "
             "softmax. Use method='none' with it."
@@ -120,7 +153,7 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
         ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or
             the embeddings have another width or are not finite.
     """
-    norm, projection = clip.vision_model.post_layernorm, clip.visual_projection
+    norm, projection = (part(clip) for part in (family_of(clip).norm, family_of(clip).projection))
     if (
         type(norm) is not nn.LayerNorm
         or norm.bias is None
@@ -128,8 +161,9 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
         or projection.bias is not None
     ):
         raise ValueError(
-            f"Scores are worked out from post_layernorm and visual_projection as CLIPModel has them; these are {norm} "
-            f"and {projection}. Put the CLIP's own back."
+            f"Explanations and grids of settings are worked out from post_layernorm and visual_projection as "
+            f"CLIPModel has them; this {type(clip).__name__} has {norm} and {projection} there. Use a CLIP, or put "
+            "its own back."
         )
     if class_embeds.ndim != 2 or class_embeds.shape[1] != projection.out_features:
         raise ValueError(
@@ -149,10 +183,16 @@ __all__ = [
     "Tail",
     "check_scores",
     "check_temperature",
+    "bias",
     "clip_embeds",
     "fold_tail",
+    "is_sigmoid",
     "logits_of",
+    "probabilities",
+    "project",
+    "rows_for",
     "softmax_temperature",
+    "tail_parameters",
     "temperature",
     "unit_embeds",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .base_model import loaded_revision
-from .families import refuse_family
+from .families import family_of
 from .fingerprints import model_fingerprint, vision_fingerprint, weight_samples
 from .loading import check_clip, load_clip, refuse_offloaded
 from .processing import load_image_processor
@@ -71,13 +71,12 @@ class VisionTower:
         model = unwrapped(model)
         owner: Any = getattr(model, "clip", model)
         module: Any = getattr(owner, "vision_model", owner)
-        parts = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
         config = getattr(owner, "config", None)
         if not isinstance(module, nn.Module) or config is None:
             raise TypeError(
                 f"{type(owner).__name__} has no CLIP vision tower: expected a CLIPModel, or the Hub id or path of one"
             )
-        refuse_family(config.model_type, config._name_or_path or type(owner).__name__, tower=True)
+        parts = family_of(owner).parts
         if not all(hasattr(module, part) for part in parts):
             raise TypeError(f"{type(owner).__name__} has no CLIP vision tower: expected one with {', '.join(parts)}")
         refuse_offloaded(owner, config._name_or_path or type(owner).__name__)
@@ -130,7 +129,10 @@ class VisionTower:
         Returns:
             {layer: (batch, hidden) in the tower's dtype}.
         """
-        vision = self.module
+        vision, family = self.module, family_of(self.module)
+        if not family.has_tokens:
+            self.check_layers(layers)
+            return {self.num_layers - 1: family.row(vision(pixel_values=pixel_values))}
         hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
         rows = {}
         for number, layer in enumerate(vision.encoder.layers[: max(layers) + 1]):
@@ -138,6 +140,14 @@ class VisionTower:
             if number in layers:
                 rows[number] = hidden[:, 0]
         return rows
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Refuse, by a `ValueError`, layers whose rows can't be read."""
+        if not family_of(self.module).has_tokens and set(layers) != {self.num_layers - 1}:
+            raise ValueError(
+                f"{self.name or type(self.module).__name__} has no CLS token: of its layers only the last one's pooled "
+                f"row can be read (layer {self.num_layers - 1}, or -1), not {sorted(layers)}."
+            )
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

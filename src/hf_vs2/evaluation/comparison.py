@@ -24,6 +24,7 @@ from ..data.labels.lists import Names
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
 from ..data.rows import Rows, RowSource, StoreRows
+from ..encoders.families import embedding_width
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..files.report import EvaluationResult, SampleOutputs
 from ..training.domain import measure_statistics
@@ -209,7 +210,7 @@ def _with_mean(model: VS2CLIPForZeroShot, reference: Rows, batch_size: int) -> V
     if known is None:
         found = measure_statistics(model.sae, reference, clip=model.clip, sketch_rows=0)
     else:
-        total = torch.zeros(model.clip.config.projection_dim, dtype=torch.float64)
+        total = torch.zeros(embedding_width(model.clip), dtype=torch.float64)
         for part in reference.batches(batch_size):
             total += unit_embeds(clip_embeds(model.clip, part)).double().sum(0).cpu()
         found = dataclasses.replace(known, image_mean=(total / len(reference)).float())

@@ -63,6 +63,7 @@ def _dictionary(
 ) -> SAEModel:
     sae = SAEModel(
         SAEConfig(
+            site=config.site,
             hidden_size=config.hidden_size,
             num_latents=len(decoder),
             top_k=top_k,

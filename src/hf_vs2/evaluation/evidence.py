@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..encoders.tail import clip_embeds, softmax_temperature, unit_embeds
+from ..encoders.tail import clip_embeds, temperature, unit_embeds
 from ..functional.anchored import fit_anchored_prototypes
 
 
@@ -162,7 +162,7 @@ def shift_of(
     known = model.domain_statistics
     if known is None or known.rows is None:
         return Shift("The checkpoint keeps no rows of unlabelled images.", "", {})
-    scale = softmax_temperature(model.clip)
+    scale = float(temperature(model.clip))  # of SigLIP too: how much surer one label is than the others is compared
     ours, theirs = (embeds_of(model, one, batch_size) for one in (rows, known.rows))
     drift, noise = Sureness.of(ours, classes, scale).drift_from(Sureness.of(theirs, classes, scale))
     even, before = (

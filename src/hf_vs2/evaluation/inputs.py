@@ -33,7 +33,7 @@ def check_replayable(model: VS2CLIPForZeroShot) -> None:
 
 def replayable_rows(model: VS2CLIPForZeroShot, source: RowSource, what: str) -> Rows:
     """CLS rows of the model's last layer; others are refused. `what` is their name in the message."""
-    width, last = model.clip.visual_projection.in_features, _last_layer(model)
+    width, last = model.clip.vision_model.config.hidden_size, _last_layer(model)
     try:
         rows = rows_of(source, None if isinstance(source, torch.Tensor) else last)
     except (TypeError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..encoders.tail import is_sigmoid
 from ..methods import GATE, METHODS, Method, method_named, rows_by_name
 
 
@@ -101,6 +102,8 @@ def variants_of(model: VS2CLIPForZeroShot, methods: Sequence[str], has_reference
     default = evaluation_methods()
     ordered = [name for name in default[1:] if name in methods]
     ordered += [name for name in dict.fromkeys(methods) if name not in default]
+    if is_sigmoid(model.clip):
+        ordered = [name for name in ordered if not _method(name).needs_softmax or name not in default]
     missing = [name for name in ordered if _method(name).needs_statistics and model.domain_statistics is None]
     if not _has_rows(model):
         missing += [name for name in ordered if name.removesuffix(GATE) in controls() or _method(name).needs_rows]

@@ -18,7 +18,7 @@ from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
 from ..data.labels.lists import Names
 from ..data.rows import Rows, RowSource
-from ..encoders.tail import softmax_temperature, unit_embeds
+from ..encoders.tail import is_sigmoid, softmax_temperature, unit_embeds
 from ..files.json_files import write_json
 from ..methods import METHODS, method_named
 from ..training.domain import SKETCH_ROWS, measure_statistics
@@ -151,6 +151,10 @@ def recommend(
     known, evidence, by_rule, reasons = trial.domain_statistics, {}, "none", []
     if shift.why and not shift.calibrate:
         reasons = [shift.why, "So nothing that the checkpoint knows speaks for a method on these images."]
+    elif is_sigmoid(model.clip):
+        reasons = [
+            f"A {type(model.clip).__name__} scores each label by itself: without labels nothing speaks for a method."
+        ]
     elif known is not None and known.rows is not None:
         found = gather_evidence(embeds_of(model, known.rows, batch_size), classes, softmax_temperature(model.clip))
         evidence = asdict(found)
@@ -162,7 +166,7 @@ def recommend(
     method, candidates = by_rule, []
     if target is not None and (target >= 0).any():
         chosen = (target >= 0).nonzero().squeeze(-1)
-        compared = candidates_of(methods)
+        compared = candidates_of(methods, is_sigmoid(model.clip))
         right = _answers(trial, compared, source.batches(batch_size, chosen), target[chosen], classes)
         candidates = _candidates(right, seed)
         method, told = weigh(by_rule, right)
@@ -226,9 +230,10 @@ def _checked_labels(rows: Rows, labels: Any, class_names: Names | None, num_clas
     return target.long()
 
 
-def candidates_of(methods: Sequence[str] | None) -> list[str]:
-    """Plain CLIP, and the methods that are compared with it."""
-    usual = [name for name, method in METHODS.items() if method.candidate]
+def candidates_of(methods: Sequence[str] | None, sigmoid: bool = False) -> list[str]:
+    """Plain CLIP, and the methods that are compared with it; of a model with `sigmoid` scores those that need no
+    softmax."""
+    usual = [name for name, method in METHODS.items() if method.candidate and not (sigmoid and method.needs_softmax)]
     return ["none", *(usual if methods is None else (name for name in methods if name != "none"))]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
-from ..encoders.tail import check_scores, clip_embeds, fold_tail, unit_embeds
+from ..encoders.tail import check_scores, clip_embeds, fold_tail, rows_for, unit_embeds
 from ..functional.equations import ScoreParts, score_parts
 from ..methods import METHODS
 
@@ -246,8 +246,7 @@ def _moves(
     steerer: Steerer, rows: torch.Tensor, class_embeds: torch.Tensor, retrieval: RetrievalInputs
 ) -> tuple[_Moves, torch.Tensor, torch.Tensor]:
     """The moves, the FVU and which rows are steered. Those that are not move by nothing."""
-    sae, weight = steerer.sae, steerer.clip.vision_model.post_layernorm.weight
-    rows = rows.to(weight.device, weight.dtype)
+    sae, rows = steerer.sae, rows_for(steerer.clip, rows)
     retrieval["class_embeds"] = class_embeds
     # With steering off, or where rows stay as they are, nothing of the method is in the rows; their code is asked for
     # all the same.
@@ -301,8 +300,8 @@ class _DoubleTail:
 
     def __init__(self, steerer: Steerer, class_embeds: torch.Tensor):
         clip = steerer.clip
-        norm, projection = clip.vision_model.post_layernorm, clip.visual_projection.weight.double().cpu()
         self.tail = fold_tail(clip, class_embeds, "cpu")
+        norm, projection = clip.vision_model.post_layernorm, clip.visual_projection.weight.double().cpu()
         self.length = projection * norm.weight.double().cpu(), projection @ norm.bias.double().cpu()
         self.logit_scale = clip.logit_scale.double().exp().cpu()
         self.decoder = steerer.sae.W_dec

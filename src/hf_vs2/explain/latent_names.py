@@ -29,6 +29,7 @@ from torch.nn.functional import normalize
 from ..data.labels.lists import names_in, read_list
 from ..data.labels.names import clean_class_names, clean_name
 from ..data.labels.prompts import class_embeddings
+from ..encoders.families import family_of
 
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ def embedding_directions(model: Any, at: torch.Tensor | None = None) -> torch.Te
     """
     clip, sae = model.clip, model.sae
     # In float32 whatever the CLIP's dtype; the tail is small.
-    norm = copy.deepcopy(clip.vision_model.post_layernorm).float()
-    projection = copy.deepcopy(clip.visual_projection).float()
+    norm = copy.deepcopy(family_of(clip).norm(clip)).float()
+    projection = copy.deepcopy(family_of(clip).projection(clip)).float()
     directions = sae.W_dec.detach().to(clip.device, torch.float32)
     # Not expanded: forward-mode differentiation writes beside each row.
     point = (sae.mean if at is None else at).to(directions).repeat(len(directions), 1)

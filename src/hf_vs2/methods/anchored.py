@@ -28,6 +28,7 @@ register(
         fit=fit,
         score=score,
         needs_rows=True,
+        needs_softmax=True,
         compared=True,
         headline=True,
         candidate=True,

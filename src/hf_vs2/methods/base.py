@@ -185,6 +185,7 @@ class Method:
         views (`tuple[View, ...]`): of methods with a fit.
         needs_statistics (`bool`): of unlabelled rows; a method with a fit always does. needs_rows (`bool`): the rows
             themselves, not only their means. needs_corpus (`bool`): for neighbours.
+        needs_softmax (`bool`): whether its fit reads the probabilities of a softmax, which SigLIP does not give.
         last_layer_only (`bool`): whether it has no meaning at an inner layer.
         one_direction (`bool`): whether it needs one gamma for all latents.
         explains (`bool`): whether its scores are sums over the latents that it changes.
@@ -207,6 +208,7 @@ class Method:
     needs_statistics: bool = False
     needs_rows: bool = False
     needs_corpus: bool = False
+    needs_softmax: bool = False
     last_layer_only: bool = False
     one_direction: bool = False
     explains: bool = False
@@ -339,7 +341,7 @@ def then(step_of: str, fit_of: str, **facts: Any) -> Method:
     if no other name is given."""
     step, fit = METHODS[step_of], METHODS[fit_of]
     given = {name: getattr(step, name) for name in ("step", "one_direction", "shows", "needs_statistics")}
-    given |= {name: getattr(fit, name) for name in ("fit", "score", "views")}
+    given |= {name: getattr(fit, name) for name in ("fit", "score", "views", "needs_softmax")}
     given["needs_rows"] = True  # the mean of the images as they were is not that of the moved ones
     label = f"{step.label}, then {fit.label}"
     return register(Method(**{"name": f"{step_of}+{fit_of}", "label": label, **given, **facts}))

@@ -121,7 +121,7 @@ class RetrievalCorpus:
             rows = store_or_rows
             if clip is not None:
                 base = describe_base_model(clip)
-                del base["base_model_num_layers"]
+                del base["base_model_num_layers"], base["site"]
         else:
             model = store_or_rows.metadata["model"]
             rows = store_or_rows.tensor(-1)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypedDict, cast
 import torch
 from transformers import CLIPModel
 
-from ..encoders.tail import clip_embeds
+from ..encoders.families import embedding_width
+from ..encoders.tail import clip_embeds, tail_parameters
 from ..files.weight_state import weights_state
 from ..functional.neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives
 from ..methods import NeighborCodes
@@ -120,7 +121,7 @@ class CorpusSearch:
                 "text embedding a class, as hf_vs2.data.labels.prompts.class_embeddings(clip, tokenizer, names) makes "
                 "them. (The model called with input_ids takes those.)"
             )
-        width = clip.config.projection_dim
+        width = embedding_width(clip)
         if class_embeds.ndim != 2 or class_embeds.shape[1] != width or not len(class_embeds):
             raise ValueError(f"class_embeds must be (num_classes, {width}), not {tuple(class_embeds.shape)}.")
         if self.corpus.embeddings is None and retrieval_embeds is not None:
@@ -143,7 +144,7 @@ class CorpusSearch:
 
     def _embeddings(self, clip: CLIPModel) -> NeighborIndex:
         """Plain CLIP embeddings of the corpus."""
-        state = weights_state([*clip.vision_model.post_layernorm.parameters(), *clip.visual_projection.parameters()])
+        state = weights_state(tail_parameters(clip))
         if self._embeds is None or self._embeds[0] != state:
             blocks = [clip_embeds(clip, block) for block in self.corpus.rows.split(BLOCK_ROWS)]
             self._embeds = state, NeighborIndex(torch.cat(blocks))

@@ -17,7 +17,8 @@ from transformers import CLIPModel
 from transformers.utils import cached_file
 
 from ..config.vs2_clip import Steering
-from ..encoders.tail import softmax_temperature, unit_embeds
+from ..encoders.families import embedding_width
+from ..encoders.tail import softmax_temperature, tail_parameters, unit_embeds
 from ..files.checkpoint_folder import LABEL_SETS_NAME
 from ..files.weight_files import read_described, write_described
 from ..files.weight_state import weights_state
@@ -173,8 +174,7 @@ class LabelSets:
         """Everything is dropped when weights or statistics change that it was made of; what a copy brought belongs to
         those of the first use."""
         clip, sae = steerer.clip, steerer.sae
-        parts = (clip.vision_model.post_layernorm, clip.visual_projection, sae)
-        weights = weights_state([parameter for part in parts for parameter in part.parameters()])
+        weights = weights_state([*tail_parameters(clip), *sae.parameters()])
         state = weights, (sae.config.top_k, sae.config.activation, sae.domain_statistics)
         if self._state is not None and state != self._state:
             self._recent, self._sketch = [], None
@@ -252,7 +252,7 @@ def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, 
     if method_named(method).fit is None:
         raise ValueError(f"label set {number} is of method {method!r}, which fits nothing")
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
-    labels, width = tuple(map(str, about["labels"])), steerer.clip.config.projection_dim
+    labels, width = tuple(map(str, about["labels"])), embedding_width(steerer.clip)
     num = len(labels)
     views = {
         f"view_{place}": (num, size)

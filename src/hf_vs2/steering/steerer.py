@@ -12,8 +12,9 @@ from transformers import CLIPModel
 
 from ..config.vs2_clip import Steering
 from ..encoders.base_model import resolve_layer
+from ..encoders.families import embedding_width, family_of
 from ..encoders.layers import run_layers
-from ..encoders.tail import logits_of, unit_embeds
+from ..encoders.tail import logits_of, project, rows_for, softmax_temperature, unit_embeds
 from ..encoders.wrapped import weights_of
 from ..functional.equations import edited_change, gate
 from ..functional.label_free import LabelFit, row_distance
@@ -152,10 +153,12 @@ class Steerer:
                 f"method={settings.method!r} steers the last layer alone ({self.num_layers - 1}); this model holds "
                 f"SAEs for layers {layers}."
             )
+        if rule.needs_softmax:
+            softmax_temperature(self.clip)
         if rule.needs_statistics:
             if settings.enabled and rule.needs_rows:
                 self.unlabelled_rows  # noqa: B018
-            mean, width = self.statistics.image_mean, self.clip.config.projection_dim
+            mean, width = self.statistics.image_mean, embedding_width(self.clip)
             if mean is not None and tuple(mean.shape) != (width,):
                 raise ValueError(
                     f"The mean image of the statistics is {tuple(mean.shape)}, and embeddings of this CLIP are "
@@ -296,11 +299,10 @@ class Steerer:
                 f"CLS rows of this CLIP are (batch, {width}); these are {tuple(rows.shape)}. "
                 "Extract them again with the CLIP that this model wraps."
             )
-        (weight,) = weights_of(vision.post_layernorm, "weight")
-        rows = rows.to(device=weight.device, dtype=weight.dtype)
+        rows = rows_for(self.clip, rows)
         record = self.steer(rows, last, **retrieval) if self.is_steering else _untouched(rows)
         # Anew: the fields of a `ModelOutput` come in the order in which they are set, and `features` is the first.
-        return replace(record, features=self.clip.visual_projection(vision.post_layernorm(record.rows)))
+        return replace(record, features=project(self.clip, cast(torch.Tensor, record.rows)))
 
     def features(
         self,
@@ -314,10 +316,11 @@ class Steerer:
             plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
             record = _untouched(plain)
             return VS2ImageFeatures(plain, steered=record.steered, plain_features=plain if with_plain else None)
-        outputs, done = self.vision(pixel_values, retrieval or {}, **kwargs)
-        features, plain = self.clip.visual_projection(outputs.pooler_output), None
+        family = family_of(self.clip)
+        outputs, done, rows = self.vision(pixel_values, retrieval or {}, **kwargs)
+        features, plain = family.projection(self.clip)(outputs.pooler_output), None
         if with_plain and list(done) == [self.num_layers - 1]:
-            plain = self.clip.visual_projection(self.clip.vision_model.post_layernorm(outputs.last_hidden_state[:, 0]))
+            plain = project(self.clip, rows)
         elif with_plain:
             plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
         views = next(iter(done.values())).views
@@ -325,16 +328,15 @@ class Steerer:
 
     def vision(
         self, pixel_values: torch.Tensor | None, retrieval: RetrievalInputs, **kwargs: Any
-    ) -> tuple[Any, dict[int, VS2ImageFeatures]]:
+    ) -> tuple[Any, dict[int, VS2ImageFeatures], torch.Tensor]:
         """The vision tower's output with `pooler_output` steered (not yet projected), and what was done at each
-        layer."""
+        layer, and the rows of the last layer as they were."""
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")  # as CLIPModel says it
-        vision, last = self.clip.vision_model, self.num_layers - 1
+        vision, last, family = self.clip.vision_model, self.num_layers - 1, family_of(self.clip)
         done: dict[int, VS2ImageFeatures] = {}
         if list(self.saes) == [last]:
             outputs = vision(pixel_values=pixel_values, **kwargs)
-            hidden = outputs.last_hidden_state
         else:
 
             def between(index: int, rows: torch.Tensor) -> torch.Tensor | None:
@@ -344,13 +346,12 @@ class Steerer:
                 return done[index].rows
 
             outputs = run_layers(vision, pixel_values, between, **kwargs)
-            hidden = outputs.last_hidden_state
-        cls_rows = hidden[:, 0, :]
+        rows = steered = family.row(outputs)
         if last in self.saes:
-            done[last] = self.steer(cls_rows, last, **retrieval)
-            cls_rows = done[last].rows
-        outputs.pooler_output = vision.post_layernorm(cls_rows)
-        return outputs, done
+            done[last] = self.steer(rows, last, **retrieval)
+            steered = cast(torch.Tensor, done[last].rows)
+        outputs.pooler_output = family.norm(self.clip)(steered)
+        return outputs, done, rows
 
     # Scores
 

@@ -27,6 +27,7 @@ from transformers import initialization as init
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
+from ..encoders.families import embedding_width
 from ..functional.sparse_ops import torch_operations_only
 from ..sae.modeling import SAEModel
 
@@ -349,7 +350,7 @@ def _inputs(clip: CLIPModel, batch_size: int, num_classes: int) -> tuple[torch.T
     size = clip.config.vision_config.image_size
     channels = clip.config.vision_config.num_channels
     pixels = torch.randn(batch_size, channels, size, size, generator=generator)
-    classes = torch.randn(num_classes, clip.config.projection_dim, generator=generator)
+    classes = torch.randn(num_classes, embedding_width(clip), generator=generator)
     return pixels.to(clip.device, clip.dtype), normalize(classes, dim=-1).to(clip.device, clip.dtype)
 
 

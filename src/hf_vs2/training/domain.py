@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPModel
 
 from ..data.rows import RowSource, rows_of
+from ..encoders.families import embedding_width
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..functional.label_free import row_distance
 from ..sae.modeling import SAEModel
@@ -65,7 +66,7 @@ def measure_statistics(
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     sketch, chosen = order[:sketch_rows].sort().values, order[:_MOST_ROWS].sort().values
     sums = _Sums(rows.take(chosen[:1])[0], sae)
-    total = None if clip is None else torch.zeros(clip.config.projection_dim, dtype=torch.float64)
+    total = None if clip is None else torch.zeros(embedding_width(clip), dtype=torch.float64)
     for block in rows.batches(indices=chosen):
         sums.add(block, chosen[sums.count :])
         if total is not None and clip is not None:

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers.utils import logging
 
+from ...encoders.families import family_of
 from ...encoders.tail import unit_embeds
 from ...encoders.wrapped import device_of
 from ...files.progress import progress_bar
@@ -141,7 +142,7 @@ def tokenized(
     batches, full = [], []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        given = {"padding": True, "truncation": True, "max_length": positions, **options}
+        given = {"padding": family_of(clip).padding, "truncation": True, "max_length": positions, **options}
         tokens = tokenizer(batch, **given, return_attention_mask=True, return_tensors="pt")
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         if ids.max() >= table.token_embedding.num_embeddings:
@@ -162,6 +163,8 @@ def tokenized(
 def _read_tokens(clip: CLIPModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
     """What of each prompt decides its embedding: the tokens up to the one that is pooled, which sees none behind
     it."""
+    if not family_of(clip).reads_mask:  # all positions are seen
+        return [row.numpy().tobytes() for ids, _ in batches for row in ids]
     end = clip.config.text_config.eos_token_id
     # As CLIP's text model has it: in old checkpoints the token of the highest number, else the first end token.
     pooled = [(ids if end == 2 else (ids == end).int()).argmax(-1).tolist() for ids, _ in batches]
@@ -195,9 +198,10 @@ def _encode(
     """Unit text embeddings, float32 `(number of prompts, projection_dim)`."""
     embeddings: list[torch.Tensor] = []
     named = iter(prompts)
-    device = device_of(clip)
+    device, reads_mask = device_of(clip), family_of(clip).reads_mask
     for ids, mask in progress_bar(batches, shown=progress and len(batches) > 1, desc="Encoding prompts"):
-        output = clip.get_text_features(input_ids=ids.to(device), attention_mask=mask.to(device))
+        inputs = {"input_ids": ids.to(device)} | ({"attention_mask": mask.to(device)} if reads_mask else {})
+        output = clip.get_text_features(**inputs)
         names = [f"the prompt {prompt!r}" for prompt in islice(named, len(ids))]
         embeddings.append(unit_embeds(output.pooler_output, names.__getitem__))
     return torch.cat(embeddings)
