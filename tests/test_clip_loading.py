@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import checkpoint, clip_path, complaint, images_path  # noqa: F401 (fixtures)
 from test_hub import CLIP_FILES, make_sae, upload_clip
-from transformers import AltCLIPConfig, AltCLIPModel, CLIPModel, SiglipConfig, SiglipModel
+from transformers import AltCLIPConfig, AltCLIPModel, ChineseCLIPConfig, ChineseCLIPModel, CLIPModel
 from transformers.integrations import hub_kernels
 
 import hf_vs2
@@ -286,7 +286,8 @@ def tiny(model_class, config_class, **text):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: tiny(AltCLIPModel, AltCLIPConfig, project_dim=32), lambda: tiny(SiglipModel, SiglipConfig)]
+    "make",
+    [lambda: tiny(AltCLIPModel, AltCLIPConfig, project_dim=32), lambda: tiny(ChineseCLIPModel, ChineseCLIPConfig)],
 )
 def test_a_family_that_nothing_can_steer_is_refused_before_the_first_image(make, tmp_path, images_path):  # noqa: F811
     """Their rows were extracted, and an SAE trained on them for an hour, which then no model would take."""

@@ -200,7 +200,7 @@ def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path):
 
 def shift(monkeypatch, ours, theirs, classes, inside=1.0):
     monkeypatch.setattr("hf_vs2.evaluation.evidence.embeds_of", lambda model, rows, batch_size: rows)
-    monkeypatch.setattr("hf_vs2.evaluation.evidence.softmax_temperature", lambda clip: 30.0)
+    monkeypatch.setattr("hf_vs2.evaluation.evidence.temperature", lambda clip: 30.0)
     model = SimpleNamespace(clip=None, domain_statistics=SimpleNamespace(rows=theirs))
     return shift_of(model, ours, classes, inside, 100)
 

@@ -33,7 +33,7 @@ transformers."""
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 # Code that is here. For all others, "flash_attention_2" among them, transformers may fetch a kernel from a repository.
 _PACKAGED = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
-_LARGEST_SIZE = 1_000_000
+_LARGEST_SIZE = 999_999
 """No CLIP has so many layers, features or words."""
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Attributes of transformers' configs that its files hold, but that are no field of theirs.
