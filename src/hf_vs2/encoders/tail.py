@@ -161,9 +161,8 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
         or projection.bias is not None
     ):
         raise ValueError(
-            f"Explanations and grids of settings are worked out from post_layernorm and visual_projection as "
-            f"CLIPModel has them; this {type(clip).__name__} has {norm} and {projection} there. Use a CLIP, or put "
-            "its own back."
+            "Explanations and grids of settings are worked out from post_layernorm and visual_projection as CLIPModel "
+            f"has them; these are {norm} and {projection} of a {type(clip).__name__}. Use a CLIP with its own."
         )
     if class_embeds.ndim != 2 or class_embeds.shape[1] != projection.out_features:
         raise ValueError(
