@@ -37,9 +37,7 @@ def exported(side):
 
 SLOW = {"marks": pytest.mark.slow}  # each is a trace of the whole model
 CASES = [
-    pytest.param({"method": name}, id=name, **({} if name == "vs2" else SLOW))
-    for name, method in METHODS.items()
-    if not method.needs_corpus
+    pytest.param({"method": name}, id=name, **SLOW) for name, method in METHODS.items() if not method.needs_corpus
 ]
 CASES += [
     pytest.param({"edits": EDITS}, id="edits", **SLOW),

@@ -166,7 +166,7 @@ def test_loss_is_the_models_own(family):
             assert torch.equal(vs2(**inputs, return_loss=True).loss, expected)
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_saved_loaded_and_classified(family, tmp_path, full):
     """By path alone: model, tokenizer and image processor of the family's own kind; plain scores are those of transformers'
     own pipeline for that family."""
@@ -192,6 +192,7 @@ def parts_of(classifier):
     return {"tokenizer": classifier.tokenizer, "image_processor": classifier.image_processor}
 
 
+@pytest.mark.slow
 def test_extract_train_evaluate_recommend(family, tmp_path):
     """Rows equal the tower's own, the SAE trained on them belongs to this model and no other, and methods are compared."""
     name, folder = family

@@ -39,7 +39,7 @@ def folders(tmp_path_factory) -> Path:
     return folder
 
 
-KINDS = pytest.mark.parametrize("kind", ["sae", "light", "full"])
+KINDS = pytest.mark.parametrize("kind", ["sae", "light", pytest.param("full", marks=pytest.mark.slow)])
 
 
 def load(folders: Path, kind: str = "light", **options):
@@ -99,7 +99,9 @@ def test_a_quantised_model_runs_and_is_saved_light(folders, tmp_path, config):
 
 
 @pytest.mark.parametrize("of", ["vs2", "clip", "clip inside"])
-@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.disk_offload])
+@pytest.mark.parametrize(
+    "offload", [pytest.param(accelerate.cpu_offload, marks=pytest.mark.slow), accelerate.disk_offload]
+)
 def test_weights_that_accelerate_keeps_elsewhere(folders, tmp_path, of, offload):
     """Steering reads weights outside the modules' own forward, where accelerate's hooks do not bring them."""
     model = load(folders)
