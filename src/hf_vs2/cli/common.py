@@ -128,7 +128,8 @@ def add_class_names_flag(parser: Parser) -> None:
         "--labels",
         nargs="+",
         metavar="NAME",
-        help="Labels to choose from, matched by name with the data set's classes, or a file of them (.txt, .csv, .json) [the data set's].",
+        help="Labels to choose from, matched by name with the data set's classes, or a file of them (.txt, .csv, "
+        ".json) [the data set's].",
     )
     _add_names_as_given(parser)
 

@@ -15,8 +15,8 @@ MANY_LABELS = 30
 
 
 def command(name: str, *words: Any, **flags: Any) -> str:
-    """`hf-vs2 NAME WORD ... --flag value ...`, quoted for a shell. A flag whose value is a list has several values, `True`
-    makes it a switch; `None` and `False` leave it out."""
+    """`hf-vs2 NAME WORD ... --flag value ...`, quoted for a shell. A flag whose value is a list has several values,
+    `True` makes it a switch; `None` and `False` leave it out."""
     parts = ["hf-vs2", name, *map(str, words)]
     for flag, value in flags.items():
         if value is not None and value is not False:
@@ -40,8 +40,8 @@ def checkpoint_flags(args: Namespace, checkpoint: Any = None) -> dict[str, Any]:
 
 
 def after_training(args: Namespace, checkpoint: Path) -> str | None:
-    """Compare methods on labelled images of another split; without one, ask for a method by the labels of these; without
-    labels, look at what was learned. `None`: nothing says which images it was."""
+    """Compare methods on labelled images of another split; without one, ask for a method by the labels of these;
+    without labels, look at what was learned. `None`: nothing says which images it was."""
     from transformers.utils import logging
 
     from ..data.labels.names import class_names_of
@@ -77,8 +77,8 @@ def _opening(args: Namespace, label_column: str) -> dict[str, Any]:
 
 
 def after_recommendation(args: Namespace, method: str, calibrate_first: bool, names: Sequence[str]) -> list[str]:
-    """Calibrate on these images if that comes first; then label them by the method, or, where they are no folder of image
-    files, write the method into the checkpoint."""
+    """Calibrate on these images if that comes first; then label them by the method, or, where they are no folder of
+    image files, write the method into the checkpoint."""
     checkpoint, lines = None, []
     if calibrate_first and method != "none":
         checkpoint = f"{args.checkpoint.rstrip('/')}-calibrated"

@@ -32,8 +32,8 @@ def terminal_table(result: EvaluationResult, every_row: bool = False, others: st
 
     Args:
         result: the comparison.
-        every_row (`bool`, *optional*, defaults to `False`): `False` shows the [`headline_rows`] alone, and says how many
-            other methods there are.
+        every_row (`bool`, *optional*, defaults to `False`): `False` shows the [`headline_rows`] alone, and says how
+            many other methods there are.
         others (`str`): where these can be seen.
     """
     rows, headline = rows_of(result), headline_rows()
@@ -47,8 +47,8 @@ def terminal_table(result: EvaluationResult, every_row: bool = False, others: st
         lines += ["", f"Prompts: {one_line(prompts)}", *_aligned([row for row in shown if row["prompts"] == prompts])]
     lines.append("")
     lines += wrapped(
-        "An interval that holds 0 shows no difference. FVU is what the SAE misses of an image: 0 nothing, 1 as much as "
-        "the mean image would."
+        "An interval that holds 0 shows no difference. FVU is what the SAE misses of an image: 0 nothing, 1 as much "
+        "as the mean image would."
     )
     lines += [line for fact in _facts(shown) for line in wrapped(fact)]
     hidden = len({row["method"] for row in rows} - {row["method"] for row in shown})

@@ -27,7 +27,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool, **option
 
 @contextlib.contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """transformers shows no bars for the tensors that it reads or writes, which take a moment. Those of downloads stay."""
+    """transformers shows no bars for the tensors that it reads or writes, which take a moment. Downloads keep
+    theirs."""
     were_shown, downloads_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
     if downloads_shown:

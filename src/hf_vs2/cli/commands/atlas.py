@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 USAGE = "--checkpoint O --dataset D [--split S] --output DIR [options]"
 DESCRIPTION = """\
-Writes a folder of static HTML in which a person browses the latents of an SAE: their strongest images, histograms, classes, nearest
-latents and names, and an overview of training, gate, results and of the images that steering fixed and broke. It opens from disk,
-without a server or a network. What lacks its input (labels, a training log, results) is left out."""
+Writes a folder of static HTML in which a person browses the latents of an SAE: their strongest images, histograms,
+classes, nearest latents and names, and an overview of training, gate, results and of the images that steering
+fixed and broke. It opens from disk, without a server or a network. What lacks its input (labels, a training log,
+results) is left out."""
 EXAMPLES = """\
 examples:
   hf-vs2 atlas --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\

@@ -25,9 +25,9 @@ from ..parsing import Parser, UsageError
 
 USAGE = "--checkpoint O --dataset D [--split S] [options]"
 DESCRIPTION = """\
-Measures the gate's FVU quantiles on unlabelled images that the SAE was not trained on, and the statistics that methods beyond VS2
-need (means, principal components, a sketch of rows), and writes them into the checkpoint. `hf-vs2 train` has done so already; do it
-again for images from where the model will be used."""
+Measures the gate's FVU quantiles on unlabelled images that the SAE was not trained on, and the statistics that
+methods beyond VS2 need (means, principal components, a sketch of rows), and writes them into the checkpoint.
+`hf-vs2 train` has done so already; do it again for images from where the model will be used."""
 EXAMPLES = """\
 examples:
   hf-vs2 calibrate --checkpoint outputs/sae-cifar100 --dataset my_photos/

@@ -33,9 +33,9 @@ from ..row_file import ROW_SUFFIXES, RowFile
 
 USAGE = "IMAGE... --checkpoint O --labels NAME... [options]"
 DESCRIPTION = """\
-Labels images with a steered CLIP. Prints for each image the label and its score, plain CLIP's label, how badly the SAE
-reconstructs the image (FVU; for methods that do not read it, the distance to the training images), whether it was
-steered, and * where the label is another than plain CLIP's. Images in a folder are named relative to it."""
+Labels images with a steered CLIP. Prints for each image the label and its score, plain CLIP's label, how badly the
+SAE reconstructs the image (FVU; for methods that do not read it, the distance to the training images), whether it
+was steered, and * where the label is another than plain CLIP's. Images in a folder are named relative to it."""
 EXAMPLES = """\
 examples:
   hf-vs2 classify photo.jpg photos/ --checkpoint outputs/sae-cifar100 \\

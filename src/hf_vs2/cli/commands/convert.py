@@ -20,11 +20,13 @@ TARGETS = (OWN, "sparsify", "sae_lens")
 
 USAGE = "SOURCE --output_dir O [--from FORMAT] [--to FORMAT] [options]"
 DESCRIPTION = """\
-Turns an SAE that another library trained into a checkpoint of ours with the same encode and decode, or ours into one that
-another library loads. What a top-k SAE can't compute exactly is refused. Pickles are not opened where they hold more than tensors."""
+Turns an SAE that another library trained into a checkpoint of ours with the same encode and decode, or ours into
+one that another library loads. What a top-k SAE can't compute exactly is refused. Pickles are not opened where
+they hold more than tensors."""
 EXAMPLES = """\
 examples:
-  hf-vs2 convert checkpoints/run/vision_model.encoder.layers.11 --base_model openai/clip-vit-base-patch32 --output_dir outputs/sae
+  hf-vs2 convert checkpoints/run/vision_model.encoder.layers.11 --base_model openai/clip-vit-base-patch32 \\
+      --output_dir outputs/sae
   hf-vs2 convert outputs/sae-cifar100 --to sae_lens --output_dir outputs/sae-lens
 
 A converted SAE has no gate until it has been calibrated (the command calibrate) on images like those it will see."""

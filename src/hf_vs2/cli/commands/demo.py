@@ -11,8 +11,9 @@ from ..parsing import Parser
 
 USAGE = "[--output_dir DIR]"
 DESCRIPTION = """\
-The whole way on bundled material: a tiny CLIP that has only seen typefaces meets real handwritten digits. Extracts, trains,
-calibrates, compares every method on images that the SAE has not seen, and draws a picture. Needs the demo extra; no network."""
+The whole way on bundled material: a tiny CLIP that has only seen typefaces meets real handwritten digits.
+Extracts, trains, calibrates, compares every method on images that the SAE has not seen, and draws a picture. Needs
+the demo extra; no network."""
 EXAMPLES = """\
 examples:
   hf-vs2 demo

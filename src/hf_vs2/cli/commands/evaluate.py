@@ -30,9 +30,9 @@ from ..places import check_writable
 
 USAGE = "--checkpoint O --dataset D [--split S] [--label_column NAME] [options]"
 DESCRIPTION = """\
-Compares plain CLIP, the controls (centroid, distribution norm, other dictionaries), VS2 and label-free methods beyond it on labelled
-images, which should not be those the SAE was trained on. Prints the gains over plain CLIP of the methods that matter most, with
-their 95 % intervals, and writes every figure as JSON."""
+Compares plain CLIP, the controls (centroid, distribution norm, other dictionaries), VS2 and label-free methods
+beyond it on labelled images, which should not be those the SAE was trained on. Prints the gains over plain CLIP of
+the methods that matter most, with their 95 % intervals, and writes every figure as JSON."""
 EXAMPLES = """\
 examples:
   hf-vs2 evaluate --checkpoint outputs/sae-cifar100 --dataset uoft-cs/cifar100 --split test \\
@@ -50,7 +50,8 @@ def add_flags(parser: Parser) -> None:
         "--method",
         nargs="+",
         metavar="NAME",
-        help="Rows of the table, such as vs2, vs2+gate, prototypes (docs/label-free.md); plain CLIP is always there [the usual ones].",
+        help="Rows of the table, such as vs2, vs2+gate, prototypes (docs/label-free.md); plain CLIP is always there "
+        "[the usual ones].",
     )
     parser.section("images")
     add_dataset_flags(parser)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 USAGE = "IMAGE --checkpoint O --labels NAME... [options]"
 DESCRIPTION = """\
-Shows which latents moved which label's score by how much on one image: a table, and a picture with the probabilities before and
-after. Latents can be named by the words of a vocabulary or by an atlas, and changed by hand."""
+Shows which latents moved which label's score by how much on one image: a table, and a picture with the
+probabilities before and after. Latents can be named by the words of a vocabulary or by an atlas, and changed by
+hand."""
 EXAMPLES = """\
 examples:
   hf-vs2 explain photo.jpg --checkpoint outputs/sae-cifar100 \\

@@ -21,8 +21,8 @@ from ..parsing import Parser
 
 USAGE = "--model M --dataset D [--split S] --output_dir O [options]"
 DESCRIPTION = """\
-CLS activations of a set of images, at one or several layers of a frozen CLIP, on disk. A second run with the same request finds
-them and reads no image; an interrupted one continues."""
+CLS activations of a set of images, at one or several layers of a frozen CLIP, on disk. A second run with the same
+request finds them and reads no image; an interrupted one continues."""
 EXAMPLES = """\
 examples:
   hf-vs2 extract --model openai/clip-vit-base-patch32 --dataset uoft-cs/cifar100 --split train \\

@@ -12,8 +12,9 @@ from ..parsing import Parser
 
 USAGE = "PATH REPO [options]"
 DESCRIPTION = """\
-Puts a checkpoint on the Hub in one commit, with a model card: an SAE, a VS2 model, or a folder of SAEs. Pushing the same again
-changes nothing; a card that somebody has edited keeps its text. Prints the URL of the commit or of the pull request."""
+Puts a checkpoint on the Hub in one commit, with a model card: an SAE, a VS2 model, or a folder of SAEs. Pushing
+the same again changes nothing; a card that somebody has edited keeps its text. Prints the URL of the commit or of
+the pull request."""
 EXAMPLES = """\
 examples:
   hf-vs2 push outputs/sae-cifar100 user/sae-clip-vit-base-patch32-cifar100 --license apache-2.0

@@ -25,10 +25,10 @@ from ..parsing import Parser, UsageError
 
 USAGE = "--checkpoint O --dataset D --labels NAME... [options]"
 DESCRIPTION = """\
-Recommends a method for your images and labels, and says why. Without labels: anchored prototypes, where the images bear
-out what CLIP says of them, else plain CLIP. With labels of some images (--label_column) all methods are compared on
-them, and a paired test decides; it says how large a difference it would have found. Label 100 images, know.
---apply writes the method into the checkpoint, for classify, explain and the Space."""
+Recommends a method for your images and labels, and says why. Without labels: anchored prototypes, where the images
+bear out what CLIP says of them, else plain CLIP. With labels of some images (--label_column) all methods are
+compared on them, and a paired test decides; it says how large a difference it would have found. Label 100 images,
+know. --apply writes the method into the checkpoint, for classify, explain and the Space."""
 EXAMPLES = """\
 examples:
   hf-vs2 recommend --checkpoint outputs/sae-photos --dataset photos/ --labels cat dog horse

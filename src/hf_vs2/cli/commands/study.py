@@ -16,9 +16,9 @@ from ..places import check_writable
 
 USAGE = "CONFIG [options]"
 DESCRIPTION = """\
-Runs the study that a YAML file describes: extracts activations, trains SAEs, and evaluates encoders x data sets x seeds x methods x
-prompts and the ablations beside them. Writes one JSON file, one Markdown table laid out like the paper's, and figures. Each finished
-cell is kept: run the same command again to continue."""
+Runs the study that a YAML file describes: extracts activations, trains SAEs, and evaluates encoders x data sets x
+seeds x methods x prompts and the ablations beside them. Writes one JSON file, one Markdown table laid out like the
+paper's, and figures. Each finished cell is kept: run the same command again to continue."""
 EXAMPLES = """\
 examples:
   hf-vs2 study examples/studies/paper.yaml

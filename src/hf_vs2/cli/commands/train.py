@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 USAGE = "--model M --dataset D [--split S] --output_dir O [options]"
 DESCRIPTION = """\
-Trains a sparse autoencoder on the CLS activations of unlabelled images: extracts them (once), trains, and calibrates the gate on
-rows held out from training. Runs on one process, or on many with `accelerate launch -m hf_vs2.cli train ...` or torchrun. Labels
-are used with --pass_weight only (PASS)."""
+Trains a sparse autoencoder on the CLS activations of unlabelled images: extracts them (once), trains, and
+calibrates the gate on rows held out from training. Runs on one process, or on many with `accelerate launch -m
+hf_vs2.cli train ...` or torchrun. Labels are used with --pass_weight only (PASS)."""
 EXAMPLES = """\
 examples:
   hf-vs2 train --model openai/clip-vit-base-patch32 --dataset uoft-cs/cifar100 --split train \\
@@ -111,8 +111,8 @@ def add_flags(parser: Parser) -> None:
         "--activations_dir",
         type=Path,
         nargs="+",
-        help="Cache root, shared by any number of runs [OUTPUT_DIR/activations]. Without --dataset: the activations to train on; "
-        "several are trained on as one set.",
+        help="Cache root, shared by any number of runs [OUTPUT_DIR/activations]. Without --dataset: the activations "
+        "to train on; several are trained on as one set.",
     )
     add_extraction_flags(parser)
 
