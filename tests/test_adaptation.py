@@ -106,6 +106,7 @@ def test_from_a_folder_to_a_checkpoint_that_labels_decide_on(digits, tmp_path, m
     right = sum(plain[row["file"]] == truth[row["file"]] for row in rows[:60]) / 60
     assert report["calibration"]["plain"]["checked"]["accuracy"] == pytest.approx(right)
     assert report["checked"]["methods"][0]["top1"] == pytest.approx(100 * right)
+    assert [one["method"] for one in report["checked"]["few_shot"]] == ["nearest_mean", "tip_adapter", "linear_probe"]
     assert filled.read_bytes() == kept
     assert (output / "model.safetensors").stat().st_ino != weights or report["chosen"]["method"] == "none"
 
@@ -129,7 +130,7 @@ def test_in_use_other_images_are_noticed_and_turned_away(digits, tmp_path, capsy
 
     answers, said = classify(digits[0], "--reject")
     assert not re.search("not be the images|not the images", said)
-    assert sum(one["rejected"] for one in answers) == round(0.05 * 90) - 1  # the one at the threshold is not below it
+    assert sum(one["rejected"] for one in answers) in (3, 4)  # 5 % of 90; the one at the threshold lies on either side
     before, _ = classify(digits[0])
     assert [
         one["predictions"] for one in before if one["image"] in {a["image"] for a in answers if not a["rejected"]}

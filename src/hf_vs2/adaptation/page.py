@@ -14,8 +14,7 @@ from ..atlas.writing import thumbnails
 from ..data.images import one_line
 from ..evaluation.recommendation import SHOWN_EVIDENCE, evidence_text
 from ..files.atomic import replace_text
-from ..methods import method_named
-from .report import change_sentence
+from .report import FEW_SHOT_TOLD, change_sentence, method_label
 
 
 _HEAD = """<!doctype html>
@@ -177,10 +176,12 @@ def _checked(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     if not checked:
         return ""
     rows = []
-    for one in checked["methods"]:
+    for one in [*checked["methods"], *checked["few_shot"]]:
         gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(one["gain"], *one["gain_ci"]) if "gain" in one else "-"
-        rows.append([_text(method_named(one["method"]).label), f"{one['top1']:.1f}", gain])
+        rows.append([_text(method_label(one["method"])), f"{one['top1']:.1f}", gain])
     parts = [_table(["method", "right, %", "gain in points [95 % interval]"], rows)]
+    if checked["few_shot"]:
+        parts.append(f"<p>{escape(FEW_SHOT_TOLD)}</p>")
     for name, word in (("fixed", "Answers mended"), ("broken", "Answers spoilt")):
         if checked[name]:
             parts.append(f"<h3>{word}: {checked[f'num_{name}']}</h3>{_gallery(checked[name], pictures)}")

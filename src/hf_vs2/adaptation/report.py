@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from ..data.labels.prompts import SINGLE_TEMPLATE
+from ..evaluation.few_shot import FEW_SHOT
+from ..evaluation.metrics import Gain
 from ..evaluation.recommendation import LEAST_LABELS, Recommendation
 from ..methods import method_named
 from ..version import __version__
@@ -19,6 +22,10 @@ from .checked import TO_LABEL
 from .names import LABELS_NAME, TEMPLATES_NAME, TO_LABEL_NAME
 
 
+FEW_SHOT_TOLD = (
+    "nearest_mean, tip_adapter and linear_probe learn from the checked labels, each fifth of the images from the other "
+    "four. They are no methods of the checkpoint: where they win by far, train on your labels instead."
+)
 FORMAT, FORMAT_VERSION = "hf_vs2.adaptation", 1
 
 
@@ -26,6 +33,7 @@ def report_of(
     request: Mapping[str, Any],
     *,
     found: Recommendation,
+    few_shot: Mapping[str, torch.Tensor],
     sae: Mapping[str, Any],
     answers: Answers,
     truth: torch.Tensor | None,
@@ -38,7 +46,7 @@ def report_of(
     """
     Args:
         request: what it is a report of, by which a second run is recognised.
-        found: the recommendation. sae: its training's figures, and whether it is trusted.
+        found: the recommendation. few_shot: see [`cross_answers`], of the checked images. sae: its training's figures, and whether it is trusted.
         answers: of all images. truth: their labels where they are checked, `(n,)`, -1 elsewhere.
         names: of the images. images, clip: where they come from.
         folder: of the checkpoint. again: the command that repeats the adaptation.
@@ -72,7 +80,7 @@ def report_of(
             "clearest": [_example(answers, row, names, labels, truth) for row in clearest(answers)],
         },
         "calibration": _calibration(answers, truth),
-        "checked": None if not found.candidates else _checked(found, answers, truth, names, labels),
+        "checked": None if not found.candidates else _checked(found, few_shot, answers, truth, names, labels),
         "reject": rejection(answers),
         "not_known": _not_known(found),
         "next": _next(found, request, folder, again),
@@ -118,15 +126,28 @@ def _calibration(answers: Answers, truth: torch.Tensor | None) -> dict[str, Any]
 
 
 def _checked(
-    found: Recommendation, answers: Answers, truth: torch.Tensor | None, names: Sequence[str], labels: Sequence[str]
+    found: Recommendation,
+    few_shot: Mapping[str, torch.Tensor],
+    answers: Answers,
+    truth: torch.Tensor | None,
+    names: Sequence[str],
+    labels: Sequence[str],
 ) -> dict[str, Any]:
     assert truth is not None
     known = truth >= 0
+    target, before = truth[known], answers.plain[known] == truth[known]
+    fitted = []
+    for name, answered in few_shot.items():
+        right = answered == target
+        gain = Gain.of(right, before)
+        top1 = 100 * right.double().mean().item()
+        fitted.append({"method": name, "top1": top1, "gain": gain.points, "gain_ci": list(gain.interval), "n": gain.n})
     plain, adapted = answers.plain == truth, answers.adapted == truth
     fixed, broken = (known & ~plain & adapted), (known & plain & ~adapted)
     return {
         "n": int(known.sum()),
         "methods": found.candidates,
+        "few_shot": fitted,
         "fixed": [_example(answers, row, names, labels, truth) for row in fixed.nonzero().squeeze(-1).tolist()[:12]],
         "broken": [_example(answers, row, names, labels, truth) for row in broken.nonzero().squeeze(-1).tolist()[:12]],
         "num_fixed": int(fixed.sum()),
@@ -183,7 +204,9 @@ def told(report: Mapping[str, Any]) -> list[str]:
         if one
     ]
     if report["checked"]:
-        lines += ["", *method_lines(report["checked"]["methods"])]
+        lines += ["", *method_lines([*report["checked"]["methods"], *report["checked"]["few_shot"]])]
+        if report["checked"]["few_shot"]:
+            lines += textwrap.wrap(FEW_SHOT_TOLD, 80)
     return [*lines, "", "Not known:", *(f"- {one}" for one in report["not_known"])]
 
 
@@ -194,14 +217,19 @@ def change_sentence(report: Mapping[str, Any]) -> str:
     return f"{changes['number']:,} of {number:,} answers change ({changes['share']:.1%})."
 
 
+def method_label(name: str) -> str:
+    """As tables have it; what learns from labels is no method, and has its name."""
+    return name if name in FEW_SHOT else method_named(name).label
+
+
 def method_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each method's accuracy on the checked images, and its gain over plain CLIP."""
-    width = max(len(method_named(one["method"]).label) for one in methods)
+    width = max(len(method_label(one["method"])) for one in methods)
     lines = [f"{'method':<{width}}  top-1  gain over plain CLIP [95 % interval]"]
     for one in methods:
         gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(one["gain"], *one["gain_ci"]) if "gain" in one else "-"
-        lines.append(f"{method_named(one['method']).label:<{width}}  {one['top1']:5.1f}  {gain}")
+        lines.append(f"{method_label(one['method']):<{width}}  {one['top1']:5.1f}  {gain}")
     return lines
 
 
-__all__ = ["change_sentence", "method_lines", "report_of", "told"]
+__all__ = ["FEW_SHOT_TOLD", "change_sentence", "method_label", "method_lines", "report_of", "told"]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import CLIPModel
 
 from ..clip.classifier import zero_shot_classifier
@@ -22,7 +23,9 @@ from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings, resolve_templates
 from ..data.rows import rows_of
 from ..encoders.families import is_steerable
+from ..encoders.tail import clip_embeds, unit_embeds
 from ..encoders.vision_tower import best_device
+from ..evaluation.few_shot import cross_answers
 from ..evaluation.recommendation import apply_method, candidates_of, recommend
 from ..files.digests import file_digest, json_digest
 from ..files.json_files import read_json, write_json
@@ -178,6 +181,7 @@ def adapt(
     report = report_of(
         request | {"digest": digest},
         found=found,
+        few_shot=_few_shot(plain.model, store, truth, classes),
         sae={
             **metrics,
             "trusted": trusted,
@@ -269,6 +273,19 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _few_shot(
+    clip: CLIPModel, store: ActivationStore, truth: torch.Tensor | None, classes: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What learning from the checked labels gives; nothing where there are fewer than two a label."""
+    if truth is None or int((truth >= 0).sum()) < 2 * len(classes):
+        return {}
+    known = (truth >= 0).nonzero().squeeze(-1)
+    rows = rows_of(store)
+    with torch.no_grad():
+        embeds = torch.cat([unit_embeds(clip_embeds(clip, block)).cpu() for block in rows.batches(indices=known)])
+    return cross_answers(embeds, truth[known], classes.cpu(), clip.logit_scale.float().exp().item())
 
 
 def _is_done(folder: Path, digest: str) -> bool:

@@ -30,6 +30,7 @@ from ..files.report import EvaluationResult, SampleOutputs
 from ..training.domain import measure_statistics
 from ..version import __version__
 from .controls import control_model
+from .few_shot import FEW_SHOT, draw_shots
 from .inputs import check_replayable, class_labels, named_labels, replayable_rows
 from .methods import CLIP, Variant, check_methods, evaluation_methods, variants_of
 from .metrics import Tally, per_class_table, row_figures
@@ -52,6 +53,7 @@ def evaluate(
     templates: str | Path | Sequence[str | Path | Sequence[str]] = ("single", "ensemble"),
     methods: Sequence[str] | None = None,
     reference_rows: RowSource | None = None,
+    few_shot: int | None = None,
     batch_size: int = 1024,
     num_resamples: int = 10_000,
     seed: int = 0,
@@ -80,8 +82,10 @@ def evaluate(
         reference_rows: UNLABELLED TRAINING rows, a tensor or a store, whose mean image takes the place of the
             checkpoint's in methods that are fitted to nothing else (distribution norm); `reference` of a table's row
             says which it was.
+        few_shot: give so many labelled images of each class (at most half of them), drawn at random, to what people do
+            with few labels (see [`FEW_SHOT`]), and measure these rows and all others on the rest.
         batch_size: rows at a time. Memory does not grow with the number of rows, but for a few numbers each.
-        num_resamples, seed: of the paired bootstrap.
+        num_resamples, seed: of the paired bootstrap, and of the draw of labelled images.
         meta: facts to add to the result's `meta`: the checkpoint, the data set and so on.
         clean: read class names by [`clean_class_names`] before they go into prompts.
         progress: show a progress bar while prompts are encoded.
@@ -100,7 +104,9 @@ def evaluate(
             "class_names are missing, and the rows bring none: give the names of the classes, in label order."
         )
     class_names = clean_class_names(names, clean)
-    target = class_labels(rows, labels, len(class_names))
+    every = class_labels(rows, labels, len(class_names))
+    given = torch.zeros_like(every, dtype=torch.bool) if few_shot is None else draw_shots(every, few_shot, seed)
+    kept, target = (~given).nonzero().squeeze(-1), every[~given]
     prompt_sets = _prompt_sets(templates)
     reference = None if reference_rows is None else replayable_rows(model, reference_rows, "reference_rows")
 
@@ -115,11 +121,12 @@ def evaluate(
     if reference is not None and takers:
         models[_REFERENCE] = _with_mean(model, reference, batch_size)
     used = {variant: models[_REFERENCE if variant in takers else variant.dictionary] for variant in variants}
-    tallies = _run(model, used, rows, target, classifiers, batch_size)
+    tallies = _run(model, used, rows, kept, target, classifiers, batch_size)
 
     table, samples = [], []
     for name in prompt_sets:
         plain = tallies[CLIP, name].samples().predictions == target
+        shots = {} if few_shot is None else _few_shot(model, rows, given, every, classifiers[name], batch_size)
         for variant in variants:
             tally = tallies[variant, name]
             samples.append(tally.samples())
@@ -130,7 +137,16 @@ def evaluate(
             if variant.scores_by_labels:
                 row["reference"] = "train" if variant in takers else "checkpoint"
             table.append(row)
-    facts = _meta(model, rows, class_names, prompt_sets) | {"seed": seed, "num_resamples": num_resamples}
+        for method, tally in shots.items():
+            samples.append(tally.samples())
+            figures = row_figures(samples[-1], tally.right5, target, plain, num_resamples, seed)
+            row = {"method": method, "prompts": name} | figures | {"seconds": round(tally.seconds, 4)}
+            table.append(row | {"shots": few_shot, "labelled": int(given.sum())})
+    facts = _meta(model, rows, class_names, prompt_sets) | {
+        "n": len(target),
+        "seed": seed,
+        "num_resamples": num_resamples,
+    }
     return EvaluationResult(
         table, facts | dict(meta or {}), per_class_table(samples, target, class_names), target, samples
     )
@@ -161,11 +177,12 @@ def _run(
     model: VS2CLIPForZeroShot,
     used: Mapping[Variant, VS2CLIPForZeroShot],
     rows: Rows,
+    kept: torch.Tensor,
     target: torch.Tensor,
     classifiers: Mapping[str, torch.Tensor],
     batch_size: int,
 ) -> dict[tuple[Variant, str], Tally]:
-    """One pass over the rows. Image features do not depend on the prompts: each kind is computed once a batch.
+    """One pass over the rows `kept`, whose classes are `target`. Image features do not depend on the prompts: each kind is computed once a batch.
 
     `used` has the model of each variant: `model`, or one with another dictionary or mean image."""
     tallies = {(variant, name): Tally() for variant in used for name in classifiers}
@@ -178,9 +195,9 @@ def _run(
             for classifier in classifiers.values():
                 steerer.fit_classes(classifier)
     done = 0
-    for batch in rows.batches(batch_size):
+    for batch in rows.batches(batch_size, kept):
         batch_target = target[done : done + len(batch)]
-        names = [f"row {number}" for number in range(done, done + len(batch))]
+        names = [f"row {number}" for number in kept[done : done + len(batch)].tolist()]
         done += len(batch)
         shared: dict[Any, tuple[Any, torch.Tensor, float]] = {}
         for variant in used:
@@ -200,6 +217,34 @@ def _run(
                 tally = tallies[variant, name]
                 tally.seconds += seconds + _now(model) - start
                 tally.add(scores, batch_target, output.fvu, output.steered)
+    return tallies
+
+
+def _few_shot(
+    model: VS2CLIPForZeroShot,
+    rows: Rows,
+    given: torch.Tensor,
+    labels: torch.Tensor,
+    classifier: torch.Tensor,
+    batch_size: int,
+) -> dict[str, Tally]:
+    """[`FEW_SHOT`] fitted to the rows `given`, a bool mask, and asked of the others."""
+
+    def embeds(block: torch.Tensor) -> torch.Tensor:
+        return unit_embeds(clip_embeds(model.clip, block)).to(classifier.device)
+
+    known, others = given.nonzero().squeeze(-1), (~given).nonzero().squeeze(-1)
+    shown = torch.cat([embeds(block) for block in rows.batches(batch_size, known)])
+    own = labels[known].to(classifier.device)
+    scale = model.clip.logit_scale.float().exp().item()
+    fitted = {name: fit(shown, own, classifier, scale) for name, fit in FEW_SHOT.items()}
+    tallies = {name: Tally() for name in fitted}
+    for block, target in zip(rows.batches(batch_size, others), labels[others].split(batch_size), strict=True):
+        query = embeds(block)
+        for name, scores in fitted.items():
+            start = _now(model)
+            tallies[name].add(scores(query), target)
+            tallies[name].seconds += _now(model) - start
     return tallies
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..data.images import one_line
 from ..files.report import EvaluationResult, rows_of, thresholds
 from ..methods import GATE, METHODS
+from .few_shot import FEW_SHOT
 from .methods import CLIP
 
 
@@ -37,7 +38,7 @@ def terminal_table(result: EvaluationResult, every_row: bool = False, others: st
         others (`str`): where these can be seen.
     """
     rows, headline = rows_of(result), headline_rows()
-    shown = [row for row in rows if every_row or row["method"] in headline]
+    shown = [row for row in rows if every_row or row["method"] in headline or "shots" in row]
     if len({row["method"] for row in shown}) < 2:  # none but plain CLIP: others were asked for
         shown = rows
     lines = wrapped(
@@ -50,6 +51,11 @@ def terminal_table(result: EvaluationResult, every_row: bool = False, others: st
         "An interval that holds 0 shows no difference. FVU is what the SAE misses of an image: 0 nothing, 1 as much "
         "as the mean image would."
     )
+    few = next((row for row in shown if "shots" in row), None)
+    if few is not None:
+        lines += wrapped(
+            f"{', '.join(FEW_SHOT)} were given {few['labelled']:,} other labelled images, {few['shots']} of each class."
+        )
     lines += [line for fact in _facts(shown) for line in wrapped(fact)]
     hidden = len({row["method"] for row in rows} - {row["method"] for row in shown})
     if hidden:

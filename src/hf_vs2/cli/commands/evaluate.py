@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from ...config.schema import whole
 from ..common import (
     TEMPLATES,
     activations_beside,
@@ -66,6 +67,13 @@ def add_flags(parser: Parser) -> None:
         metavar="S",
         help="Their split. Without both flags: the checkpoint's mean.",
     )
+    parser.flag(
+        "--few_shot",
+        type=int,
+        kind=whole(1, 1_000_000),
+        metavar="K",
+        help="Give K labelled images a class to a linear probe, Tip-Adapter and nearest class mean; all rows are measured on the rest.",
+    )
     parser.section("prompts")
     parser.flag(
         "--templates",
@@ -120,6 +128,7 @@ def run(args: Namespace) -> None:
         templates=args.templates,
         methods=args.method,
         reference_rows=reference,
+        few_shot=args.few_shot,
         meta={"checkpoint": args.checkpoint},
         clean=not args.names_as_given,
         progress=not args.disable_tqdm,
