@@ -6,7 +6,8 @@
 The vision tower is replaced by a wait, as a GPU is for the processor that feeds it; images are JPEGs of 500 x 375 pixels in
 memory. Each round first measures what reading a batch takes (the call without a wait, less that of one batch alone), then waits
 as long for each batch. Overlap is the share of the wait that is hidden, of what could be: all batches but one. A process that is
-started for reading (`num_workers=2`) stands beside, and reading in turn (0). Then reading alone with so many processors of those
+started for reading (`num_workers=2`) stands beside, and reading in turn (0). Before, the same for reading that only waits, which
+a busy machine does not disturb. Then reading alone with so many processors of those
 that there are (`--processors`), and its speed over that of one.
 """
 
@@ -29,7 +30,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from hf_vs2 import extract_activations
-from hf_vs2.data.ahead import num_processors
+from hf_vs2.data.ahead import map_ahead, num_processors
 from hf_vs2.steering.retrieval import embed_images
 
 
@@ -144,6 +145,32 @@ def scaling(model: CLIPModel, dataset: Dataset, args: argparse.Namespace) -> lis
     return rows
 
 
+def waits(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Reading that waits, too: 4 ms an image, 16 batches of 32; what the threads can hide where processors are not short."""
+    taken: dict[int, list[list[float]]] = {number: [] for number in (1, 2, 4)}
+
+    def run(num_threads: int, wait: float) -> None:
+        groups = [range(32)] * 16
+        read = map_ahead(lambda _: time.sleep(0.004), groups, lambda *_: None, num_threads=num_threads)
+        for _ in read:
+            time.sleep(wait)
+
+    for _ in range(args.rounds):
+        for number, found in taken.items():
+            reading = seconds(lambda number=number: run(number, 0.0))
+            found.append([reading, seconds(lambda number=number, wait=reading / 16: run(number, wait))])
+    rows = []
+    for number, found in taken.items():
+        reading = [alone for alone, _ in found]
+        hidden = [2 * alone - together for alone, together in found]
+        row = {"side": "waits", "threads": number, "overlap": ratio(hidden, [15 / 16 * alone for alone in reading])}
+        rows.append(row | {"over_one": ratio([one[0] for one in taken[1]], reading)})
+        print(
+            f"reading that waits, {number} threads: overlap {row['overlap']}, {rows[-1]['over_one']} times one thread"
+        )
+    return rows
+
+
 def main() -> None:
     parser = make_parser(__doc__, rounds=7)
     parser.add_argument("--num_images", type=int, default=512)
@@ -152,7 +179,7 @@ def main() -> None:
     args = parse(parser)
     model, dataset = waiting_clip(), photographs(args.num_images)
     print(f"{num_processors()} processors to have")
-    finish(args, __doc__, [*overlap(model, dataset, args), *scaling(model, dataset, args)])
+    finish(args, __doc__, [*waits(args), *overlap(model, dataset, args), *scaling(model, dataset, args)])
 
 
 if __name__ == "__main__":
