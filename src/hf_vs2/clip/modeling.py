@@ -107,7 +107,8 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
     ):
         if isinstance(clip, VS2CLIPConfig):
             config = clip
-            clip = FAMILIES[config.clip_config.model_type].model._from_config(config.clip_config)  # type: ignore[union-attr]
+            own: Any = config.clip_config
+            clip = FAMILIES[own.model_type].model._from_config(own)
             saes = {layer_of(sae_config, clip): SAEModel(sae_config) for sae_config in config.sae_configs}
             check_widths(saes, clip)
             chosen = config.steering()

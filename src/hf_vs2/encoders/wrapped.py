@@ -1,4 +1,4 @@
-"""Models inside the wrappers of other libraries: the model itself, and weights that are kept elsewhere between calls."""
+"""Models inside the wrappers of other libraries: the model itself, and weights kept elsewhere between calls."""
 
 from __future__ import annotations
 
