@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import check_base_model, loaded_revision, resolve_layer
-from ..encoders.families import FAMILIES, family_of, is_steerable
+from ..encoders.families import FAMILIES, family_of, is_steerable, steerable
 from ..encoders.loading import check_clip, load_clip
 from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
 from ..encoders.wrapped import is_quantised, unwrapped
@@ -314,7 +314,10 @@ def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
 
 def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
     if not is_steerable(clip):
-        raise TypeError(f"clip must be a transformers CLIPModel, not {type(clip).__name__}.")
+        raise TypeError(
+            f"clip must be a transformers CLIPModel, not {type(clip).__name__}. (Or another family's model with texts: "
+            f"{', '.join(steerable())}.)"
+        )
     check_clip(clip)
     given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
     if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
