@@ -6,10 +6,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ...evaluation.table import WIDTH
 from ..results.analysis import summary
-
-
-WIDTH = 119
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,7 +16,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def wrapped(document: str) -> str:
-    """Paragraphs and items of lists in lines that fit a window and a diff; rows of tables stay whole."""
+    """Paragraphs and items of lists in lines that fit a terminal and a diff; rows of tables stay whole."""
     lines = []
     for line in document.split("\n"):
         if len(line) > WIDTH and not line.startswith(("|", "#")):
