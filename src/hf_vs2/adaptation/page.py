@@ -129,7 +129,8 @@ def _why(report: Mapping[str, Any]) -> str:
     ]
     table = "".join(f'<tr><th scope="row">{number}</th><td>{what}</td></tr>' for number, what in rows)
     details = (
-        f'<details><summary>The numbers behind it</summary><table class="facts"><tbody>{table}</tbody></table></details>'
+        '<details><summary>The numbers behind it</summary><table class="facts">'
+        f"<tbody>{table}</tbody></table></details>"
         if rows
         else ""
     )
@@ -219,7 +220,8 @@ def _bars(name: str, shares: Sequence[float]) -> str:
     """Share of the images in each tenth of the probability of the answer."""
     tallest = max(shares)
     bars = "".join(
-        f'<rect x="{4 + 31 * place}" y="{84 - 76 * share / tallest:.1f}" width="26" height="{76 * share / tallest:.1f}">'
+        f'<rect x="{4 + 31 * place}" y="{84 - 76 * share / tallest:.1f}" width="26" '
+        f'height="{76 * share / tallest:.1f}">'
         f"<title>probability {place / 10:.1f} to {(place + 1) / 10:.1f}: {share:.1%} of the images</title></rect>"
         for place, share in enumerate(shares)
     )
@@ -256,7 +258,8 @@ def _foot(report: Mapping[str, Any]) -> str:
     prompts = "; ".join(report["templates"][:8])
     return (
         f"<footer><p>Prompts: {_text(prompts)}. SAE: {sae['num_latents']:,} latents, {sae['top_k']} active, "
-        f"{sae.get('steps', 0):,} steps. hf_vs2 {_text(report['hf_vs2_version'])}, {_text(report['date'])}.</p></footer>"
+        f"{sae.get('steps', 0):,} steps. hf_vs2 {_text(report['hf_vs2_version'])}, {_text(report['date'])}."
+        "</p></footer>"
     )
 
 

@@ -23,8 +23,8 @@ from .names import LABELS_NAME, TEMPLATES_NAME, TO_LABEL_NAME
 
 
 FEW_SHOT_TOLD = (
-    "nearest_mean, tip_adapter and linear_probe learn from the checked labels, each fifth of the images from the other "
-    "four. They are no methods of the checkpoint: where they win by far, train on your labels instead."
+    "nearest_mean, tip_adapter and linear_probe learn from the checked labels, each fifth of the images from the "
+    "other four. They are no methods of the checkpoint: where they win by far, train on your labels instead."
 )
 FORMAT, FORMAT_VERSION = "hf_vs2.adaptation", 1
 
@@ -46,7 +46,8 @@ def report_of(
     """
     Args:
         request: what it is a report of, by which a second run is recognised.
-        found: the recommendation. few_shot: see [`cross_answers`], of the checked images. sae: its training's figures, and whether it is trusted.
+        found: the recommendation. few_shot: see [`cross_answers`], of the checked images. sae: its training's figures,
+            and whether it is trusted.
         answers: of all images. truth: their labels where they are checked, `(n,)`, -1 elsewhere.
         names: of the images. images, clip: where they come from.
         folder: of the checkpoint. again: the command that repeats the adaptation.
@@ -166,8 +167,8 @@ def _not_known(found: Recommendation) -> list[str]:
     return [
         "How many answers are right, of plain CLIP or adapted: that takes labels. A changed answer may be better or "
         "worse.",
-        "Whether the probabilities can be believed: that takes labels, too. They tend to be too high, the adapted ones "
-        "more so.",
+        "Whether the probabilities can be believed: that takes labels, too. They tend to be too high, the adapted "
+        "ones more so.",
         "How good the answers are on images of another kind than these.",
     ]
 
@@ -177,8 +178,8 @@ def _next(found: Recommendation, request: Mapping[str, Any], folder: Path, again
     if not found.candidates:
         steps = [
             {
-                "what": f"Fill in the column label of {to_label} ({TO_LABEL} images at most, drawn at random; leave it "
-                "empty where no label fits, not where it is hard to say), and let the labels decide:",
+                "what": f"Fill in the column label of {to_label} ({TO_LABEL} images at most, drawn at random; leave "
+                "it empty where no label fits, not where it is hard to say), and let the labels decide:",
                 "command": f"{again} --checked {shlex.quote(str(to_label))}",
             }
         ]
@@ -199,7 +200,8 @@ def told(report: Mapping[str, Any]) -> list[str]:
     sure = {name: calibration[name]["mean_confidence"] for name in ("plain", "adapted")}
     lines += ["", f"Mean probability of the answer: plain CLIP {sure['plain']:.0%}, adapted {sure['adapted']:.0%}."]
     lines += [
-        f"On the {one['n']} checked images: {name} {one['accuracy']:.0%} right, calibration error (ECE) {one['ece']:.2f}."
+        f"On the {one['n']} checked images: {name} {one['accuracy']:.0%} right, calibration error "
+        f"(ECE) {one['ece']:.2f}."
         for name, one in ((name, calibration[name].get("checked")) for name in ("plain", "adapted"))
         if one
     ]

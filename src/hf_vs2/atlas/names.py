@@ -1,4 +1,5 @@
-"""Words for the latents of an atlas: those a direction moves towards, those it moves away from, and what a search finds."""
+"""Words for the latents of an atlas: those a direction moves towards, those it moves away from, and what a search
+finds."""
 
 from __future__ import annotations
 

@@ -315,8 +315,8 @@ def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
 def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> dict[int, SAEModel]:
     if not is_steerable(clip):
         raise TypeError(
-            f"clip must be a transformers CLIPModel, not {type(clip).__name__}. (Or another family's model with texts: "
-            f"{', '.join(steerable())}.)"
+            f"clip must be a transformers CLIPModel, not {type(clip).__name__}. (Or another family's model with "
+            f"texts: {', '.join(steerable())}.)"
         )
     check_clip(clip)
     given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae

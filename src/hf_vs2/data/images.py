@@ -34,8 +34,8 @@ ROTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow reads pixels and EXIF of an opened file when they are first asked for, which two threads must not do at once: an
-# object's lock is found by its address.
+# Pillow reads pixels and EXIF of an opened file when they are first asked for, which two threads must not do at once:
+# an # object's lock is found by its address.
 _LOCKS = [threading.Lock() for _ in range(251)]
 LONGEST_NAME = 500  # letters of a path, an address or base64 in a message
 

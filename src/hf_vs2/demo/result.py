@@ -70,8 +70,8 @@ class DemoResult:
         covered = self.evaluation.row("vs2+gate")["coverage"]
         return [
             *wrapped(
-                f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE each, "
-                "no labels:"
+                f"A CLIP trained on typefaces reads {meta['n']:,} handwritten digits; {NUM_FOLDS} folds, one SAE "
+                "each, no labels:"
             ),
             "",
             terminal_table(self.evaluation, others="in results.json"),

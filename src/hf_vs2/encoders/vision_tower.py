@@ -145,8 +145,8 @@ class VisionTower:
         """Refuse, by a `ValueError`, layers whose rows can't be read."""
         if not family_of(self.module).has_tokens and set(layers) != {self.num_layers - 1}:
             raise ValueError(
-                f"{self.name or type(self.module).__name__} has no CLS token: of its layers only the last one's pooled "
-                f"row can be read (layer {self.num_layers - 1}, or -1), not {sorted(layers)}."
+                f"{self.name or type(self.module).__name__} has no CLS token: of its layers only the last one's "
+                f"pooled row can be read (layer {self.num_layers - 1}, or -1), not {sorted(layers)}."
             )
 
     @contextlib.contextmanager

@@ -182,7 +182,8 @@ def _run(
     classifiers: Mapping[str, torch.Tensor],
     batch_size: int,
 ) -> dict[tuple[Variant, str], Tally]:
-    """One pass over the rows `kept`, whose classes are `target`. Image features do not depend on the prompts: each kind is computed once a batch.
+    """One pass over the rows `kept`, whose classes are `target`. Image features do not depend on the prompts: each
+    kind is computed once a batch.
 
     `used` has the model of each variant: `model`, or one with another dictionary or mean image."""
     tallies = {(variant, name): Tally() for variant in used for name in classifiers}

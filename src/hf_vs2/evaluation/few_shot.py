@@ -14,8 +14,8 @@ SHARPNESS, RESIDUAL = 5.5, 1.0
 """Tip-Adapter's beta and alpha, as its paper has them for ImageNet without training (arXiv 2111.03930)."""
 
 PENALTY = 1 / (0.316 * 10**2)
-"""Of the probe's weights: scikit-learn's C = 0.316, which CLIP's own example takes, for embeddings of unit length where
-CLIP's are about 10 long."""
+"""Of the probe's weights: scikit-learn's C = 0.316, which CLIP's own example takes, for embeddings of unit length
+where CLIP's are about 10 long."""
 
 
 def draw_shots(target: torch.Tensor, shots: int, seed: int) -> torch.Tensor:

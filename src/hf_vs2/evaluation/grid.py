@@ -196,7 +196,7 @@ def plot_grid(
     title: str | None = None,
 ) -> Path:
     """
-    Draw what [`steering_grid`] measured as gains over plain CLIP, blue where a setting gains and orange where it loses.
+    Draw what [`steering_grid`] measured as gains over plain CLIP, blue where a setting gains, orange where it loses.
 
     Args:
         grid, gammas, lambdas: its result and its settings.
@@ -211,7 +211,8 @@ def plot_grid(
     gain = grid.top1 - grid.plain
     if gain.shape != (len(gammas), len(lambdas)):
         raise ValueError(
-            f"the grid has {gain.shape[0]} x {gain.shape[1]} cells, for {len(gammas)} gammas and {len(lambdas)} lambdas."
+            f"the grid has {gain.shape[0]} x {gain.shape[1]} cells, for {len(gammas)} gammas and {len(lambdas)} "
+            "lambdas."
         )
     # What gamma below 1 or the largest steps cost can be so much that all other settings would look alike.
     limit = max(min(1.5 * float(gain.abs().quantile(0.9)), float(gain.abs().max())), 1e-9)

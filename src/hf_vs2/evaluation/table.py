@@ -54,7 +54,8 @@ def terminal_table(result: EvaluationResult, every_row: bool = False, others: st
     few = next((row for row in shown if "shots" in row), None)
     if few is not None:
         lines += wrapped(
-            f"{', '.join(FEW_SHOT)} were given {few['labelled']:,} other labelled images, {few['shots']} of each class."
+            f"{', '.join(FEW_SHOT)} were given {few['labelled']:,} other labelled images, {few['shots']} of each "
+            "class."
         )
     lines += [line for fact in _facts(shown) for line in wrapped(fact)]
     hidden = len({row["method"] for row in rows} - {row["method"] for row in shown})

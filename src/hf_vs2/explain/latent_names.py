@@ -9,8 +9,8 @@ derivative at the rows that activate the latent, in place of the mean, names the
 
 Text embeddings share a large common part (the modality gap), to which a direction is near or far whatever it means. So
 the vocabulary's mean embedding is subtracted from each word before the cosine: a name says what sets a word apart from
-the others in the vocabulary, and a score depends on the vocabulary. There is always a nearest word, so a name must score
-more than the nearest word of directions without a meaning ([`chance_score`]).
+the others in the vocabulary, and a score depends on the vocabulary. There is always a nearest word, so a name must
+score more than the nearest word of directions without a meaning ([`chance_score`]).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How every drawing looks: sizes of a paper's column, letters, colours, and files whose text is text.
 
-matplotlib (the `report` extra) is imported when the first drawing is made. Figures are made without pyplot: no window, no global
-state, and nothing left open in a notebook or a server.
+matplotlib (the `report` extra) is imported when the first drawing is made. Figures are made without pyplot: no window,
+no global state, and nothing left open in a notebook or a server.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from ..parsing import Parser, UsageError
 
 USAGE = "--model M --dataset D --labels NAME... --output_dir O [options]"
 DESCRIPTION = """\
-From a folder of unlabelled images and the labels to choose from to a checkpoint that answers by the method that suits them, or
-by plain CLIP where no method does. Five steps: CLIP reads the images, a sparse autoencoder is trained, a method is chosen, its
-answers are compared with plain CLIP's, and report.html says what was chosen, why, what it changes and what is not known.
-Run again, it repeats nothing; interrupted, it resumes."""
+From a folder of unlabelled images and the labels to choose from to a checkpoint that answers by the method that suits
+them, or by plain CLIP where no method does. Five steps: CLIP reads the images, a sparse autoencoder is trained, a
+method is chosen, its answers are compared with plain CLIP's, and report.html says what was chosen, why, what it
+changes and what is not known. Run again, it repeats nothing; interrupted, it resumes."""
 EXAMPLES = """\
 examples:
   hf-vs2 adapt --model openai/clip-vit-base-patch32 --dataset photos/ --labels cat dog horse \\
@@ -46,7 +46,8 @@ def add_flags(parser: Parser) -> None:
         "--checked",
         type=Path,
         metavar="CSV",
-        help="Table with the columns file and label, such as to_label.csv filled in: a paired test on these images decides.",
+        help="Table with the columns file and label, such as to_label.csv filled in: a paired test on these "
+        "images decides.",
     )
     parser.section("output")
     parser.flag(

@@ -72,7 +72,8 @@ def add_flags(parser: Parser) -> None:
         type=int,
         kind=whole(1, 1_000_000),
         metavar="K",
-        help="Give K labelled images a class to a linear probe, Tip-Adapter and nearest class mean; all rows are measured on the rest.",
+        help="Give K labelled images a class to a linear probe, Tip-Adapter and nearest class mean; all rows are "
+        "measured on the rest.",
     )
     parser.section("prompts")
     parser.flag(

@@ -144,8 +144,9 @@ class ResultFacts:
             else "is worse than plain CLIP"
         )
         text = (
-            f"On {escaped(self.data_set_name)} with {encoder}, {_METHOD_NAMES[row['method']]} {verdict}: {row['top1']:.1f} % against "
-            f"{plain['top1']:.1f} % top-1, a gain of {_interval(row)} points (95 % interval, {code(row['prompts'])} prompts)."
+            f"On {escaped(self.data_set_name)} with {encoder}, {_METHOD_NAMES[row['method']]} {verdict}: "
+            f"{row['top1']:.1f} % against {plain['top1']:.1f} % top-1, a gain of {_interval(row)} points (95 % "
+            f"interval, {code(row['prompts'])} prompts)."
         )
         others = [one for one in self._compared(row["prompts"]) if not _has_a_dictionary(one["method"])]
         if others:

@@ -6,8 +6,8 @@ from ..checkpoint_folder import SAE_TYPE, VS2_TYPE
 
 
 SHIM_NAME = "hf_vs2_shim.py"
-# Without hf_vs2 imported, transformers asks for trust_remote_code=True. With it, it looks into this file for the classes.
-# (Imports inside `try` are left to the file; of others transformers says that PyPI has them.)
+# Without hf_vs2 imported, transformers asks for trust_remote_code=True. With it, it looks into this file for the
+# classes. (Imports inside `try` are left to the file; of others transformers says that PyPI has them.)
 SHIM = f"""# The classes of this checkpoint come with the package hf_vs2.
 try:
     from hf_vs2 import SAEConfig, SAEModel, VS2CLIPConfig, VS2CLIPForZeroShot

@@ -259,7 +259,8 @@ def _draw_classes(
         best, worst = order[: min(won, BEST_AND_WORST)], order[len(order) - min(lost, BEST_AND_WORST) :]
         between = len(order) - len(best) - len(worst)
         shown = [*best, None, *worst]
-        notes += f" Shown: the {len(best)} largest gains and the {len(worst)} largest losses, which noise alone would spread too."
+        notes += f" Shown: the {len(best)} largest gains and the {len(worst)} largest losses, "
+        notes += "which noise alone would spread too."
     sheet = study.sheet(
         f"Gain by class: {study.title(dataset)}, {encoder}",
         notes,
@@ -279,7 +280,11 @@ def _draw_classes(
             axes.scatter(gains[index], [place] * len(tables), s=9, color="black", linewidths=0, zorder=3)
         before, after = (np.mean([table[index][key] for table in tables]) for key in ("plain", "steered"))
         axes.annotate(
-            f"{before:.0f} → {after:.0f} %", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7
+            f"{before:.0f} → {after:.0f} %",
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=7,
         )
     axes.set_yticks(
         range(len(shown)),

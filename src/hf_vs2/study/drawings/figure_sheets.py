@@ -99,8 +99,8 @@ class StudyReader:
 
 class Sheet:
     """
-    A figure as wide as a page of a paper, or as a column where it has one panel: title and notes at its upper left, panels
-    below, and one legend for all of them at the bottom.
+    A figure as wide as a page of a paper, or as a column where it has one panel: title and notes at its upper left,
+    panels below, and one legend for all of them at the bottom.
 
     Args:
         title, notes: empty where a caption says them.
@@ -142,7 +142,8 @@ class Sheet:
             (lines, under, {"fontsize": 7.5, "color": "0.25"}),
         ):
             if text:
-                self.figure.text(0.05 / width, at, "\n".join(text), va="top", linespacing=1.2, **look)  # type: ignore[arg-type]
+                joined: dict[str, Any] = {"va": "top", "linespacing": 1.2} | look
+                self.figure.text(0.05 / width, at, "\n".join(text), **joined)
         self.axes = self.figure.subplots(rows, columns, squeeze=False, **options)
 
     def panels(self, count: int) -> list[Axes]:

@@ -1,5 +1,5 @@
-"""A study's results as figures, PNG, SVG and PDF. They need the `report` extra (matplotlib), imported when the first one is
-drawn.
+"""A study's results as figures, PNG, SVG and PDF. They need the `report` extra (matplotlib), imported when the first
+one is drawn.
 
 Colours are Okabe and Ito's, or a diverging map that colour-blind readers can tell apart; a marker, a dash or a number
 always says the same. Nothing here picks a setting: where one is varied, the study's own is marked as the default.

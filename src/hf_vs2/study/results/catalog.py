@@ -73,12 +73,12 @@ STEERED_LAYERS = {"vs2_last2": 2, "vs2_last3": 3}
 
 
 GROUPS = ("without an SAE", "with an SAE", "the SAE replaced", "retrieval or pseudo-labels", "with labels")
-"""What a method is, for tables and figures; "the SAE replaced" are the controls that run a rule with something untrained
-in the SAE's place."""
+"""What a method is, for tables and figures; "the SAE replaced" are the controls that run a rule with something
+untrained in the SAE's place."""
 
 
 def group_of(name: str) -> str:
-    """The one of [`GROUPS`] that a method belongs to; those of a study's file that nothing knows are without an SAE."""
+    """The one of [`GROUPS`] that a method belongs to; those of a file that nothing knows are without an SAE."""
     about = study_methods().get(name)
     if about is None:
         return GROUPS[0]
