@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_vs2 import RetrievalCorpus, SAEConfig, SAEModel, VS2CLIPForZeroShot
 from hf_vs2.data import store as stores
-from hf_vs2.data.activations import ActivationStore
+from hf_vs2.data.stores.activations import ActivationStore
 
 
 HIDDEN_SIZE = 768

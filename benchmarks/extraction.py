@@ -28,7 +28,7 @@ from pipeline_throughput import SHARED_DATA, photographs
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from hf_vs2 import extract_activations
-from hf_vs2.data.fingerprint import dataset_fingerprint, model_fingerprint
+from hf_vs2.data.stores.fingerprint import dataset_fingerprint, model_fingerprint
 
 
 FEATURES = Features({"image": ImageFeature()})

@@ -25,7 +25,7 @@ from common import finish, make_parser, parse, ratio, seconds_in_turn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_vs2 import ActivationStore, SAEConfig, SAETrainer, SAETrainingArguments
-from hf_vs2.data.store_format import FORMAT, FORMAT_VERSION, read_shard_header, write_index, write_shard
+from hf_vs2.data.stores.store_format import FORMAT, FORMAT_VERSION, read_shard_header, write_index, write_shard
 
 
 SHARD_ROWS = 4096

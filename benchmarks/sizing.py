@@ -18,7 +18,7 @@ import torch
 from common import finish, make_parser, parse
 
 from hf_vs2 import SAEConfig, SAEModel
-from hf_vs2.data.store_format import read_shard_header, write_shard
+from hf_vs2.data.stores.store_format import read_shard_header, write_shard
 
 
 SMALL = 1024

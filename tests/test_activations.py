@@ -23,8 +23,8 @@ from transformers import CLIPImageProcessorPil
 
 from hf_vs2.data import UnreadableImageError, load_images, open_image
 from hf_vs2.data import batches as image_batches
-from hf_vs2.data.activations import ActivationStore, StoreError, extract_activations
-from hf_vs2.data.fingerprint import dataset_fingerprint
+from hf_vs2.data.stores.activations import ActivationStore, StoreError, extract_activations
+from hf_vs2.data.stores.fingerprint import dataset_fingerprint
 
 
 def noise_image(number: int, mode: str = "RGB") -> Image.Image:
@@ -241,7 +241,7 @@ def test_a_second_run_decodes_nothing_wherever_the_data_and_their_cache_are(extr
 @pytest.mark.parametrize("budget", [2**26, 1000])
 def test_an_image_folder_is_known_by_its_files(extract, opened, tmp_path, budget, monkeypatch):
     """Small sets by content, large ones (made one here by a tiny budget) by names, sizes and dates."""
-    monkeypatch.setattr("hf_vs2.data.fingerprint.CONTENT_BUDGET", budget)
+    monkeypatch.setattr("hf_vs2.data.stores.fingerprint.CONTENT_BUDGET", budget)
     for n in range(9):
         (tmp_path / "here" / f"{n % 3}").mkdir(parents=True, exist_ok=True)
         noise_image(n).save(tmp_path / "here" / f"{n % 3}" / f"{n}.bmp")
@@ -259,7 +259,7 @@ def test_an_image_folder_is_known_by_its_files(extract, opened, tmp_path, budget
 
 
 def test_a_large_set_of_embedded_images_is_known_by_sizes_and_a_sample(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_vs2.data.fingerprint.CONTENT_BUDGET", 1000)
+    monkeypatch.setattr("hf_vs2.data.stores.fingerprint.CONTENT_BUDGET", 1000)
 
     def known_as(dataset):
         return dataset_fingerprint(dataset, "image", None)

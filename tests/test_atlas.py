@@ -29,10 +29,10 @@ from hf_vs2.atlas.statistics import (
     nearest_latents,
     spread,
 )
-from hf_vs2.data.activations import extract_activations
 from hf_vs2.data.images import UnreadableImageError, open_image
 from hf_vs2.data.labels.prompts import class_embeddings
-from hf_vs2.data.rows import rows_of
+from hf_vs2.data.stores.activations import extract_activations
+from hf_vs2.data.stores.rows import rows_of
 
 
 CLASSES = ["dog", "<script>alert(1)</script>", 'cat" onmouseover="x', "bird & fish", "tree"]

@@ -7,7 +7,7 @@ import torch
 from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, calibrate
-from hf_vs2.data.rows import rows_of
+from hf_vs2.data.stores.rows import rows_of
 from hf_vs2.functional import equations as functional
 from hf_vs2.training import calibration
 from hf_vs2.training.calibration import activation_statistics, conformal_quantiles, split_rows

@@ -29,7 +29,7 @@ from hf_vs2.cli.answers import Table
 from hf_vs2.cli.parsing import Parser, dataclass_from
 from hf_vs2.data import images as data_images
 from hf_vs2.data import load_images
-from hf_vs2.data.activations import extract_activations
+from hf_vs2.data.stores.activations import extract_activations
 from hf_vs2.evaluation.comparison import evaluate
 from hf_vs2.evaluation.methods import evaluation_methods
 from hf_vs2.training.arguments import SAETrainingArguments

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import measure_statistics
-from hf_vs2.data.rows import Rows
+from hf_vs2.data.stores.rows import Rows
 from hf_vs2.encoders.tail import clip_embeds
 from hf_vs2.functional.label_free import row_distance
 

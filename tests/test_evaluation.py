@@ -17,8 +17,8 @@ from transformers import CLIPImageProcessorPil
 
 from hf_vs2.clip.modeling import VS2CLIPForZeroShot
 from hf_vs2.config.sae import SAEConfig
-from hf_vs2.data.activations import extract_activations
 from hf_vs2.data.labels.prompts import class_embeddings
+from hf_vs2.data.stores.activations import extract_activations
 from hf_vs2.evaluation import EvaluationResult, evaluate, paired_bootstrap
 from hf_vs2.evaluation.controls import control_model
 from hf_vs2.evaluation.methods import evaluation_methods

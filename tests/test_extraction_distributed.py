@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_activations import contents, make_dataset, make_processor
 
-from hf_vs2.data.activations import ActivationStore, extract_activations
 from hf_vs2.data.batches import Columns, ImageReader
-from hf_vs2.data.extraction import Extraction, even_shard_size
-from hf_vs2.data.store_format import read_index, write_shard
+from hf_vs2.data.stores.activations import ActivationStore, extract_activations
+from hf_vs2.data.stores.extraction import Extraction, even_shard_size
+from hf_vs2.data.stores.store_format import read_index, write_shard
 from hf_vs2.encoders.vision_tower import VisionTower
 
 

@@ -20,7 +20,7 @@ from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, calibrate
 from hf_vs2.cli import main
-from hf_vs2.data.rows import rows_of
+from hf_vs2.data.stores.rows import rows_of
 from hf_vs2.files.foreign import checkpoint, detect
 from hf_vs2.training.calibration import activation_statistics
 

@@ -24,8 +24,8 @@ import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, extract_activations, load_images
 from hf_vs2.atlas.writing import thumbnail, write_thumbnails
 from hf_vs2.data import UnreadableImageError, open_image
-from hf_vs2.data.batches import uint8_pixels
 from hf_vs2.data.images import heif_is_readable
+from hf_vs2.data.pixels import uint8_pixels
 from hf_vs2.data.web import read_url
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.processing import load_processing

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from hf_vs2.data.rows import rows_of
-from hf_vs2.data.store import ActivationStore, _fill
-from hf_vs2.data.store_format import (
+from hf_vs2.data.stores.rows import rows_of
+from hf_vs2.data.stores.store import ActivationStore, _fill
+from hf_vs2.data.stores.store_format import (
     FORMAT,
     FORMAT_VERSION,
     ROW_DTYPES,

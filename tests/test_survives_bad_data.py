@@ -21,8 +21,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from hf_vs2 import ActivationStore, SAETrainer, SAETrainingArguments, calibrate, zero_shot_classifier
 from hf_vs2.cli import main
 from hf_vs2.data import UnreadableImageError, load_images, open_image
-from hf_vs2.data.activations import extract_activations
 from hf_vs2.data.inputs import NamedImage
+from hf_vs2.data.stores.activations import extract_activations
 from hf_vs2.steering.corpus import RetrievalCorpus
 from hf_vs2.steering.retrieval import embed_images
 

@@ -25,8 +25,8 @@ from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel
 from transformers.utils import logging
 
 from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
-from hf_vs2.data.activations import ActivationStore, extract_activations
 from hf_vs2.data.registry import dataset_info
+from hf_vs2.data.stores.activations import ActivationStore, extract_activations
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
 from hf_vs2.files.report import EvaluationResult
 from hf_vs2.study.config import StudyConfig

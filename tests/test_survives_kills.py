@@ -25,7 +25,7 @@ STEPS = 12
 FOLDER_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "datasets", "hf_vs2.training.trainer", "hf_vs2.data.activations", "hf_vs2.cli.commands.calibrate", "transformers.models.clip.modeling_clip"]
+    ["torch", "datasets", "hf_vs2.training.trainer", "hf_vs2.data.stores.activations", "hf_vs2.cli.commands.calibrate", "transformers.models.clip.modeling_clip"]
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def extract(material: Path, folder: Path, layers: tuple[int, ...] = (-1,)):
     import datasets
     from transformers import CLIPImageProcessorPil, CLIPModel
 
-    from hf_vs2.data.activations import extract_activations
+    from hf_vs2.data.stores.activations import extract_activations
 
     return extract_activations(
         CLIPModel.from_pretrained(material / "clip"),
@@ -126,7 +126,7 @@ def train_anew(folder: Path, rows_of: Path, changed: dict) -> None:
 
 def poll_store(folder: Path, stop) -> None:
     """Opens the store again and again while others make it: refused as unfinished, or whole."""
-    from hf_vs2.data.activations import ActivationStore, StoreError
+    from hf_vs2.data.stores.activations import ActivationStore, StoreError
 
     seen = {"refused": 0, "whole": 0}
     sums = set()
@@ -224,7 +224,7 @@ def undisturbed(material, tmp_path_factory):
 def assert_nothing_torn(folder: Path, undisturbed: tuple) -> None:
     """Whatever has the name of a whole thing is whole, and what it is in the undisturbed run."""
     from hf_vs2 import SAEModel
-    from hf_vs2.data.activations import ActivationStore
+    from hf_vs2.data.stores.activations import ActivationStore
 
     reference, trained, *_ = undisturbed
     whole = visible(reference)
@@ -314,7 +314,7 @@ def test_who_loses_its_partner_says_so_and_both_go_on(material, tmp_path, job):
             one.join(200)
             assert one.exitcode == 0
         if job == "extraction":
-            from hf_vs2.data.activations import ActivationStore
+            from hf_vs2.data.stores.activations import ActivationStore
 
             assert ActivationStore.open(folder / "activations").image_indices.tolist() == list(range(60))
     if job == "training":

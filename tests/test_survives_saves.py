@@ -20,7 +20,7 @@ from transformers import CLIPModel
 
 from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
 from hf_vs2.atlas.writing import atlas_folder
-from hf_vs2.data.activations import ActivationStore
+from hf_vs2.data.stores.activations import ActivationStore
 from hf_vs2.files.atomic import replace_file, replace_folder, replace_text
 from hf_vs2.files.weight_files import WeightFiles, write_tensors
 from hf_vs2.study.results.cells import Cell, Outputs, load_cell, save_cell
@@ -463,7 +463,7 @@ def test_a_store_of_an_earlier_version_is_read(tmp_path, monkeypatch):
         write_tensors(path, tensors, {name: value for name, value in about.items() if name != "digests"})
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_vs2.data.store_format.write_tensors", write)
+        patch.setattr("hf_vs2.data.stores.store_format.write_tensors", write)
         store_folder(tmp_path)
     with bounded_memory():
         assert len(store_numbers(tmp_path)[0]) == 10

@@ -19,8 +19,8 @@ from toy import clip_like_rows, make_sae, sparse_rows
 
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
 from hf_vs2.data.ahead import THREAD_NAME
-from hf_vs2.data.rows import UnionRows, rows_of
-from hf_vs2.data.store_format import read_shard_header, write_index, write_shard
+from hf_vs2.data.stores.rows import UnionRows, rows_of
+from hf_vs2.data.stores.store_format import read_shard_header, write_index, write_shard
 from hf_vs2.functional import prototype_alignment
 from hf_vs2.functional.label_free import row_distance
 from hf_vs2.sae import modeling as modeling_sae

@@ -13,8 +13,9 @@ from PIL import Image
 
 import hf_vs2
 from hf_vs2 import VS2Explanation
-from hf_vs2.data.batches import Normalizer, read_pixels
+from hf_vs2.data.batches import read_pixels
 from hf_vs2.data.inputs import NamedImage, NamedImages
+from hf_vs2.data.pixels import Normalizer
 from hf_vs2.methods import METHODS, Method
 
 

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from .training.trainer import SAETrainer
 
 _HOMES = {
-    "ActivationStore": "data.activations",
-    "extract_activations": "data.activations",
+    "ActivationStore": "data.stores.activations",
+    "extract_activations": "data.stores.activations",
     "adapt": "adaptation",
     "build_atlas": "atlas",
     "calibrate": "training.calibration",

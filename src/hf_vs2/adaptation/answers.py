@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.rows import Rows
+from ..data.stores.rows import Rows
 from ..encoders.tail import clip_embeds, unit_embeds
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..atlas.writing import thumbnails
 from ..data.images import one_line
-from ..evaluation.recommendation import SHOWN_EVIDENCE, evidence_text
+from ..evaluation.evidence import SHOWN_EVIDENCE, evidence_text
 from ..files.atomic import replace_text
 from .report import FEW_SHOT_TOLD, change_sentence, method_label
 

@@ -18,10 +18,10 @@ from ..clip.classifier import zero_shot_classifier
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
 from ..config.sae import SAEConfig
-from ..data.activations import ActivationStore, extract_activations
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings, resolve_templates
-from ..data.rows import rows_of
+from ..data.stores.activations import ActivationStore, extract_activations
+from ..data.stores.rows import rows_of
 from ..encoders.families import is_steerable
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..encoders.vision_tower import best_device

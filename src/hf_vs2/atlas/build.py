@@ -15,7 +15,7 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.labels.prompts import class_embeddings
-from ..data.rows import Rows, RowSource, StoreRows
+from ..data.stores.rows import Rows, RowSource, StoreRows
 from ..evaluation.inputs import check_replayable, replayable_rows
 from ..files.report import Results
 from ..version import __version__

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.rows import Rows
+from ..data.stores.rows import Rows
 from ..encoders.tail import unit_embeds
 from ..functional.equations import keep_norm
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.rows import Rows
+from ..data.stores.rows import Rows
 from ..encoders.tail import unit_embeds
 from ..evaluation.metrics import accuracy_by_class, count_by_class
 from ..explain.explanation import explain_rows

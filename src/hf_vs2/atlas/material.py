@@ -14,7 +14,7 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.labels.names import clean_class_names
-from ..data.rows import Rows
+from ..data.stores.rows import Rows
 from ..evaluation.grid import steering_grid
 from ..evaluation.inputs import class_labels, named_labels
 from ..files.json_files import read_json

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.rows import Rows
+from ..data.stores.rows import Rows
 from ..files.progress import progress_bar
 from ..training.calibration import refuse_overflow
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..clip.modeling import VS2CLIPForZeroShot
     from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
     from ..config.sae import SAEConfig
-    from ..data.activations import ActivationStore
     from ..data.labels.lists import Names
+    from ..data.stores.activations import ActivationStore
 
 
 # Output
@@ -243,7 +243,7 @@ def extract(
     **options: Any,
 ) -> ActivationStore:
     """`extract_activations` with the flags of [`add_extraction_flags`]. Several processes share the work."""
-    from ..data.activations import extract_activations
+    from ..data.stores.activations import extract_activations
 
     return extract_activations(
         model,

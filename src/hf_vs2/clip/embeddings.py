@@ -14,11 +14,12 @@ import torch
 from transformers.pipelines.pt_utils import KeyDataset
 
 from ..data.ahead import num_processors
-from ..data.batches import Normalizer, read_groups
+from ..data.batches import read_groups
 from ..data.folders.listing import list_images
 from ..data.inputs import SINGLE_IMAGE, NamedImage, NamedImages, NamedStream
 from ..data.labels.prompts import tokenized
 from ..data.load import undecoded
+from ..data.pixels import Normalizer
 from ..encoders.tail import unit_embeds
 from ..encoders.wrapped import device_of
 from ..files.progress import progress_bar

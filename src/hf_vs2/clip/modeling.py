@@ -17,7 +17,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from ..config.sae import SAEConfig
-from ..config.vs2_clip import Steering, VS2CLIPConfig
+from ..config.vs2_clip import Steering, VS2CLIPConfig, changed
 from ..encoders.base_model import loaded_revision
 from ..encoders.families import FAMILIES, family_of
 from ..encoders.processing import save_processing
@@ -33,7 +33,7 @@ from ..sae.statistics import DomainStatistics
 from ..steering.corpus_search import RetrievalInputs, pop_retrieval_inputs
 from ..steering.label_sets import LabelSets
 from ..steering.outputs import VS2CLIPOutput, VS2ImageFeatures, per_image
-from ..steering.steerer import Steerer, changed
+from ..steering.steerer import Steerer
 from .embeddings import EmbeddingMixin
 from .loading import (
     at_layer,

@@ -12,9 +12,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
 from ..data.ahead import num_processors
-from ..data.batches import Normalizer, read_pixels
+from ..data.batches import read_pixels
 from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
+from ..data.pixels import Normalizer
 from ..encoders.families import is_steerable
 from ..encoders.loading import check_clip
 from ..encoders.processing import knows_words

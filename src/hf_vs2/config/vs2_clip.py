@@ -1,7 +1,8 @@
 """Configuration of a CLIP with sparse autoencoders plugged in, and the steering settings they share."""
 
 import copy
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
@@ -100,6 +101,20 @@ class Steering:
     def gamma_factors(self) -> tuple[float, ...]:
         """gamma as a tuple: one number, or one a latent."""
         return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
+
+
+def changed(before: Steering, settings: Mapping[str, Any]) -> Steering:
+    """Settings with some changed. Tensors and arrays become a number or a tuple of them."""
+    given = {name: _plain_value(value) for name, value in settings.items()}
+    for name, other in (("gate", "fvu_threshold"), ("fvu_threshold", "gate")):
+        if given.get(name) is not None:
+            given.setdefault(other, None)
+    return replace(before, **given)
+
+
+def _plain_value(setting: Any) -> Any:
+    setting = setting.tolist() if hasattr(setting, "tolist") else setting
+    return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting
 
 
 @strict_values
@@ -238,4 +253,4 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         return output
 
 
-__all__ = ["Steering", "VS2CLIPConfig"]
+__all__ = ["Steering", "VS2CLIPConfig", "changed"]

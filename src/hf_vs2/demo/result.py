@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.activations import ActivationStore
 from ..data.labels.prompts import SINGLE_TEMPLATE
+from ..data.stores.activations import ActivationStore
 from ..evaluation.comparison import EvaluationResult
 from ..evaluation.table import terminal_table, wrapped
 from .data import DIGIT_NAMES

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
-from ..data.activations import ActivationStore, extract_activations
+from ..data.stores.activations import ActivationStore, extract_activations
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
 from ..evaluation.comparison import EvaluationResult, evaluate

@@ -23,7 +23,7 @@ from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
-from ..data.rows import Rows, RowSource, StoreRows
+from ..data.stores.rows import Rows, RowSource, StoreRows
 from ..encoders.families import embedding_width
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..files.report import EvaluationResult, SampleOutputs

@@ -242,13 +242,38 @@ def why_others(inside: float, drift: float, noise: float) -> str:
     return ""
 
 
+SHOWN_EVIDENCE = {
+    "inside": "of your images inside the checkpoint's gate by distance",
+    "inside_fvu": "of your images inside its gate by FVU",
+    "drift": "more confidence of plain CLIP in the checkpoint's images than in yours, label by label",
+    "evenness_here": "evenness of the labels among your images (1: as even as so many images can be)",
+    "rows": "unlabelled images that methods are fitted to",
+    "rows_per_label": "of them a label",
+    "confidence": "mean probability of plain CLIP's answer",
+    "explained": "of what CLIP says of them can be told from the other images (needed: 50%)",
+    "commonest": "of them of the commonest label (at most 60%)",
+    "evenness": "evenness of the labels among them",
+    "trust": "of their strength for anchored prototypes",
+}
+"""What each number of the evidence is, for people."""
+
+
+def evidence_text(name: str, value: float) -> str:
+    """A number of the evidence as people read it."""
+    if name in ("rows", "rows_per_label"):
+        return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+    return f"{value:.2f}" if name.startswith("evenness") else f"{value:.0%}"
+
+
 __all__ = [
+    "SHOWN_EVIDENCE",
     "Evidence",
     "Shift",
     "Sureness",
     "decide",
     "embeds_of",
     "evenness",
+    "evidence_text",
     "gather_evidence",
     "inside",
     "shift_of",

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..data.rows import RowSource
+from ..data.stores.rows import RowSource
 from ..encoders.tail import Tail, fold_tail, unit_embeds
 from ..files.figure_style import (
     COLUMN,

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.labels.names import match_names, names_by_place
-from ..data.rows import Rows, RowSource, rows_of
+from ..data.stores.rows import Rows, RowSource, rows_of
 from ..encoders.base_model import warn_of_relative
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..encoders.tail import check_temperature

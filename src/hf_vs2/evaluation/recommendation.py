@@ -17,12 +17,22 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
 from ..data.labels.lists import Names
-from ..data.rows import Rows, RowSource
+from ..data.stores.rows import Rows, RowSource
 from ..encoders.tail import is_sigmoid, softmax_temperature, unit_embeds
 from ..files.json_files import write_json
 from ..methods import METHODS, method_named
 from ..training.domain import SKETCH_ROWS, measure_statistics
-from .evidence import Evidence, Shift, decide, embeds_of, gather_evidence, inside, shift_of
+from .evidence import (
+    SHOWN_EVIDENCE,
+    Evidence,
+    Shift,
+    decide,
+    embeds_of,
+    evidence_text,
+    gather_evidence,
+    inside,
+    shift_of,
+)
 from .inputs import are_stored, check_replayable, named_labels, replayable_rows
 from .metrics import Gain
 from .table import WIDTH
@@ -36,19 +46,6 @@ ERROR, POWER = 0.05, 0.8
 """Of the paired test: how often it may name a method that is no better, and how often it should find one that is."""
 TO_KNOW = "label 100 images, know"
 _SAFE = ("none", "anchored_prototypes")
-SHOWN_EVIDENCE = {
-    "inside": "of your images inside the checkpoint's gate by distance",
-    "inside_fvu": "of your images inside its gate by FVU",
-    "drift": "more confidence of plain CLIP in the checkpoint's images than in yours, label by label",
-    "evenness_here": "evenness of the labels among your images (1: as even as so many images can be)",
-    "rows": "unlabelled images that methods are fitted to",
-    "rows_per_label": "of them a label",
-    "confidence": "mean probability of plain CLIP's answer",
-    "explained": "of what CLIP says of them can be told from the other images (needed: 50%)",
-    "commonest": "of them of the commonest label (at most 60%)",
-    "evenness": "evenness of the labels among them",
-    "trust": "of their strength for anchored prototypes",
-}
 
 
 @dataclass
@@ -368,13 +365,6 @@ def _gain(one: dict[str, Any]) -> str:
     return f"{one['gain']:+.1f} points [{low:+.1f}, {high:+.1f}]"
 
 
-def evidence_text(name: str, value: float) -> str:
-    """A number of the evidence as people read it."""
-    if name in ("rows", "rows_per_label"):
-        return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
-    return f"{value:.2f}" if name.startswith("evenness") else f"{value:.0%}"
-
-
 def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         f"On {candidates[0]['n']} labelled images:",
@@ -388,14 +378,12 @@ def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
 
 
 __all__ = [
-    "SHOWN_EVIDENCE",
     "Evidence",
     "Recommendation",
     "Shift",
     "apply_method",
     "candidates_of",
     "decide",
-    "evidence_text",
     "gather_evidence",
     "recommend",
     "sign_test",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.batches import uint8_pixels
+from ..data.pixels import uint8_pixels
 from ..files.figure_style import GAIN, GREY, GRID_LINES, LOSS, PAGE, check_drawing, new_figure, save_figure, style
 from .explanation import VS2Explanation
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.batches import Normalizer, read_pixels
+from ..data.batches import read_pixels
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings
+from ..data.pixels import Normalizer
 from ..encoders.families import family_of
 from ..files.json_files import read_json
 from .explanation import VS2Explanation, explain_rows

@@ -24,6 +24,7 @@ from ..files.progress import without_loading_bars
 from ..files.sharing.hub import HubMixin
 from ..files.weight_files import WeightFiles
 from ..functional.equations import fvu_per_sample, top_k
+from ..functional.shards import own_part
 from ..functional.sparse_ops import LatentOrder, linear_at, sparse_decode
 from .statistics import DomainStatistics
 
@@ -128,9 +129,8 @@ class SAEModel(HubMixin, PreTrainedModel):
         state = files.read(config.digests)
         statistics = DomainStatistics.load(source, place, config.digests) if config.holds_statistics else None
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
-        name = str(source)
         found, *_ = model if isinstance(model, tuple) else (model,)  # with output_loading_info=True
-        found.config.name_or_path = found.name_or_path = name
+        found.config.name_or_path = found.name_or_path = str(source)
         found.set_domain_statistics(statistics)
         return model
 
@@ -350,7 +350,7 @@ class SAEModel(HubMixin, PreTrainedModel):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Set every decoder direction to unit norm. Call it after the optimizer's step. A zero row stays zero."""
-        weight = _own_rows(self.W_dec)
+        weight = own_part(self.W_dec)
         norms = torch.linalg.vector_norm(weight, dim=-1, keepdim=True, dtype=torch.float32)
         weight.div_(torch.where(norms > 0, norms, 1).to(weight.dtype))
 
@@ -364,7 +364,7 @@ class SAEModel(HubMixin, PreTrainedModel):
         """
         if self.W_dec.grad is None:
             raise RuntimeError("W_dec has no gradient: call remove_parallel_decoder_gradient() after backward().")
-        weights, grads = _own_rows(self.W_dec), _own_rows(self.W_dec.grad)
+        weights, grads = own_part(self.W_dec), own_part(self.W_dec.grad)
         # On a CPU in blocks that stay in its cache: a product of the size of W_dec would cost three times as much.
         rows = _CACHED_ROWS if weights.device.type == "cpu" else max(1, len(weights))
         for weight, grad in zip(weights.split(rows), grads.split(rows), strict=True):
@@ -391,11 +391,6 @@ class SAEModel(HubMixin, PreTrainedModel):
                 f"{self.config.hidden_size}); it is {tuple(x.shape)}. Pass CLS activations of the CLIP it was trained "
                 f"on ({self.config.base_model_name_or_path or 'not recorded'})."
             )
-
-
-def _own_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The directions that this process holds, sharing memory: all of them, unless FSDP has dealt them out by rows."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _counting_is_free(device: torch.device) -> bool:

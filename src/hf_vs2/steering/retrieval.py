@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from ..data.batches import Columns, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
+from ..data.batches import Columns, ImageReader, Span, StreamSpans, read_batches, spans_of_dataset
 from ..data.images import UnreadableImageError
 from ..data.load import undecoded
+from ..data.pixels import Normalizer
 from ..encoders.loading import load_vision_model
 from ..encoders.processing import load_image_processor
 from ..encoders.tail import unit_embeds

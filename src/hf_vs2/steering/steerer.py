@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, Unpack, cast
 import torch
 from transformers import CLIPModel
 
-from ..config.vs2_clip import Steering
+from ..config.vs2_clip import Steering, changed
 from ..encoders.base_model import resolve_layer
 from ..encoders.families import embedding_width, family_of
 from ..encoders.layers import run_layers
@@ -383,22 +383,8 @@ class Steerer:
         return scores
 
 
-def changed(before: Steering, settings: Mapping[str, Any]) -> Steering:
-    """Settings with some changed. Tensors and arrays become a number or a tuple of them."""
-    given = {name: _plain(value) for name, value in settings.items()}
-    for name, other in (("gate", "fvu_threshold"), ("fvu_threshold", "gate")):
-        if given.get(name) is not None:
-            given.setdefault(other, None)
-    return replace(before, **given)
-
-
-def _plain(setting: Any) -> Any:
-    setting = setting.tolist() if hasattr(setting, "tolist") else setting
-    return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting
-
-
 def _untouched(rows: torch.Tensor) -> VS2ImageFeatures:
     return VS2ImageFeatures(steered=torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device), rows=rows)
 
 
-__all__ = ["Moved", "Steerer", "changed"]
+__all__ = ["Moved", "Steerer"]

@@ -21,13 +21,14 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
-from ..data.activations import ActivationStore, extract_activations
-from ..data.batches import Columns, ImageReader, Normalizer, read_batches, spans_of_dataset
-from ..data.fingerprint import dataset_fingerprint
+from ..data.batches import Columns, ImageReader, read_batches, spans_of_dataset
 from ..data.labels.prompts import class_embeddings
+from ..data.pixels import Normalizer
 from ..data.registry import DatasetInfo
-from ..data.rows import rows_of
-from ..data.store_format import request_key, request_of
+from ..data.stores.activations import ActivationStore, extract_activations
+from ..data.stores.fingerprint import dataset_fingerprint
+from ..data.stores.rows import rows_of
+from ..data.stores.store_format import request_key, request_of
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
 from ..encoders.tail import clip_embeds, unit_embeds

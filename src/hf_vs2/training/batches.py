@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.ahead import map_ahead
-from ..data.rows import Rows
+from ..data.stores.rows import Rows
 from .step import Batch
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
-from ..data.rows import Rows, RowSource, rows_of
+from ..data.stores.rows import Rows, RowSource, rows_of
 from ..functional.equations import fvu_per_sample
 from ..functional.finite import first_broken_row
 from ..sae.modeling import SAEModel

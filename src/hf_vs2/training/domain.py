@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CLIPModel
 
-from ..data.rows import RowSource, rows_of
+from ..data.stores.rows import RowSource, rows_of
 from ..encoders.families import embedding_width
 from ..encoders.tail import clip_embeds, unit_embeds
 from ..functional.label_free import row_distance

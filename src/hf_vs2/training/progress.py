@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..files.digests import file_digest, is_of_digest
 from ..files.json_files import read_json, write_json
 from ..files.weight_files import WeightFiles, check_numbers
+from ..functional.shards import own_part
 from ..sae.modeling import SAEModel
 
 
@@ -93,7 +94,7 @@ class TrainingProgress:
         with _naming(folder):
             accelerator.load_state(str(folder))
         check_numbers(
-            ((name, _own(tensor)) for name, tensor in model.state_dict().items()), folder / SAFE_WEIGHTS_NAME
+            ((name, own_part(tensor)) for name, tensor in model.state_dict().items()), folder / SAFE_WEIGHTS_NAME
         )
         with _naming(folder / _OPTIMIZER_NAME):
             for group, chosen in zip(optimizer.param_groups, settings, strict=True):
@@ -189,7 +190,7 @@ def _check_adam(name: str, parameter: torch.Tensor, state: dict[str, Any], step:
         ]
         _demand(kinds[0] == kinds[1], f"{moment} of {name} is {kinds[0]} instead of {kinds[1]}")
         lowest = 0.0 if moment == "exp_avg_sq" else -math.inf
-        own = _own(tensor)
+        own = own_part(tensor)
         _demand((own.isfinite() & (own >= lowest)).all(), f"{moment} of {name} holds impossible numbers")
     # Fewer than steps where half precision has overflowed: those are left out.
     _demand(float(state["step"]) in range(step + 1), f"Adam counts {float(state['step'])} steps after {step}")
@@ -202,11 +203,6 @@ def _advance(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
     schedule.load_state_dict(schedule.state_dict() | after)
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The part that this process holds."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _state_digest(state: dict[str, Any]) -> str:

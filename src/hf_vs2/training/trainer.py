@@ -20,8 +20,8 @@ from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
-from ..data.extraction import naming_lost_partners
-from ..data.rows import RowSource, chosen_rows, rows_of, training_labels
+from ..data.stores.extraction import naming_lost_partners
+from ..data.stores.rows import RowSource, chosen_rows, rows_of, training_labels
 from ..files.digests import tensor_digest
 from ..files.progress import progress_bar
 from ..files.sharing.model_card import write_model_card

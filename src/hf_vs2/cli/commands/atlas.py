@@ -29,7 +29,7 @@ from ..parsing import Parser
 
 
 if TYPE_CHECKING:
-    from ...data.activations import ActivationStore
+    from ...data.stores.activations import ActivationStore
 
 USAGE = "--checkpoint O --dataset D [--split S] --output DIR [options]"
 DESCRIPTION = """\
@@ -132,9 +132,9 @@ def run(args: Namespace) -> None:
 
 def _activations(args: Namespace, clip: Any, dataset: Any, image_processor: Any) -> ActivationStore:
     """The store that a flag names, if it is of these images, or one extracted when needed."""
-    from ...data.activations import ActivationStore, StoreError
-    from ...data.fingerprint import dataset_fingerprint
     from ...data.labels.names import with_numbered_labels
+    from ...data.stores.activations import ActivationStore, StoreError
+    from ...data.stores.fingerprint import dataset_fingerprint
 
     column = args.label_column
     if args.activations is None:

@@ -29,7 +29,7 @@ from ..places import check_writable
 
 if TYPE_CHECKING:
     from ...config.sae import SAEConfig
-    from ...data.activations import ActivationStore
+    from ...data.stores.activations import ActivationStore
     from ...training.label_losses import PrototypeAlignment
     from ...training.trainer import SAETrainer
 
@@ -153,7 +153,7 @@ def _label_loss(args: Namespace) -> PrototypeAlignment | None:
 
 def _activations(args: Namespace, arguments: SAETrainingArguments) -> list[ActivationStore]:
     """The rows to train on: stores that are there, or that of a model and a data set, extracted when needed."""
-    from ...data.activations import ActivationStore
+    from ...data.stores.activations import ActivationStore
     from ...encoders.loading import clip_config
     from ...training.output_folder import checkpoint_to_resume, planned_settings, standing
 

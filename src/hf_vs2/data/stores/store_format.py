@@ -1,4 +1,4 @@
-"""The files of an activation store as they lie on disk; [`~hf_vs2.data.store.ActivationStore`] reads them."""
+"""The files of an activation store as they lie on disk; [`~hf_vs2.data.stores.store.ActivationStore`] reads them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files.digests import tensor_digest
-from ..files.json_files import read_json, write_json
-from ..files.weight_files import write_tensors
+from ...files.digests import tensor_digest
+from ...files.json_files import read_json, write_json
+from ...files.weight_files import write_tensors
 
 
 if TYPE_CHECKING:

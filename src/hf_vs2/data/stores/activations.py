@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..encoders.base_model import resolve_layer
-from ..encoders.families import family_of
-from ..encoders.vision_tower import VisionTower
-from ..version import __version__
-from .batches import Columns, ImageReader, describe_processor
+from ...encoders.base_model import resolve_layer
+from ...encoders.families import family_of
+from ...encoders.vision_tower import VisionTower
+from ...version import __version__
+from ..batches import Columns, ImageReader
+from ..images import UnreadableImageError
+from ..labels.names import class_names_of, with_numbered_labels
+from ..load import undecoded
+from ..pixels import describe_processor
 from .extraction import Extraction
 from .fingerprint import dataset_fingerprint as fingerprint_of_dataset
-from .images import UnreadableImageError
-from .labels.names import class_names_of, with_numbered_labels
-from .load import undecoded
 from .store import ActivationStore
 from .store_format import FORMAT, FORMAT_VERSION, ROW_DTYPES, StoreError, request_key, request_of
 
@@ -90,7 +91,7 @@ def extract_activations(
         progress (`bool`): show a progress bar, on the main process only.
         dataset_id (`str`, *optional*): name of the data set, for the records only.
         dataset_fingerprint (`str`, *optional*): stands for the images instead of the one worked out from the data;
-            needed for streams whose source cannot be seen (see [`~hf_vs2.data.fingerprint.dataset_fingerprint`]).
+            needed for streams whose source cannot be seen (see [`~hf_vs2.fingerprint.dataset_fingerprint`]).
 
     Returns:
         [`ActivationStore`]

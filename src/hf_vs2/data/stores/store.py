@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files.digests import tensor_digest
+from ...files.digests import tensor_digest
 from .store_format import (
     INDEX_NAME,
     ROW_DTYPES,
@@ -65,7 +65,7 @@ def _fill(file: io.FileIO, buffer: memoryview) -> None:
 
 class ActivationStore:
     """
-    CLS rows on disk, of which only those asked for are read. Made by [`~hf_vs2.data.activations.extract_activations`].
+    CLS rows on disk, of which only those asked for are read. Made by [`~hf_vs2.extract_activations`].
 
     Attributes:
         path (`Path`): the folder.

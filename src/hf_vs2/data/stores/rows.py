@@ -9,9 +9,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from ..encoders.base_model import resolve_layer
-from ..encoders.families import recorded_family, refuse_family
-from ..functional.finite import first_broken_row
+from ...encoders.base_model import resolve_layer
+from ...encoders.families import recorded_family, refuse_family
+from ...functional.finite import first_broken_row
 from .store import ActivationStore
 from .store_format import differences
 

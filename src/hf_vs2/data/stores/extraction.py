@@ -12,10 +12,11 @@ import torch
 from torch import distributed
 from transformers.utils import logging
 
-from ..encoders.vision_tower import VisionTower, best_device
-from ..files.progress import progress_bar
-from .batches import ImageBatch, ImageReader, Normalizer, Span, StreamSpans, read_batches, spans_of_dataset
-from .images import UnreadableImageError
+from ...encoders.vision_tower import VisionTower, best_device
+from ...files.progress import progress_bar
+from ..batches import ImageBatch, ImageReader, Span, StreamSpans, read_batches, spans_of_dataset
+from ..images import UnreadableImageError
+from ..pixels import Normalizer
 from .store import ActivationStore
 from .store_format import (
     INDEX_NAME,
@@ -59,7 +60,7 @@ class Extraction:
         """The finished store, from the disk where it is there, else made now.
 
         Raises:
-            StoreError, UnreadableImageError, ValueError: see [`~hf_vs2.data.activations.extract_activations`].
+            StoreError, UnreadableImageError, ValueError: see [`~hf_vs2.data.stores.activations.extract_activations`].
         """
         with self._lock():
             self._together(lambda: None)  # nobody looks before the main process holds the lock
