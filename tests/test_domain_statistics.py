@@ -130,7 +130,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     found = SAEModel.from_pretrained(tmp_path)
     same(found.domain_statistics, old.domain_statistics)
     assert torch.equal(found.W_enc, old.W_enc)
-    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors", NAME]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "hf_vs2_shim.py", "model.safetensors", NAME]
 
 
 def test_copies_share_them_and_processes_receive_them():

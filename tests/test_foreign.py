@@ -676,7 +676,7 @@ def test_every_block_of_the_document_runs(tmp_path, monkeypatch, capsys):
     for kind, text in blocks:
         if kind == "python":
             exec(text, names)
-        for line in text.splitlines() if kind == "bash" else ():
+        for line in text.replace("\\\n", "").splitlines() if kind == "bash" else ():
             _, command, *arguments = shlex.split(line)
             if command == "convert":
                 assert main([command, *arguments]) == 0

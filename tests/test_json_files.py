@@ -88,7 +88,7 @@ def test_infinite_settings_pass_every_door(checkpoint, clip_path, images_path, t
     assert answer["steered"] and strictly((out / "c.json").read_text()) == [answer]
     assert strictly(run(capsys, "explain", *asked, out / "e.png"))["steered"]
     assert EvaluationResult.from_json(sae_folder / "results.json").row("vs2+gate")["tau"] == math.inf
-    assert "tau inf" in str(create_model_card(sae_folder))
+    assert "FVU up to inf" in str(create_model_card(sae_folder))
 
     model = VS2CLIPForZeroShot.from_pretrained(sae_folder)
     model.set_steering(fvu_threshold=math.inf)

@@ -133,9 +133,11 @@ def test_a_command_names_the_broken_image_or_skips_counts_and_lists_it(
         (line,) = [line for line in caplog.messages if line.startswith("Skipped:") and name in line]
         assert str(messy / "red" / name) in line and reason in line
     good = 3 * 6 + len(STRANGE)
-    assert f"{len(BROKEN)} of {good + len(BROKEN)} images could not be read and were skipped." in caplog.messages
-    if command == "classify":
+    if command == "classify":  # whose last line counts them
         assert len(json.loads(out)) == good
+    else:
+        counted = f"{len(BROKEN)} of {good + len(BROKEN)} images could not be read and were skipped."
+        assert counted in caplog.messages
     if command == "train":
         assert read_json(tmp_path / "sae" / "config.json")["training_data"]["skipped"] == len(BROKEN)
     if command == "evaluate":

@@ -145,7 +145,8 @@ def test_the_checkpoint_needs_nothing_else(rows, tmp_path):
     assert metrics.keys() >= {"fvu", "l0", "dead_share", "steps", "train_rows", "held_out_rows", "seconds"}
     assert log["log"][-1].keys() >= {"step", "loss", "fvu", "dead_share", "learning_rate"}
     left = {path.name for path in (tmp_path / "run").iterdir()} - {"README.md", ".training.lock"}
-    assert left == {"training_log.json", "statistics.safetensors"}  # the latter for methods beyond VS2 only
+    # Statistics for methods beyond VS2, and a file that says to transformers what to install.
+    assert left == {"training_log.json", "statistics.safetensors", "hf_vs2_shim.py"}
 
 
 def test_statistics_are_of_the_rows_of(rows, tmp_path):
@@ -923,8 +924,9 @@ def test_an_error_in_training_is_raised_as_it_is_and_leaves_no_thread(rows, tmp_
     assert caught.value is error and not readers()
 
 
-def test_the_progress_bar_shows_what_matters(rows, tmp_path, capfd):
+def test_the_progress_bar_shows_what_matters(rows, tmp_path, capfd, monkeypatch):
     """People watch loss, FVU and dead share; `disable_tqdm` leaves the terminal alone."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # a log gets no bar
     make_trainer(tmp_path / "bar", rows, disable_tqdm=False).train()
     bar = capfd.readouterr().err
     assert "Training SAE" in bar and "20/20" in bar and all(f"{name}=" in bar for name in ("loss", "fvu", "dead"))

@@ -209,7 +209,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         """As in transformers. What a file of before `coefficient` calls distribution norm keeps its meaning, and its
         new name."""
         method = config_dict.get("method") if isinstance(config_dict, dict) else None
-        if method in BEFORE and "coefficient" not in config_dict:
+        if isinstance(method, str) and method in BEFORE and "coefficient" not in config_dict:
             logger.warning(
                 f"method={method!r} of a checkpoint saved before is {BEFORE[method]!r} now: it goes on as it was "
                 "(docs/migration.md)."

@@ -3,6 +3,7 @@ understands."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,7 +167,8 @@ class ResultFacts:
         def at(value: float) -> int:
             return round((value - low) / (high - low or 1) * (_WIDTH - 1))
 
-        names = [" ".join(method_name(row, label=True).split()).replace("`", "'") for row in rows]
+        # A stranger's result file may name a method anything: no mark of Markdown or HTML stays in the code block.
+        names = [re.sub(r"[^\w +.,:'()/-]", "?", " ".join(method_name(row, label=True).split())) for row in rows]
         wide = max(map(len, names))
         ticks = f"{low:+.1f}".ljust(at(0)) + "0"
         lines = [" " * (wide + 2) + ticks + f"{high:+.1f}".rjust(_WIDTH - len(ticks))]
