@@ -238,7 +238,7 @@ def _caption(rows: list[dict[str, Any]]) -> str:
         values = list(dict.fromkeys(f"{row[key]:.4g}" for row in rows if row.get(key) is not None))
         if values:
             parts.append(f"{key} {', '.join(values)}")
-    parts += thresholds(rows)
+    parts += map(escaped, thresholds(rows))
     if any(row.get("reference") == "evaluated" for row in rows):  # of versions before 0.2
         parts.append("distribution_norm took its image mean from the evaluated images themselves")
     return "; ".join(parts) + "."
