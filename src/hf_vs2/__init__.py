@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .config.latent_edits import LatentEdits
     from .config.sae import SAEConfig
     from .config.vs2_clip import Steering, VS2CLIPConfig
-    from .data.activations import ActivationStore, extract_activations
+    from .data.stores.activations import ActivationStore, extract_activations
     from .data.labels.prompts import class_embeddings
     from .data.load import load_images
     from .data.registry import DatasetInfo, dataset_info
