@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from .config.latent_edits import LatentEdits
     from .config.sae import SAEConfig
     from .config.vs2_clip import Steering, VS2CLIPConfig
-    from .data.stores.activations import ActivationStore, extract_activations
     from .data.labels.prompts import class_embeddings
     from .data.load import load_images
     from .data.registry import DatasetInfo, dataset_info
+    from .data.stores.activations import ActivationStore, extract_activations
     from .evaluation.comparison import EvaluationResult, evaluate
     from .evaluation.grid import plot_grid, steering_grid
     from .evaluation.recommendation import Recommendation, recommend
