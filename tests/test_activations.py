@@ -23,6 +23,7 @@ from transformers import CLIPImageProcessorPil
 
 from hf_vs2.data import UnreadableImageError, load_images, open_image
 from hf_vs2.data import batches as image_batches
+from hf_vs2.data.pixels import Normalizer
 from hf_vs2.data.stores.activations import ActivationStore, StoreError, extract_activations
 from hf_vs2.data.stores.fingerprint import dataset_fingerprint
 
@@ -124,7 +125,7 @@ def test_preprocessing_equals_the_processor(size, options):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     reader = image_batches.ImageReader(None, image_batches.Columns("image", None), processor)
     batch = reader[image_batches.Span(0, 1, [{"image": image}])]
-    ours = image_batches.Normalizer(processor, torch.device("cpu"))(batch.pixels)
+    ours = Normalizer(processor, torch.device("cpu"))(batch.pixels)
     theirs = processor(images=[image], return_tensors="pt")["pixel_values"].float()
     whole = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
     assert batch.pixels.dtype == torch.uint8 and torch.equal(batch.pixels, whole)
