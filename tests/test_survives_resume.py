@@ -16,7 +16,7 @@ from hf_vs2.files.digests import file_digest
 from hf_vs2.training.progress import COUNTERS_NAME, STATE_NAME, _state_digest
 
 
-TRIES, MANY_TRIES = 8, 300
+TRIES, MANY_TRIES = 25, 300
 """Damages of one checkpoint, in the fast test and in the slow one; each is tried as it is, and with the digests made to fit."""
 SETTING = {"max_steps": 8, "save_steps": 4, "logging_steps": 2}
 STEP = 4
