@@ -16,7 +16,7 @@ class GraphedStep:
     `step(x)`, taken by replaying its work as one CUDA graph.
 
     An SAE's step is some 150 small operations: at usual batch sizes Python takes longer to ask for them than a GPU to
-    do them. The numbers are those of `step` itself (`tests/test_graphed_step.py`).
+    do them. The numbers are those of `step` itself (`tests/training/test_graphed_step.py`).
 
     Args:
         step (`Callable`): does its work on the rows `x`, whose shape and dtype never change. What it changes (weights,

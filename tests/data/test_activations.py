@@ -400,7 +400,7 @@ def job(out: Path, log: Path, delay: float = 0.0, streaming: bool = False) -> Ac
 
 def start_job(*arguments, before: str = "") -> list[str]:
     """The command of a process that runs `job(*arguments)`."""
-    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    path = f"import sys; sys.path[:] = {sys.path!r}"
     values = ", ".join(repr(str(value) if isinstance(value, Path) else value) for value in arguments)
     return [sys.executable, "-c", f"{path}\nfrom test_activations import *\n{before}\njob({values})"]
 

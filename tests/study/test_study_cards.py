@@ -16,7 +16,7 @@ from hf_vs2.study import StudyResult
 from hf_vs2.version import INSTALLATION
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CARDS = sorted(path for path in (REPOSITORY / "model_cards").glob("*.md") if path.name != "README.md")
 
 

@@ -542,5 +542,5 @@ def test_webdataset_as_clip_benchmark_writes_it(streaming, tmp_path):
 def test_the_page_holds_the_table_of_the_function():
     """One table says what a folder means: two that differ would each be believed."""
     table = [line.strip() for line in load_images.__doc__.splitlines() if line.strip().startswith("|")]
-    page = (Path(__file__).parents[1] / "docs/datasets.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/datasets.md").read_text(encoding="utf-8")
     assert len(table) > 10 and "\n".join(table) in page

@@ -33,7 +33,7 @@ from hf_vs2.steering.retrieval import embed_images
 
 
 CLIP_PATH = Path(hf_vs2.__file__).parent / "demo_assets"
-SPACE = Path(__file__).parents[1] / "examples" / "space"
+SPACE = Path(__file__).parents[2] / "examples" / "space"
 LABELS = ["three", "nine"]
 
 

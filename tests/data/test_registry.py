@@ -15,7 +15,7 @@ from hf_vs2.data.labels.prompts import clean_class_names, resolve_templates
 from hf_vs2.data.registry import DatasetInfo, available, dataset_info
 
 
-DOCS = Path(__file__).parents[1] / "docs" / "datasets.md"
+DOCS = Path(__file__).parents[2] / "docs" / "datasets.md"
 COUNTS = {
     "aircraft": 100,
     "caltech101": 102,

@@ -9,7 +9,6 @@ import sys
 import threading
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -253,7 +252,7 @@ def test_the_number_of_steps():
 KILLED = """
 import os, signal, sys
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:] = {path!r}
 from test_trainer import make_trainer, sparse_rows
 import hf_vs2.trainer
 
@@ -278,7 +277,7 @@ trainer.train()
 def test_a_killed_run_continues_exactly(rows, tmp_path, where, left):
     """SIGKILL (out of memory, a preempted node) in training or while a checkpoint is written; resumed, the same bits."""
     folder = tmp_path / "killed"
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), where=where)
+    script = KILLED.format(path=sys.path, folder=str(folder), where=where)
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "config.json").exists(), "nothing may look like a finished SAE"

@@ -21,7 +21,7 @@ from toy import sparse_rows
 from hf_vs2 import SAEModel
 
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 # The global batch is 64. Latents die (AuxK works on them) and gradients are clipped.
 SHARED = {
     "save_steps": 10,
@@ -102,7 +102,7 @@ def start(script: Path, command: list[str], settings: dict) -> subprocess.Popen:
 
 
 def start_process(command: list[str]) -> subprocess.Popen:
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -35,7 +35,7 @@ from hf_vs2.evaluation.methods import evaluation_methods
 from hf_vs2.training.arguments import SAETrainingArguments
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 TRAIN = ("--top_k=8", "--max_steps=30", "--per_device_train_batch_size=64", "--disable_tqdm")
 

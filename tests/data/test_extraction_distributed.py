@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -137,7 +136,7 @@ def test_two_real_processes_make_the_rows_of_one(tiny_clip, one_thread, tmp_path
     """Row by row and bit by bit, from data sets and streams, with remainders, and with fewer images than processes."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run([*command, str(tmp_path / "two"), json.dumps(RUNS)], env=environment, check=True, timeout=300)

@@ -21,7 +21,7 @@ from hf_vs2.methods import METHODS, Batch, LatentStep, Method, markdown_table, m
 from hf_vs2.study.results.catalog import study_methods
 
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def strongest(batch: Batch) -> LatentStep:

@@ -454,7 +454,7 @@ def test_a_mistake_in_the_file_is_named(change, message, tmp_path, clip_path, im
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "examples" / "studies").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted((Path(__file__).parents[2] / "examples" / "studies").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_the_studies_that_we_ship_can_be_planned(path):
     """Nobody should find a spelling mistake in our own file after a day of downloads."""

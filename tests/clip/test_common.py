@@ -13,7 +13,7 @@ import pytest
 def test_transformers_common_tests_pass(tmp_path):
     """Those of the installed release; skipped, with the reason, where its source distribution can't be had.
     HF_VS2_COMMON_TESTS names a folder that keeps it."""
-    script = Path(__file__).parents[1] / "scripts" / "common_tests.py"
+    script = Path(__file__).parents[2] / "scripts" / "common_tests.py"
     cache = os.environ.get("HF_VS2_COMMON_TESTS", str(tmp_path))
     done = subprocess.run([sys.executable, str(script), "--cache", cache], capture_output=True, text=True)
     if done.returncode == 77:

@@ -25,7 +25,7 @@ from hf_vs2.files.foreign import checkpoint, detect
 from hf_vs2.training.calibration import activation_statistics
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 WIDTH, LATENTS, K = 64, 192, 12
 LENS = {
     "d_in": WIDTH,

@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured through /proc")
 def test_memory_stays_flat(tmp_path):
     """A server that grows with every request is killed in the end: 4,000 images with 40 label sets take no more than 400 do."""
-    script = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "soak.py"
     report = tmp_path / "soak.json"
     sizes = ["--num_images", "4000", "--num_label_sets", "40", "--threads", "1", "--device", "cpu"]
     subprocess.run([sys.executable, str(script), *sizes, "--output", str(report)], check=True, timeout=550)

@@ -36,7 +36,7 @@ from hf_vs2.steering import label_sets as label_scoring
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
 LABELS = ["three", "zero", "seven", "nine"]
 SCORING = [name for name, method in METHODS.items() if method.fit]
-# Of these random images and labels anchored prototypes learn nothing, as they should: tests/test_anchored.py has
+# Of these random images and labels anchored prototypes learn nothing, as they should: tests/methods/test_anchored.py has
 # others.
 ALWAYS = [name for name in SCORING if name != "anchored_prototypes"]
 FITTED = "prototypes+pca+sae"
