@@ -54,7 +54,6 @@ MOVED = {
     "pipeline": "clip.pipeline",
     "pipeline_inputs": "data.inputs",
     "processing": "encoders.processing",
-    "prompt_cache": "clip.prompt_cache",
     "prompts": "data.labels.prompts",
     "recommendation": "evaluation.recommendation",
     "registry": "data.registry",

@@ -163,7 +163,9 @@ def test_an_interrupted_save_leaves_the_old_corpus(tmp_path, monkeypatch):
 
 def search_settings(clip, **changed):
     arguments = {"num_neighbors": 6, "positives": "majority", "class_embeds": draw(4, 24, seed=3), **changed}
-    return lambda search, sae, rows: search.neighbors(clip, sae, rows, **arguments)
+    return lambda search, sae, rows: search.neighbors(
+        search.prepared(clip, sae, arguments["class_embeds"]), clip, rows, **arguments
+    )
 
 
 @torch.no_grad()
@@ -242,9 +244,9 @@ def test_copies_share_the_rows(tiny_clip):
     search, sae = CorpusSearch(RetrievalCorpus(draw(30, HIDDEN))), make_sae(HIDDEN)
     first = search_settings(tiny_clip)(search, sae, draw(3, HIDDEN))
     copied = copy.deepcopy(search)
-    assert copied.corpus is search.corpus and copied._codes is None
+    assert copied.corpus is search.corpus and not copied._indexed
     sent = pickle.loads(pickle.dumps(search))
-    assert sent._codes is None
+    assert not sent._indexed
     found = search_settings(tiny_clip)(sent, sae, draw(3, HIDDEN))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, found, strict=True))
 

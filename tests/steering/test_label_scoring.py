@@ -572,7 +572,7 @@ def test_least_recently_used_sets_go_first(model, tiny_clip, fits, monkeypatch):
     model.set_steering(method="prototypes")
     sets = [classes_of(tiny_clip, seed) for seed in range(3)]
     one = model.fit_classes(sets[0]).fit.num_floats
-    monkeypatch.setattr(model._steerer.label_sets, "max_floats", 2 * one)
+    monkeypatch.setattr(model._steerer.label_sets._recent, "capacity", 2 * one)
     for classes in (sets[1], sets[0], sets[2]):  # the second is the oldest now
         model.fit_classes(classes)
     assert fits.calls == 3
@@ -581,7 +581,7 @@ def test_least_recently_used_sets_go_first(model, tiny_clip, fits, monkeypatch):
     assert fits.calls == 3, "however often one is used, it counts once"
     model.fit_classes(sets[1])
     assert fits.calls == 4
-    monkeypatch.setattr(model._steerer.label_sets, "max_floats", 0)
+    monkeypatch.setattr(model._steerer.label_sets._recent, "capacity", 0)
     assert model.fit_classes(sets[2]) is model.fit_classes(sets[2]), "one is always kept"
 
 

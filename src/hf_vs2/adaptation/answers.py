@@ -49,12 +49,11 @@ def compare(model: VS2CLIPForZeroShot, rows: Rows, classes: torch.Tensor, batch_
     """
     classes = classes.to(model.clip.device)
     parts: list[tuple[torch.Tensor, ...]] = []
-    off = model.steerer.with_(enabled=False)
+    steerers = model.steerer.with_(enabled=False), model.steerer.for_one_call()
     for block in rows.batches(batch_size):
         cosines = unit_embeds(clip_embeds(model.clip, block)) @ classes.T
         before, after = (
-            steerer.class_logits(steerer.features_from_cls(block), classes).softmax(-1)
-            for steerer in (off, model.steerer)
+            steerer.class_logits(steerer.features_from_cls(block), classes).softmax(-1) for steerer in steerers
         )
         plain, adapted = before.max(-1), after.max(-1)
         lead = adapted.values - after.gather(-1, plain.indices.unsqueeze(-1)).squeeze(-1)

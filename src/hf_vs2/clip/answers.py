@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..data.batches import read_groups
 from ..data.images import image_name
 from ..data.inputs import NamedImages
+from .pipeline_options import OneCall
 
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Answers:
             for first in range(0, len(images), self.batch_size)
         )
         processor = self.pipeline.image_processor
+        scoring = {**self.scoring, "call": OneCall()}
         options = {**self.reading, "num_threads": self.num_threads, "skip": images.skip}
         with closing(read_groups(groups, processor, **options)) as batches:
             for batch in batches:
@@ -64,7 +66,7 @@ class Answers:
                 if not batch.images:
                     continue
                 names = [image_name(named.name, named.image) for named in batch.images]
-                outputs = self.pipeline.forward({"pixel_values": batch.pixels, "name": names}, **self.scoring)
+                outputs = self.pipeline.forward({"pixel_values": batch.pixels, "name": names}, **scoring)
                 for place in range(len(names)):
                     of_one = {name: None if one is None else one[place : place + 1] for name, one in outputs.items()}
                     yield self.pipeline.postprocess(of_one, **self.answering)

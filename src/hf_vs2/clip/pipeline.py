@@ -4,9 +4,11 @@ steering."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForZeroShotImageClassification, CLIPModel, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
@@ -15,6 +17,7 @@ from ..data.ahead import num_processors
 from ..data.batches import read_pixels
 from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
+from ..data.labels.prompts import class_embeddings
 from ..data.pixels import Normalizer
 from ..encoders.families import is_steerable
 from ..encoders.loading import check_clip
@@ -22,12 +25,13 @@ from ..encoders.processing import knows_words
 from ..encoders.tail import logits_of, probabilities, unit_embeds
 from ..encoders.wrapped import device_of, is_offloaded, unwrapped
 from ..explain.explanation import VS2Explanation, check_explainable, explain_rows
+from ..files.weight_state import Kept, weights_state
 from ..steering.corpus_search import RetrievalInputs
 from ..steering.outputs import VS2ImageFeatures
+from ..steering.steerer import Steerer
 from .answers import Answers
 from .modeling import VS2CLIPForZeroShot
-from .pipeline_options import OptionsMixin
-from .prompt_cache import PromptCache
+from .pipeline_options import OneCall, OptionsMixin
 
 
 TASK = "vs2-zero-shot-image-classification"
@@ -101,7 +105,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         if is_offloaded(model):
             model.hf_device_map = {"": device_of(model)}  # transformers then leaves the weights where they are
         kwargs.pop("local_files_only", None)  # `pipeline()` has used it and passes it on
-        self._prompts = PromptCache(self.max_cached_floats)
+        self._prompts: Kept[torch.Tensor] = Kept(self.max_cached_floats, torch.Tensor.numel)
         super().__init__(**kwargs)
 
     @property
@@ -228,17 +232,20 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         explain: bool = False,
         clean: bool = True,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        call: OneCall | None = None,
     ) -> dict[str, torch.Tensor | None]:
-        classes = self._prompts.get(
-            self.clip, self.tokenizer, candidate_labels, templates, clean, tokenizer_kwargs or {}
-        )
+        call = call or OneCall()
+        if call.classes is None:
+            call.classes = self._classes(candidate_labels, templates, clean, tokenizer_kwargs or {})
+            if isinstance(self.core, VS2CLIPForZeroShot):
+                # The model itself is never set to this call's options, so nobody else sees them.
+                call.steerer = self.core.steerer.with_(**steering or {}).for_one_call()
+        classes, steerer = call.classes, call.steerer
         pixels = model_inputs["pixel_values"]
         pixels = Normalizer(self.image_processor, pixels.device)(pixels).to(self.clip.dtype)
         names = model_inputs.get("name", "the image")
         name = ([names] if isinstance(names, str) else names).__getitem__
-        images, logits, explanation = self._image_features(
-            pixels, classes, steering or {}, return_details, explain, name
-        )
+        images, logits, explanation = self._image_features(pixels, classes, steerer, return_details, explain, name)
         outputs: dict[str, torch.Tensor | None] = {"logits": logits}
         if return_details:
             outputs |= {
@@ -251,17 +258,30 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
             outputs |= {_EXPLAINED + name: getattr(explanation, name) for name in VS2Explanation.tensor_fields}
         return outputs
 
+    def _classes(
+        self, labels: tuple[str, ...], templates: tuple[str, ...], clean: bool, tokenizer_kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """[`class_embeddings`] of labels and templates, kept for as long as text tower and tokenizer stay as they are.
+        A change that leaves the weights alone (switching an adapter off) is not seen."""
+        projection = getattr(self.clip, "text_projection", nn.Identity())  # SigLIP's is a part of the text model
+        weights = weights_state([*self.clip.text_model.parameters(), *projection.parameters()])
+        make = partial(class_embeddings, clean=clean, tokenizer_kwargs=tokenizer_kwargs)
+        return self._prompts.get(
+            (weights, self.tokenizer),
+            (labels, templates, clean, repr(sorted(tokenizer_kwargs.items()))),
+            lambda: make(self.clip, self.tokenizer, labels, templates),
+        )
+
     def _image_features(
         self,
         pixel_values: torch.Tensor,
         classes: torch.Tensor,
-        steering: Mapping[str, Any],
+        steerer: Steerer | None,
         with_plain: bool,
         explain: bool,
         name: Callable[[int], str],
     ) -> tuple[VS2ImageFeatures, torch.Tensor, VS2Explanation | None]:
-        model = self.core
-        if not isinstance(model, VS2CLIPForZeroShot):
+        if steerer is None:
             features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
             return (
@@ -269,14 +289,12 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
                 self._logits(features, classes, name),
                 None,
             )
-        # The model itself is never set to this call's options, so nobody else sees them.
-        steerer = model.steerer.with_(**steering)
         if not explain:
             images = steerer.features(pixel_values, with_plain, RetrievalInputs(class_embeds=classes))
             unit_embeds(images.features, name)  # which image it is, `class_logits` can't say
             return images, steerer.class_logits(images, classes), None
         check_explainable(steerer)
-        rows = model.cls_rows(pixel_values)
+        rows = self.core.cls_rows(pixel_values)
         images = steerer.features_from_cls(rows, class_embeds=classes)
         unit_embeds(images.features, name)
         if with_plain:

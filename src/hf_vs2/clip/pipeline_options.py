@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..config.vs2_clip import Steering
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import resolve_templates
 from ..explain.inputs import resolve_names
+from ..steering.steerer import Steerer
 from .modeling import VS2CLIPForZeroShot
 
 
@@ -22,6 +24,15 @@ _OPTIONS = (
     *("explain", "top_latents", "latent_names", "tokenizer_kwargs"),
     *_STEERING_OPTIONS,
 )
+
+
+@dataclass
+class OneCall:
+    """What the batches of one call share; filled by the first."""
+
+    classes: torch.Tensor | None = None
+    steerer: Steerer | None = None
+    """`None` for a plain CLIP."""
 
 
 class OptionsMixin:
@@ -53,6 +64,7 @@ class OptionsMixin:
         steering = self._check_steering(options)
         if steering:
             forward["steering"] = steering
+        forward["call"] = OneCall()
         return preprocess, forward, postprocess
 
     def _given(self, name: str, default: Any) -> Any:
@@ -107,4 +119,4 @@ def _check_templates(templates: Any, hypothesis_template: Any) -> tuple[str, ...
     return resolve_templates(templates)
 
 
-__all__ = ["OptionsMixin"]
+__all__ = ["OneCall", "OptionsMixin"]

@@ -188,7 +188,7 @@ def _run(
     `used` has the model of each variant: `model`, or one with another dictionary or mean image."""
     tallies = {(variant, name): Tally() for variant in used for name in classifiers}
     steerers = {
-        (variant.dictionary, variant.settings): own.steerer.with_(**dict(variant.settings))
+        (variant.dictionary, variant.settings): own.steerer.with_(**dict(variant.settings)).for_one_call()
         for variant, own in used.items()
     }
     for steerer in steerers.values():  # once a label set, so it is not part of the time that an image takes

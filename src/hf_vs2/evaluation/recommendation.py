@@ -242,7 +242,8 @@ def _answers(
     classes: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Which labelled images each method has right, bool `(n,)`."""
-    steerers = {name: model.steerer.with_(method=name, gate=None, fvu_threshold=None, enabled=True) for name in names}
+    plainly = {"gate": None, "fvu_threshold": None, "enabled": True}
+    steerers = {name: model.steerer.with_(method=name, **plainly).for_one_call() for name in names}
     answers: dict[str, list[torch.Tensor]] = {name: [] for name in steerers}
     classes = classes.to(model.clip.device)
     for block in blocks:

@@ -1,16 +1,69 @@
-"""A mark that tells whether weights are still what they were when something was computed from them."""
+"""What is computed from weights and kept for later calls, for as long as these weights stay as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 
+T = TypeVar("T")
+
 # Entries of each weight that are compared by value.
 _SAMPLE_SIZE = 8
+
+
+class Kept(Generic[T]):
+    """
+    Values by key, all computed from one state of weights; the least recently used go first.
+
+    Safe to use from several threads. A copy, and what another process receives, is empty. To ask costs a comparison of
+    weights ([`weights_state`]), on a GPU a wait for it: a call with many batches asks once.
+
+    Args:
+        capacity (`int`): how large the values may be together; the latest is kept, however large.
+        size: how large a value is. By default each counts as one.
+    """
+
+    def __init__(self, capacity: int, size: Callable[[T], int] | None = None):
+        self.capacity = capacity
+        self._size = size
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+        self._state: Any = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.capacity, self._size)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def clear(self) -> None:
+        """Forget every value."""
+        with self._lock:
+            self._values.clear()
+
+    def get(self, state: Any, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of `key`, made now unless it is kept. Values of another `state` (compared with `==`) are dropped."""
+        # What an inference makes may serve a training step later: no inference tensors, and no graph (which leaving
+        # the mode would switch on again).
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if state != self._state:
+                self._values.clear()
+                self._state = state
+            if key not in self._values:
+                self._values[key] = make()
+            self._values.move_to_end(key)
+            while len(self) > 1 and self._total() > self.capacity:
+                self._values.popitem(last=False)
+            return self._values[key]
+
+    def _total(self) -> int:
+        return len(self) if self._size is None else sum(map(self._size, self._values.values()))
 
 
 @torch.no_grad()
@@ -51,4 +104,4 @@ def _sample(parameters: Iterable[nn.Parameter]) -> tuple[float, ...]:
     return tuple(value for found in entries.values() for value in torch.cat(found).tolist())
 
 
-__all__ = ["weights_state", "weights_version"]
+__all__ = ["Kept", "weights_state", "weights_version"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
@@ -10,7 +9,7 @@ from transformers import CLIPModel
 
 from ..encoders.families import embedding_width
 from ..encoders.tail import clip_embeds, tail_parameters
-from ..files.weight_state import weights_state
+from ..files.weight_state import Kept, weights_state
 from ..functional.neighbors import BLOCK_ROWS, NeighborIndex, pseudo_labels, select_positives
 from ..methods import NeighborCodes
 from ..sae.modeling import SAEModel
@@ -34,8 +33,23 @@ def pop_retrieval_inputs(kwargs: dict[str, Any]) -> RetrievalInputs:
     return cast(RetrievalInputs, found)
 
 
-class _LabelledClasses(NamedTuple):
-    class_embeds: torch.Tensor
+class _Indexed(NamedTuple):
+    """A corpus under one CLIP and SAE."""
+
+    embeds: NeighborIndex
+    """Plain CLIP embeddings."""
+    searched: NeighborIndex
+    """Those that neighbours are looked for in: of the corpus' other encoder, else the same."""
+    values: torch.Tensor
+    """Of the latents, `(n, top_k)`."""
+    indices: torch.Tensor
+    """int32 `(n, top_k)`."""
+
+
+class Prepared(NamedTuple):
+    """A corpus with pseudo-labels, int64 `(n,)`, among the classes of a call."""
+
+    corpus: _Indexed
     labels: torch.Tensor
 
 
@@ -54,26 +68,47 @@ class CorpusSearch:
 
     def __init__(self, corpus: RetrievalCorpus):
         self.corpus = corpus
-        self._lock = threading.Lock()
-        self._codes: tuple[Any, torch.Tensor, torch.Tensor] | None = None
-        self._embeds: tuple[Any, NeighborIndex] | None = None
-        self._other: tuple[torch.device, NeighborIndex] | None = None  # in the other encoder's space
-        self._labels: list[_LabelledClasses] = []
+        self._indexed: Kept[_Indexed] = Kept(1)
+        self._labels: Kept[torch.Tensor] = Kept(self.max_label_sets)
 
     def __reduce__(self) -> tuple[type[CorpusSearch], tuple[RetrievalCorpus]]:
         return type(self), (self.corpus,)
 
     @torch.compiler.disable  # a compiled model breaks its graph here: locks, caches and a search are nothing to trace
     @torch.no_grad()
+    def prepared(self, clip: CLIPModel, sae: SAEModel, class_embeds: torch.Tensor | None) -> Prepared:
+        """
+        The corpus for a call with these classes, `(num_classes, projection_dim)`.
+
+        Raises:
+            `ValueError`: if the classes are missing or of another shape.
+        """
+        if class_embeds is None:
+            raise ValueError(
+                "method='vs2++' labels the neighbours itself and needs to know the classes: give class_embeds=, a "
+                "text embedding a class, as hf_vs2.data.labels.prompts.class_embeddings(clip, tokenizer, names) makes "
+                "them. (The model called with input_ids takes those.)"
+            )
+        width, classes = embedding_width(clip), class_embeds.detach()
+        if classes.ndim != 2 or classes.shape[1] != width or not len(classes):
+            raise ValueError(f"class_embeds must be (num_classes, {width}), not {tuple(classes.shape)}.")
+        weights = weights_state([*tail_parameters(clip), sae.W_enc, sae.b_enc, sae.b_pre])
+        state = weights, sae.config.top_k, sae.config.activation
+        corpus = self._indexed.get(state, None, lambda: self._index(clip, sae))
+        content = classes.dtype, classes.device, tuple(classes.shape), classes.float().cpu().numpy().tobytes()
+        return Prepared(corpus, self._labels.get(state, content, lambda: pseudo_labels(corpus.embeds.units, classes)))
+
+    @torch.compiler.disable
+    @torch.no_grad()
     def neighbors(
         self,
+        prepared: Prepared,
         clip: CLIPModel,
-        sae: SAEModel,
         rows: torch.Tensor,
         num_neighbors: int,
         positives: str,
         *,
-        class_embeds: torch.Tensor | None = None,
+        class_embeds: torch.Tensor,
         retrieval_embeds: torch.Tensor | None = None,
         exclude: torch.Tensor | None = None,
     ) -> NeighborCodes:
@@ -82,48 +117,27 @@ class CorpusSearch:
         `retrieval_embeds`.
 
         Args:
-            clip, sae: the model's; the corpus' embeddings and latents are made with them.
+            prepared: [`CorpusSearch.prepared`] of the CLIP, an SAE and these classes.
             num_neighbors: N of section 4.2.
             positives: the rule, see [`select_positives`].
             class_embeds, retrieval_embeds, exclude: see [`RetrievalInputs`].
 
         Raises:
-            `ValueError`: if the classes are missing, or the embeddings that the corpus' encoder calls for; on shapes
-                that do not fit; or if the corpus has too few rows.
+            `ValueError`: if embeddings are missing that the corpus' encoder calls for; on shapes that do not fit; or
+                if the corpus has too few rows.
         """
-        classes = self._check(clip, rows, class_embeds, retrieval_embeds)
-        # Kept tensors may serve a training step after an inference: they must not be inference tensors. Leaving the
-        # mode switches gradients on, and a graph must not be kept either.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            embeds = self._embeddings(clip)
-            values, indices = self._latents(sae)
-            labels = self._pseudo_labels(embeds, classes)
-            index = embeds if self.corpus.embeddings is None else self._other_index(sae.device)
+        self._check(rows, retrieval_embeds)
+        (_, index, values, indices), labels = prepared
         queries = clip_embeds(clip, rows)
         found = index.search(
             queries if retrieval_embeds is None else retrieval_embeds, num_neighbors, exclude=exclude
         )[1]
-        own = pseudo_labels(queries, classes).to(labels.device) if positives == "query" else None
+        own = pseudo_labels(queries, class_embeds).to(labels.device) if positives == "query" else None
         positive = select_positives(labels[found.to(labels.device)], positives, own)
         found = found.to(values.device)
         return NeighborCodes(values[found], indices[found].long(), positive.to(values.device))
 
-    def _check(
-        self,
-        clip: CLIPModel,
-        rows: torch.Tensor,
-        class_embeds: torch.Tensor | None,
-        retrieval_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if class_embeds is None:
-            raise ValueError(
-                "method='vs2++' labels the neighbours itself and needs to know the classes: give class_embeds=, a "
-                "text embedding a class, as hf_vs2.data.labels.prompts.class_embeddings(clip, tokenizer, names) makes "
-                "them. (The model called with input_ids takes those.)"
-            )
-        width = embedding_width(clip)
-        if class_embeds.ndim != 2 or class_embeds.shape[1] != width or not len(class_embeds):
-            raise ValueError(f"class_embeds must be (num_classes, {width}), not {tuple(class_embeds.shape)}.")
+    def _check(self, rows: torch.Tensor, retrieval_embeds: torch.Tensor | None) -> None:
         if self.corpus.embeddings is None and retrieval_embeds is not None:
             raise ValueError(
                 "retrieval_embeds= is for a corpus with embeddings of another encoder; this one is searched in the "
@@ -138,45 +152,14 @@ class CorpusSearch:
                     f"that model in retrieval_embeds=, {shape}; {got}. hf_vs2.steering.retrieval.embed_images makes "
                     "them."
                 )
-        return class_embeds
 
-    # What is kept
-
-    def _embeddings(self, clip: CLIPModel) -> NeighborIndex:
-        """Plain CLIP embeddings of the corpus."""
-        state = weights_state(tail_parameters(clip))
-        if self._embeds is None or self._embeds[0] != state:
-            blocks = [clip_embeds(clip, block) for block in self.corpus.rows.split(BLOCK_ROWS)]
-            self._embeds = state, NeighborIndex(torch.cat(blocks))
-            self._labels = []
-        return self._embeds[1]
-
-    def _latents(self, sae: SAEModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """values `(n, top_k)` and indices `(n, top_k)` int32."""
-        state = weights_state([sae.W_enc, sae.b_enc, sae.b_pre]), sae.config.top_k, sae.config.activation
-        if self._codes is None or self._codes[0] != state:
-            values, indices = zip(
-                *(sae.encode(block.to(sae.device).float()) for block in self.corpus.rows.split(BLOCK_ROWS)),
-                strict=True,
-            )
-            self._codes = state, torch.cat(values), torch.cat([block.int() for block in indices])
-        return self._codes[1:]
-
-    def _other_index(self, device: torch.device) -> NeighborIndex:
-        assert self.corpus.embeddings is not None
-        if self._other is None or self._other[0] != device:
-            self._other = device, NeighborIndex(self.corpus.embeddings.to(device))
-        return self._other[1]
-
-    def _pseudo_labels(self, embeds: NeighborIndex, class_embeds: torch.Tensor) -> torch.Tensor:
-        for place, known in enumerate(self._labels):
-            same = known.class_embeds.shape == class_embeds.shape and known.class_embeds.device == class_embeds.device
-            if same and torch.equal(known.class_embeds, class_embeds):
-                self._labels.append(self._labels.pop(place))
-                return known.labels
-        labels = pseudo_labels(embeds.units, class_embeds)
-        self._labels = [*self._labels, _LabelledClasses(class_embeds.clone(), labels)][-self.max_label_sets :]
-        return labels
+    def _index(self, clip: CLIPModel, sae: SAEModel) -> _Indexed:
+        blocks = self.corpus.rows.split(BLOCK_ROWS)
+        embeds = NeighborIndex(torch.cat([clip_embeds(clip, block) for block in blocks]))
+        values, indices = zip(*(sae.encode(block.to(sae.device).float()) for block in blocks), strict=True)
+        other = self.corpus.embeddings
+        searched = embeds if other is None else NeighborIndex(other.to(sae.device))
+        return _Indexed(embeds, searched, torch.cat(values), torch.cat([block.int() for block in indices]))
 
 
-__all__ = ["CorpusSearch", "RetrievalInputs", "pop_retrieval_inputs"]
+__all__ = ["CorpusSearch", "Prepared", "RetrievalInputs", "pop_retrieval_inputs"]

@@ -3,10 +3,9 @@ call."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,7 +20,7 @@ from ..encoders.families import embedding_width
 from ..encoders.tail import softmax_temperature, tail_parameters, unit_embeds
 from ..files.checkpoint_folder import LABEL_SETS_NAME
 from ..files.weight_files import read_described, write_described
-from ..files.weight_state import weights_state
+from ..files.weight_state import Kept, weights_state
 from ..functional.label_free import LabelFit
 from ..methods import BEFORE, METHODS, method_named
 from ..sae.modeling import SAEModel
@@ -78,11 +77,27 @@ class FittedLabels:
         """How many unlabelled rows each prototype rests on, `(num_classes,)`; shares of rows add up."""
         return self.fit.received
 
-    def is_of(self, method: str, settings: tuple[float, ...], classes: torch.Tensor) -> bool:
-        """Whether it is what `method` would fit for these classes."""
-        if (self.method, self.settings, self.class_embeds.shape) != (method, settings, classes.shape):
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What is asked for: equal for the same method and settings, and class embeddings that are the same but for
+    rounding."""
+
+    method: str
+    settings: tuple[float, ...]
+    class_embeds: torch.Tensor
+
+    def _exact(self) -> tuple[Any, ...]:
+        return self.method, self.settings, self.class_embeds.shape
+
+    def __hash__(self) -> int:
+        return hash(self._exact())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Asked) or self._exact() != other._exact():
             return False
-        return bool((self.class_embeds.to(classes.device) - classes).abs().max() < _SAME_CLASSES)
+        mine, theirs = self.class_embeds, other.class_embeds
+        return bool((mine.to(theirs.device) - theirs).abs().max() < _SAME_CLASSES)
 
 
 class LabelSets:
@@ -100,8 +115,8 @@ class LabelSets:
         self.named = named
         self._lock = threading.Lock()
         self._state: tuple[Any, ...] | None = None
-        self._recent: list[FittedLabels] = []
-        self._sketch: tuple[Any, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        self._recent: Kept[FittedLabels] = Kept(self.max_floats, lambda found: found.fit.num_floats)
+        self._sketch: Kept[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = Kept(1)
 
     def __reduce__(self) -> tuple[type[LabelSets], tuple[tuple[FittedLabels, ...]]]:
         return type(self), (self.named,)
@@ -109,7 +124,7 @@ class LabelSets:
     def clear(self) -> None:
         """Forget everything: the statistics are others now."""
         with self._lock:
-            self.named, self._recent, self._sketch, self._state = (), [], None, None
+            self.named, self._state = (), None
 
     @torch.compiler.disable  # locks and caches are nothing to trace
     def fitted(
@@ -126,61 +141,49 @@ class LabelSets:
         if steerer.settings.rule.needs_rows:
             # It refuses: what an earlier version fitted without rows was another method.
             steerer.unlabelled_rows  # noqa: B018
-        with self._lock, _kept_tensors():
-            classes = normalize(class_embeds.float(), dim=-1)
-            self._check_state(steerer)
-            for known in (*self.named, *self._recent):
-                if known.is_of(method, settings, classes):
-                    if labels is None or known.labels is not None:
-                        self._keep(known)
-                        return known
-                    found = replace(known, labels=labels)
-                    break
-            else:
-                fit = steerer.settings.rule.fit
-                if fit is None:
-                    fitting = [name for name, method in METHODS.items() if method.fit is not None]
-                    raise ValueError(
-                        f"method={steerer.settings.method!r} fits nothing to labels; these do: {fitting}."
-                    )
-                fitted = fit(classes, _SketchRows(self, steerer, classes.device))
-                found = FittedLabels(method, settings, classes.clone(), fitted, labels)
+        with self._lock:
+            asked = _Asked(method, settings, normalize(class_embeds.detach().float(), dim=-1))
+            state = self._checked_state(steerer)
+            for known in self.named:
+                if asked == _Asked(known.method, known.settings, known.class_embeds):
+                    return known
+            found = self._recent.get(state, asked, lambda: self._fit(steerer, asked))
             if labels is not None:
+                found = replace(found, labels=labels)
                 self.named = (*self.named, found)
-            else:
-                self._keep(found)
             return found
 
-    def _keep(self, used: FittedLabels) -> None:
-        if used.labels is not None:
-            return
-        self._recent = [*(one for one in self._recent if one is not used), used]
-        while len(self._recent) > 1 and sum(one.fit.num_floats for one in self._recent) > self.max_floats:
-            del self._recent[0]
+    def _fit(self, steerer: Steers, asked: _Asked) -> FittedLabels:
+        fit, classes = steerer.settings.rule.fit, asked.class_embeds.clone()
+        if fit is None:
+            fitting = [name for name, method in METHODS.items() if method.fit is not None]
+            raise ValueError(f"method={asked.method!r} fits nothing to labels; these do: {fitting}.")
+        return FittedLabels(
+            asked.method, asked.settings, classes, fit(classes, _SketchRows(self, steerer, classes.device))
+        )
 
     def image_mean(self, steerer: Steers) -> torch.Tensor:
         """Mean unit embedding under the step in force, `(projection_dim,)`: as measured, or that of the sketch."""
-        with self._lock, _kept_tensors():
-            self._check_state(steerer)
+        with self._lock:
+            self._checked_state(steerer)
             return _SketchRows(self, steerer, steerer.clip.device).mean()
 
     def named_now(self, steerer: Steers) -> tuple[FittedLabels, ...]:
         """The sets fitted by name, less those of other weights than the model has now."""
         with self._lock:
-            self._check_state(steerer)
+            self._checked_state(steerer)
             return self.named
 
-    def _check_state(self, steerer: Steers) -> None:
-        """Everything is dropped when weights or statistics change that it was made of; what a copy brought belongs to
-        those of the first use."""
+    def _checked_state(self, steerer: Steers) -> tuple[Any, ...]:
+        """What all fits are made of. The named ones are dropped when it changes; those that a copy brought belong to
+        the weights of the first use."""
         clip, sae = steerer.clip, steerer.sae
         weights = weights_state([*tail_parameters(clip), *sae.parameters()])
         state = weights, (sae.config.top_k, sae.config.activation, sae.domain_statistics)
-        if self._state is not None and state != self._state:
-            self._recent, self._sketch = [], None
-            if state[1] != self._state[1] or not _only_moved(self._state[0], weights):
-                self.named = ()
+        if self._state is not None and (state[1] != self._state[1] or not _only_moved(self._state[0], weights)):
+            self.named = ()
         self._state = state
+        return state
 
     def sketch(self, steerer: Steers) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views.
@@ -189,16 +192,15 @@ class LabelSets:
             `ValueError`: the statistics keep no rows.
         """
         rule, rows = steerer.settings.rule, steerer.unlabelled_rows
-        key = rule.step, rule.views, _settings(steerer)
-        if self._sketch is None or self._sketch[0] != key:
+
+        def make() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
             every_row = steerer.with_(gate=None, fvu_threshold=None, enabled=True, edits=None)
-            found = [every_row.features_from_cls(block) for block in rows.split(_BATCH)]
-            embeds = torch.cat(
-                [unit_embeds(cast(torch.Tensor, part.features), "row {} of the sketch".format) for part in found]
-            )
-            views = tuple(torch.cat(parts) for parts in zip(*(part.views or () for part in found), strict=True))
-            self._sketch = key, embeds, views
-        return self._sketch[1:]
+            parts = [every_row.features_from_cls(block) for block in rows.split(_BATCH)]
+            embeds = [unit_embeds(cast(torch.Tensor, part.features), "row {} of the sketch".format) for part in parts]
+            views = zip(*(part.views or () for part in parts), strict=True)
+            return torch.cat(embeds), tuple(map(torch.cat, views))
+
+        return self._sketch.get(self._state, (rule.step, rule.views, _settings(steerer)), make)
 
     # On disk
 
@@ -295,14 +297,6 @@ class _SketchRows:
 
     def views(self) -> tuple[torch.Tensor, ...]:
         return tuple(view.to(self.device) for view in self.kept.sketch(self.steerer)[1])
-
-
-@contextlib.contextmanager
-def _kept_tensors() -> Iterator[None]:
-    """What is kept from inference may serve a training step: no inference tensors, and no graph (which leaving the
-    mode would switch on again)."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _only_moved(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:

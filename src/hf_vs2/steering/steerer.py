@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, Unpack, cast
@@ -16,6 +16,7 @@ from ..encoders.families import embedding_width, family_of
 from ..encoders.layers import run_layers
 from ..encoders.tail import logits_of, project, rows_for, softmax_temperature, unit_embeds
 from ..encoders.wrapped import weights_of
+from ..files.weight_state import Kept
 from ..functional.equations import edited_change, gate
 from ..functional.label_free import LabelFit, row_distance
 from ..methods import Batch, LatentStep, NeighborCodes
@@ -27,6 +28,9 @@ from .outputs import VS2ImageFeatures, per_image
 
 
 T = TypeVar("T")
+
+# Label sets that one call holds on to.
+_PER_CALL = 8
 
 
 class Moved(NamedTuple):
@@ -51,6 +55,7 @@ class Steerer:
         settings ([`Steering`]): see there.
         label_sets ([`LabelSets`]): what was fitted for label sets, shared by all steerers of a model.
         search ([`CorpusSearch`], *optional*): the corpus of VS2++, likewise.
+        call ([`Kept`], *optional*): see [`Steerer.for_one_call`].
     """
 
     clip: CLIPModel
@@ -58,6 +63,7 @@ class Steerer:
     settings: Steering
     label_sets: LabelSets
     search: CorpusSearch | None = None
+    call: Kept[Any] | None = None
 
     def with_(self, **settings: Any) -> Steerer:
         """The same with other settings; what is not named stays. Giving `gate` drops an earlier `fvu_threshold`, and
@@ -66,9 +72,18 @@ class Steerer:
         Raises:
             `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
         """
-        other = replace(self, settings=changed(self.settings, settings))
+        call = None if self.call is None else Kept[Any](_PER_CALL)
+        other = replace(self, settings=changed(self.settings, settings), call=call)
         other.check()
         return other
+
+    def for_one_call(self) -> Steerer:
+        """The same for the many batches of one call: what is kept of label sets and the corpus is asked for once, not
+        once a batch. It trusts that the weights stay as they are meanwhile."""
+        return replace(self, call=Kept[Any](_PER_CALL))
+
+    def _in_call(self, key: Hashable, make: Callable[[], T]) -> T:
+        return make() if self.call is None else self.call.get(None, key, make)
 
     # What there is
 
@@ -275,8 +290,9 @@ class Steerer:
                 f"method={self.settings.method!r} needs a corpus to find neighbours in: "
                 "model.set_corpus(RetrievalCorpus...)."
             )
-        settings = self.settings
-        return self.search.neighbors(self.clip, sae, rows, settings.num_neighbors, settings.positives, **retrieval)
+        settings, search, classes = self.settings, self.search, retrieval.get("class_embeds")
+        prepared = self._in_call(("corpus", classes), lambda: search.prepared(self.clip, sae, classes))
+        return search.neighbors(prepared, self.clip, rows, settings.num_neighbors, settings.positives, **retrieval)
 
     # Features
 
@@ -376,7 +392,9 @@ class Steerer:
         `fit`: that of the classes, where it is at hand."""
         scores = embeds @ class_embeds.T
         if self.is_steering and self.settings.rule.fit is not None:
-            fit = fit or self.fit_classes(class_embeds).fit.on(class_embeds.device)
+            fit = fit or self._in_call(
+                ("fit", class_embeds), lambda: self.fit_classes(class_embeds).fit.on(class_embeds.device)
+            )
             views = [view.to(class_embeds.device) for view in images.views or ()]
             steered = images.steered.to(class_embeds.device).unsqueeze(-1)
             scores = torch.where(steered, self.settings.rule.score(embeds, class_embeds, fit, views), scores)
