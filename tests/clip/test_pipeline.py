@@ -23,6 +23,7 @@ from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, VS2ZeroShotImageClas
 from hf_vs2.data.images import UnreadableImageError
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.processing import load_processing
+from hf_vs2.files.weight_state import weights_state
 from hf_vs2.steering.corpus import RetrievalCorpus
 
 
@@ -171,6 +172,23 @@ def test_each_label_set_is_encoded_once(classifier, model, images):
         classifier(images[0], LABELS, hypothesis_template="a photo of a {}."),
     )
     assert scores(ensemble).sub(scores(classifier(images[0], LABELS))).abs().max() > 1e-3
+
+
+def test_a_call_compares_weights_once(classifier, model, images, monkeypatch):
+    """On a GPU each comparison waits for the device: it must not be asked for once a batch."""
+    compared = []
+
+    def compare(weights):
+        compared.append(weights)
+        return weights_state(weights)
+
+    for module in ("clip.pipeline", "steering.label_sets"):
+        monkeypatch.setattr(f"hf_vs2.{module}.weights_state", compare)
+    model.set_domain_statistics(hf_vs2.measure_statistics(model.sae, torch.randn(40, model.sae.config.hidden_size)))
+    for count in (1, 7):
+        compared.clear()
+        classifier(images[:count], LABELS, batch_size=1, method="prototypes")
+        assert len(compared) == 2, "the prompts', and those that the label set was fitted with"
 
 
 def test_least_recently_used_label_sets_go_first(model, images, monkeypatch):
