@@ -172,7 +172,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.clip_config is None:
-            self.clip_config = CLIPConfig()
+            self.clip_config = CLIPConfig(text_config={}, vision_config={})  # `None` would be logged
         elif isinstance(self.clip_config, dict):
             given = dict(self.clip_config)
             self.clip_config = AutoConfig.for_model(given.pop("model_type", "clip"), **given)
