@@ -110,6 +110,3 @@ def rejection(answers: Answers) -> dict[str, Any]:
         "share": REJECTED,
         "images": len(answers.similarity),
     }
-
-
-__all__ = ["Answers", "REJECTED", "clearest", "compare", "confidence", "pairs", "rejection"]

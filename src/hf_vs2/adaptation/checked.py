@@ -90,6 +90,3 @@ def checked_labels(path: str | os.PathLike, names: Sequence[str], labels: Sequen
     for name, label in given.items():
         target[places[name]] = number[str(found[label])]
     return target
-
-
-__all__ = ["TO_LABEL", "checked_labels", "read_checked", "write_to_label"]

@@ -76,6 +76,3 @@ def _within(path: str, root: Path | None) -> str:
     if root is not None and place.is_absolute() and place.is_relative_to(root):
         place = place.relative_to(root)
     return place.as_posix()
-
-
-__all__ = ["dataset_of", "image_names"]

@@ -110,6 +110,3 @@ def rejected(answer: Mapping[str, Any], threshold: float) -> dict[str, Any]:
         "predictions": [first | {"label": NONE_OF_THESE}, *others] if none else answer["predictions"],
         "rejected": none,
     }
-
-
-__all__ = ["NONE_OF_THESE", "Familiarity", "rejected", "rejection_threshold"]

@@ -2,5 +2,3 @@
 
 LABELS_NAME, TEMPLATES_NAME, TO_LABEL_NAME = "labels.json", "templates.json", "to_label.csv"
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
-
-__all__ = ["LABELS_NAME", "PAGE_NAME", "REPORT_NAME", "TEMPLATES_NAME", "TO_LABEL_NAME"]

@@ -261,6 +261,3 @@ def _foot(report: Mapping[str, Any]) -> str:
         f"{sae.get('steps', 0):,} steps. hf_vs2 {_text(report['hf_vs2_version'])}, {_text(report['date'])}."
         "</p></footer>"
     )
-
-
-__all__ = ["write_page"]

@@ -61,6 +61,3 @@ def trust(num_images: int, metrics: dict[str, Any]) -> tuple[bool, str]:
         f"{metrics['held_out_rows']:,} images that it was not trained on (FVU {fvu:.2f}; at most {MOST_FVU} is "
         "trusted)."
     )
-
-
-__all__ = ["SAEPlan", "sae_plan", "trust"]

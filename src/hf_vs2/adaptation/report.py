@@ -232,6 +232,3 @@ def method_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
         gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(one["gain"], *one["gain_ci"]) if "gain" in one else "-"
         lines.append(f"{method_label(one['method']):<{width}}  {one['top1']:5.1f}  {gain}")
     return lines
-
-
-__all__ = ["FEW_SHOT_TOLD", "change_sentence", "method_label", "method_lines", "report_of", "told"]

@@ -306,6 +306,3 @@ def _command(clip: Any, images: str, folder: Path) -> str:
 def _last_part(name: str) -> str:
     """A Hub id as it is; of a path its last part: a report is shown around."""
     return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
-
-
-__all__ = ["adapt"]

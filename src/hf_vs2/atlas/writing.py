@@ -142,15 +142,3 @@ def _values(dataset: Any, column: str, wanted: Sequence[int]) -> Iterator[tuple[
         if not left:
             return
     raise ValueError(f"The stream of images ended before image {min(left)}: it is not the one the activations are of.")
-
-
-__all__ = [
-    "atlas_folder",
-    "check_output",
-    "thumbnail",
-    "thumbnails",
-    "write_assets",
-    "write_data",
-    "write_manifest",
-    "write_thumbnails",
-]

@@ -121,6 +121,3 @@ def _flags(args: Namespace | None, names: tuple[str, ...]) -> str:
     """` (--num_workers, --batch_size)`: those of the flags that the command has."""
     found = [f"--{name}" for name in names if hasattr(args, name)]
     return f" ({', '.join(found)})" if found else ""
-
-
-__all__ = ["fault_of", "last_line"]

@@ -100,6 +100,3 @@ def _holds_images(args: Namespace) -> bool:
     from ..data.folders.listing import list_images
 
     return os.path.isdir(args.dataset) and bool(list_images(args.dataset, "skip").files)
-
-
-__all__ = ["after_recommendation", "after_training", "checkpoint_flags", "command", "dataset_flags"]

@@ -32,6 +32,3 @@ def check_writable(path: str | os.PathLike, flag: str, is_folder: bool = True) -
         else:
             return
     raise UsageError(f"{path} can't be written to ({why}): give another place with {flag}")
-
-
-__all__ = ["check_writable"]

@@ -99,6 +99,3 @@ class RowFile:
 def _brief(value: Any) -> str:
     text = to_json(value)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}"
-
-
-__all__ = ["ROW_SUFFIXES", "RowFile"]

@@ -70,6 +70,3 @@ class Answers:
                 for place in range(len(names)):
                     of_one = {name: None if one is None else one[place : place + 1] for name, one in outputs.items()}
                     yield self.pipeline.postprocess(of_one, **self.answering)
-
-
-__all__ = ["Answers"]

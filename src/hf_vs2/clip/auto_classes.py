@@ -51,5 +51,3 @@ AutoModel.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(VS2CLIPConfig, VS2CLIPForZeroShot, exist_ok=True)
 # Without it AutoProcessor finds the tokenizer alone.
 AutoProcessor.register(VS2CLIPConfig, CLIPProcessor, exist_ok=True)
-
-__all__: list[str] = []

@@ -85,6 +85,3 @@ def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> 
     if "clip" in loading:
         raise ValueError(f"clip= is for a VS2 or SAE checkpoint; {source} is a CLIP itself.")
     return load_clip(source, place, **loading)
-
-
-__all__ = ["zero_shot_classifier"]

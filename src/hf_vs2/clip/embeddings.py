@@ -222,6 +222,3 @@ def _converted(
     if to_numpy:
         return rows.cpu().numpy()
     return rows if is_one else list(rows)
-
-
-__all__ = ["EmbeddingMixin"]

@@ -72,6 +72,3 @@ class ImageSide(nn.Module):
         return ImageScores(
             self.steerer.scores(images, embeds, self.class_embeds, self.fit) * self.scale + self.bias, images.steered
         )
-
-
-__all__ = ["ImageScores", "ImageSide"]

@@ -392,6 +392,3 @@ def _default_gate(sae: SAEModel) -> float | None:
     known = sae.domain_statistics
     by_fvu = method_named(sae.config.method).reads_latents
     return sae.config.gate if (sae.config.fvu_quantiles if by_fvu else known and known.distance_quantiles) else None
-
-
-__all__ = ["VS2CLIPForZeroShot"]

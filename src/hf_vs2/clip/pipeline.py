@@ -352,8 +352,3 @@ PIPELINE_REGISTRY.register_pipeline(
 # With this mark `save_pretrained` would copy this file into the checkpoint and list it as remote code, and from then
 # on transformers would refuse the checkpoint without `trust_remote_code=True`.
 del VS2ZeroShotImageClassificationPipeline._registered_impl
-
-__all__ = [
-    "TASK",
-    "VS2ZeroShotImageClassificationPipeline",
-]

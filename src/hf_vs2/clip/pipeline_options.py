@@ -117,6 +117,3 @@ def _check_templates(templates: Any, hypothesis_template: Any) -> tuple[str, ...
     if hypothesis_template is not None:
         raise ValueError("hypothesis_template= and templates= exclude each other: give one of them.")
     return resolve_templates(templates)
-
-
-__all__ = ["OneCall", "OptionsMixin"]

@@ -325,6 +325,3 @@ class SteeringMixin:
     def cls_rows(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Plain CLIP's CLS rows of the last layer, `(batch, hidden_size)`: what [`image_features_from_cls`] takes."""
         return family_of(self.clip).row(self.clip.vision_model(pixel_values=pixel_values, **kwargs))
-
-
-__all__ = ["SteeringMixin"]

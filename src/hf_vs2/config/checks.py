@@ -201,6 +201,3 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(config, (list, tuple)):
         for value in config:
             yield from _entries(value)
-
-
-__all__ = ["OF_OTHERS", "CheckpointConfig", "check_clip_config", "refuse_requests", "strict_values"]

@@ -130,6 +130,3 @@ def _latent(name: str, latent: Any) -> int:
     if index < 0:
         raise ValueError(f"{name} names the latent {latent!r}; latents are counted from 0.")
     return index
-
-
-__all__ = ["EditTable", "LatentEdits"]

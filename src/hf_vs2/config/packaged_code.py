@@ -16,6 +16,3 @@ class PackagedCode:
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Without effect: who loads a checkpoint has the code from the package."""
         logger.info(f"{cls.__name__} comes with hf_vs2; its code is not written into checkpoints.")
-
-
-__all__ = ["PackagedCode"]

@@ -261,6 +261,3 @@ def _level(name: str) -> float:
         return float(name)
     except ValueError:
         return math.nan
-
-
-__all__ = ["SAEConfig", "holds_samples", "is_finite", "quantile_of"]

@@ -215,28 +215,3 @@ def shown(value: Any) -> str:
     if _is_whole(value) and abs(value) > 10**30:
         return "a number of more than 30 digits"
     return _SHOWN.repr(value)
-
-
-__all__ = [
-    "FILE_NAME",
-    "FLAG",
-    "LARGEST_BATCH",
-    "LARGEST_COUNT",
-    "LARGEST_EXPANSION",
-    "LARGEST_SEED",
-    "PATH",
-    "TEXT",
-    "Kind",
-    "check_fields",
-    "kinds_of",
-    "many",
-    "number",
-    "one_of",
-    "optional",
-    "part",
-    "part_of",
-    "read_fields",
-    "setting",
-    "shown",
-    "whole",
-]

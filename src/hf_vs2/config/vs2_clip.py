@@ -251,6 +251,3 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
         if output.get("edits") is None:
             output.pop("edits", None)
         return output
-
-
-__all__ = ["Steering", "VS2CLIPConfig", "changed"]

@@ -97,6 +97,3 @@ class NamedStream(IterableDataset):
     def __iter__(self) -> Iterator[NamedImage]:
         for index, image in enumerate(self.images):
             yield image if isinstance(image, NamedImage) else NamedImage(image, f"image {index}")
-
-
-__all__ = ["DEFAULT_TEMPLATES", "SINGLE_IMAGE", "NamedImage", "NamedImages", "NamedStream", "describe_type"]

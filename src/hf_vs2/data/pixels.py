@@ -136,6 +136,3 @@ def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.
     start = (long - length) // 2
     box = (start, 0, start + length, short) if image.width == long else (0, start, short, start + length)
     return image.crop(box)
-
-
-__all__ = ["Normalizer", "describe_processor", "uint8_pixels"]

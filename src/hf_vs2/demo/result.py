@@ -101,6 +101,3 @@ class DemoResult:
             f'  classify = transformers.pipeline("zero-shot-image-classification", model={str(self.model_path)!r})',
             f"  classify({image!r}, candidate_labels={list(DIGIT_NAMES)}, hypothesis_template={SINGLE_TEMPLATE[0]!r})",
         ]
-
-
-__all__ = ["DemoResult", "ForeignSet"]

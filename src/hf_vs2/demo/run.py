@@ -223,6 +223,3 @@ def _facts(
             "upper half": 100 * right[~low].mean().item(),
         },
     }
-
-
-__all__ = ["DemoResult", "ForeignSet", "run_demo"]

@@ -163,14 +163,3 @@ def _unwrapped(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     for name, weight in module.named_parameters():
         is_own = not name.startswith(adapters) or ".base_layer." in name
         yield name.replace(".base_layer.", ".") if is_own else name, weight, is_own
-
-
-__all__ = [
-    "adapter_weight",
-    "entries",
-    "model_fingerprint",
-    "other_weight",
-    "same_fingerprint",
-    "vision_fingerprint",
-    "weight_samples",
-]

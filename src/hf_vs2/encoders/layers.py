@@ -66,6 +66,3 @@ def _run_watched(layer: Any, hidden: torch.Tensor, **kwargs: Any) -> tuple[torch
     with layer.self_attn.register_forward_hook(keep):
         output = layer(hidden, None, **kwargs)
     return output, found[-1]
-
-
-__all__ = ["run_layers"]

@@ -292,12 +292,3 @@ def _misfit(
                 "not of one checkpoint: save or download it again."
             )
     return None
-
-
-__all__ = [
-    "check_clip",
-    "clip_config",
-    "load_clip",
-    "load_vision_model",
-    "refuse_offloaded",
-]

@@ -187,15 +187,3 @@ def save_processing(
         return
     for part in parts:
         part.save_pretrained(folder)
-
-
-__all__ = [
-    "PROCESSOR_FILES",
-    "TOKENIZER_FILES",
-    "holds",
-    "knows_words",
-    "load_image_processor",
-    "load_processing",
-    "load_tokenizer",
-    "save_processing",
-]

@@ -176,22 +176,3 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
     matrix = class_embeds.to(device).double() @ projection_weight.to(device).double()
     weight, bias = (one.to(device).double() for one in weights_of(norm, "weight", "bias"))
     return Tail(matrix * weight, matrix @ bias, norm.eps)
-
-
-__all__ = [
-    "Tail",
-    "check_scores",
-    "check_temperature",
-    "bias",
-    "clip_embeds",
-    "fold_tail",
-    "is_sigmoid",
-    "logits_of",
-    "probabilities",
-    "project",
-    "rows_for",
-    "softmax_temperature",
-    "tail_parameters",
-    "temperature",
-    "unit_embeds",
-]

@@ -54,6 +54,3 @@ def is_offloaded(model: nn.Module) -> bool:
 def is_quantised(weight: torch.Tensor) -> bool:
     """Whether it is no plain tensor of floats, as torchao's and bitsandbytes' are not."""
     return not weight.is_floating_point() or type(weight).__module__.partition(".")[0] == "torchao"
-
-
-__all__ = ["device_of", "is_offloaded", "is_quantised", "unwrapped", "weights_of"]

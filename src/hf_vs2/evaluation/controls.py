@@ -79,6 +79,3 @@ def _dictionary(
     sae.b_pre.copy_(mean)
     sae.mean.copy_(mean)
     return sae
-
-
-__all__ = ["DICTIONARIES", "control_model"]

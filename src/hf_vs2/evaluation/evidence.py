@@ -263,19 +263,3 @@ def evidence_text(name: str, value: float) -> str:
     if name in ("rows", "rows_per_label"):
         return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
     return f"{value:.2f}" if name.startswith("evenness") else f"{value:.0%}"
-
-
-__all__ = [
-    "SHOWN_EVIDENCE",
-    "Evidence",
-    "Shift",
-    "Sureness",
-    "decide",
-    "embeds_of",
-    "evenness",
-    "evidence_text",
-    "gather_evidence",
-    "inside",
-    "shift_of",
-    "why_others",
-]

@@ -89,6 +89,3 @@ def cross_answers(
             scores = fit(embeds[others], labels[others], classes, temperature)
             answers[name][part] = scores(embeds[part]).argmax(-1)
     return answers
-
-
-__all__ = ["FEW_SHOT", "cross_answers", "draw_shots"]

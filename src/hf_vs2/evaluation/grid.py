@@ -183,9 +183,6 @@ def _axis(name: str, values: Sequence[float]) -> list[float]:
     return numbers
 
 
-__all__ = ["SteeringGrid", "Tail", "fold_tail", "scores_along", "steering_grid"]
-
-
 def plot_grid(
     grid: SteeringGrid,
     gammas: Sequence[float],

@@ -115,6 +115,3 @@ def are_stored(rows: Rows, labels: Any) -> bool:
 
 def _last_layer(model: VS2CLIPForZeroShot) -> int:
     return len(model.clip.vision_model.encoder.layers) - 1
-
-
-__all__ = ["are_stored", "check_replayable", "class_labels", "named_labels", "replayable_rows"]

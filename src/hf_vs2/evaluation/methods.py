@@ -173,6 +173,3 @@ def _no_gate(name: str, lacking: str) -> None:
         f"No {name!r} row: the model has no gate, and its SAE has no {lacking} to take one from. Calibrate the SAE, "
         "or set fvu_threshold=."
     )
-
-
-__all__ = ["CLIP", "Variant", "check_methods", "controls", "evaluation_methods", "variants_of"]

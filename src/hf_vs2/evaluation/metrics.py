@@ -148,15 +148,3 @@ def per_class_table(
     rounded = [[None if share is None else round(share, 4) for share in row] for row in accuracy]
     support = count_by_class(target, len(class_names))
     return {"class_names": list(class_names), "support": support, "accuracy": rounded}
-
-
-__all__ = [
-    "Gain",
-    "Tally",
-    "accuracy_by_class",
-    "count_by_class",
-    "mean_per_class",
-    "paired_bootstrap",
-    "per_class_table",
-    "row_figures",
-]

@@ -104,6 +104,3 @@ def _facts(rows: Sequence[dict[str, Any]]) -> list[str]:
 def wrapped(text: str) -> list[str]:
     """Lines of a terminal's width."""
     return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-__all__ = ["headline_rows", "terminal_table", "wrapped"]

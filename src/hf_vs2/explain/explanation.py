@@ -337,6 +337,3 @@ def check_explainable(steerer: Steerer) -> None:
             f"The scores of method={rule.name!r} are no sums over latents. Explain one of {explained}, as in "
             f"model.steering(method={explained[0]!r})."
         )
-
-
-__all__ = ["VS2Explanation", "check_explainable", "explain_rows"]

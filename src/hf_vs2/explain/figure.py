@@ -199,6 +199,3 @@ def _finish(axes: Axes, title: str) -> None:
     axes.grid(axis="x", color=GRID_LINES)
     axes.tick_params(axis="y", length=0)
     axes.set_title(title, loc="left", fontweight="bold")
-
-
-__all__ = ["as_clip_sees", "draw_explanation", "leading_labels"]

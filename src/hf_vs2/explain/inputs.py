@@ -132,6 +132,3 @@ def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Te
     if not named:
         raise ValueError("images is empty: give one image or several.")
     return Normalizer(image_processor, device)(read_pixels(named, image_processor))
-
-
-__all__ = ["explain_images", "resolve_names"]

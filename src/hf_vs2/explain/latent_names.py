@@ -194,15 +194,3 @@ def read_vocabulary(path: str | PathLike) -> list[str]:
         ValueError: the file is not text, or holds no word. OSError: it cannot be read.
     """
     return list(dict.fromkeys(map(clean_name, names_in(read_list(path, "the vocabulary")))))
-
-
-__all__ = [
-    "LatentNames",
-    "chance_score",
-    "closest_words",
-    "common_words",
-    "embed_words",
-    "embedding_directions",
-    "name_latents",
-    "read_vocabulary",
-]

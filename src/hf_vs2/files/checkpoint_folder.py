@@ -204,6 +204,3 @@ def local_paths(record: Any) -> list[str]:
     if not isinstance(record, str) or os.sep not in record or len(record) > 1024:
         return []
     return [record] if os.path.isabs(record) or os.path.exists(record) else []
-
-
-__all__ = ["CheckpointFolder", "is_hub_id", "local_paths", "looks_like_hub_id"]

@@ -78,6 +78,3 @@ def is_of_digest(path: str | os.PathLike, digest: str) -> bool:
         return file_digest(path) == digest
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == digest
-
-
-__all__ = ["check_digest", "digests_in", "file_digest", "is_of_digest", "json_digest", "tensor_digest"]

@@ -170,20 +170,3 @@ def frame_cell(axes: Axes, rows: Sequence[float], columns: Sequence[float], cell
         frame.set_gid(f"default-{colour}")
         axes.add_patch(frame)
     return True
-
-
-__all__ = [
-    "COLUMN",
-    "PAGE",
-    "STYLES",
-    "SUFFIXES",
-    "as_text",
-    "check_drawing",
-    "draw_cells",
-    "frame_cell",
-    "in_legend",
-    "new_figure",
-    "save_figure",
-    "signed",
-    "style",
-]

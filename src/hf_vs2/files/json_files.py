@@ -99,6 +99,3 @@ def _encoded(value: Any, place: str) -> Any:
 def _decoded(found: dict[str, Any]) -> Any:
     tag = found.get(_TAG) if len(found) == 1 else None
     return _INFINITE[tag] if isinstance(tag, str) and tag in _INFINITE else found
-
-
-__all__ = ["from_json", "read_json", "read_object", "to_json", "write_json"]

@@ -55,6 +55,3 @@ def percent(share: float, digits: int = 1) -> str:
         if value in (0, 100) or float(text) not in (0, 100):
             return f"{text}%"
     return f"<{10.0**-more:g}%" if value < 50 else f">{100 - 10.0**-more:g}%"
-
-
-__all__ = ["Markdown", "code", "escaped", "number"]

@@ -136,16 +136,3 @@ def check_token(token: str | bool | None) -> None:
             "token= holds a space, a line break or another character that no token has: take the token alone (of a "
             "line read from a file: .strip())."
         )
-
-
-__all__ = [
-    "HUB_ARGUMENTS",
-    "at_one_commit",
-    "check_token",
-    "commit_note",
-    "look_for",
-    "note_commit",
-    "one_dtype",
-    "refuse_missing",
-    "refuse_variant",
-]

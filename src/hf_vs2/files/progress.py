@@ -38,6 +38,3 @@ def without_loading_bars() -> Iterator[None]:
     finally:
         if were_shown:
             logging.enable_progress_bar()
-
-
-__all__ = ["progress_bar", "without_loading_bars"]

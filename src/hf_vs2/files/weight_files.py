@@ -309,20 +309,3 @@ def unpickled(path: str | os.PathLike, remedy: str, map_location: str = "cpu") -
             f"{path} is a pickle with more in it than tensors, which may be code, or damaged: it is not opened. "
             f"{remedy}"
         ) from error
-
-
-__all__ = [
-    "LARGEST",
-    "WeightFiles",
-    "check_content",
-    "check_numbers",
-    "find_files",
-    "in_one_message",
-    "is_of_http",
-    "opened",
-    "read_described",
-    "read_tensors",
-    "unpickled",
-    "write_described",
-    "write_tensors",
-]

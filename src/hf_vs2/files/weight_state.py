@@ -102,6 +102,3 @@ def _sample(parameters: Iterable[nn.Parameter]) -> tuple[float, ...]:
             step = max(1, parameter.numel() // _SAMPLE_SIZE)
             entries.setdefault(parameter.device, []).append(parameter.flatten()[::step])
     return tuple(value for found in entries.values() for value in torch.cat(found).tolist())
-
-
-__all__ = ["Kept", "weights_state", "weights_version"]

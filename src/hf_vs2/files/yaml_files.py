@@ -84,6 +84,3 @@ def _refuse_doubled(node: yaml.MappingNode) -> None:
             if key.value in lines:
                 raise ValueError(f"{key.value[:80]!r} stands twice, in lines {lines[key.value]} and {line}")
             lines[key.value] = line
-
-
-__all__ = ["read_yaml"]

@@ -395,6 +395,3 @@ class SAEModel(HubMixin, PreTrainedModel):
 
 def _counting_is_free(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-__all__ = ["SAEModel", "SAEOutput"]

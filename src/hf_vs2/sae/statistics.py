@@ -208,6 +208,3 @@ class DomainStatistics:
     def _tensors(self) -> dict[str, torch.Tensor]:
         names = ("mean", "components", "variances", "latent_mean", "latent_frequency", "rows", "image_mean")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-__all__ = ["DomainStatistics"]

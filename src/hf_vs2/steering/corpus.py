@@ -295,8 +295,3 @@ def _read_description(path: Path) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{path} does not describe a corpus: {wrong[0]} is missing or of the wrong type.")
     return description
-
-
-__all__ = [
-    "RetrievalCorpus",
-]

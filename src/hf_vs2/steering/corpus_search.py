@@ -160,6 +160,3 @@ class CorpusSearch:
         other = self.corpus.embeddings
         searched = embeds if other is None else NeighborIndex(other.to(sae.device))
         return _Indexed(embeds, searched, torch.cat(values), torch.cat([block.int() for block in indices]))
-
-
-__all__ = ["CorpusSearch", "Prepared", "RetrievalInputs", "pop_retrieval_inputs"]

@@ -311,6 +311,3 @@ def _settings(steerer: Steers) -> tuple[float, ...]:
     chosen, rule = steerer.settings, steerer.settings.rule
     step = () if rule.step is None else (float(chosen.lambda_), *map(float, chosen.gamma_factors))
     return (float(chosen.coefficient), *step) if "coefficient" in rule.shows else step
-
-
-__all__ = ["FittedLabels", "LabelSets"]

@@ -76,6 +76,3 @@ def per_image(done: Mapping[int, VS2ImageFeatures]) -> dict[str, Any]:
         return {name: getattr(layers[0], name) for name in names}
     columns = {name: tuple(getattr(layer, name) for layer in layers) for name in names[:4]}
     return columns | {name: torch.stack(columns[name], dim=1) for name in ("fvu", "steered")}
-
-
-__all__ = ["VS2CLIPOutput", "VS2ImageFeatures", "per_image"]

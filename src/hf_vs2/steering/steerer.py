@@ -403,6 +403,3 @@ class Steerer:
 
 def _untouched(rows: torch.Tensor) -> VS2ImageFeatures:
     return VS2ImageFeatures(steered=torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device), rows=rows)
-
-
-__all__ = ["Moved", "Steerer"]

@@ -360,8 +360,5 @@ def _scores(model: VS2CLIPForZeroShot, pixels: torch.Tensor, classes: torch.Tens
     return normalize(features, dim=-1) @ classes.T
 
 
-__all__ = ["count_flops", "count_parameters", "count_training_flops", "measure_cost", "peak_memory", "time_pairs"]
-
-
 if __name__ == "__main__":
     print(json.dumps(_run_in_process(json.load(sys.stdin))))

@@ -47,6 +47,3 @@ class SAESpec:
     layer: int = -1
     share: float = 1.0
     pass_weight: float = 0.0
-
-
-__all__ = ["DeepFeatures", "Encoder", "Neighbors", "SAESpec"]

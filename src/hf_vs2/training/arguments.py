@@ -116,6 +116,3 @@ class SAETrainingArguments:
     def output_path(self) -> Path:
         """`output_dir` as a path."""
         return Path(self.output_dir)
-
-
-__all__ = ["SAETrainingArguments"]

@@ -72,6 +72,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device; nothing waits for the copy."""
     rows, labels = batch
     return rows.to(device, non_blocking=True), None if labels is None else labels.to(device, non_blocking=True)
-
-
-__all__ = ["BatchPlan", "read_batches", "to_device"]

@@ -165,6 +165,3 @@ def gate_within(config: SAEConfig, gate: float | None) -> float | None:
         f"{highest}. Calibrate on more rows for a higher one (in training: calibration_share)."
     )
     return highest
-
-
-__all__ = ["calibrate", "conformal_quantiles", "gate_within"]

@@ -116,6 +116,3 @@ class _Sums:
             "latent_mean": (self.values / self.count).float().cpu(),
             "latent_frequency": ((self.active + 1) / (self.count + 1)).float().cpu(),
         }
-
-
-__all__ = ["SKETCH_ROWS", "measure_statistics"]

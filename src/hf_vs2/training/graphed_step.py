@@ -49,6 +49,3 @@ class GraphedStep:
                 self._step(self._x)
         self._x.copy_(x, non_blocking=True)
         self._graph.replay()
-
-
-__all__ = ["GraphedStep"]

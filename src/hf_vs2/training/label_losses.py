@@ -51,6 +51,3 @@ def describe_label_loss(label_loss: LabelLoss) -> dict[str, Any]:
         values = {field.name: getattr(label_loss, field.name) for field in fields(label_loss)}
         record |= {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
     return record
-
-
-__all__ = ["LabelLoss", "PrototypeAlignment"]

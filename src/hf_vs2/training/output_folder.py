@@ -184,17 +184,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-__all__ = [
-    "CHECKPOINT_PREFIX",
-    "alone_in",
-    "checkpoint_to_resume",
-    "checkpoints",
-    "claim",
-    "finished_metrics",
-    "planned_settings",
-    "save_checkpoint",
-    "standing",
-    "write_log",
-]

@@ -207,6 +207,3 @@ def _advance(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
 
 def _state_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-__all__ = ["COUNTERS_NAME", "STATE_NAME", "TrainingProgress", "differing"]

@@ -131,6 +131,3 @@ class GraphedTrainingStep:
             self._step([(x, None)], revive)
         finally:
             group["lr"] = number
-
-
-__all__ = ["Batch", "GraphedTrainingStep", "Meter", "TrainingStep"]

@@ -55,6 +55,3 @@ def _has_key(tracker: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-__all__ = ["check_tracker"]

@@ -380,6 +380,3 @@ class SAETrainer:
 
 def _digest(numbers: torch.Tensor) -> str:
     return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
-
-
-__all__ = ["SAETrainer"]

@@ -150,22 +150,3 @@ def read_shard_header(folder: Path, number: int) -> dict[str, Any] | None:
         return None
     header["bytes"] = path.stat().st_size
     return header
-
-
-__all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "INDEX_NAME",
-    "REQUEST_FIELDS",
-    "ROW_DTYPES",
-    "StoreError",
-    "check_complete",
-    "differences",
-    "read_index",
-    "read_shard_header",
-    "request_key",
-    "request_of",
-    "shard_name",
-    "write_index",
-    "write_shard",
-]

@@ -133,16 +133,3 @@ def recorded_family(name: str, revision: str | None) -> str | None:
         return None if path is None else read_object(path).get("model_type")
     except (OSError, ValueError):
         return None
-
-
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "embedding_width",
-    "family_of",
-    "is_steerable",
-    "recorded_family",
-    "refuse_family",
-    "register",
-    "steerable",
-]

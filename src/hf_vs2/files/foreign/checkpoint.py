@@ -131,6 +131,3 @@ def as_weights(tensors: Mapping[str, Any], path: str) -> dict[str, torch.Tensor]
 def _name_of(name_or_path: str | os.PathLike) -> str:
     """What may be told of a place: a Hub id, or of a folder here its name alone."""
     return Path(name_or_path).resolve().name if os.path.isdir(name_or_path) else str(name_or_path)
-
-
-__all__ = ["CFG_NAME", "ForeignCheckpoint", "as_weights"]

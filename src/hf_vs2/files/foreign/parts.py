@@ -169,6 +169,3 @@ def refuse_hook(checkpoint: ForeignCheckpoint, hook: Any) -> NoReturn:
         f"{checkpoint.config_path}: the SAE reads {str(hook)[:80]!r}, and hf_vs2 reads the output of an encoder layer "
         "(layers.N, blocks.N.hook_resid_post). Give layer= to use it on the output of that layer all the same."
     )
-
-
-__all__ = ["Converted", "Parts", "convert", "layer_of", "refuse_hook"]

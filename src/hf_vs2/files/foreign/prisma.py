@@ -111,6 +111,3 @@ def _unpickled(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{path} holds no tensors by name. Expected W_enc, b_enc, W_dec and b_dec.")
     return as_weights(found, path)
-
-
-__all__ = ["load"]

@@ -162,6 +162,3 @@ def save(sae: Any, folder: str | os.PathLike) -> None:
         cfg |= {"architecture": architecture, "k": config.top_k, "rescale_acts_by_decoder_norm": False}
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_pre}
     write_files(Path(folder), tensors, WEIGHTS_NAME, cfg)
-
-
-__all__ = ["load", "save"]

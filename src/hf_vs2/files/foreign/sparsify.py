@@ -127,6 +127,3 @@ def write_files(folder: Path, tensors: Mapping[str, torch.Tensor], weights_name:
 
     with failing_as(folder, SafetensorError):
         replace_files(folder, write, CFG_NAME)
-
-
-__all__ = ["load", "save"]

@@ -202,6 +202,3 @@ def _normal(text: str) -> str:
 def _digest(content: Any) -> str:
     text = content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-__all__ = ["Card", "CardError", "card_to_upload", "license_of", "merge_metadata", "refresh_card"]

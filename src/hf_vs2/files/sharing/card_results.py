@@ -285,6 +285,3 @@ def _has_a_dictionary(name: str) -> bool:
 
 def _line(value: Any) -> str:
     return " ".join(str(value).split())
-
-
-__all__ = ["ResultFacts", "read_results"]

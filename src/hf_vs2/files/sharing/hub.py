@@ -183,6 +183,3 @@ def _kind(folder: CheckpointFolder) -> str:
     if folder.model_type == VS2_TYPE:
         return "VS2 model"
     return f"{len(folder.configs)} SAEs" if folder.holds_several else "SAE"
-
-
-__all__ = ["HubMixin", "push_to_hub"]

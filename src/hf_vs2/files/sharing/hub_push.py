@@ -284,6 +284,3 @@ def _is_there(on_hub: dict[str, set[str]], name: str, content: Path | bytes) -> 
     data = content if isinstance(content, bytes) else content.read_bytes()
     git_digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return bool(on_hub.get(name, set()) & {git_digest, hashlib.sha256(data).hexdigest()})
-
-
-__all__ = ["Push"]

@@ -393,6 +393,3 @@ def _gamma(gamma: float | Sequence[float]) -> str:
     if isinstance(gamma, (int, float)):
         return f"{gamma:g}"
     return f"one for each feature, {min(gamma):g} to {max(gamma):g}"
-
-
-__all__ = ["create_model_card", "write_model_card"]

@@ -29,6 +29,3 @@ _CLASSES = {
 def auto_map(model_type: str) -> dict[str, str]:
     """The entry `auto_map` of a `config.json`, which leads to the shim."""
     return {auto: f"{SHIM_NAME.removesuffix('.py')}.{name}" for auto, name in _CLASSES[model_type].items()}
-
-
-__all__ = ["SHIM", "SHIM_NAME", "auto_map"]

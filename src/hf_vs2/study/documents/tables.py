@@ -152,6 +152,3 @@ def _groups(view: ResultView, cells: Sequence[CellResult]) -> list[tuple[str, li
             name
         )
     return [(title[0].upper() + title[1:], names) for title, names in groups.items() if names]
-
-
-__all__ = ["study_markdown"]

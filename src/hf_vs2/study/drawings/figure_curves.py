@@ -273,6 +273,3 @@ def agreement(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             bar.set_label("cosine")
             bar.outline.set_visible(False)
         yield suffix, sheet.figure
-
-
-__all__ = ["agreement", "expansion", "neighbors", "pass_trade_off", "share", "top_k"]

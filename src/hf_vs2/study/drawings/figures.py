@@ -76,5 +76,3 @@ FIGURES: dict[str, Callable[[StudyReader, str], Iterator[tuple[str, Figure]]]] =
     "neighbors": figure_curves.neighbors,
     "agreement": figure_curves.agreement,
 }
-
-__all__ = ["draw_figures", "study_figures"]

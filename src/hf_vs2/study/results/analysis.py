@@ -235,14 +235,3 @@ def _check_labels(labels: torch.Tensor, num_classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels run from {low} to {high}, but {num_classes} classes allow 0 to {num_classes - 1}.")
-
-
-__all__ = [
-    "agreement",
-    "fixed_confusions",
-    "fvu_deciles",
-    "mean_per_class_accuracy",
-    "per_class",
-    "risk_coverage",
-    "summary",
-]

@@ -116,6 +116,3 @@ def _of_the_library(row: Row) -> Method:
     settings += ("sketch",) if rule.needs_statistics or row.dictionary else ()
     default = rule.compared_gated if row.gated else row.dictionary is not None or rule.compared
     return Method(row.label, settings, rule=rule.name, dictionary=row.dictionary, default=default)
-
-
-__all__ = ["GROUPS", "OWN", "STEERED_LAYERS", "Method", "group_of", "label_of", "study_methods"]
