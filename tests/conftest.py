@@ -113,3 +113,29 @@ def make_tiny_clip(num_layers: int = 3):
 def tiny_clip():
     """A random CLIP small enough for any test: hidden 32, 3 layers, 32-pixel images, projection 24."""
     return make_tiny_clip()
+
+
+@pytest.fixture(scope="session")
+def clip_path(tmp_path_factory) -> Path:
+    """A saved CLIP with everything beside it that a Hub repository has."""
+    from commands import save_clip
+
+    return save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def images_path(tmp_path_factory) -> Path:
+    """A folder of images as people keep them: train and test, a folder a class."""
+    from commands import save_images
+
+    return save_images(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, clip_path, images_path) -> Path:
+    """What `hf-vs2 train` leaves behind."""
+    from commands import TRAIN, main, source
+
+    path = tmp_path_factory.mktemp("outputs") / "sae"
+    assert main(["train", *source(clip_path, images_path), "--output_dir", str(path), *TRAIN]) == 0
+    return path

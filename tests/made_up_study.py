@@ -60,3 +60,32 @@ def rows(document: str, start: str) -> list[list[str]]:
     """The fields of every table row whose first field starts so."""
     found = [line.strip("| ").split(" | ") for line in document.splitlines() if line.startswith("|")]
     return [[field.strip() for field in row] for row in found if row[0].startswith(start)]
+
+
+def description(clip: Path, images: Path, folder: Path) -> dict:
+    """A study of everything there is, on a CLIP and images of a few kilobytes."""
+    return {
+        "output_dir": str(folder),
+        "encoders": [{"id": "tiny/clip", "path": str(clip)}],
+        "datasets": [
+            {"name": "colours", "path": str(images)},
+            {"name": "half", "path": str(images), "train_split": "train[:60]", "templates": ["a {} thing"]},
+        ],
+        "seeds": [0, 1],
+        "prompts": ["single", "published"],
+        "sae": {"top_k": 4, "expansion_factor": 2, "max_steps": 20, "per_device_train_batch_size": 32},
+        "steering": {"gamma": 2.0, "lambda": 0.9, "gate": 0.9},
+        "retrieval": {"num_neighbors": 5},
+        "inner_layers": {"train_limit": 50, "test_limit": 20},
+        "views": 1,
+        "ablations": {
+            "top_k": [2, 4],
+            "expansion_factor": [2, 3],
+            "share": [0.5, 1],
+            "num_neighbors": [3],
+            "pass_weight": [0.5],
+        },
+        "grid": {"gamma": [1.5, 2.0], "lambda": [0.0, 0.9, 1.8]},
+        "gate_shift": {"trained_on": ["colours", "half"], "quantiles": [0.5]},
+        "cost": False,
+    }

@@ -18,9 +18,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
+from foreign_saes import write as write_foreign
 from loopback_hub import LoopbackHub
 from PIL import Image
-from test_foreign import write as write_foreign
 from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
 import hf_vs2

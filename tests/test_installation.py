@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from test_package import REPOSITORY, tracked_files
+from repository import REPOSITORY, tracked_files
 
 from hf_vs2.version import INSTALLATION
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY, tracked_files
 
 import hf_vs2
 import hf_vs2.cli
 import hf_vs2.moved
 
 
-REPOSITORY = Path(__file__).parents[1]
 SOURCE = REPOSITORY / "src" / "hf_vs2"
 
 # A folder imports only from itself and from folders above it in this list. Everybody reads `version`; the rest of the root
@@ -101,21 +101,6 @@ def imported_names(path: Path) -> Iterator[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
             yield from (".".join([*base, alias.name]) for alias in node.names)
-
-
-def tracked_files() -> list[Path]:
-    """What git tracks or would track; a source archive without git is taken whole."""
-    try:
-        listing = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"git cannot list the files of {REPOSITORY}: {error}")
-    names = listing.stdout.decode().split("\0")
-    return [REPOSITORY / name for name in names if name and (REPOSITORY / name).is_file()]
 
 
 def test_import_is_cheap_and_offline() -> None:

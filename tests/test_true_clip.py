@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from drawn import drawn_classes, images_of
+from made_up_study import description
 from safetensors.torch import save_file
-from test_cli import clip_path, images_path  # noqa: F401 (fixtures)
-from test_label_free import drawn_classes, images_of
-from test_study import description
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -66,7 +65,7 @@ def test_it_runs_on_ones_own_embeddings(tmp_path):
     assert "| **all** |" in table
 
 
-def test_the_sets_of_a_study(scripts, clip_path, images_path, tmp_path):  # noqa: F811
+def test_the_sets_of_a_study(scripts, clip_path, images_path, tmp_path):
     """One command for one's own CLIP: test images are scored, training images are the unlabelled ones."""
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(description(clip_path, images_path, tmp_path / "out")))
     found, other = scripts[0].study_sets(tmp_path / "study.yaml", None)

@@ -9,12 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import complaint, run
 from conftest import make_tiny_clip
 from PIL import Image
-from test_cli import checkpoint, clip_path, complaint, images_path, run  # noqa: F401  fixtures and helpers of the commands
-from test_prompts import make_word_tokenizer
 from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil
+from words import make_word_tokenizer
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate, steering_grid
 from hf_vs2.atlas.effects import effect_of
@@ -386,7 +386,7 @@ def test_images_are_those_that_the_rows_were_made_from(made, tmp_path):
 # The command
 
 
-def test_command_writes_an_atlas_and_reuses_activations(checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+def test_command_writes_an_atlas_and_reuses_activations(checkpoint, images_path, tmp_path, capsys):
     """The README's way: a checkpoint and a folder of images; a store that is there is used, one of other images refused."""
     data = ["--checkpoint", checkpoint, "--dataset", images_path, "--disable_tqdm", "--top_images", "3"]
     out = run(

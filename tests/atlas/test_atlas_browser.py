@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import make_tiny_clip
 from PIL import Image
-from test_prompts import make_word_tokenizer
+from words import make_word_tokenizer
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate
 

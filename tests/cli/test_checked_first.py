@@ -1,11 +1,9 @@
 """What can't work is refused before the first image is read, in one line that names it: hours of extraction are lost otherwise."""
 
-# ruff: noqa: F811
-
 import os
 
 import pytest
-from test_cli import TRAIN, checkpoint, clip_path, complaint, images_path, source, with_checkpoint  # noqa: F401
+from commands import TRAIN, complaint, source, with_checkpoint
 
 from hf_vs2.cli import main
 from hf_vs2.data.registry import dataset_info

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from test_cli import clip_path, complaint, images_path, read_json, run  # noqa: F401  (fixtures)
-from test_foreign import LATENTS, assert_same, dense, reference, weights, write
+from commands import complaint, read_json, run
+from foreign_saes import LATENTS, assert_same, dense, reference, weights, write
 from toy import clip_like_rows, make_sae
 
 from hf_vs2 import SAEModel
 
 
-def test_from_a_strangers_sae_to_a_gate(tmp_path, capsys, clip_path, images_path):  # noqa: F811
+def test_from_a_strangers_sae_to_a_gate(tmp_path, capsys, clip_path, images_path):
     """convert, calibrate, classify: what a user of a downloaded SAE does. The mean that calibration measures must be saved, too."""
     theirs, ours = write(tmp_path / "layers.2", "sparsify", {"d_in": 32}, weights(width=32)), tmp_path / "sae"
     out = run(capsys, "convert", theirs, "--base_model", clip_path, "--output_dir", ours)

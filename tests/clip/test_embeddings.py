@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import COLOURS, checkpoint, clip_path, images_path  # noqa: F401
 from transformers import AutoProcessor
 
 from hf_vs2 import VS2CLIPForZeroShot
@@ -15,17 +14,17 @@ from hf_vs2.data.images import UnreadableImageError
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):  # noqa: F811
+def model(checkpoint):
     return VS2CLIPForZeroShot.from_pretrained(checkpoint, gate=None)
 
 
 @pytest.fixture(scope="module")
-def folder(images_path):  # noqa: F811
+def folder(images_path):
     return images_path / "test" / "red"
 
 
 @pytest.fixture(scope="module")
-def expected(model, folder, clip_path):  # noqa: F811
+def expected(model, folder, clip_path):
     """What CLIP's own interface gives for the folder: steered and plain."""
     processor = AutoProcessor.from_pretrained(clip_path, use_fast=False)
     inputs = processor(

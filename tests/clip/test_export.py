@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_modeling_vs2_clip import LAST, fitted_sae, make_inputs
+from steered import LAST, fitted_sae, make_inputs
 
 from hf_vs2 import VS2CLIPForZeroShot, measure_statistics
 from hf_vs2.clip.export import ImageSide

@@ -10,53 +10,22 @@ from numpy_reference import ReferenceSAE, keep_norm
 from numpy_reference import contrastive_direction as reference_direction
 from numpy_reference import steer as reference_steer
 from safetensors.torch import load_file, save_file
+from steered import HIDDEN, LAST, LATENTS, cls_rows, fitted_sae, make_inputs
 from toy import make_sae
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPModel
 
-from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
+from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.functional import equations as functional
 from hf_vs2.methods import METHODS
 from hf_vs2.steering.corpus import RetrievalCorpus
 
 
-HIDDEN, LATENTS, LAST = 32, 128, 2
 # Those that move a CLS row; `vs2++` asks a corpus too. Those that score in another way are in test_label_scoring.py.
 STEERING_METHODS = [
     name for name, method in METHODS.items() if method.step and not method.fit and not method.needs_corpus
 ]
 PER_LATENT = tuple(1 + 0.01 * i for i in range(LATENTS))
-
-
-def make_inputs(batch=4, texts=3, seed=0):
-    """Images and prompts for the tiny CLIP (98 is its end-of-text token)."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(2, 98, (texts, 7), generator=generator)
-    input_ids[:, -1] = 98
-    return {
-        "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-    }
-
-
-@torch.no_grad()
-def cls_rows(clip, pixel_values):
-    return clip.vision_model(pixel_values=pixel_values).last_hidden_state[:, 0]
-
-
-def fitted_sae(clip=None, layer=None, **config):
-    """A random SAE whose `b_pre` and mean sit where this CLIP's CLS rows are, so that FVUs are spread around 1."""
-    sae = make_sae(HIDDEN, layer=layer, **{"top_k": 8, **config})
-    rows = cls_rows(clip or make_tiny_clip(), make_inputs(64, seed=5)["pixel_values"])
-    with torch.no_grad():
-        sae.b_pre.copy_(rows.mean(0))
-        sae.mean.copy_(rows.mean(0) + 0.1)
-        sae.W_enc.div_(4)
-        sae.W_dec.div_(2)
-    calibrate(sae, rows)
-    sae.set_domain_statistics(measure_statistics(sae, rows))
-    return sae.eval()
 
 
 @pytest.fixture()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_tiny_clip
-from test_modeling_vs2_clip import LATENTS, cls_rows, fitted_sae, make_inputs
+from steered import LATENTS, cls_rows, fitted_sae, make_inputs
 from transformers import CLIPModel
 
 from hf_vs2 import VS2CLIPConfig, VS2CLIPForZeroShot

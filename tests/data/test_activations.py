@@ -1,7 +1,6 @@
 """CLS rows are what the model computes, are made once, and a store is either whole and right or refused by name."""
 
 import copy
-import io
 import json
 import os
 import pickle
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_clip
+from image_stores import contents, make_dataset, make_processor, noise_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
@@ -26,32 +26,6 @@ from hf_vs2.data import batches as image_batches
 from hf_vs2.data.pixels import Normalizer
 from hf_vs2.data.stores.activations import ActivationStore, StoreError, extract_activations
 from hf_vs2.data.stores.fingerprint import dataset_fingerprint
-
-
-def noise_image(number: int, mode: str = "RGB") -> Image.Image:
-    """Reproducible, of a size and texture of its own."""
-    dice = np.random.default_rng(number)
-    coarse = dice.integers(0, 256, (int(dice.integers(1, 9)), int(dice.integers(1, 9)), 4), dtype=np.uint8)
-    image = Image.fromarray(coarse, "RGBA").resize(tuple(dice.integers(20, 90, 2).tolist()), Image.Resampling.BICUBIC)
-    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
-
-
-def png(number: int, mode: str = "RGB") -> dict:
-    file = io.BytesIO()
-    noise_image(number, mode).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def make_dataset(count: int = 23, broken: tuple[int, ...] = (), modes: tuple[str, ...] = ("RGB",)) -> datasets.Dataset:
-    images = [png(n, modes[n % len(modes)]) for n in range(count)]
-    for n in broken:
-        images[n] = {"bytes": images[n]["bytes"][:60], "path": f"photo {n}.png"}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-    return datasets.Dataset.from_dict({"image": images, "label": [n % 3 for n in range(count)]}, features=features)
-
-
-def make_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 @pytest.fixture()
@@ -77,10 +51,6 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(image_batches, "open_image", spy)
     return names
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 # --------------------------------------------------------------------------------------------------------------------

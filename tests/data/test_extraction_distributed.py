@@ -9,7 +9,7 @@ import sys
 import datasets
 import pytest
 import torch
-from test_activations import contents, make_dataset, make_processor
+from image_stores import contents, make_dataset, make_processor
 
 from hf_vs2.data.batches import Columns, ImageReader
 from hf_vs2.data.stores.activations import ActivationStore, extract_activations
@@ -101,7 +101,7 @@ WORKER = """
 import json, os, sys
 import torch
 from conftest import make_tiny_clip
-from test_activations import make_dataset, make_processor
+from image_stores import make_dataset, make_processor
 from hf_vs2.activations import extract_activations
 
 torch.distributed.init_process_group("gloo")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+from commands import run
 from PIL import Image
-from test_cli import checkpoint, clip_path, images_path, run  # noqa: F401  fixtures
 
 from hf_vs2.data import load_images, open_image
 from hf_vs2.registry import dataset_info
@@ -319,7 +319,7 @@ READ = [
 ]
 
 
-def test_all_doors_read_the_same_files(as_people_have_it, tmp_path, capsys, said, checkpoint, clip_path):  # noqa: F811
+def test_all_doors_read_the_same_files(as_people_have_it, tmp_path, capsys, said, checkpoint, clip_path):
     """What one command counts and another leaves out makes their figures incomparable; a pipe makes one hang."""
     root = as_people_have_it
     files = [str(root / name) for name in READ]

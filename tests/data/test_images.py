@@ -15,8 +15,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import run
 from PIL import Image, PngImagePlugin
-from test_cli import run
 from transformers import CLIPImageProcessorPil, CLIPModel
 from transformers.pipelines.pt_utils import KeyDataset
 

@@ -7,8 +7,8 @@ import unicodedata
 import datasets
 import pytest
 import torch
+from commands import COLOURS, complaint, run
 from PIL import Image
-from test_cli import COLOURS, checkpoint, clip_path, complaint, images_path, run  # noqa: F401  fixtures
 from transformers import CLIPModel, CLIPTokenizer
 
 import hf_vs2
@@ -212,7 +212,7 @@ def test_names_that_are_one_to_clip_are_refused(one, other, lit):
 # The same list, the same names
 
 
-def test_every_door_reads_a_list_alike(checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+def test_every_door_reads_a_list_alike(checkpoint, images_path, tmp_path, capsys):
     """`classify` must give the scores that `evaluate` measured, whatever the door and however names are spelled."""
     names = {"blue": "001.Navy_blue", "green": "lime", "red": "scarlet_red"}
     plain, given = ["Navy blue", "lime", "scarlet red"], list(names.values())
@@ -263,7 +263,7 @@ def test_every_door_reads_a_list_alike(checkpoint, images_path, tmp_path, capsys
     assert answers == measured.samples[measured.index("vs2", "single")].predictions.tolist()
 
 
-def test_labels_of_a_store_are_matched_by_name(checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+def test_labels_of_a_store_are_matched_by_name(checkpoint, images_path, tmp_path, capsys):
     """In another order, with more names, or from a file: the same accuracy, shown with what was matched; what does not
     fit is refused before any image is read."""
     arguments = ["evaluate", "--checkpoint", checkpoint, "--dataset", images_path, "--split", "test", "--disable_tqdm"]
@@ -302,7 +302,7 @@ def test_labels_of_a_store_are_matched_by_name(checkpoint, images_path, tmp_path
     assert evaluate(model, rows, ours, orders[1], tokenizer, templates="single", methods=["vs2"]).labels.equal(ours)
 
 
-def test_a_column_of_names_is_read_as_labels(checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+def test_a_column_of_names_is_read_as_labels(checkpoint, images_path, tmp_path, capsys):
     """A metadata.csv with a column of names needs no step in Python."""
     folder = tmp_path / "d"
     folder.mkdir()

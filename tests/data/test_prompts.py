@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import normalize
-from transformers import PreTrainedTokenizerFast
+from words import NAMES, make_word_tokenizer
 
 from hf_vs2.data.labels.prompts import (
     ENSEMBLE_TEMPLATES,
@@ -13,25 +12,6 @@ from hf_vs2.data.labels.prompts import (
     clean_class_names,
     resolve_templates,
 )
-
-
-NAMES = ["dog", "night bird", "red", "frog", "ship", "cat", "deer"]
-
-
-def make_word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, laid out for the text tower of the `tiny_clip` fixture (99 tokens, end 98, padding 1)."""
-    words = {word for text in (*SINGLE_TEMPLATE, *ENSEMBLE_TEMPLATES, *NAMES) for word in _words(text)}
-    vocabulary = {"<s>": 0, "<pad>": 1, "<unk>": 2, "</s>": 98} | {word: 3 + i for i, word in enumerate(sorted(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 98)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
-def _words(text: str) -> list[str]:
-    return [word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text.replace("{}", ""))]
 
 
 @pytest.fixture()

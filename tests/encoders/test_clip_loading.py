@@ -10,9 +10,9 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
+from commands import complaint
+from hub_models import CLIP_FILES, make_sae, upload_clip
 from safetensors.torch import load_file, save_file
-from test_cli import checkpoint, clip_path, complaint, images_path  # noqa: F401 (fixtures)
-from test_hub import CLIP_FILES, make_sae, upload_clip
 from transformers import AltCLIPConfig, AltCLIPModel, ChineseCLIPConfig, ChineseCLIPModel, CLIPModel
 from transformers.integrations import hub_kernels
 
@@ -170,7 +170,7 @@ PYTHON_DOORS = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_clip_is_refused_in_the_same_words_by_every_python_door(bad, bad_clip, sae_folder, images_path):  # noqa: F811
+def test_a_bad_clip_is_refused_in_the_same_words_by_every_python_door(bad, bad_clip, sae_folder, images_path):
     """Where one door was left open, a CLIP without a weight got random ones and trained an SAE with exit 0, NaN became
     an answer, and a kernel was fetched and run."""
     harm, message = BAD[bad]
@@ -204,7 +204,7 @@ def commands(clip, sae, images):
 
 
 @pytest.mark.parametrize("bad", ["lacks a weight", "NaN", "a kernel"])
-def test_a_bad_clip_is_refused_by_every_command(bad, bad_clip, sae_folder, images_path, capsys):  # noqa: F811
+def test_a_bad_clip_is_refused_by_every_command(bad, bad_clip, sae_folder, images_path, capsys):
     harm, message = BAD[bad]
     clip = bad_clip(harm)
     for command, arguments in commands(clip, sae_folder, images_path).items():
@@ -213,7 +213,7 @@ def test_a_bad_clip_is_refused_by_every_command(bad, bad_clip, sae_folder, image
     assert not clip.with_name("out").exists() or not list(clip.with_name("out").rglob("*.safetensors"))
 
 
-def test_no_kernel_is_fetched(bad_clip, sae_folder, images_path, monkeypatch):  # noqa: F811
+def test_no_kernel_is_fetched(bad_clip, sae_folder, images_path, monkeypatch):
     """With the package `kernels` installed, `flash_attention_2` in a stranger's config.json was enough to run code
     from the Hub."""
     fetched = []
@@ -231,7 +231,7 @@ def test_no_kernel_is_fetched(bad_clip, sae_folder, images_path, monkeypatch):  
     assert not fetched
 
 
-def test_other_vision_models_are_loaded_with_the_same_care(bad_clip, images_path):  # noqa: F811
+def test_other_vision_models_are_loaded_with_the_same_care(bad_clip, images_path):
     """The neighbours of VS2++ may come from any encoder: one with random weights finds random neighbours."""
     images = load_images(images_path, "test").select(range(2))
     for bad in ("lacks a weight", "NaN", "no weights", "too many layers"):
@@ -241,7 +241,7 @@ def test_other_vision_models_are_loaded_with_the_same_care(bad_clip, images_path
     assert embed_images(bad_clip(lambda folder: None), images).shape == (2, 64)
 
 
-def test_a_clip_given_as_an_object_is_looked_at(sae_folder, images_path, tmp_path):  # noqa: F811
+def test_a_clip_given_as_an_object_is_looked_at(sae_folder, images_path, tmp_path):
     """It was checked when it was loaded, perhaps, but has been trained since, or comes from transformers itself."""
     sae = SAEModel.from_pretrained(sae_folder)
     doors = {
@@ -289,7 +289,7 @@ def tiny(model_class, config_class, **text):
     "make",
     [lambda: tiny(AltCLIPModel, AltCLIPConfig, project_dim=32), lambda: tiny(ChineseCLIPModel, ChineseCLIPConfig)],
 )
-def test_a_family_that_nothing_can_steer_is_refused_before_the_first_image(make, tmp_path, images_path):  # noqa: F811
+def test_a_family_that_nothing_can_steer_is_refused_before_the_first_image(make, tmp_path, images_path):
     """Their rows were extracted, and an SAE trained on them for an hour, which then no model would take."""
     model, images = make(), load_images(images_path, "test")
     model.save_pretrained(tmp_path / "encoder")
@@ -300,7 +300,7 @@ def test_a_family_that_nothing_can_steer_is_refused_before_the_first_image(make,
     assert not (tmp_path / "rows").exists()
 
 
-def test_rows_of_such_a_family_are_not_trained_on(checkpoint, tmp_path):  # noqa: F811
+def test_rows_of_such_a_family_are_not_trained_on(checkpoint, tmp_path):
     """An earlier version has extracted them."""
     shutil.copytree(next((checkpoint / "activations").glob("*/index.json")).parent, tmp_path / "rows")
     tiny(AltCLIPModel, AltCLIPConfig, project_dim=32).save_pretrained(tmp_path / "encoder")
@@ -407,7 +407,7 @@ def test_the_hubs_own_conversion_is_taken_and_found_again_offline(hub, tmp_path,
     assert "read from pytorch_model.bin" in caplog.text, "a conversion of an older commit"
 
 
-def test_a_readme_model_that_is_a_pickle_classifies(hub, images_path, caplog):  # noqa: F811
+def test_a_readme_model_that_is_a_pickle_classifies(hub, images_path, caplog):
     """`openai/clip-vit-base-patch32` is what everybody tries first."""
     upload_pickle(hub, "ada/readme")
     picture = str(next((images_path / "test" / "red").glob("*.png")))
@@ -479,7 +479,7 @@ def test_what_is_not_there_is_named(load, name):
             load(name, local_files_only=True) if load is not load_clip else load(name, {"local_files_only": True})
 
 
-def test_a_clip_that_has_moved_is_asked_for(sae_folder, tmp_path, capsys, images_path):  # noqa: F811
+def test_a_clip_that_has_moved_is_asked_for(sae_folder, tmp_path, capsys, images_path):
     """A checkpoint of another machine names its CLIP by that machine's path."""
     moved = named(sae_folder, tmp_path / "models" / "clip")
     picture = next((images_path / "test").rglob("*.png"))
@@ -639,7 +639,7 @@ def test_the_same_weights_are_the_same_in_every_precision(tmp_path):
     )
 
 
-def test_rows_and_corpora_of_the_base_are_noticed_too(checkpoint, clip_path, tmp_path):  # noqa: F811
+def test_rows_and_corpora_of_the_base_are_noticed_too(checkpoint, clip_path, tmp_path):
     """They are as much of one CLIP as an SAE is. Training takes the mark over from the rows."""
     folder = next((checkpoint / "activations").glob("*/index.json")).parent
     clip = load_clip(clip_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_clip
-from test_modeling_vs2_clip import HIDDEN, LATENTS, cls_rows, fitted_sae, make_inputs
+from steered import HIDDEN, LATENTS, cls_rows, fitted_sae, make_inputs
 
 from hf_vs2 import VS2CLIPForZeroShot
 from hf_vs2.evaluation.controls import control_model

@@ -11,9 +11,9 @@ import torch
 from conftest import make_tiny_clip
 from PIL import Image
 from safetensors import safe_open
-from test_prompts import NAMES, make_word_tokenizer
 from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil
+from words import NAMES, compared_model, make_word_tokenizer
 
 from hf_vs2.clip.modeling import VS2CLIPForZeroShot
 from hf_vs2.config.sae import SAEConfig
@@ -24,26 +24,9 @@ from hf_vs2.evaluation.controls import control_model
 from hf_vs2.evaluation.methods import evaluation_methods
 from hf_vs2.functional.label_free import distribution_norm_scores
 from hf_vs2.sae.modeling import SAEModel
-from hf_vs2.training.domain import measure_statistics
 
 
 N = 50
-LEVELS = (0.5, 0.9, 0.99)
-
-
-@torch.no_grad()
-def make_model(
-    rows: torch.Tensor, calibrated: bool = True, statistics: bool = False, **settings
-) -> VS2CLIPForZeroShot:
-    torch.manual_seed(1)
-    sae = SAEModel(SAEConfig(hidden_size=32, expansion_factor=2, top_k=8)).eval()
-    sae.set_statistics(rows.mean(0), (rows - rows.mean(0)).square().sum(-1).mean())
-    if calibrated:
-        fvu = sae(rows).fvu
-        sae.config.fvu_quantiles = {str(level): float(fvu.quantile(level)) for level in LEVELS}
-    if statistics:
-        sae.set_domain_statistics(measure_statistics(sae, rows, torch.arange(40), torch.arange(40, len(rows))))
-    return VS2CLIPForZeroShot(make_tiny_clip(), sae, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +53,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def result(rows, labels, tokenizer):
-    return evaluate(make_model(rows, statistics=True), rows, labels, NAMES, tokenizer, batch_size=16)
+    return evaluate(compared_model(rows, statistics=True), rows, labels, NAMES, tokenizer, batch_size=16)
 
 
 # The figures
@@ -79,7 +62,7 @@ def result(rows, labels, tokenizer):
 @torch.no_grad()
 def test_replay_equals_the_full_model_on_the_images(images, rows, labels, tokenizer, result):
     """A table from cached rows is worth nothing unless it is the table of the model that a user deploys."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     inputs = tokenizer([f"a photo of a {name}." for name in NAMES], padding=True, return_tensors="pt")
     inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "pixel_values": images}
     settings = {
@@ -165,7 +148,7 @@ def test_schema(result, tmp_path):
 def test_batches_do_not_change_the_result(rows, labels, tokenizer, result):
     """Rows stream in batches; their size is a matter of memory, not of accuracy."""
     other = evaluate(
-        make_model(rows, statistics=True),
+        compared_model(rows, statistics=True),
         rows,
         labels.tolist(),
         NAMES,
@@ -184,7 +167,7 @@ def test_batches_do_not_change_the_result(rows, labels, tokenizer, result):
 
 def test_a_closed_gate_is_plain_clip_exactly(rows, labels, tokenizer):
     """With tau below every FVU nothing may change: the gate's promise is plain CLIP, not something close to it."""
-    model = make_model(rows, fvu_threshold=0.0)
+    model = compared_model(rows, fvu_threshold=0.0)
     settings = model.steering_settings
     result = evaluate(model, rows, labels, NAMES, tokenizer, methods=("vs2", "vs2+gate"))
     for prompts in ("single", "ensemble"):
@@ -204,14 +187,14 @@ def test_where_the_gate_comes_from(rows, labels, tokenizer, caplog):
         found = evaluate(model, rows, labels, NAMES, tokenizer, templates="single", methods=("vs2+gate",)).rows
         return [(row["tau"], row["gate"]) for row in found if row["method"] == "vs2+gate"]
 
-    model = make_model(rows)
+    model = compared_model(rows)
     assert taus(model) == [(model.sae.fvu_threshold(0.99), 0.99)]
     model.set_steering(gate=0.9)
     assert taus(model) == [(model.sae.fvu_threshold(0.9), 0.9)]
     logger = logging.getLogger("hf_vs2.evaluation")
     logger.addHandler(caplog.handler)
     try:
-        assert taus(make_model(rows, calibrated=False)) == []
+        assert taus(compared_model(rows, calibrated=False)) == []
     finally:
         logger.removeHandler(caplog.handler)
     assert "No 'vs2+gate' row" in caplog.text and "no calibrated FVU quantiles" in caplog.text
@@ -219,7 +202,7 @@ def test_where_the_gate_comes_from(rows, labels, tokenizer, caplog):
 
 def test_one_gamma_a_latent_has_no_centroid_control(rows, labels, tokenizer):
     """A vector gamma must not crash the table: the control that cannot exist for it is left out."""
-    model = make_model(rows, gamma=torch.linspace(1, 2, 64))
+    model = compared_model(rows, gamma=torch.linspace(1, 2, 64))
     result = evaluate(model, rows, labels, NAMES, tokenizer, templates="single")
     assert "centroid" not in {row["method"] for row in result.rows}
     assert result.row("vs2")["gamma"] is None and len(result.meta["gamma_per_latent"]) == 64
@@ -227,7 +210,7 @@ def test_one_gamma_a_latent_has_no_centroid_control(rows, labels, tokenizer):
 
 def test_latents_changed_by_hand_are_recorded(rows, labels, tokenizer):
     """A table of an edited model must not pass for one of VS2."""
-    model = make_model(rows)
+    model = compared_model(rows)
     plain = evaluate(model, rows, labels, NAMES, tokenizer, templates="single")
     model.set_steering(edits={"set": {3: 50.0}})
     edited = evaluate(model, rows, labels, NAMES, tokenizer, templates="single")
@@ -238,7 +221,7 @@ def test_prompt_sets(rows, labels, tokenizer, tmp_path):
     """Prompt sets as users write them: a file, a list of templates, several of them."""
     file = tmp_path / "mine.txt"
     file.write_text("a photo of a {}.\n")
-    model = make_model(rows)
+    model = compared_model(rows)
 
     def names(templates):
         result = evaluate(model, rows, labels, NAMES, tokenizer, templates=templates, methods=())
@@ -255,13 +238,13 @@ def test_prompt_sets(rows, labels, tokenizer, tmp_path):
 
 def test_five_classes_have_no_top5(rows, labels, tokenizer):
     """Among five classes the right one is always among the top five: 100 % would look like an achievement."""
-    result = evaluate(make_model(rows), rows, labels % 5, NAMES[:5], tokenizer, templates="single", methods=())
+    result = evaluate(compared_model(rows), rows, labels % 5, NAMES[:5], tokenizer, templates="single", methods=())
     assert [row["top5"] for row in result.rows] == [None]
 
 
 def test_works_in_bfloat16(rows, labels, tokenizer, result):
     """Half-precision CLIPs are what people load on a GPU; the table must be nearly the same."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     model.clip.to(torch.bfloat16)
     half = evaluate(model, rows, labels, NAMES, tokenizer)
     agree = [one.predictions == two.predictions for one, two in zip(half.samples, result.samples, strict=True)]
@@ -282,7 +265,7 @@ def test_a_store_brings_labels_and_class_names(images, labels, tokenizer, tmp_pa
         )
 
     store = extract(make_tiny_clip(), (0, -1))
-    model = make_model(store.tensor(layer=-1))
+    model = compared_model(store.tensor(layer=-1))
     from_store = evaluate(model, store, None, None, tokenizer, reference_rows=store, batch_size=16)
     rows = store.tensor(layer=-1)
     from_tensor = evaluate(model, rows, labels, NAMES, tokenizer, batch_size=16, reference_rows=rows)
@@ -304,7 +287,7 @@ def test_a_store_brings_labels_and_class_names(images, labels, tokenizer, tmp_pa
 def test_distribution_normalisation_with_other_training_rows(rows, labels, tokenizer, statistics):
     """A control without an SAE: by its equation, with an image mean of the training rows named, whether the checkpoint
     has its own or none."""
-    model, train, test = make_model(rows, statistics=statistics), rows[:30], rows[30:]
+    model, train, test = compared_model(rows, statistics=statistics), rows[:30], rows[30:]
     model.set_steering(coefficient=0.3)
     wanted = ("distribution_norm", "full_distribution_norm", "balanced_norm")
     result = evaluate(model, test, labels[30:], NAMES, tokenizer, methods=wanted, reference_rows=train, batch_size=8)
@@ -383,7 +366,7 @@ def test_bootstrap_is_fast_and_seeded():
 def test_bad_input_says_what_is_wrong(rows, labels, tokenizer, change, message):
     arguments = {"rows": rows, "labels": labels, "class_names": NAMES, "tokenizer": tokenizer} | change
     with pytest.raises((ValueError, TypeError), match=message):
-        evaluate(make_model(rows), **arguments)
+        evaluate(compared_model(rows), **arguments)
 
 
 def test_a_broken_row_is_named(rows, labels, tokenizer):
@@ -391,9 +374,9 @@ def test_a_broken_row_is_named(rows, labels, tokenizer):
     broken = rows.clone()
     broken[37, 3] = float("nan")
     with pytest.raises(ValueError, match="Row 37 of rows holds NaN"):
-        evaluate(make_model(rows), broken, labels, NAMES, tokenizer, batch_size=16)
+        evaluate(compared_model(rows), broken, labels, NAMES, tokenizer, batch_size=16)
     with pytest.raises(ValueError, match="Row 37 of reference_rows holds NaN"):
-        evaluate(make_model(rows), rows, labels, NAMES, tokenizer, batch_size=16, reference_rows=broken)
+        evaluate(compared_model(rows), rows, labels, NAMES, tokenizer, batch_size=16, reference_rows=broken)
 
 
 def test_inner_layers_are_refused(rows, labels, tokenizer):

@@ -1,9 +1,8 @@
 """What people do with a few labelled images: rows of a comparison on the images that were not given away."""
 
 import torch
-from test_evaluation import NAMES, make_model
-from test_prompts import make_word_tokenizer
 from torch.nn.functional import normalize
+from words import NAMES, compared_model, make_word_tokenizer
 
 from hf_vs2 import evaluate
 from hf_vs2.evaluation.few_shot import FEW_SHOT, cross_answers, draw_shots
@@ -44,7 +43,7 @@ def test_rows_of_a_comparison():
     rows = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(60) % len(NAMES)
     options = {"templates": "single", "methods": ["vs2"], "num_resamples": 100}
-    model = make_model(rows)
+    model = compared_model(rows)
     result = evaluate(model, rows, labels, NAMES, make_word_tokenizer(), few_shot=3, **options)
     assert [row["method"] for row in result.rows] == ["clip", "vs2", *FEW_SHOT]
     given = 3 * len(NAMES)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_evaluation import NAMES, make_model
 from torch.nn.functional import normalize
+from words import NAMES, compared_model
 
 from hf_vs2.encoders.fingerprints import vision_fingerprint
 from hf_vs2.encoders.tail import clip_embeds
@@ -148,7 +148,7 @@ def test_methods_that_labels_can_not_tell_apart_are_both_named():
 
 def test_it_looks_at_the_rows_that_methods_are_fitted_to(rows, classes):
     """Evidence about other rows than those in the checkpoint would recommend for a model that nobody has."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     known = model.domain_statistics
     found = recommend(model, rows[:20], classes)
     embeds = normalize(clip_embeds(model.clip, known.rows), dim=-1).detach()
@@ -160,7 +160,7 @@ def test_it_looks_at_the_rows_that_methods_are_fitted_to(rows, classes):
 
 def test_foreign_images_ask_for_a_calibration_first(rows, classes):
     """Statistics of other images say nothing about these; what is recommended must be about a model that has theirs."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     known = model.domain_statistics
     foreign = 100 * torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
     found = recommend(model, foreign, classes)
@@ -174,7 +174,7 @@ def test_foreign_images_ask_for_a_calibration_first(rows, classes):
 
 def test_labels_of_some_images_are_compared_on_these(rows, classes, tmp_path):
     """Gains must be those of the labelled images alone, whatever the others are."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     with torch.no_grad(), model.steering(method="prototypes"):
         truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     labels = torch.where(torch.arange(60) < 50, truth, -1)
@@ -226,7 +226,7 @@ def test_fewer_labels_are_not_other_images(monkeypatch, share, noise, inside, ca
 
 def test_a_handful_of_labels_decides_nothing(rows, classes):
     """One label that a method happens to get right is a gain of 100 points with an interval of [100, 100]."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     with torch.no_grad(), model.steering(method="prototypes"):
         truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     labels = torch.where(torch.arange(60) < 9, truth, -1)
@@ -236,7 +236,7 @@ def test_a_handful_of_labels_decides_nothing(rows, classes):
 
 def test_without_labels_the_answer_is_the_rules(rows, classes, monkeypatch, tmp_path):
     """It says how to know, too."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     assert recommend(model, rows, classes).method == "none", "of random labels nothing can be learnt"
     chosen = ("anchored_prototypes", ["So it is."])
     monkeypatch.setattr("hf_vs2.evaluation.recommendation.decide", lambda evidence: chosen)
@@ -254,7 +254,7 @@ def test_without_labels_the_answer_is_the_rules(rows, classes, monkeypatch, tmp_
 def test_too_little_to_tell_is_said(rows, classes, images, labels, says):
     """From one picture "100% of the answers stay when the images are drawn again", and with one label all answers are
     right."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     for truth in (None, [0] * images):
         found = recommend(model, rows[:images], classes[:labels], truth)
         assert found.method == found.by_rule == "none" and found.candidates == []
@@ -264,7 +264,7 @@ def test_too_little_to_tell_is_said(rows, classes, images, labels, says):
 
 def test_a_sure_loss_keeps_plain_clip(rows, classes):
     """Labels outrank the rule: what harms on them is not recommended."""
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     with torch.no_grad(), model.steering(enabled=False):
         plain = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
     assert recommend(model, rows, classes, plain).method == "none"
@@ -282,15 +282,15 @@ def test_a_sure_loss_keeps_plain_clip(rows, classes):
 def test_impossible_labels_are_refused(rows, classes, labels, message):
     """A shifted label column would recommend the wrong method with confidence."""
     with pytest.raises(ValueError, match=message):
-        recommend(make_model(rows, statistics=True), rows, classes[:7], labels)
+        recommend(compared_model(rows, statistics=True), rows, classes[:7], labels)
 
 
 def test_a_store_is_read_where_it_is_looked_at(rows, classes, tmp_path, monkeypatch):
     """A million rows in memory, to look at 4,096 of them, is a crash on the machines that people have."""
-    from test_trainer import make_store
+    from trainings import make_store
 
     store = make_store(tmp_path / "store", rows, layer=2)
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     store.metadata["base_model_fingerprint"] = vision_fingerprint(model.clip)
     expected = recommend(model, rows, classes)
     assert recommend(model, store, classes).evidence == pytest.approx(expected.evidence, rel=1e-5)

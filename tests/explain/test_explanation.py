@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_clip
-from test_modeling_vs2_clip import HIDDEN, LAST, LATENTS, cls_rows, fitted_sae, make_inputs
+from steered import HIDDEN, LAST, LATENTS, cls_rows, fitted_sae, make_classes, make_inputs
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
@@ -44,11 +44,6 @@ def double_model():
         norm.weight.copy_(1 + 0.3 * torch.randn(HIDDEN, generator=generator))
         norm.bias.copy_(0.3 * torch.randn(HIDDEN, generator=generator))
     return VS2CLIPForZeroShot(clip, fitted_sae(clip)).double().eval()
-
-
-def make_classes(number=4):
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(number, 24, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from conftest import make_tiny_clip
 from PIL import Image
-from test_explanation import make_classes
-from test_modeling_vs2_clip import cls_rows, fitted_sae, make_inputs
+from steered import cls_rows, fitted_sae, make_classes, make_inputs
 
 from hf_vs2 import VS2CLIPForZeroShot
 

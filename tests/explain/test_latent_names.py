@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import make_tiny_clip
-from test_prompts import NAMES, make_word_tokenizer
 from torch.nn.functional import normalize
 from toy import make_sae
+from words import NAMES, make_word_tokenizer
 
 from hf_vs2 import VS2CLIPForZeroShot
 from hf_vs2.data.labels.prompts import class_embeddings

@@ -4,10 +4,16 @@ import json
 import re
 
 import pytest
-from test_model_card import TRAINING_DATA, clip, folder, make_result, sae  # noqa: F401
+from cards import TRAINING_DATA, make_described_sae, make_result, save_with_log
+from hub_models import CLIP_ID, upload_clip
 
 from hf_vs2.files.markdown import code, escaped, number
 from hf_vs2.files.sharing.model_card import create_model_card
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    return save_with_log(make_described_sae(upload_clip(CLIP_ID)), tmp_path / "sae")
 
 
 HOSTILE = (
@@ -78,7 +84,7 @@ def check(card):
 
 
 @pytest.mark.parametrize("place", CONFIG)
-def test_a_strangers_config_stays_text(folder, place):  # noqa: F811
+def test_a_strangers_config_stays_text(folder, place):
     config = json.loads((folder / "config.json").read_text())
     for name, value in facts_of(place).items():
         config[name] = {**(config.get(name) or {}), **value} if isinstance(value, dict) else value
@@ -87,13 +93,13 @@ def test_a_strangers_config_stays_text(folder, place):  # noqa: F811
 
 
 @pytest.mark.parametrize("change", RESULTS)
-def test_a_strangers_results_stay_text(folder, change):  # noqa: F811
+def test_a_strangers_results_stay_text(folder, change):
     result = make_result()
     RESULTS[change](result)
     check(create_model_card(folder, results=result))
 
 
-def test_names_licences_and_logs_stay_text(folder):  # noqa: F811
+def test_names_licences_and_logs_stay_text(folder):
     (folder / "training_log.json").write_text(
         json.dumps({"args": {"learning_rate": HOSTILE, "mixed_precision": HOSTILE}})
     )

@@ -5,11 +5,11 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub_models import CLIP_FILES, CLIP_ID, LABELS, make_sae, make_vs2, sum_of, upload_clip
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
@@ -17,27 +17,14 @@ from transformers import AutoModel, CLIPModel, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import hf_vs2
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, push_to_hub
+from hf_vs2 import SAEModel, VS2CLIPForZeroShot, push_to_hub
 from hf_vs2.cli import main
-from hf_vs2.encoders.base_model import describe_base_model, loaded_revision
-from hf_vs2.encoders.processing import load_processing
+from hf_vs2.encoders.base_model import loaded_revision
 from hf_vs2.version import INSTALLATION
 
 
-# A real (if tiny) CLIP with its tokenizer and image processor files.
-CLIP_FILES = Path(hf_vs2.__file__).parent / "demo_assets"
-CLIP_ID = "ada/clip"
-LABELS = ["three", "a zero", "nine"]
 SAE_FILES = {".gitattributes", "README.md", "config.json", "hf_vs2_shim.py", "model.safetensors"}
 PROCESSING_FILES = {"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
-
-
-def upload_clip(name, private=False):
-    """As the owner of a CLIP does, with transformers' own means; the demo's float16 weights in float32."""
-    CLIPModel.from_pretrained(CLIP_FILES, dtype=torch.float32).push_to_hub(name, private=private)
-    for part in load_processing(CLIP_FILES):
-        part.push_to_hub(name)
-    return CLIPModel.from_pretrained(name)
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +35,6 @@ def clip():
 @pytest.fixture()
 def pixels():
     return torch.from_numpy(np.random.default_rng(0).normal(size=(4, 3, 28, 28)).astype(np.float32))
-
-
-def make_sae(clip, seed=0, layer=2, **config):
-    """Random weights; the gate's quantiles are such that it lets everything pass."""
-    torch.manual_seed(seed)
-    config = {"fvu_quantiles": {"0.5": 50.0, "0.99": 99.0}, **describe_base_model(clip), **config}
-    return SAEModel(SAEConfig(hidden_size=96, top_k=8, layer=layer, **config)).eval()
-
-
-def make_vs2(clip, **settings):
-    return VS2CLIPForZeroShot(clip, make_sae(clip), gate=0.99, **settings)
 
 
 def assert_same_weights(left, right):
@@ -87,10 +63,6 @@ import hf_vs2
 model = hf_vs2.VS2CLIPForZeroShot.from_pretrained(os.environ["CHECKPOINT"])
 print(sum(tensor.double().sum() for tensor in model.state_dict().values()).item())
 """
-
-
-def sum_of(model):
-    return sum(tensor.double().sum() for tensor in model.state_dict().values()).item()
 
 
 def output_of(process):

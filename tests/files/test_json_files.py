@@ -1,13 +1,12 @@
 """JSON that we write or print can be read by any JSON reader, whatever the numbers; ours gets infinity back from
 it."""
 
-import json
 import math
 import os
 from pathlib import Path
 
 import pytest
-from test_cli import checkpoint, clip_path, images_path, run, source, with_checkpoint  # noqa: F401 (fixtures)
+from commands import run, source, strictly, with_checkpoint
 
 from hf_vs2 import EvaluationResult, SAEModel, VS2CLIPForZeroShot, zero_shot_classifier
 from hf_vs2.files.json_files import from_json, read_json, to_json, write_json
@@ -16,15 +15,6 @@ from hf_vs2.files.sharing.model_card import create_model_card
 
 
 INFINITE = {"__float__": "Infinity"}
-
-
-def strictly(text: str):
-    """As JavaScript, jq or a database reads it."""
-
-    def fail(name: str):
-        raise AssertionError(f"the JSON holds {name}: {text[:300]}")
-
-    return json.loads(text, parse_constant=fail)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +47,7 @@ def json_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*.json") if "tokenizer" not in path.name]
 
 
-def test_infinite_settings_pass_every_door(checkpoint, clip_path, images_path, tmp_path, capsys):  # noqa: F811
+def test_infinite_settings_pass_every_door(checkpoint, clip_path, images_path, tmp_path, capsys):
     """`inf` is legal for a threshold, a quantile and a gradient norm. Each door must take it, and each file must stay
     JSON."""
     sae_folder = tmp_path / "sae"

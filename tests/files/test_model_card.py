@@ -1,6 +1,5 @@
 """Model cards: what a stranger reads about a checkpoint must be true, runnable, readable by the Hub, and respect edits."""
 
-import itertools
 import json
 import logging
 import os
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cards import TRAINING_DATA, make_described_sae, make_result, save_with_log
+from hub_models import CLIP_ID, make_sae, make_vs2, upload_clip
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from loopback_hub import check_card
 from PIL import Image
-from test_hub import CLIP_ID, LABELS, make_sae, make_vs2, upload_clip
 
 from hf_vs2 import (
     SAEConfig,
@@ -27,45 +27,8 @@ from hf_vs2 import (
     push_to_hub,
     write_model_card,
 )
-from hf_vs2.files.report import EvaluationResult
 from hf_vs2.files.sharing.card_edits import Card, card_to_upload, merge_metadata, refresh_card
 from hf_vs2.files.sharing.card_results import ResultFacts
-
-
-TRAINING_DATA = {
-    "id": "someone/pictures",
-    "split": "train[:600]",
-    "fingerprint": "0f1e2d",
-    "num_rows": 600,
-    "seed": 42,
-}
-TRAINING_METRICS = {
-    "fvu": 0.2812,
-    "l0": 7.96,
-    "dead_share": 0.015,
-    "steps": 1500,
-    "train_rows": 480,
-    "held_out_rows": 120,
-}
-
-
-def make_result(**meta):
-    """Three classes, two prompt sets; the steered model gains in the first class and loses in the last."""
-    rows, accuracy = [], []
-    for prompts, method in itertools.product(("single", "ensemble"), ("clip", "centroid", "vs2", "vs2+gate")):
-        gain = {"clip": 0.0, "centroid": 3.0, "vs2": 4.0, "vs2+gate": 3.5}[method]
-        row = {"method": method, "prompts": prompts, "top1": 60 + gain, "top5": None, "gain": gain, "n": 300}
-        row |= {"gain_ci": [gain - 1, gain + 1], "coverage": 0.9825, "mean_fvu": 0.31, "seconds": 0.1}
-        rows.append(row | {"gamma": 1.5, "lambda": 2.1, "tau": 0.43 if method == "vs2+gate" else None})
-        accuracy.append([50.0 + 10 * gain, 60.0, 70.0 - 5 * gain])
-    facts = {
-        "dataset": {"id": "someone/pictures", "split": "test"},
-        "templates": {"single": ["a photo of a {}."], "ensemble": ["a {}.", "one {} | two"]},
-        "sae": {"num_latents": 384, "top_k": 8, "activation": "relu"},
-        "sae_training_data": TRAINING_DATA,
-    }
-    per_class = {"class_names": [*LABELS[:2], "a | <b>"], "support": [100, 100, 100], "accuracy": accuracy}
-    return EvaluationResult(rows, facts | meta, per_class)
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +38,12 @@ def clip():
 
 @pytest.fixture()
 def sae(clip):
-    return make_sae(
-        clip,
-        training_data=TRAINING_DATA,
-        training_metrics=TRAINING_METRICS,
-        num_calibration_rows=120,
-    )
+    return make_described_sae(clip)
 
 
 @pytest.fixture()
 def folder(sae, tmp_path):
-    sae.save_pretrained(tmp_path / "sae")
-    log = {"args": {"learning_rate": 5e-4, "per_device_train_batch_size": 512, "output_dir": str(tmp_path / "sae")}}
-    (tmp_path / "sae" / "training_log.json").write_text(json.dumps(log))
-    return tmp_path / "sae"
+    return save_with_log(sae, tmp_path / "sae")
 
 
 def section(card, title):

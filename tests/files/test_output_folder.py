@@ -1,15 +1,13 @@
 """A training folder: the same training goes on or is finished, another one is never written over unless that is asked for."""
 
-# ruff: noqa: F811
-
 import json
 import shutil
 
 import pytest
 import torch
-from test_cli import TRAIN, checkpoint, clip_path, images_path, source  # noqa: F401
-from test_trainer import make_trainer
+from commands import TRAIN, source
 from toy import sparse_rows
+from trainings import make_trainer
 
 from hf_vs2 import SAEModel
 from hf_vs2.cli import main

@@ -1,9 +1,9 @@
 """What helps without labels, as tensor functions: the published equations, and the promises that choose between them."""
 
-import numpy as np
 import numpy_label_free as reference
 import pytest
 import torch
+from drawn import close, draw, drawn_classes, images_of
 from numpy_reference import ReferenceSAE
 from numpy_reference import steer as reference_steer
 from torch.nn.functional import normalize
@@ -28,25 +28,6 @@ from hf_vs2.functional.label_free import (
 from hf_vs2.training.domain import measure_statistics
 
 
-DIM = 12
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def drawn_classes(num_classes=5, seed=0):
-    """Unit class embeddings around a mean of their own, as a text tower gives them."""
-    return normalize(0.8 * draw(DIM, seed=90) + 0.6 * draw(num_classes, DIM, seed=seed), dim=-1)
-
-
-def images_of(classes, labels, seed=0, noise=0.5):
-    """Unit image embeddings: a mean that is not the texts', the class's direction, noise."""
-    directions = centred_classes(classes)[labels]
-    noise = noise * draw(len(labels), classes.shape[1], seed=seed) / classes.shape[1] ** 0.5
-    return normalize(1.5 * normalize(draw(classes.shape[1], seed=91), dim=-1) + directions + noise, dim=-1)
-
-
 @pytest.fixture()
 def classes():
     return drawn_classes()
@@ -56,10 +37,6 @@ def classes():
 def embeds(classes):
     """90 of them, more of the first classes than of the last."""
     return images_of(classes, torch.tensor([0] * 40 + [1] * 25 + [2] * 15 + [3] * 8 + [4] * 2))
-
-
-def close(found, expected, tolerance=1e-9):
-    np.testing.assert_allclose(found.numpy(), expected, rtol=tolerance, atol=tolerance)
 
 
 # The equations

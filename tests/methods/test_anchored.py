@@ -6,8 +6,8 @@ import numpy_label_free as reference
 import pytest
 import torch
 from conftest import make_tiny_clip
-from test_label_free import close, draw, drawn_classes, images_of
-from test_label_scoring import cls_rows, logits, make_model
+from drawn import close, draw, drawn_classes, images_of
+from steered import cls_rows, logits, scored_model
 from torch.nn.functional import normalize
 
 from hf_vs2 import VS2CLIPForZeroShot
@@ -149,7 +149,7 @@ def grouped():
     with torch.no_grad():
         embeds = normalize(clip_embeds(clip, rows), dim=-1)
     means = torch.stack([embeds[kinds == kind].mean(0) for kind in range(4)])
-    return make_model(clip, rows, method="anchored_prototypes"), fresh, normalize(means - embeds.mean(0), dim=-1)
+    return scored_model(clip, rows, method="anchored_prototypes"), fresh, normalize(means - embeds.mean(0), dim=-1)
 
 
 @torch.no_grad()

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_clip
-from test_evaluation import make_model
-from test_label_scoring import classes_of, cls_rows, make_inputs
-from test_label_scoring import make_model as make_fitted_model
-from test_prompts import NAMES, make_word_tokenizer
+from steered import classes_of, cls_rows, make_inputs, scored_model
+from words import NAMES, compared_model, make_word_tokenizer
 
 from hf_vs2 import VS2CLIPForZeroShot, evaluate
 from hf_vs2.functional.label_free import norm_fit
@@ -50,14 +48,14 @@ def own_methods():
 
 @pytest.fixture()
 def model(tiny_clip):
-    return make_fitted_model(tiny_clip, cls_rows(tiny_clip, make_inputs(100, seed=5)["pixel_values"]))
+    return scored_model(tiny_clip, cls_rows(tiny_clip, make_inputs(100, 4, seed=5)["pixel_values"]))
 
 
 @pytest.mark.parametrize("method", ["own_strongest", "own_norm", "own_strongest+own_norm"])
 @torch.no_grad()
 def test_a_method_of_ones_own_is_steered_gated_and_kept(model, tiny_clip, tmp_path, method):
     """Whoever adds a method must not have to edit the package: a file that asks for names would run plain CLIP in silence."""
-    inputs, classes = make_inputs(), classes_of(tiny_clip)
+    inputs, classes = make_inputs(6, 4), classes_of(tiny_clip)
     plain = tiny_clip(**inputs).logits_per_image
     model.set_steering(method=method)
     steered = model(**inputs)
@@ -78,7 +76,7 @@ def test_a_method_of_ones_own_is_steered_gated_and_kept(model, tiny_clip, tmp_pa
 @torch.no_grad()
 def test_its_equation_is_what_runs(model, tiny_clip):
     """By hand: the strongest latent's direction is added, the norm is kept; edits take the place of what the method does."""
-    rows = cls_rows(tiny_clip, make_inputs()["pixel_values"])
+    rows = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"])
     model.set_steering(method="own_strongest")
     values, indices = model.sae.encode(rows)
     best = values.argmax(-1, keepdim=True)
@@ -102,7 +100,7 @@ def test_it_is_a_row_of_a_comparison():
     with torch.no_grad():
         rows = make_tiny_clip().vision_model(pixel_values=images).last_hidden_state[:, 0]
     labels = torch.arange(50) % len(NAMES)
-    model = make_model(rows, statistics=True)
+    model = compared_model(rows, statistics=True)
     wanted = ("clip", "centroid", "own_strongest", "own_strongest+gate", "own_strongest+own_norm")
     found = evaluate(model, rows, labels, NAMES, make_word_tokenizer(), methods=wanted, templates="single")
     assert [row["method"] for row in found.rows] == [
@@ -159,7 +157,7 @@ def test_the_documented_table_is_that_of_the_registry():
 @torch.no_grad()
 def test_blocks_of_several_threads_and_tasks_keep_apart(model, tiny_clip):
     """One model serves many requests: nobody's settings may become another's, nor stay."""
-    rows = cls_rows(tiny_clip, make_inputs()["pixel_values"])
+    rows = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"])
     gammas = [1.0 + 0.25 * number for number in range(8)]
     expected = []
     for gamma in gammas:

@@ -19,12 +19,13 @@ from numpy_reference import steer as reference_steer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from steered import classes_of, cls_rows, logits, make_inputs, scored_model
 from torch.nn.functional import normalize
 from toy import forget_digests, make_sae
 from transformers import CLIPModel, pipeline
 
 import hf_vs2
-from hf_vs2 import VS2CLIPForZeroShot, calibrate, measure_statistics, push_to_hub, zero_shot_classifier
+from hf_vs2 import VS2CLIPForZeroShot, measure_statistics, push_to_hub, zero_shot_classifier
 from hf_vs2.config.latent_edits import LatentEdits
 from hf_vs2.data.labels.prompts import class_embeddings
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
@@ -43,38 +44,10 @@ FITTED = "prototypes+pca+sae"
 STATISTICS, LABEL_SETS = "statistics.safetensors", "label_sets.safetensors"
 
 
-def make_inputs(batch=6, texts=4, seed=0):
-    """Images and prompts for the tiny CLIP (98 is its end-of-text token)."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(2, 98, (texts, 7), generator=generator)
-    input_ids[:, -1] = 98
-    pixels = torch.randn(batch, 3, 32, 32, generator=generator)
-    return {"pixel_values": pixels, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-
-
-@torch.no_grad()
-def cls_rows(clip, pixel_values):
-    return clip.vision_model(pixel_values=pixel_values).last_hidden_state[:, 0]
-
-
-def make_model(clip, rows, seed=0, **settings):
-    """Statistics of four fifths of the rows; the last fifth is held out. FVUs are spread around 1."""
-    sae = make_sae(rows.shape[1], seed=seed, top_k=8)
-    with torch.no_grad():
-        sae.b_pre.copy_(rows.mean(0))
-        sae.mean.copy_(rows.mean(0) + 0.1)
-        sae.W_enc.div_(4)
-        sae.W_dec.div_(2)
-    calibrate(sae, rows)
-    held_out = torch.arange(len(rows) * 4 // 5, len(rows))
-    sae.set_domain_statistics(measure_statistics(sae, rows, held_out=held_out))
-    return VS2CLIPForZeroShot(clip, sae.eval(), gamma=1.5, lambda_=0.7, **settings).eval()
-
-
 @pytest.fixture()
 def model(tiny_clip):
     """Random images, whose statistics are of 80 others."""
-    return make_model(tiny_clip, cls_rows(tiny_clip, make_inputs(100, seed=5)["pixel_values"]))
+    return scored_model(tiny_clip, cls_rows(tiny_clip, make_inputs(100, 4, seed=5)["pixel_values"]))
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +62,7 @@ def named():
     """A model whose CLIP has a tokenizer, so that labels have names."""
     clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32).eval()
     pixels = torch.randn(60, 3, 28, 28, generator=torch.Generator().manual_seed(3))
-    return make_model(clip, cls_rows(clip, pixels), method=FITTED)
-
-
-@torch.no_grad()
-def classes_of(clip, seed=0, num_classes=4):
-    inputs = make_inputs(1, num_classes, seed)
-    found = clip.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
-    return normalize(found, dim=-1)
-
-
-@torch.no_grad()
-def logits(model, rows, classes):
-    return model.class_logits(model.image_features_from_cls(rows), classes)
+    return scored_model(clip, cls_rows(clip, pixels), method=FITTED)
 
 
 class Count:
@@ -175,7 +136,7 @@ def numpy_logits(model, rows, classes):
 def test_numpy_agrees_through_the_whole_model(model, tiny_clip, method):
     """Every method from CLS rows to logits: which rows it is fitted on, steered or not, by which mean, with which views."""
     model.set_steering(method=method)
-    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]), classes_of(tiny_clip)
     np.testing.assert_allclose(logits(model, rows, classes).numpy(), numpy_logits(model, rows, classes), atol=2e-3)
     spread = lambda found: (found.amax(-1) - found.amin(-1)).mean()  # noqa: E731
     with model.steering(enabled=False):
@@ -186,7 +147,7 @@ def test_numpy_agrees_through_the_whole_model(model, tiny_clip, method):
 @pytest.mark.parametrize("method", SCORING)
 def test_forward_and_cached_rows_give_the_same(model, tiny_clip, method):
     """Evaluations run on cached rows, services on images: one image has one answer."""
-    inputs = make_inputs(8)
+    inputs = make_inputs(8, 4)
     model.set_steering(method=method, gate=0.5)
     with torch.no_grad():
         out = model(**inputs)
@@ -244,7 +205,7 @@ def test_the_pipelines_answer_what_the_model_does(named, images, method):
 @pytest.mark.parametrize("method", ALWAYS)
 def test_gated_images_have_plain_clips_logits_bit_for_bit(model, tiny_clip, method):
     """The promise of the gate holds for scores too, beside treated and broken images, in any order."""
-    inputs = make_inputs(10)
+    inputs = make_inputs(10, 4)
     inputs["pixel_values"][3] = float("nan")
     model.set_steering(method=method, gate=0.5)
     for order in (torch.arange(10), torch.randperm(10, generator=torch.Generator().manual_seed(1))):
@@ -272,7 +233,7 @@ def test_gated_images_have_plain_clips_logits_bit_for_bit(model, tiny_clip, meth
 
 def test_what_the_gate_goes_by(model, tiny_clip):
     """By FVU where the SAE is read, else by the distance to the training rows: its threshold is that of the held-out rows."""
-    rows = cls_rows(tiny_clip, make_inputs(40, seed=9)["pixel_values"])
+    rows = cls_rows(tiny_clip, make_inputs(40, 4, seed=9)["pixel_values"])
     for method, reads in (("balanced_norm", False), ("prototypes+pca", False), ("prototypes+sae", True)):
         model.set_steering(method=method, gate=0.75)
         made = model.image_features_from_cls(rows)
@@ -299,7 +260,7 @@ def test_an_fvu_threshold_needs_an_fvu(model):
 
 def test_a_gate_that_is_refused_leaves_the_one_in_force(model, tiny_clip):
     """Who tries a level in a notebook and is told off must not go on without any gate."""
-    rows = cls_rows(tiny_clip, make_inputs(40, seed=9)["pixel_values"])
+    rows = cls_rows(tiny_clip, make_inputs(40, 4, seed=9)["pixel_values"])
     model.set_steering(method="prototypes", gate=0.5)
     before = model.image_features_from_cls(rows).steered
     with pytest.raises(ValueError, match="gate=0.001 lies outside"):
@@ -310,7 +271,7 @@ def test_a_gate_that_is_refused_leaves_the_one_in_force(model, tiny_clip):
 
 def test_switched_off_is_plain_clip(model, tiny_clip):
     """The baseline of every comparison."""
-    inputs = make_inputs()
+    inputs = make_inputs(6, 4)
     model.set_steering(method=FITTED)
     with torch.no_grad(), model.steering(enabled=False):
         assert torch.equal(model(**inputs).logits_per_image, tiny_clip(**inputs).logits_per_image)
@@ -373,7 +334,7 @@ def test_explaining_such_scores_is_refused(model, tiny_clip):
 def test_scores_of_rows_as_they_are_are_explained_in_one_part(model, tiny_clip, method):
     """What a recommendation wrote into the checkpoint must not stop `explain`: what no latent does is said to be of
     none."""
-    rows, classes = cls_rows(tiny_clip, make_inputs(10)["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(10, 4)["pixel_values"]), classes_of(tiny_clip)
     model.set_steering(method=method, gate=0.5)
     found = model.explain_from_cls(rows, classes)
     torch.testing.assert_close(found.steered_scores.float(), logits(model, rows, classes), rtol=0, atol=1e-4)
@@ -386,7 +347,7 @@ def test_scores_of_rows_as_they_are_are_explained_in_one_part(model, tiny_clip, 
 def test_without_rows_what_is_fitted_to_rows_is_refused(model, tiny_clip, method):
     """Who gives no activations away has distribution norm, and is told so: under another name it would pass for what
     it is not."""
-    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]), classes_of(tiny_clip)
     model.set_steering(method="distribution_norm")
     expected = logits(model, rows, classes)
     model.set_domain_statistics(model.domain_statistics.without_rows(model.image_mean()))
@@ -428,7 +389,7 @@ def test_the_mean_that_was_measured_on_all_rows_is_used(model, tiny_clip):
     with torch.no_grad():
         embeds = model.image_features_from_cls(model.domain_statistics.rows.float()).features
     torch.testing.assert_close(of_sketch, normalize(embeds, dim=-1).mean(0))
-    rows = cls_rows(tiny_clip, make_inputs(100, seed=5)["pixel_values"])
+    rows = cls_rows(tiny_clip, make_inputs(100, 4, seed=5)["pixel_values"])
     model.set_domain_statistics(measure_statistics(model.sae, rows, clip=tiny_clip, sketch_rows=10))
     assert torch.equal(model.image_mean(), model.domain_statistics.image_mean)
     torch.testing.assert_close(model.image_mean(), model.domain_statistics.image_mean)
@@ -439,7 +400,7 @@ def test_the_mean_that_was_measured_on_all_rows_is_used(model, tiny_clip):
 @pytest.mark.parametrize("method", SCORING)
 def test_one_unlabelled_image_and_no_image(model, tiny_clip, method):
     """A first try with a single image has no variance; an empty batch has no maximum. Neither may become NaN or an error."""
-    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]), classes_of(tiny_clip)
     model.set_steering(method=method)
     assert logits(model, rows[:0], classes).shape == (0, 4)
     model.set_domain_statistics(measure_statistics(model.sae, rows[:1]))
@@ -448,7 +409,7 @@ def test_one_unlabelled_image_and_no_image(model, tiny_clip, method):
 
 def test_half_precision(model, tiny_clip):
     """On GPUs people load bfloat16: finite, close to float32, and gated images still CLIP's own."""
-    inputs, classes = make_inputs(12), classes_of(tiny_clip)
+    inputs, classes = make_inputs(12, 4), classes_of(tiny_clip)
     model.set_steering(method=FITTED)
     expected = logits(model, cls_rows(tiny_clip, inputs["pixel_values"]), classes)
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -472,7 +433,7 @@ def test_a_label_set_is_fitted_once(model, tiny_clip, fits):
     """A fit takes seconds; it must not be made for every batch."""
     model.set_steering(method=FITTED)
     rows, classes, others = (
-        cls_rows(tiny_clip, make_inputs()["pixel_values"]),
+        cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]),
         classes_of(tiny_clip),
         classes_of(tiny_clip, 1),
     )
@@ -523,7 +484,7 @@ HOWS = [
 def test_what_is_kept_follows_what_it_was_made_of(model, tiny_clip, how):
     """After a training step or with other statistics, old prototypes would be wrong without a word."""
     model.set_steering(method=FITTED)
-    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]), classes_of(tiny_clip)
     before = model.fit_classes(classes)
     logits(model, rows, classes)
     changed_weights(model, how)
@@ -548,7 +509,7 @@ def test_what_was_fitted_by_name_follows_too(named, how, tmp_path):
 
 def test_gamma_counts_where_the_step_depends_on_it(model, tiny_clip):
     """Two settings tried in turn: one must not score by the other's mean image, nor should a gate or gamma that means nothing cost a fit."""
-    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]), classes_of(tiny_clip)
     model.set_steering(method="vs2+distribution_norm")
     mean, first = model.image_mean(), model.fit_classes(classes)
     with model.steering(gamma=4.0):
@@ -587,7 +548,7 @@ def test_least_recently_used_sets_go_first(model, tiny_clip, fits, monkeypatch):
 
 def test_methods_tried_in_turn(model, tiny_clip):
     """A comparison on one model: a method must not score by what another one looked at, nor by rows that a gate or an edit changed."""
-    rows, classes = cls_rows(tiny_clip, make_inputs()["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]), classes_of(tiny_clip)
     expected = {}
     for method in SCORING:
         with copy.deepcopy(model).steering(method=method) as fresh:
@@ -613,7 +574,10 @@ def test_settings_of_one_call_are_not_the_models(model, tiny_clip):
 def test_several_threads(model, tiny_clip, fits):
     """A server's threads ask the same model for different label sets at once: right answers, each set fitted once."""
     model.set_steering(method=FITTED)
-    rows, sets = cls_rows(tiny_clip, make_inputs()["pixel_values"]), [classes_of(tiny_clip, seed) for seed in range(4)]
+    rows, sets = (
+        cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"]),
+        [classes_of(tiny_clip, seed) for seed in range(4)],
+    )
     expected = [logits(copy.deepcopy(model), rows, classes) for classes in sets]
     fits.calls, fit = 0, fits.function
     fits.function = lambda *args: (time.sleep(0.02), fit(*args))[1]  # long enough for the others to come by
@@ -634,7 +598,7 @@ def test_several_threads(model, tiny_clip, fits):
 def test_what_inference_mode_kept_can_be_trained_with(model, tiny_clip, num_classes, method):
     """An evaluation inside `torch.inference_mode()` fills the cache; the training step after it saves those tensors for backward."""
     model.set_steering(method=method)
-    inputs, classes = make_inputs(texts=num_classes), classes_of(tiny_clip, num_classes=num_classes)
+    inputs, classes = make_inputs(6, num_classes), classes_of(tiny_clip, num_classes=num_classes)
     with torch.inference_mode():
         classes_there = classes.clone()
         model.class_logits(model.image_features(inputs["pixel_values"]), classes_there)
@@ -731,7 +695,7 @@ def test_distribution_norm_of_a_checkpoint_saved_before_goes_on_as_it_was(named,
 @torch.no_grad()
 def test_the_coefficient_of_distribution_norm_counts(model, tiny_clip):
     """0 is plain CLIP's order of labels, 1 the full one; another coefficient is another fit."""
-    rows, classes = cls_rows(tiny_clip, make_inputs(20)["pixel_values"]), classes_of(tiny_clip)
+    rows, classes = cls_rows(tiny_clip, make_inputs(20, 4)["pixel_values"]), classes_of(tiny_clip)
     scores = {}
     for coefficient in (0, 0.25, 1):
         model.set_steering(method="distribution_norm", coefficient=coefficient)
@@ -990,7 +954,7 @@ def whole(tmp_path_factory):
     """The files of a checkpoint with statistics and one label set."""
     clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32).eval()
     pixels = torch.randn(60, 3, 28, 28, generator=torch.Generator().manual_seed(3))
-    model = make_model(clip, cls_rows(clip, pixels), method=FITTED)
+    model = scored_model(clip, cls_rows(clip, pixels), method=FITTED)
     model.fit_label_set(LABELS)
     folder = tmp_path_factory.mktemp("labels") / "vs2"
     model.save_pretrained(folder)

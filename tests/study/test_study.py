@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_cli import clip_path, images_path, run  # noqa: F401 (fixtures)
+from commands import run
+from made_up_study import description
 from torch.nn.functional import normalize
 
 from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot
@@ -29,37 +30,8 @@ from hf_vs2.study.views import AugmentedView
 METHODS = {name: method for name, method in study_methods().items() if method.default}
 
 
-def description(clip: Path, images: Path, folder: Path) -> dict:
-    """A study of everything there is, on a CLIP and images of a few kilobytes."""
-    return {
-        "output_dir": str(folder),
-        "encoders": [{"id": "tiny/clip", "path": str(clip)}],
-        "datasets": [
-            {"name": "colours", "path": str(images)},
-            {"name": "half", "path": str(images), "train_split": "train[:60]", "templates": ["a {} thing"]},
-        ],
-        "seeds": [0, 1],
-        "prompts": ["single", "published"],
-        "sae": {"top_k": 4, "expansion_factor": 2, "max_steps": 20, "per_device_train_batch_size": 32},
-        "steering": {"gamma": 2.0, "lambda": 0.9, "gate": 0.9},
-        "retrieval": {"num_neighbors": 5},
-        "inner_layers": {"train_limit": 50, "test_limit": 20},
-        "views": 1,
-        "ablations": {
-            "top_k": [2, 4],
-            "expansion_factor": [2, 3],
-            "share": [0.5, 1],
-            "num_neighbors": [3],
-            "pass_weight": [0.5],
-        },
-        "grid": {"gamma": [1.5, 2.0], "lambda": [0.0, 0.9, 1.8]},
-        "gate_shift": {"trained_on": ["colours", "half"], "quantiles": [0.5]},
-        "cost": False,
-    }
-
-
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, clip_path, images_path) -> tuple[StudyConfig, StudyResult]:  # noqa: F811
+def study(tmp_path_factory, clip_path, images_path) -> tuple[StudyConfig, StudyResult]:
     config = StudyConfig.from_dict(description(clip_path, images_path, tmp_path_factory.mktemp("study")))
     return config, run_study(config, progress=False)
 
@@ -86,7 +58,7 @@ def test_every_method_has_a_row_for_each_prompt_set_and_seed(study):
     assert sections == {"table", "top_k", "expansion", "share", "neighbors", "pass", "grid", "agreement", "gate_shift"}
 
 
-def test_rows_are_those_of_evaluate(study, clip_path, images_path):  # noqa: F811
+def test_rows_are_those_of_evaluate(study, clip_path, images_path):
     """`hf-vs2 evaluate` and `hf-vs2 study` must not tell a user two different things about one SAE."""
     config, result = study
     bench = Bench(config, progress=False)
@@ -166,7 +138,7 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(study):
     assert new(moved) == {cell.method for cell in plan(config)}
 
 
-def test_changed_images_make_new_cells_though_the_path_stays(tmp_path, clip_path, images_path):  # noqa: F811
+def test_changed_images_make_new_cells_though_the_path_stays(tmp_path, clip_path, images_path):
     """Figures of images that are no longer there would stand beside new ones, and nobody could tell."""
     images = tmp_path / "images"
     shutil.copytree(images_path, images)
@@ -381,7 +353,7 @@ def test_the_study_and_the_wrapper_have_one_vs2pp(rule, study):
     torch.testing.assert_close(theirs, scores.max(-1).values, rtol=0, atol=1e-4)  # the same choice, up to near ties
 
 
-def test_neighbors_of_another_encoder(study, tmp_path, clip_path, images_path):  # noqa: F811
+def test_neighbors_of_another_encoder(study, tmp_path, clip_path, images_path):
     """The paper's neighbours are DINOv2's. With the CLIP itself in that place, they are its own, and found once."""
     config, result = study
     changed = description(clip_path, images_path, tmp_path) | {"methods": ["vs2++"], "seeds": [1]}
@@ -396,7 +368,7 @@ def test_neighbors_of_another_encoder(study, tmp_path, clip_path, images_path): 
     assert len(list((tmp_path / "retrieval").iterdir())) == 2, "one file a split"
 
 
-def test_table_and_command_line(study, capsys, tmp_path, monkeypatch, clip_path, images_path):  # noqa: F811
+def test_table_and_command_line(study, capsys, tmp_path, monkeypatch, clip_path, images_path):
     """`hf-vs2 study` prints the table, says what it wrote, draws the figures, and finds what is measured."""
     config, _ = study
     file = tmp_path / "study.yaml"
@@ -447,7 +419,7 @@ def test_table_and_command_line(study, capsys, tmp_path, monkeypatch, clip_path,
         ({"grid": {"gamma": [1.5]}}, "grid lacks lambda"),
     ],
 )
-def test_a_mistake_in_the_file_is_named(change, message, tmp_path, clip_path, images_path):  # noqa: F811
+def test_a_mistake_in_the_file_is_named(change, message, tmp_path, clip_path, images_path):
     """Before anything is extracted."""
     with pytest.raises(ValueError, match=message):
         StudyConfig.from_dict(description(clip_path, images_path, tmp_path) | change)
@@ -464,7 +436,7 @@ def test_the_studies_that_we_ship_can_be_planned(path):
     assert {cell.method for cell in cells} >= set(METHODS)
 
 
-def test_images_without_labels_are_named(tmp_path, clip_path, images_path):  # noqa: F811
+def test_images_without_labels_are_named(tmp_path, clip_path, images_path):
     """Accuracy needs labels; the message must say of which data set."""
     whole = description(clip_path, images_path, tmp_path) | {"methods": ["clip"], "gate_shift": None, "ablations": {}}
     flat = tmp_path / "flat"
@@ -477,7 +449,7 @@ def test_images_without_labels_are_named(tmp_path, clip_path, images_path):  # n
         run_study(StudyConfig.from_dict(whole), progress=False)
 
 
-def test_training_images_without_labels(tmp_path, clip_path, images_path):  # noqa: F811
+def test_training_images_without_labels(tmp_path, clip_path, images_path):
     """Unlabelled training images are what VS2 is for; only PASS and the oracles need more, and that is said at once."""
     root = tmp_path / "images"
     (root / "train").mkdir(parents=True)
@@ -508,7 +480,7 @@ def test_a_half_written_cell_is_not_taken_for_a_whole_one(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json"}, "no temporary files stay"
 
 
-def test_augmented_views_depend_on_the_image_and_the_number_alone(images_path):  # noqa: F811
+def test_augmented_views_depend_on_the_image_and_the_number_alone(images_path):
     """Another order, or another process, must not make other views; nor may the cache mix views up."""
     images = [row["image"] for row in load_images(images_path, "test").cast_column("image", _decoded())]
     first, second = AugmentedView(None, 1), AugmentedView(None, 2)
@@ -540,7 +512,7 @@ def test_cells_and_results_of_earlier_versions_are_read(tmp_path):
     assert [one.cell.method for one in read] == list(read.meta["methods"]) == ["vs2+gate"]
 
 
-def test_one_data_set_alone_keeps_the_cells_of_the_others(tmp_path, clip_path, images_path):  # noqa: F811
+def test_one_data_set_alone_keeps_the_cells_of_the_others(tmp_path, clip_path, images_path):
     """`--datasets` shares the work between machines: the last to end must not throw away what the others measured."""
     whole = description(clip_path, images_path, tmp_path) | {"methods": ["clip", "centroid"], "seeds": [0]}
     whole |= {"gate_shift": None, "ablations": {}, "agreement": False, "grid": None, "cost": False}

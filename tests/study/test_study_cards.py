@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import clip_path, images_path  # noqa: F401  (fixtures)
-from test_study import description
+from made_up_study import description
 
 from hf_vs2.files.sharing.card_edits import Card
 from hf_vs2.files.sharing.model_card import _environment
@@ -62,7 +61,7 @@ def test_there_are_cards():
     assert all(f"({path.name})" in readme for path in CARDS)
 
 
-def test_the_script_writes_a_card_for_each_sae(tmp_path, monkeypatch, clip_path, images_path):  # noqa: F811
+def test_the_script_writes_a_card_for_each_sae(tmp_path, monkeypatch, clip_path, images_path):
     """Whoever runs a study gets its cards, without a path of their machine in them."""
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(description(clip_path, images_path, tmp_path / "study")), encoding="utf-8")

@@ -12,9 +12,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import COLOURS, complaint, make_tokenizer, read_json, run
 from conftest import make_tiny_clip
 from PIL import Image
-from test_cli import COLOURS, complaint, make_tokenizer, read_json, run
 from toy import make_sae
 from transformers import CLIPImageProcessorPil, CLIPModel
 

@@ -4,29 +4,26 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from artefacts import Numbers, bounded_memory, store_folder, store_numbers
 from conftest import make_tiny_clip
-from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy import make_rows, make_sae
-from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel
+from transformers import AutoModel, CLIPModel
 from transformers.utils import logging
 
 from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
 from hf_vs2.data.registry import dataset_info
-from hf_vs2.data.stores.activations import ActivationStore, extract_activations
+from hf_vs2.data.stores.activations import ActivationStore
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
 from hf_vs2.files.report import EvaluationResult
 from hf_vs2.study.config import StudyConfig
@@ -35,12 +32,9 @@ from hf_vs2.study.config import StudyConfig
 TRIES, MANY_TRIES = 40, 600
 """Mutations of each artefact, in the fast test and in the slow one."""
 EXAMPLES = 60
-MEMORY = 2 << 30
 """Address space that one load may take on top of what the process has; the artefacts are of some 100 kB."""
 SECONDS = 20
 """Of the processor, so that a busy machine fails nothing."""
-
-Numbers = Any
 
 
 # The artefacts, and what is read from each: the numbers that somebody would go on to publish.
@@ -112,31 +106,6 @@ def vs2_numbers(folder: Path) -> Numbers:
     return numbers + [part for one in model.fitted_label_sets for part in (one.fit.prototypes, *one.fit.views)]
 
 
-def store_folder(folder: Path) -> None:
-    make_tiny_clip().save_pretrained(folder / "clip")
-    clip = CLIPModel.from_pretrained(folder / "clip")
-    images = [Image.new("RGB", (32, 32), (20 * i, 255 - 20 * i, 7 * i)) for i in range(10)]
-    data = Dataset.from_dict({"image": images, "label": [i % 2 for i in range(10)]})
-    store = extract_activations(
-        clip,
-        data,
-        folder / "out",
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        shard_size=4,
-        batch_size=4,
-        label_column="label",
-        progress=False,
-    )
-    shutil.move(store.path, folder / "store")
-    shutil.rmtree(folder / "clip")
-    shutil.rmtree(folder / "out")
-
-
-def store_numbers(folder: Path) -> Numbers:
-    store = ActivationStore.open(folder / "store")
-    return [store.take(torch.arange(len(store))), store.labels, store.image_indices]
-
-
 def result_folder(folder: Path) -> None:
     row = {"method": "vs2", "prompts": "single", "top1": 61.5, "top5": 90.0, "gain": 1.5, "gain_ci": [0.5, 2.5]}
     row |= {"coverage": 0.99, "mean_fvu": 0.25, "n": 1000, "gamma": 1.5, "lambda": 2.1, "tau": 0.4, "seconds": 0.1}
@@ -182,19 +151,6 @@ def whole(tmp_path_factory) -> Callable[[str], Path]:
         return made[kind]
 
     return make
-
-
-@contextmanager
-def bounded_memory(extra: int = MEMORY) -> Iterator[None]:
-    """Allocations beyond it fail, with an error that no test here expects."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if pages is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def flat(numbers: Numbers) -> list[float]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import Commit, File, LoopbackHub, Repository
-from test_hub import CLIP_ID, make_sae, make_vs2, sum_of, upload_clip
+from hub_models import CLIP_ID, make_sae, make_vs2, serve, sum_of, upload_clip
+from loopback_hub import File, LoopbackHub
 
 import hf_vs2
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot
@@ -32,16 +32,6 @@ class Huge(bytes):
 @pytest.fixture(scope="module")
 def clip():
     return upload_clip(CLIP_ID)
-
-
-def serve(hub: LoopbackHub, name: str, files: dict[str, File], sha: str | None = None) -> None:
-    """A repository as only its owner, or whoever runs the server, can make it."""
-    repository = Repository(name)
-    if sha is None:
-        sha = repository.add(files, "made by the test", None)
-    repository.commits[sha] = Commit(sha, files, "made by the test", None)
-    repository.branches["main"] = sha
-    hub.repositories[name] = repository
 
 
 def outside(folder: Path, cache: Path) -> list[Path]:

@@ -1,10 +1,9 @@
 """Real processes are killed, starved of disk space and started twice; nothing half-written is ever taken for whole, nothing is lost.
 
 The processes are forked from one that has imported torch, so that a kill costs no start of seconds; they import nothing of the
-suite but this module and toy, and work on a CLIP and images on the disk."""
+suite but this module, processes and toy, and work on a CLIP and images on the disk."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import CONTEXT, files, start
 
 from hf_vs2.files.atomic import replace_file, replace_files, replace_folder
 
@@ -23,7 +23,6 @@ from hf_vs2.files.atomic import replace_file, replace_files, replace_folder
 TRIES = 20
 STEPS = 12
 FOLDER_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch", "datasets", "hf_vs2.training.trainer", "hf_vs2.data.stores.activations", "hf_vs2.cli.commands.calibrate", "transformers.models.clip.modeling_clip"]
 )  # fmt: skip
@@ -144,30 +143,11 @@ def poll_store(folder: Path, stop) -> None:
 # Starting them
 
 
-def reported(job, error_file: Path, *arguments) -> None:
-    torch.set_num_threads(1)  # the number of threads can change the last bit
-    try:
-        job(*arguments)
-    except Exception as error:
-        error_file.write_text(f"{type(error).__name__}: {error}")
-        raise
-
-
-def start(error_file: Path, job, *arguments):
-    process = CONTEXT.Process(target=reported, args=(job, error_file, *arguments))
-    process.start()
-    return process
-
-
 def run(folder: Path, job, *arguments) -> None:
     error_file = folder.with_name(folder.name + ".error")
     process = start(error_file, job, *arguments)
     process.join(200)
     assert process.exitcode == 0, error_file.read_text() if error_file.exists() else process.exitcode
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def visible(folder: Path) -> dict[str, bytes]:
@@ -185,9 +165,9 @@ def result(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
+    from commands import make_tokenizer
     from conftest import make_tiny_clip
-    from test_activations import make_dataset, make_processor
-    from test_cli import make_tokenizer
+    from image_stores import make_dataset, make_processor
     from toy import make_rows
 
     folder = tmp_path_factory.mktemp("material")
@@ -318,7 +298,7 @@ def test_who_loses_its_partner_says_so_and_both_go_on(material, tmp_path, job):
 
             assert ActivationStore.open(folder / "activations").image_indices.tolist() == list(range(60))
     if job == "training":
-        from test_trainer import assert_close_weights
+        from trainings import assert_close_weights
 
         from hf_vs2 import SAEModel
 

@@ -14,8 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
+from commands import source
 from safetensors import SafetensorError
-from test_cli import clip_path, images_path, source  # noqa: F401
 from torch.utils.data import DataLoader
 
 from hf_vs2.cli import main
@@ -125,7 +125,7 @@ def test_a_bug_is_none_of_them(error, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_extraction_survives_a_killed_worker(clip_path, images_path, tmp_path):  # noqa: F811
+def test_extraction_survives_a_killed_worker(clip_path, images_path, tmp_path):
     """For real: the system kills a worker; the next run ends as if nothing had happened."""
     command = [sys.executable, "-m", "hf_vs2.cli", "extract", *source(clip_path, images_path), "--disable_tqdm"]
     command += ["--batch_size", "1", "--output_dir", str(tmp_path / "store"), "--num_workers", "1"]

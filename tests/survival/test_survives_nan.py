@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import checkpoint, clip_path, complaint, images_path, with_checkpoint  # noqa: F401 (fixtures)
-from test_json_files import strictly
+from commands import complaint, strictly, with_checkpoint
 from toy import make_sae
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -64,7 +63,7 @@ class World:
 
 
 @pytest.fixture()
-def world(clip_path, images_path, tmp_path):  # noqa: F811
+def world(clip_path, images_path, tmp_path):
     return World(clip_path, images_path, tmp_path / "world")
 
 
@@ -232,7 +231,7 @@ def test_no_door_answers_with_nan(harm, world, tmp_path):
 
 
 @pytest.fixture()
-def half(clip_path, tmp_path):  # noqa: F811
+def half(clip_path, tmp_path):
     """A folder with the CLIP in half precision; `write(clip)` puts it there."""
     clip = CLIPModel.from_pretrained(clip_path, dtype=torch.float16)
     for part in (CLIPTokenizer, CLIPImageProcessorPil):
@@ -271,7 +270,7 @@ def commands(folder: Path, sae: Path, images: Path, out: Path) -> dict[str, list
 
 
 @pytest.mark.parametrize("harm", [harm_tower, harm_text, harm_temperature])
-def test_classify_names_the_image_or_the_prompt(harm, half, checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+def test_classify_names_the_image_or_the_prompt(harm, half, checkpoint, images_path, tmp_path, capsys):
     """Exit status 0 and `red nan` went on into other people's programs."""
     words = commands(half(harm), checkpoint, images_path, tmp_path)["classify"]
     expected = {harm_tower: "00.png", harm_text: "a photo of a red", harm_temperature: "logit_scale"}[harm]
@@ -281,7 +280,7 @@ def test_classify_names_the_image_or_the_prompt(harm, half, checkpoint, images_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", [harm_tower, harm_tail, harm_text, harm_temperature])
-def test_every_command_refuses_or_is_right(harm, half, checkpoint, images_path, tmp_path, capsys):  # noqa: F811
+def test_every_command_refuses_or_is_right(harm, half, checkpoint, images_path, tmp_path, capsys):
     """The same through the command line, from files: status 2 with one line and nothing written, or valid numbers."""
     meets = {
         "tower": set(commands(Path(), Path(), Path(), Path())),

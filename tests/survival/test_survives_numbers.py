@@ -12,8 +12,8 @@ import torch
 from conftest import make_tiny_clip
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_prompts import NAMES, make_word_tokenizer
 from toy import make_rows, make_sae
+from words import NAMES, make_word_tokenizer
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate
 from hf_vs2.evaluation.comparison import evaluate

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_trainer import make_trainer
 from toy import sparse_rows
+from trainings import make_trainer
 
 from hf_vs2.files.digests import file_digest
 from hf_vs2.training.progress import COUNTERS_NAME, STATE_NAME, _state_digest

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from artefacts import bounded_memory, store_folder, store_numbers
 from conftest import make_tiny_clip
-from test_survives_foreign_files import bounded_memory, store_folder, store_numbers
-from test_survives_kills import CONTEXT, files, start
+from processes import CONTEXT, files, start
 from toy import make_rows, make_sae
 from transformers import CLIPModel
 

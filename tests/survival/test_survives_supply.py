@@ -11,9 +11,9 @@ import venv
 from pathlib import Path
 
 import pytest
+from hub_models import CLIP_ID, make_vs2, upload_clip
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import USERS
-from test_hub import CLIP_ID, make_vs2, upload_clip
 
 import hf_vs2
 from hf_vs2.cli import main

@@ -13,12 +13,13 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from image_stores import make_dataset, make_processor
 from safetensors.torch import load_file
-from test_activations import make_dataset, make_processor
-from test_trainer import PrototypeAlignment, assert_close_weights, make_trainer
 from toy import sparse_rows
+from trainings import assert_close_weights, make_trainer
 
 from hf_vs2 import SAEModel
+from hf_vs2.training.label_losses import PrototypeAlignment
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -34,7 +35,9 @@ SHARED = {
 WORKER = """
 import json, os, sys
 import torch
-from test_trainer import PrototypeAlignment, make_trainer, sparse_rows
+from hf_vs2.training.label_losses import PrototypeAlignment
+from trainings import make_trainer
+from toy import sparse_rows
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 settings = json.loads(sys.argv[1])
