@@ -1,4 +1,5 @@
-"""A CLIP with SAEs plugged in: exactly CLIP where nothing is steered, exactly the paper where something is."""
+"""A CLIP with SAEs plugged in: layers, settings, CLIP's interface, copies and checkpoints. What holds for every method
+stands in tests/methods/test_every_method.py."""
 
 import copy
 
@@ -6,25 +7,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_clip
-from numpy_reference import ReferenceSAE, keep_norm
-from numpy_reference import contrastive_direction as reference_direction
-from numpy_reference import steer as reference_steer
 from safetensors.torch import load_file, save_file
-from steered import HIDDEN, LAST, LATENTS, cls_rows, fitted_sae, make_inputs
+from steered import HIDDEN, LAST, LATENTS, assert_same_output, cls_rows, fitted_sae, make_inputs
 from toy import make_sae
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPModel
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.functional import equations as functional
-from hf_vs2.methods import METHODS
 from hf_vs2.steering.corpus import RetrievalCorpus
 
 
-# Those that move a CLS row; `vs2++` asks a corpus too. Those that score in another way are in test_label_scoring.py.
-STEERING_METHODS = [
-    name for name, method in METHODS.items() if method.step and not method.fit and not method.needs_corpus
-]
 PER_LATENT = tuple(1 + 0.01 * i for i in range(LATENTS))
 
 
@@ -45,81 +38,7 @@ def named_clip(tmp_path):
     return CLIPModel.from_pretrained(tmp_path / "clip")
 
 
-def median_fvu(model, inputs):
-    """A threshold that half of the images pass, with none of them on it."""
-    with torch.no_grad():
-        return model(**inputs).fvu.quantile(0.5).item()
-
-
-def assert_same_output(found, expected):
-    for name, tensor in expected.items():
-        if isinstance(tensor, torch.Tensor):
-            assert torch.equal(found[name], tensor), name
-        else:
-            assert_same_output(found[name], tensor)
-
-
 # Plain CLIP, bit for bit
-
-
-@pytest.mark.parametrize("off", [{"enabled": False}, {"method": "none"}])
-def test_switched_off_is_plain_clip_bit_for_bit(model, tiny_clip, off):
-    """The baseline of every comparison. A last-bit difference can flip a prediction and count as a gain."""
-    inputs = make_inputs()
-    with torch.no_grad():
-        expected = tiny_clip(**inputs, return_loss=False)
-        steered = model(**inputs)
-        assert not torch.equal(steered.logits_per_image, expected.logits_per_image), "steering does nothing at all"
-        with model.steering(**off):
-            found = model(**inputs)
-            features = model.get_image_features(inputs["pixel_values"])
-    assert_same_output(found, expected)
-    assert_same_output(features, tiny_clip.get_image_features(inputs["pixel_values"]))
-    assert found.fvu is None and found.latent_values is None and found.steered.tolist() == [False] * 4
-
-
-@pytest.mark.parametrize("method", STEERING_METHODS)
-def test_gated_out_rows_are_plain_clip_whatever_else_is_in_the_batch(model, tiny_clip, method):
-    """The promise of the gate: an image it holds back gets CLIP's own result, also beside steered and broken images."""
-    inputs = make_inputs(batch=8)
-    model.set_steering(method=method, fvu_threshold=median_fvu(model, inputs))
-    for order in (torch.arange(8), torch.randperm(8, generator=torch.Generator().manual_seed(1))):
-        batch = {**inputs, "pixel_values": inputs["pixel_values"][order]}
-        with torch.no_grad():
-            found, plain = model(**batch), tiny_clip(**batch)
-        assert 0 < found.steered.sum() < 8
-        kept = ~found.steered
-        for name in ("image_embeds", "logits_per_image"):
-            assert torch.equal(found[name][kept], plain[name][kept]), name
-            assert (found[name][found.steered] != plain[name][found.steered]).any(dim=1).all()
-        assert torch.equal(found.logits_per_text[:, kept], plain.logits_per_text[:, kept])
-        assert torch.equal(found.text_embeds, plain.text_embeds)
-
-
-def test_a_broken_image_is_not_steered_and_spoils_no_other(model, tiny_clip):
-    """One NaN image in a batch of thousands must not change the others' results."""
-    inputs = make_inputs(batch=8)
-    threshold = median_fvu(model, inputs)
-    model.set_steering(fvu_threshold=threshold)
-    with torch.no_grad():
-        expected = model(**inputs)
-        inputs["pixel_values"][2] = float("nan")
-        found, plain = model(**inputs), tiny_clip(**inputs)
-    others = torch.arange(8) != 2
-    assert not found.steered[2] and found.fvu[2].isnan()
-    assert torch.equal(found.logits_per_image[others], expected.logits_per_image[others])
-    kept = ~found.steered & others
-    assert torch.equal(found.logits_per_image[kept], plain.logits_per_image[kept])
-
-
-def test_a_gate_that_lets_nothing_through_is_plain_clip(model, tiny_clip):
-    """A foreign data set with coverage 0 must come out exactly as zero-shot CLIP."""
-    inputs = make_inputs()
-    model.set_steering(fvu_threshold=0.0)
-    with torch.no_grad():
-        assert_same_output(model(**inputs), tiny_clip(**inputs))
-        model.set_steering(fvu_threshold=float("inf"))
-        assert model(**inputs).steered.all()
 
 
 def state_of(clip):
@@ -160,50 +79,6 @@ def test_the_clip_given_is_never_changed(tiny_clip, sae):
 # The method
 
 
-@pytest.mark.parametrize("activation", ["relu", "absolute"])
-@pytest.mark.parametrize(
-    ("method", "gamma"),
-    [*((method, 1.5) for method in STEERING_METHODS), *((m, PER_LATENT) for m in ("vs2", "amplify", "reconstruct"))],
-    ids=lambda value: "per-latent" if isinstance(value, tuple) else str(value),
-)
-def test_numpy_reference_agrees(tiny_clip, method, gamma, activation):
-    """Every method with every kind of gamma, gated, against loops that were written from the paper alone."""
-    sae = fitted_sae(tiny_clip, activation=activation)
-    rows = cls_rows(tiny_clip, make_inputs(12)["pixel_values"])
-    tau = sae(rows).fvu.median().item()
-    model = VS2CLIPForZeroShot(tiny_clip, sae, gamma=gamma, lambda_=0.7, method=method, fvu_threshold=tau)
-    with torch.no_grad():
-        found = model.steer_cls(rows)
-    plain = ReferenceSAE.of(sae)
-    for i, row in enumerate(rows.double().numpy()):
-        np.testing.assert_allclose(found.fvu[i].item(), plain.fvu(row), rtol=1e-4)
-        assert found.steered[i].item() == (found.fvu[i].item() <= tau)
-        gate = float("inf") if found.steered[i] else 0.0
-        expected = reference_steer(plain, row, method, gamma, 0.7, gate, sae.domain_statistics)
-        np.testing.assert_allclose(found.rows[i].numpy(), expected, rtol=1e-3, atol=1e-4)
-    assert 0 < found.steered.sum() < 12
-    assert torch.equal(found.rows[~found.steered], rows[~found.steered])
-
-
-@pytest.mark.parametrize("method", STEERING_METHODS)
-def test_tail_replay_equals_the_full_model(model, tiny_clip, method):
-    """Whole evaluations run on cached rows: they must give what the model gives on the images."""
-    inputs = make_inputs(batch=8)
-    model.set_steering(method=method, fvu_threshold=median_fvu(model, inputs))
-    rows = cls_rows(tiny_clip, inputs["pixel_values"])
-    with torch.no_grad():
-        full = model.get_image_features(inputs["pixel_values"]).pooler_output
-        out = model(**inputs)
-        replayed = model.image_features_from_cls(rows)
-    assert torch.equal(replayed.features, full)
-    for name in ("fvu", "steered", "latent_values", "latent_indices"):
-        assert torch.equal(replayed[name], out[name]), name
-    with torch.no_grad(), model.steering(enabled=False):
-        plain = model.image_features_from_cls(rows)
-        assert torch.equal(plain.features, tiny_clip.get_image_features(inputs["pixel_values"]).pooler_output)
-    assert plain.fvu is None and not plain.steered.any()
-
-
 @pytest.mark.parametrize("layers", [(LAST,), (1,), (1, LAST)])
 def test_image_features_carry_the_plain_ones(tiny_clip, layers):
     """The pipeline compares both from one call; the plain ones must be CLIP's own, whatever layer is steered."""
@@ -218,19 +93,6 @@ def test_image_features_carry_the_plain_ones(tiny_clip, layers):
         with model.steering(enabled=False):
             off = model.image_features(pixels, with_plain=True)
     assert torch.equal(off.features, plain) and torch.equal(off.plain_features, plain) and not off.steered.any()
-
-
-@pytest.mark.parametrize("method", STEERING_METHODS)
-def test_a_batch_is_steered_as_each_image_alone(model, method):
-    """Per-sample and order-free: a result must not depend on which images happen to share a batch."""
-    inputs = make_inputs(batch=6)
-    model.set_steering(method=method, fvu_threshold=median_fvu(model, inputs))
-    with torch.no_grad():
-        together = model(**inputs)
-        for i in range(6):
-            alone = model(**{**inputs, "pixel_values": inputs["pixel_values"][i : i + 1]})
-            torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(alone.fvu[0], together.fvu[i], rtol=1e-4, atol=1e-5)
 
 
 def test_last_layer_steering_touches_no_patch_token(model, tiny_clip):
@@ -350,67 +212,6 @@ def searching(tiny_clip, sae):
     return model
 
 
-def vs2pp_by_loops(model, rows, classes, rule):
-    """Section 4.2 row by row in float64: neighbours, pseudo-labels, the difference of mean codes, the step."""
-    vision, reference = model.clip.vision_model, ReferenceSAE.of(model.sae)
-    corpus = model.corpus.rows
-
-    def unit(tensor):
-        return torch.nn.functional.normalize(tensor, dim=-1).double().numpy()
-
-    with torch.no_grad():
-        embeds, queries = (unit(model.clip.visual_projection(vision.post_layernorm(part))) for part in (corpus, rows))
-    labels, own = ((part @ unit(classes).T).argmax(1) for part in (embeds, queries))
-    moved = []
-    for query, label, x in zip(queries, own, rows.double().numpy(), strict=True):
-        nearest = np.argsort(-(embeds @ query))[: model.steering_settings.num_neighbors]
-        if rule == "majority":
-            counts = [(labels[nearest] == labels[one]).sum() for one in nearest]
-            label = labels[nearest[int(np.argmax(counts))]]
-        codes = {one: reference.encode(corpus[one].double().numpy()) for one in nearest}
-        sides = [[codes[one] for one in nearest if (labels[one] == label) == side] for side in (True, False)]
-        v = reference_direction(*sides, reference.W_dec, 1.5)
-        moved.append(keep_norm(x + 0.7 * v, x))
-    return np.stack(moved)
-
-
-@pytest.mark.parametrize("positives", ["majority", "query"])
-def test_vs2pp_is_the_papers_and_its_classes_are_the_texts(searching, tiny_clip, positives):
-    """The whole chain against plain loops; and `model(**inputs)` must take its classes from the prompts it was called with."""
-    searching.set_steering(positives=positives)
-    inputs = make_inputs(batch=8, texts=4)
-    rows = cls_rows(tiny_clip, inputs["pixel_values"])
-    with torch.no_grad():
-        classes = tiny_clip.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
-        found = searching.steer_cls(rows, class_embeds=classes)
-        np.testing.assert_allclose(
-            found.rows.numpy(), vs2pp_by_loops(searching, rows, classes, positives), rtol=1e-3, atol=1e-4
-        )
-        out = searching(**inputs)
-        features = searching.image_features(inputs["pixel_values"], class_embeds=classes, with_plain=True)
-        replayed = searching.image_features_from_cls(rows, class_embeds=classes)
-        stock = searching.get_image_features(inputs["pixel_values"], class_embeds=classes).pooler_output
-        assert not torch.equal(searching(**inputs, class_embeds=-classes).image_embeds, out.image_embeds)
-        plain = tiny_clip.get_image_features(inputs["pixel_values"]).pooler_output
-    assert torch.equal(replayed.features, features.features) and torch.equal(stock, features.features)
-    assert torch.equal(out.vision_model_output.pooler_output, features.features)
-    assert torch.equal(features.plain_features, plain) and not torch.equal(plain, features.features)
-
-
-def test_vs2pp_gated_rows_are_plain_clip(searching, tiny_clip):
-    """The gate's promise holds for every method: what it holds back is CLIP's own, bit for bit, beside broken images too."""
-    inputs = make_inputs(batch=8)
-    searching.set_steering(fvu_threshold=median_fvu(searching, inputs))
-    inputs["pixel_values"][3] = float("nan")
-    with torch.no_grad():
-        found, plain = searching(**inputs), tiny_clip(**inputs)
-    assert 0 < found.steered.sum() < 8 and not found.steered[3]
-    held = ~found.steered
-    held[3] = False
-    assert torch.equal(found.logits_per_image[held], plain.logits_per_image[held])
-    assert found.logits_per_image[found.steered].isfinite().all()
-
-
 def test_vs2pp_leaves_out_the_image_itself(searching):
     """Evaluating on images of the corpus: each would be its own nearest neighbour and bring its own label."""
     rows, classes = searching.corpus.rows[:5], torch.eye(24)[:3]
@@ -450,18 +251,6 @@ def test_vs2pp_says_what_it_lacks(searching, tiny_clip, sae):
     ):
         with pytest.raises(ValueError, match=message):
             searching.set_steering(**settings)
-
-
-@pytest.mark.parametrize("method", STEERING_METHODS)
-def test_a_corpus_changes_no_other_method(searching, model, method):
-    """A checkpoint with a corpus is used for VS2 as well, and the pipeline always hands over the classes."""
-    inputs = make_inputs()
-    for one in (searching, model):
-        one.set_steering(method=method, lambda_=2.1)
-    with torch.no_grad():
-        assert torch.equal(searching(**inputs).logits_per_image, model(**inputs).logits_per_image)
-        found = searching.image_features(inputs["pixel_values"], class_embeds=torch.ones(3, 24))
-        assert torch.equal(found.features, model.image_features(inputs["pixel_values"]).features)
 
 
 @pytest.mark.slow
@@ -674,27 +463,6 @@ def test_eager_and_sdpa_attention_agree(named_clip, layers):
     torch.testing.assert_close(outputs[0].logits_per_image, outputs[1].logits_per_image, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", STEERING_METHODS)
-def test_bfloat16(model, tiny_clip, method):
-    """Half precision on a GPU: plain CLIP bit for bit when off, close to float32 when on, gate from float32 statistics."""
-    inputs = make_inputs(batch=16)
-    model.set_steering(method=method)
-    with torch.no_grad():
-        exact = model(**inputs)
-        model.to(torch.bfloat16)
-        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-        rough = model(**inputs)
-        assert rough.logits_per_image.dtype == torch.bfloat16 and rough.fvu.dtype == torch.float32
-        # Rounding may swap two latents of nearly the same size; rows with the same ones must agree.
-        same = (rough.latent_indices.sort().values == exact.latent_indices.sort().values).all(dim=1)
-        assert same.sum() >= 4
-        similarity = torch.nn.functional.cosine_similarity(rough.image_embeds.float(), exact.image_embeds)
-        assert similarity[same].min() > 0.99
-        torch.testing.assert_close(rough.fvu[same], exact.fvu[same], rtol=0.05, atol=0.02)
-        with model.steering(fvu_threshold=0.0):
-            assert_same_output(model(**inputs), tiny_clip(**inputs))
-
-
 def test_float32_sae_steers_a_bfloat16_clip(tiny_clip, sae):
     """The usual mix: a CLIP loaded in bfloat16 and an SAE as it was trained."""
     inputs = make_inputs()
@@ -742,15 +510,6 @@ def test_training_the_clip_through_the_steering(tiny_clip, layers):
     found = gradients()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_gradient_through_vs2_is_the_numerical_one(tiny_clip, sae):
-    """Adversarial and attribution studies differentiate the steered features with respect to the image."""
-    model = VS2CLIPForZeroShot(tiny_clip.double(), sae.double())
-    rows = cls_rows(tiny_clip, make_inputs(2)["pixel_values"].double()).requires_grad_()
-    for method in STEERING_METHODS:
-        with model.steering(method=method):
-            assert torch.autograd.gradcheck(lambda rows: model.image_features_from_cls(rows).features, rows, atol=1e-4)
 
 
 # Checkpoints

@@ -16,21 +16,14 @@ from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.processing import load_processing
 from hf_vs2.explain.inputs import resolve_names
-from hf_vs2.steering.corpus import RetrievalCorpus
 
 
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
-MIXED_GAMMA = tuple(-2 + 0.05 * latent for latent in range(LATENTS))
 SETTINGS = {
     "one gamma": {},
-    "a gamma a latent, some negative": {"gamma": MIXED_GAMMA},
-    "negated": {"gamma": -1.0, "lambda_": 0.7},
-    "an enormous step": {"lambda_": 1e6},
-    "no step": {"lambda_": 0.0},
+    "a gamma a latent, some negative": {"gamma": tuple(-2 + 0.05 * latent for latent in range(LATENTS))},
     "amplified reconstruction": {"method": "amplify", "gamma": 1.7},
     "edits on top": {"edits": {"amplify": {3: 4.0}, "suppress": [5, 9], "set": {7: 2.5, 11: -1.0}}},
-    "edits alone": {"gamma": 1.0, "edits": {"set": {7: 2.5}}},
-    "edits of a control": {"method": "centroid", "edits": {"set": {7: 2.5}}},
 }
 
 
@@ -59,28 +52,6 @@ def total(explanation):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_parts_add_up_to_the_models_own_scores(name):
-    """Whoever reads "these latents moved the score by so much" must be able to add it up, to the score that the model gives."""
-    model, classes = double_model(), make_classes()
-    rows = cls_rows(model.clip, make_inputs(6)["pixel_values"].double())
-    model.set_steering(**SETTINGS[name])
-    found = model.explain_from_cls(rows, classes, ["a", "b", "c", "d"])
-    with model.steering(enabled=False):
-        torch.testing.assert_close(found.plain_scores, logits(model, rows, classes), rtol=0, atol=1e-9)
-    torch.testing.assert_close(found.steered_scores, logits(model, rows, classes), rtol=0, atol=1e-6)  # FVU is float32
-    torch.testing.assert_close(total(found), found.steered_scores, rtol=0, atol=1e-9)
-    for label in ("b", 2):  # and the plain numbers made of them, however many latents are listed
-        for options in ({}, {"raw": True}, {"against": "d"}):
-            parts = found.parts(label, 1, 3, **options)
-            listed = sum(one["contribution"] for one in parts["latents"])
-            sums = parts["plain"] + parts["normalisation"] + parts["replacement"] + parts["others"] + listed
-            assert sums == pytest.approx(parts["steered"], abs=1e-9)
-    assert found.steered.all() and (name == "no step") == (not found.contributions.any())
-
-
-@pytest.mark.parametrize(
-    "name", ["one gamma", "a gamma a latent, some negative", "amplified reconstruction", "edits on top"]
-)
 def test_each_contribution_is_what_removal_takes_away(name):
     """Held against the model's own LayerNorm and projection, applied with the steered row's normalisers frozen: linear there, so that
     taking one latent's change out of the row takes exactly its contribution out of the score."""
@@ -110,45 +81,6 @@ def test_each_contribution_is_what_removal_takes_away(name):
         torch.testing.assert_close(
             found.normalisation[image], frozen(rows[image]) - found.plain_scores[image], rtol=0, atol=1e-6
         )
-
-
-def test_neighbours_latents_explain_vs2pp():
-    """VS2++ moves images by latents that they may not have themselves; those must be named, each once, and add up."""
-    clip = make_tiny_clip()
-    model = VS2CLIPForZeroShot(clip, fitted_sae(clip), lambda_=0.7, method="vs2++", num_neighbors=6).eval()
-    model.set_corpus(RetrievalCorpus.from_store(cls_rows(clip, make_inputs(40, seed=2)["pixel_values"]), clip=clip))
-    rows, classes = cls_rows(clip, make_inputs(3)["pixel_values"]), normalize(make_classes().float(), dim=-1)
-    found = model.explain_from_cls(rows, classes)
-    with torch.no_grad():
-        features = model.image_features_from_cls(rows, class_embeds=classes).features
-    expected = normalize(features, dim=-1) @ classes.T * clip.logit_scale.exp()
-    torch.testing.assert_close(found.steered_scores, expected.double(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(total(found), found.steered_scores, rtol=0, atol=1e-9)
-    moved_only = (found.latent_values == 0) & (found.latent_changes != 0)
-    assert moved_only.any(), "no latent of a neighbour alone"
-    assert all(len(set(row.tolist())) == len(row) for row in found.latent_indices)
-
-
-def test_images_left_alone_are_moved_by_nothing():
-    """An explanation must not blame latents for an image that the gate held back, or where steering is off."""
-    clip = make_tiny_clip()
-    model = VS2CLIPForZeroShot(clip, fitted_sae(clip)).eval()
-    rows, classes = cls_rows(clip, make_inputs(8)["pixel_values"]), make_classes()
-    model.set_steering(fvu_threshold=model.steer_cls(rows).fvu.median().item(), edits={"set": {7: 2.5}})
-    found = model.explain_from_cls(rows, classes)
-    assert 0 < found.steered.sum() < 8
-    left = ~found.steered
-    for name in ("contributions", "normalisation", "replacement", "latent_changes"):
-        assert not getattr(found, name)[left].any() and getattr(found, name)[~left].any() == (name != "replacement")
-    assert torch.equal(found.plain_scores[left], found.steered_scores[left])
-    image = int(left.nonzero()[0])
-    assert found.top(0, image=image) == [] and found.to_dict()[image]["steered"] is False
-    with model.steering(enabled=False):
-        off = model.explain_from_cls(rows, classes)
-    assert not off.steered.any() and torch.equal(off.plain_scores, off.steered_scores)
-    torch.testing.assert_close(off.plain_scores, found.plain_scores, rtol=0, atol=0)
-    empty = model.explain_from_cls(rows[:0], classes)
-    assert empty.to_dict() == [] and empty.contributions.shape == (0, 4, 0)
 
 
 def test_what_has_no_sum_is_refused():

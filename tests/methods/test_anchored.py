@@ -5,13 +5,10 @@ import numpy as np
 import numpy_label_free as reference
 import pytest
 import torch
-from conftest import make_tiny_clip
 from drawn import close, draw, drawn_classes, images_of
-from steered import cls_rows, logits, scored_model
+from steered import classes_of, cls_rows, make_inputs, scored_model
 from torch.nn.functional import normalize
 
-from hf_vs2 import VS2CLIPForZeroShot
-from hf_vs2.encoders.tail import clip_embeds
 from hf_vs2.functional.anchored import anchored_scores, fit_anchored_prototypes
 
 
@@ -135,51 +132,11 @@ def test_one_row_is_no_evidence_for_itself(classes):
     np.testing.assert_allclose(fit.received.sum(), 121)
 
 
-# Through the whole model
-
-
-@pytest.fixture(scope="module")
-def grouped():
-    """A model whose unlabelled images are of four kinds, fresh CLS rows of these, and what a text tower that mixes
-    them up says."""
-    clip, kinds = make_tiny_clip(), torch.arange(4).repeat(50)
-    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    noise = [torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
-    rows, fresh = (cls_rows(clip, pixels[kinds] + 0.7 * part) for part in noise)
-    with torch.no_grad():
-        embeds = normalize(clip_embeds(clip, rows), dim=-1)
-    means = torch.stack([embeds[kinds == kind].mean(0) for kind in range(4)])
-    return scored_model(clip, rows, method="anchored_prototypes"), fresh, normalize(means - embeds.mean(0), dim=-1)
-
-
-@torch.no_grad()
-def test_through_the_whole_model(grouped, tmp_path):
-    """From CLS rows to logits by the equations, held back by the gate bit for bit, and the same from a file."""
-    model, rows, classes = grouped
-    fitted = model.steerer.label_sets.fitted(model.steerer, classes, ("a", "b", "c", "d"))
-    found = logits(model, rows, classes)
-    unit = lambda part: normalize(clip_embeds(model.clip, part.float()), dim=-1).double().numpy()  # noqa: E731
-    scale = model.clip.logit_scale.exp().item()
-    expected = reference.anchored(np.unique(unit(model.domain_statistics.rows), axis=0), classes.numpy(), scale)
-    assert fitted.fit.facts["explained"] == pytest.approx(expected["R"], abs=1e-4) and expected["h"] > 0.5
-    scores = [scale * reference.anchored_scores(e, classes.double().numpy(), expected) for e in unit(rows)]
-    np.testing.assert_allclose(found.numpy(), scores, atol=2e-3)
-    with model.steering(enabled=False):
-        plain = logits(model, rows, classes)
-    with model.steering(gate=0.5):
-        held = ~model.image_features_from_cls(rows).steered
-        assert 0 < held.sum() < len(rows) and torch.equal(logits(model, rows, classes)[held], plain[held])
-    assert (found - plain).abs().max() > 0.05
-    model.save_pretrained(tmp_path, full=True)
-    again = VS2CLIPForZeroShot.from_pretrained(tmp_path)
-    assert again.fitted_label_sets[0].fit.facts == fitted.fit.facts
-    assert torch.equal(logits(again, rows, classes), found)
-
-
-def test_scores_of_a_sigmoid_are_refused(grouped, monkeypatch):
+def test_scores_of_a_sigmoid_are_refused(tiny_clip, monkeypatch):
     """SigLIP's are no probabilities that add up to 1: what is fitted to their softmax would be fitted to nothing that
     the model says."""
-    model, _, classes = grouped
+    rows = cls_rows(tiny_clip, make_inputs(20)["pixel_values"])
+    model = scored_model(tiny_clip, rows, method="anchored_prototypes")
     monkeypatch.setattr(model.clip, "logit_bias", torch.nn.Parameter(torch.zeros(())), raising=False)
     with pytest.raises(ValueError, match="scores labels by a sigmoid.*Use method='none'"):
-        model.fit_classes(classes.flip(0))
+        model.fit_classes(classes_of(tiny_clip))

@@ -10,87 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_clip
-from steered import classes_of, cls_rows, make_inputs, scored_model
+from steered import cls_rows, make_inputs, own_methods, scored_model, strongest
 from words import NAMES, compared_model, make_word_tokenizer
 
-from hf_vs2 import VS2CLIPForZeroShot, evaluate
-from hf_vs2.functional.label_free import norm_fit
-from hf_vs2.methods import METHODS, Batch, LatentStep, Method, markdown_table, method_named, register, then
+from hf_vs2 import evaluate
+from hf_vs2.methods import METHODS, Method, markdown_table, method_named, register
 from hf_vs2.study.results.catalog import study_methods
 
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def strongest(batch: Batch) -> LatentStep:
-    best = batch.values.argmax(-1, keepdim=True)
-    return batch.moved(batch.alpha * batch.values.gather(1, best), batch.indices.gather(1, best))
-
-
 @pytest.fixture(scope="module", autouse=True)
-def own_methods():
-    """A step, a fit and the two together, as a user would add them."""
-    step = Method(
-        "own_strongest",
-        "strongest latent",
-        step=strongest,
-        one_direction=True,
-        explains=True,
-        shows=("gamma", "lambda"),
-    )
-    register(step)
-    register(Method("own_norm", "own norm", fit=lambda classes, rows: norm_fit(classes, 0.5 * rows.mean())))
-    then("own_strongest", "own_norm")
+def registered():
+    own = own_methods()
+    METHODS.update(own)
     yield
-    for name in ("own_strongest", "own_norm", "own_strongest+own_norm"):
+    for name in own:
         del METHODS[name]
 
 
 @pytest.fixture()
 def model(tiny_clip):
     return scored_model(tiny_clip, cls_rows(tiny_clip, make_inputs(100, 4, seed=5)["pixel_values"]))
-
-
-@pytest.mark.parametrize("method", ["own_strongest", "own_norm", "own_strongest+own_norm"])
-@torch.no_grad()
-def test_a_method_of_ones_own_is_steered_gated_and_kept(model, tiny_clip, tmp_path, method):
-    """Whoever adds a method must not have to edit the package: a file that asks for names would run plain CLIP in silence."""
-    inputs, classes = make_inputs(6, 4), classes_of(tiny_clip)
-    plain = tiny_clip(**inputs).logits_per_image
-    model.set_steering(method=method)
-    steered = model(**inputs)
-    assert steered.steered.all() and not torch.allclose(steered.logits_per_image, plain, atol=1e-3)
-    rows = cls_rows(tiny_clip, inputs["pixel_values"])
-    replayed = model.class_logits(model.image_features_from_cls(rows), classes)
-    torch.testing.assert_close(replayed, steered.logits_per_image, rtol=0, atol=1e-4)
-    model.set_steering(gate=0.5)
-    gated = model(**inputs)
-    assert 0 < gated.steered.sum() < len(plain)
-    assert torch.equal(gated.logits_per_image[~gated.steered], plain[~gated.steered])
-    model.save_pretrained(tmp_path, full=True)
-    again = VS2CLIPForZeroShot.from_pretrained(tmp_path)
-    assert again.steering_settings.method == method
-    assert torch.equal(again(**inputs).logits_per_image, gated.logits_per_image)
-
-
-@torch.no_grad()
-def test_its_equation_is_what_runs(model, tiny_clip):
-    """By hand: the strongest latent's direction is added, the norm is kept; edits take the place of what the method does."""
-    rows = cls_rows(tiny_clip, make_inputs(6, 4)["pixel_values"])
-    model.set_steering(method="own_strongest")
-    values, indices = model.sae.encode(rows)
-    best = values.argmax(-1, keepdim=True)
-    moved = rows + 0.35 * values.gather(1, best) * model.sae.W_dec[indices.gather(1, best).squeeze(1)]  # 0.7 (1.5 - 1)
-    expected = moved * (rows.norm(dim=-1) / moved.norm(dim=-1)).unsqueeze(-1)
-    torch.testing.assert_close(model.steer_cls(rows).rows, expected, rtol=0, atol=1e-5)
-    explanation = model.explain_from_cls(rows, classes_of(tiny_clip))
-    parts = explanation.plain_scores + explanation.normalisation + explanation.contributions.sum(-1)
-    torch.testing.assert_close(parts, explanation.steered_scores, rtol=0, atol=1e-9)
-    assert ((explanation.latent_changes != 0).sum(-1) == 1).all()
-    latent = int(indices.gather(1, best)[0])
-    with model.editing(suppress=[latent]):
-        step = model.steerer.move(rows).step
-        assert step.change[0, step.latents[0] == latent].sum() == -values[0].max()
 
 
 def test_it_is_a_row_of_a_comparison():
