@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .clip.pipeline import VS2ZeroShotImageClassificationPipeline
     from .config.latent_edits import LatentEdits
     from .config.sae import SAEConfig
-    from .config.vs2_clip import Steering, VS2CLIPConfig
+    from .config.steering import Steering
+    from .config.vs2_clip import VS2CLIPConfig
     from .data.labels.prompts import class_embeddings
     from .data.load import load_images
     from .data.registry import DatasetInfo, dataset_info
@@ -51,7 +52,7 @@ _HOMES = {
     "build_atlas": "atlas",
     "calibrate": "training.calibration",
     "SAEConfig": "config.sae",
-    "Steering": "config.vs2_clip",
+    "Steering": "config.steering",
     "VS2CLIPConfig": "config.vs2_clip",
     "RetrievalCorpus": "steering.corpus",
     "load_images": "data",

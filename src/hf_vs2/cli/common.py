@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.schema import LARGEST_BATCH, Kind, number, whole
+from ..config.schema import LARGEST_BATCH, Kind, whole
+from ..config.steering import QUANTILE, Steering
 from .parsing import Parser, UsageError
 from .places import check_writable
 
@@ -70,7 +71,6 @@ def sae_lines(where: str, config: SAEConfig, metrics: Mapping[str, float]) -> li
 
 BATCH = whole(1, LARGEST_BATCH)
 LAYER = whole(-1000, 1000)
-QUANTILE = number(above=0, below=1)
 GATE = Kind("a quantile above 0 and below 1, or none", lambda value: value == "none" or QUANTILE.accepts(value))
 
 TEMPLATES = "single, ensemble or a file of prompts (.txt, .csv, .json)."
@@ -159,33 +159,16 @@ def _add_names_as_given(parser: Parser) -> None:
 def add_steering_flags(parser: Parser, method: bool = False) -> None:
     """`method`: for commands that use one method, rather than compare several."""
     parser.section("steering (by default what the checkpoint says)")
-    if method:
-        parser.flag(
-            "--method",
-            metavar="NAME",
-            help="vs2, centroid, distribution_norm, balanced_norm, prototypes and others: docs/label-free.md.",
-        )
-    parser.flag("--gamma", type=float, kind=number(), help="Amplification of the active latents.")
-    parser.flag("--lambda_", "--lambda", type=float, kind=number(), help="Size of the step.")
-    parser.flag(
-        "--coefficient",
-        type=float,
-        kind=number(0, 1),
-        help="Of distribution_norm: how much of both means is subtracted.",
-    )
-    parser.flag(
-        "--gate",
-        type=_gate,
-        kind=GATE,
-        metavar="Q",
-        help="Quantile of FVU (or distance) above which an image is left to plain CLIP, or none.",
-    )
-    parser.flag(
-        "--fvu_threshold",
-        type=float,
-        kind=number(0, infinite=True),
-        help="That threshold itself, instead of a quantile.",
-    )
+    for name in _steering_flags(method):
+        if name == "gate":
+            text = Steering.__dataclass_fields__[name].metadata["help"]
+            parser.flag("--gate", type=_gate, kind=GATE, metavar="Q", help=text)
+        else:
+            parser.dataclass_flags(Steering, [name], defaults=False)
+
+
+def _steering_flags(method: bool) -> list[str]:
+    return [*(["method"] if method else []), "gamma", "lambda_", "coefficient", "gate", "fvu_threshold"]
 
 
 def add_progress_flag(parser: Parser) -> None:
@@ -323,8 +306,7 @@ def load_steered_clip(args: argparse.Namespace) -> tuple[VS2CLIPForZeroShot, Pre
 
 def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, Any]:
     """Settings from [`add_steering_flags`]; what was not given is left to the checkpoint."""
-    names = ("gamma", "lambda_", "coefficient", "gate", "fvu_threshold", *(("method",) if method else ()))
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in _steering_flags(method) if getattr(args, name) is not None}
     return settings | {"gate": None} if settings.get("gate") == "none" else settings
 
 

@@ -93,19 +93,20 @@ class Parser(argparse.ArgumentParser):
         self.flag("--debug", action="store_true", help="Show the Python traceback of an error.")
         self.flag("-h", "--help", action="help", help="Show this help.")
 
-    def dataclass_flags(self, cls: type, names: Iterable[str]) -> None:
-        """One flag a field of a dataclass, with the help in its metadata."""
+    def dataclass_flags(self, cls: type, names: Iterable[str], defaults: bool = True) -> None:
+        """One flag a field of a dataclass, with the help in its metadata; `defaults`: with the field's default, too."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         hints = get_type_hints(cls)
         for name in names:
             field, hint = fields[name], _without_none(hints[name])
             text, kind = field.metadata.get("help", ""), field.metadata.get("kind")
+            flags = dict.fromkeys((f"--{name}", f"--{name.rstrip('_')}"))  # `lambda_` is a word of Python's otherwise
             if hint is bool:
-                self.flag(f"--{name}", action="store_true", help=text)
+                self.flag(*flags, action="store_true", help=text)
             elif field.default is dataclasses.MISSING:
-                self.flag(f"--{name}", type=hint, required=True, help=text, kind=kind)
+                self.flag(*flags, type=hint, required=True, help=text, kind=kind)
             else:
-                self.flag(f"--{name}", type=hint, default=field.default, help=text, kind=kind)
+                self.flag(*flags, type=hint, default=field.default if defaults else None, help=text, kind=kind)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """

@@ -17,7 +17,8 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from ..config.sae import SAEConfig
-from ..config.vs2_clip import Steering, VS2CLIPConfig, changed
+from ..config.steering import Steering, changed
+from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import loaded_revision
 from ..encoders.families import FAMILIES, family_of
 from ..encoders.processing import save_processing

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..config.vs2_clip import Steering
+from ..config.steering import Steering, excluding
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import resolve_templates
 from ..explain.inputs import resolve_names
@@ -96,11 +96,7 @@ class OptionsMixin:
             return {}
         if not given:
             return {}
-        settings = dict(self._given("steering", {}))
-        for name, other in (("gate", "fvu_threshold"), ("fvu_threshold", "gate")):
-            if given.get(name) is not None:
-                settings.pop(other, None)
-        settings.update(given)
+        settings = dict(self._given("steering", {})) | excluding(given)
         self.core.steerer.with_(**settings)
         return settings
 

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import CLIPModel
 
 from ..config.latent_edits import LatentEdits
-from ..config.vs2_clip import Steering, VS2CLIPConfig
+from ..config.steering import Steering
+from ..config.vs2_clip import VS2CLIPConfig
 from ..data.inputs import DEFAULT_TEMPLATES
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings

@@ -6,12 +6,13 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from .schema import is_finite, shown
 
-from .sae import is_finite
-from .schema import shown
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EditTable(NamedTuple):
@@ -85,6 +86,8 @@ class LatentEdits:
 
     def table(self, device: torch.device) -> EditTable:
         """The edits as tensors on a device."""
+        import torch
+
         rest = len(self.suppress)
         factors = [*(factor for _, factor in self.amplify), *[0.0] * (rest + len(self.set))]
         targets = [*[0.0] * (len(self.amplify) + rest), *(target for _, target in self.set)]

@@ -3,7 +3,6 @@
 import base64
 import bisect
 import math
-import sys
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -11,6 +10,7 @@ from transformers import PreTrainedConfig
 from ..functional.equations import ACTIVATIONS
 from ..version import INSTALLATION
 from .checks import CheckpointConfig, strict_values
+from .schema import is_finite
 
 
 FORMAT_VERSION = 1
@@ -240,11 +240,6 @@ def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_row
     if high == quantile or low_value == high_value:  # of infinite values there is no difference
         return high_value
     return low_value + (high_value - low_value) * (quantile - low) / (high - low)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether this is a number that a float can hold; JSON knows whole numbers of any size."""
-    return bool(abs(value) <= sys.float_info.max)
 
 
 def holds_samples(found: Any) -> bool:

@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import reprlib
+import sys
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeGuard
@@ -136,6 +137,11 @@ def part(make: Callable[..., Any], kinds: Mapping[str, Kind], made: type, requir
     return Kind("`key: value` lines", lambda value: isinstance(value, (Mapping, made)), read)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether this is a number that a float can hold; JSON knows whole numbers of any size."""
+    return bool(abs(value) <= sys.float_info.max)
+
+
 def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -155,9 +161,9 @@ FILE_NAME = Kind(
 )
 
 
-def setting(kind: Kind, *, help: str = "", **default: Any) -> Any:
-    """A field of a dataclass that has a kind."""
-    return dataclasses.field(metadata={"kind": kind, "help": help}, **default)
+def setting(kind: Kind | None = None, *, help: str = "", **default: Any) -> Any:
+    """A field of a dataclass that has a kind, and a help text for the command line."""
+    return dataclasses.field(metadata={"help": help} | ({} if kind is None else {"kind": kind}), **default)
 
 
 def kinds_of(cls: Any) -> dict[str, Kind]:

@@ -1,120 +1,19 @@
-"""Configuration of a CLIP with sparse autoencoders plugged in, and the steering settings they share."""
+"""Configuration of a CLIP with sparse autoencoders plugged in."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from ..functional.neighbors import POSITIVES
-from ..methods import BEFORE, Method, method_named
+from ..methods import BEFORE
 from .checks import CheckpointConfig, check_clip_config, strict_values
-from .latent_edits import LatentEdits
 from .sae import SAEConfig
-from .schema import FLAG, check_fields, number, one_of, optional, setting, whole
-
-
-FINITE = number()
+from .steering import Steering
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Steering:
-    """How CLS rows are steered. Immutable: change one with `dataclasses.replace`.
-
-    Args:
-        method (`str`): one of [`METHODS`], by default the paper's `"vs2"`; docs/methods.md says what each does.
-            Methods that fit something to a label set change scores, not image features: see
-            `VS2CLIPForZeroShot.class_logits`.
-        gamma (`float` or one a latent): amplification of the active latents.
-        lambda_ (`float`): size of the step.
-        gate (`float`, *optional*): quantile above which a row is left alone: of the FVU, or of [`row_distance`] for
-            methods that do not read the SAE.
-        fvu_threshold (`float`, *optional*): the gate's threshold tau itself, instead of a quantile.
-        enabled (`bool`): off means plain CLIP, bit for bit.
-        num_neighbors (`int`): of `"vs2++"`, the paper's N.
-        positives (`str`): of `"vs2++"`, whose latents are amplified: those of the neighbours with the `"majority"`
-            pseudo-label, or with the `"query"`'s own (eq. 4).
-        coefficient (`float`): of `"distribution_norm"`, how much of both means is subtracted, 0 to 1.
-        edits ([`LatentEdits`] or `dict` of its fields, *optional*): latents changed by hand, on top of any method; for
-            edits alone use `gamma=1`. The gate holds for them too.
-    """
-
-    method: str = "vs2"
-    gamma: float | tuple[float, ...] = 1.5
-    lambda_: float = setting(FINITE, default=2.1)
-    gate: float | None = setting(optional(FINITE), default=None)
-    fvu_threshold: float | None = setting(optional(number(0, infinite=True)), default=None)
-    enabled: bool = setting(FLAG, default=True)
-    num_neighbors: int = setting(whole(1), default=50)
-    positives: str = setting(one_of(POSITIVES), default="majority")
-    edits: LatentEdits | None = None
-    coefficient: float = setting(number(0, 1), default=0.25)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "edits", LatentEdits.of(self.edits))
-        rule = self.rule
-        check_fields(self)
-        for factor in self.gamma_factors:
-            if not FINITE.accepts(factor):
-                FINITE.read(factor, "gamma")
-        if self.gate is not None and self.fvu_threshold is not None:
-            raise ValueError(
-                f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude "
-                "each other. Give one; set the other to None."
-            )
-        if self.gate is not None and not 0 < self.gate < 1:
-            raise ValueError(
-                f"gate={self.gate} must be a quantile between 0 and 1. To give the FVU threshold itself, use "
-                "fvu_threshold=."
-            )
-        if rule.one_direction and isinstance(self.gamma, tuple):
-            raise ValueError(
-                f"method={self.method!r} steers along one direction: gamma must be one number, not one a latent."
-            )
-        if self.fvu_threshold is not None and not self.measures_fvu:
-            raise ValueError(
-                f"method={self.method!r} does not read the SAE, so it has no FVU to compare with "
-                f"fvu_threshold={self.fvu_threshold}. Give gate=, a quantile of the distance to the training rows."
-            )
-
-    @property
-    def rule(self) -> Method:
-        """The method itself, by its name."""
-        return method_named(self.method)
-
-    @property
-    def measures_fvu(self) -> bool:
-        """Whether the SAE is asked, so that the gate goes by FVU."""
-        return self.rule.reads_latents or self.edits is not None
-
-    @property
-    def alpha(self) -> float:
-        """`lambda (gamma - 1)`, of one gamma for all latents."""
-        return self.lambda_ * (self.gamma_factors[0] - 1)
-
-    @property
-    def gamma_factors(self) -> tuple[float, ...]:
-        """gamma as a tuple: one number, or one a latent."""
-        return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
-
-
-def changed(before: Steering, settings: Mapping[str, Any]) -> Steering:
-    """Settings with some changed. Tensors and arrays become a number or a tuple of them."""
-    given = {name: _plain_value(value) for name, value in settings.items()}
-    for name, other in (("gate", "fvu_threshold"), ("fvu_threshold", "gate")):
-        if given.get(name) is not None:
-            given.setdefault(other, None)
-    return replace(before, **given)
-
-
-def _plain_value(setting: Any) -> Any:
-    setting = setting.tolist() if hasattr(setting, "tolist") else setting
-    return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting
 
 
 @strict_values

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 from transformers.utils import cached_file
 
-from ..config.vs2_clip import Steering
+from ..config.steering import Steering
 from ..encoders.families import embedding_width
 from ..encoders.tail import softmax_temperature, tail_parameters, unit_embeds
 from ..files.checkpoint_folder import LABEL_SETS_NAME

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, Unpack, cast
 import torch
 from transformers import CLIPModel
 
-from ..config.vs2_clip import Steering, changed
+from ..config.steering import Steering, changed
 from ..encoders.base_model import resolve_layer
 from ..encoders.families import embedding_width, family_of
 from ..encoders.layers import run_layers

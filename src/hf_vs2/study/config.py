@@ -30,7 +30,7 @@ from ..config.schema import (
     shown,
     whole,
 )
-from ..config.vs2_clip import Steering
+from ..config.steering import FINITE, QUANTILE, Steering
 from ..data.registry import DatasetInfo, dataset_info
 from ..files.yaml_files import read_yaml
 from ..training.arguments import SAETrainingArguments
@@ -40,7 +40,6 @@ from .results.cells import SPELLED
 
 PROMPTS = ("single", "ensemble", "published")
 """Prompt sets: `"a photo of a {}."`, OpenAI's seven, and the templates that the registry has for the data set."""
-QUANTILE = number(above=0, below=1)
 TRAINING_FIELDS = (
     "max_steps",
     "num_train_epochs",
@@ -207,7 +206,7 @@ _METHOD = Kind(
 )
 _PARTS = ("sae", "steering", "retrieval", "inner_layers", "ablations", "grid", "gate_shift")
 """Keys that may stand without a value, as if they were left out."""
-_STEERING = {"gamma": number(), "lambda_": number(), "gate": QUANTILE}
+_STEERING = {"gamma": FINITE, "lambda_": FINITE, "gate": QUANTILE}
 
 
 @dataclass(frozen=True)
