@@ -11,7 +11,8 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.stores.rows import Rows
-from ..encoders.tail import clip_embeds, unit_embeds
+from ..encoders.tail import plain_embeds
+from ..evaluation.metrics import few_of_each
 
 
 _BINS = 10
@@ -51,7 +52,7 @@ def compare(model: VS2CLIPForZeroShot, rows: Rows, classes: torch.Tensor, batch_
     parts: list[tuple[torch.Tensor, ...]] = []
     steerers = model.steerer.with_(enabled=False), model.steerer.for_one_call()
     for block in rows.batches(batch_size):
-        cosines = unit_embeds(clip_embeds(model.clip, block)) @ classes.T
+        cosines = plain_embeds(model.clip, block) @ classes.T
         before, after = (
             steerer.class_logits(steerer.features_from_cls(block), classes).softmax(-1) for steerer in steerers
         )
@@ -71,16 +72,8 @@ def pairs(answers: Answers, labels: Sequence[str], most: int = 12) -> list[dict[
 
 def clearest(answers: Answers, most: int = 24, per_pair: int = 3) -> list[int]:
     """The images with the clearest changes, at most `per_pair` of one label to another."""
-    chosen: list[int] = []
-    seen: Counter[tuple[int, int]] = Counter()
-    for row in answers.changed.tolist():
-        pair = int(answers.plain[row]), int(answers.adapted[row])
-        seen[pair] += 1
-        if seen[pair] <= per_pair:
-            chosen.append(row)
-        if len(chosen) == most:
-            break
-    return chosen
+    plain, adapted = answers.plain.tolist(), answers.adapted.tolist()
+    return few_of_each(answers.changed.tolist(), lambda row: (plain[row], adapted[row]), most, per_pair)
 
 
 def confidence(probability: torch.Tensor, right: torch.Tensor | None = None) -> dict[str, Any]:

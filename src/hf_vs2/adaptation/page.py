@@ -13,6 +13,7 @@ from typing import Any
 from ..atlas.writing import thumbnails
 from ..data.images import one_line
 from ..evaluation.evidence import SHOWN_EVIDENCE, evidence_text
+from ..evaluation.metrics import gain_text
 from ..files.atomic import replace_text
 from .report import FEW_SHOT_TOLD, change_sentence, method_label
 
@@ -178,7 +179,7 @@ def _checked(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
         return ""
     rows = []
     for one in [*checked["methods"], *checked["few_shot"]]:
-        gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(one["gain"], *one["gain_ci"]) if "gain" in one else "-"
+        gain = gain_text(one["gain"], one["gain_ci"]) if "gain" in one else "-"
         rows.append([_text(method_label(one["method"])), f"{one['top1']:.1f}", gain])
     parts = [_table(["method", "right, %", "gain in points [95 % interval]"], rows)]
     if checked["few_shot"]:

@@ -13,7 +13,7 @@ import torch
 
 from ..data.labels.prompts import SINGLE_TEMPLATE
 from ..evaluation.few_shot import FEW_SHOT
-from ..evaluation.metrics import Gain
+from ..evaluation.metrics import Gain, gain_text
 from ..evaluation.recommendation import LEAST_LABELS, Recommendation
 from ..methods import method_named
 from ..version import __version__
@@ -229,6 +229,6 @@ def method_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
     width = max(len(method_label(one["method"])) for one in methods)
     lines = [f"{'method':<{width}}  top-1  gain over plain CLIP [95 % interval]"]
     for one in methods:
-        gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(one["gain"], *one["gain_ci"]) if "gain" in one else "-"
+        gain = gain_text(one["gain"], one["gain_ci"]) if "gain" in one else "-"
         lines.append(f"{method_label(one['method']):<{width}}  {one['top1']:5.1f}  {gain}")
     return lines

@@ -23,10 +23,11 @@ from ..data.labels.prompts import class_embeddings, resolve_templates
 from ..data.stores.activations import ActivationStore, extract_activations
 from ..data.stores.rows import rows_of
 from ..encoders.families import is_steerable
-from ..encoders.tail import clip_embeds, unit_embeds
+from ..encoders.tail import plain_embeds
 from ..encoders.vision_tower import best_device
 from ..evaluation.few_shot import cross_answers
 from ..evaluation.recommendation import apply_method, candidates_of, recommend
+from ..files.checkpoint_folder import shown_name
 from ..files.digests import file_digest, json_digest
 from ..files.json_files import read_json, write_json
 from ..methods import METHODS
@@ -193,11 +194,11 @@ def adapt(
         truth=truth,
         names=names,
         images={
-            "source": _last_part(where or called),
+            "source": shown_name(where or called),
             "number": len(store),
             "skipped": len(store.metadata["skipped"]),
         },
-        clip=_last_part(sae.config.base_model_name_or_path or "a CLIP"),
+        clip=shown_name(sae.config.base_model_name_or_path or "a CLIP"),
         folder=folder,
         again=again,
     )
@@ -284,7 +285,7 @@ def _few_shot(
     known = (truth >= 0).nonzero().squeeze(-1)
     rows = rows_of(store)
     with torch.no_grad():
-        embeds = torch.cat([unit_embeds(clip_embeds(clip, block)).cpu() for block in rows.batches(indices=known)])
+        embeds = torch.cat([plain_embeds(clip, block).cpu() for block in rows.batches(indices=known)])
     return cross_answers(embeds, truth[known], classes.cpu(), clip.logit_scale.float().exp().item())
 
 
@@ -301,8 +302,3 @@ def _command(clip: Any, images: str, folder: Path) -> str:
     model = clip if isinstance(clip, (str, os.PathLike)) else clip.config._name_or_path or "MODEL"
     words = ["hf-vs2", "adapt", "--model", os.fspath(model), "--dataset", images or "IMAGES"]
     return shlex.join([*words, "--labels", str(folder / LABELS_NAME), "--output_dir", str(folder)])
-
-
-def _last_part(name: str) -> str:
-    """A Hub id as it is; of a path its last part: a report is shown around."""
-    return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name

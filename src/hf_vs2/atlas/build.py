@@ -17,6 +17,7 @@ from ..data.labels.lists import Names
 from ..data.labels.prompts import class_embeddings
 from ..data.stores.rows import Rows, RowSource, StoreRows
 from ..evaluation.inputs import check_replayable, replayable_rows
+from ..files.checkpoint_folder import shown_name
 from ..files.report import Results
 from ..version import __version__
 from .effects import effect_of
@@ -170,10 +171,13 @@ def _image_indices(rows: Rows, dataset: Any) -> list[int]:
 def _facts(model: VS2CLIPForZeroShot, vocabulary: str, meta: dict[str, Any]) -> dict[str, Any]:
     """What the head of the page and `latents.json` say about where everything comes from."""
     sae, now, (tau,) = model.sae.config, model.steering_settings, model.fvu_thresholds.values()
+    sources = {
+        "checkpoint": meta.get("checkpoint") or sae.name_or_path,
+        "dataset": meta.get("dataset"),
+        "base_model": sae.base_model_name_or_path or model.config.base_model_name_or_path,
+    }
     return {
-        "checkpoint": _name(meta.get("checkpoint") or sae.name_or_path),
-        "dataset": _name(meta.get("dataset")),
-        "base_model": _name(sae.base_model_name_or_path or model.config.base_model_name_or_path),
+        **{what: shown_name(str(name)) if name else None for what, name in sources.items()},
         "num_latents": sae.num_latents,
         "top_k": sae.top_k,
         "activation": sae.activation,
@@ -185,12 +189,3 @@ def _facts(model: VS2CLIPForZeroShot, vocabulary: str, meta: dict[str, Any]) -> 
         "made_with": f"hf_vs2 {__version__}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def _name(source: Any) -> str | None:
-    """A Hub id as it is; of a path its last part, since an atlas is shown around and folders of one machine help
-    nobody."""
-    if not source:
-        return None
-    text = str(source)
-    return Path(text).name if os.path.isabs(text) or os.path.exists(text) else text

@@ -10,7 +10,7 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.stores.rows import Rows
 from ..encoders.tail import unit_embeds
-from ..evaluation.metrics import accuracy_by_class, count_by_class
+from ..evaluation.metrics import accuracy_by_class, count_by_class, few_of_each
 from ..explain.explanation import explain_rows
 from .statistics import blocks
 
@@ -82,14 +82,7 @@ def clearest_changes(
     wanted = (~before & after) if fixed else (before & ~after)
     rows = wanted.nonzero().squeeze(-1)
     ranked = rows[predictions.lead[rows].argsort(descending=True, stable=True)].tolist()
-    seen: dict[int, int] = {}
-    chosen: list[int] = []
-    for row in ranked:
-        label = int(labels[row])
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= per_class and len(chosen) < number:
-            chosen.append(row)
-    return chosen
+    return few_of_each(ranked, lambda row: int(labels[row]), number, per_class)
 
 
 @torch.no_grad()

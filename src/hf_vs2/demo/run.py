@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
@@ -23,6 +22,7 @@ from ..data.stores.activations import ActivationStore, extract_activations
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
 from ..evaluation.comparison import EvaluationResult, evaluate
+from ..files.progress import without_loading_bars
 from ..sae.modeling import SAEModel
 from ..training.arguments import SAETrainingArguments
 from ..training.trainer import SAETrainer
@@ -65,7 +65,7 @@ def run_demo(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with _threads(num_threads or 1), _no_loading_bars():
+    with _threads(num_threads or 1), without_loading_bars():
         result = _Demo(output_dir, seed, progress).run()
     draw_demo(result, load_handwriting()["image"][:], result.figure_path)
     result.seconds = time.perf_counter() - started
@@ -82,18 +82,6 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Hide transformers' bars for loading and writing weights: with one shard of 1 MB they are noise between ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class _Demo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from ..functional.finite import first_broken_row
-from .families import family_of
+from .families import embedding_width, family_of
 from .wrapped import weights_of
 
 
@@ -59,6 +59,21 @@ def unit_embeds(features: Any, name: Callable[[int], str] = "row {}".format) -> 
             "damaged."
         )
     return normalize(embeds, dim=-1)
+
+
+def plain_embeds(clip: CLIPModel, rows: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
+    """Plain CLIP's unit image embeddings of CLS rows of its last layer, float32 `(batch, projection_dim)`; see
+    [`unit_embeds`]."""
+    return unit_embeds(clip_embeds(clip, rows), name)
+
+
+def mean_embed(clip: CLIPModel, blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Mean of [`plain_embeds`] over blocks of rows, `(projection_dim,)` on the CPU; summed in float64."""
+    total, number = torch.zeros(embedding_width(clip), dtype=torch.float64), 0
+    for block in blocks:
+        total += plain_embeds(clip, block).double().sum(0).cpu()
+        number += len(block)
+    return (total / number).float()
 
 
 def logits_of(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:

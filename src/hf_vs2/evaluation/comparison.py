@@ -24,8 +24,7 @@ from ..data.labels.lists import Names
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
 from ..data.stores.rows import Rows, RowSource, StoreRows
-from ..encoders.families import embedding_width
-from ..encoders.tail import clip_embeds, unit_embeds
+from ..encoders.tail import mean_embed, plain_embeds, unit_embeds
 from ..files.report import EvaluationResult, SampleOutputs
 from ..training.domain import measure_statistics
 from ..version import __version__
@@ -232,7 +231,7 @@ def _few_shot(
     """[`FEW_SHOT`] fitted to the rows `given`, a bool mask, and asked of the others."""
 
     def embeds(block: torch.Tensor) -> torch.Tensor:
-        return unit_embeds(clip_embeds(model.clip, block)).to(classifier.device)
+        return plain_embeds(model.clip, block).to(classifier.device)
 
     known, others = given.nonzero().squeeze(-1), (~given).nonzero().squeeze(-1)
     shown = torch.cat([embeds(block) for block in rows.batches(batch_size, known)])
@@ -256,10 +255,7 @@ def _with_mean(model: VS2CLIPForZeroShot, reference: Rows, batch_size: int) -> V
     if known is None:
         found = measure_statistics(model.sae, reference, clip=model.clip, sketch_rows=0)
     else:
-        total = torch.zeros(embedding_width(model.clip), dtype=torch.float64)
-        for part in reference.batches(batch_size):
-            total += unit_embeds(clip_embeds(model.clip, part)).double().sum(0).cpu()
-        found = dataclasses.replace(known, image_mean=(total / len(reference)).float())
+        found = dataclasses.replace(known, image_mean=mean_embed(model.clip, reference.batches(batch_size)))
     sae = copy.deepcopy(model.sae)
     sae.set_domain_statistics(found)
     now = model.steering_settings

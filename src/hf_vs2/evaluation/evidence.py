@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
-from ..encoders.tail import clip_embeds, temperature, unit_embeds
+from ..encoders.tail import plain_embeds, temperature
 from ..functional.anchored import fit_anchored_prototypes
 
 
@@ -111,7 +111,7 @@ def decide(evidence: Evidence) -> tuple[str, list[str]]:
 
 def embeds_of(model: VS2CLIPForZeroShot, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Unit embeddings of plain CLIP."""
-    return unit_embeds(torch.cat([clip_embeds(model.clip, part).cpu() for part in rows.split(batch_size)]))
+    return torch.cat([plain_embeds(model.clip, part).cpu() for part in rows.split(batch_size)])
 
 
 def inside(model: VS2CLIPForZeroShot, rows: torch.Tensor) -> dict[str, float]:

@@ -28,7 +28,7 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.stores.rows import RowSource
-from ..encoders.tail import Tail, fold_tail, unit_embeds
+from ..encoders.tail import Tail, fold_tail, plain_embeds
 from ..files.figure_style import (
     COLUMN,
     PAGE,
@@ -106,7 +106,8 @@ def steering_grid(
         start += len(block)
         x = block.to(device, model.clip.dtype)
         steered = scores_along(x, _direction(model, x), tail, steps_on_device)
-        all_scores = chain([_plain_scores(model, x, class_embeds).unsqueeze(0)], steered)
+        plain = plain_embeds(model.clip, x) @ class_embeds.to(x.device).float().T
+        all_scores = chain([plain.unsqueeze(0)], steered)
         right += torch.cat([(scores.argmax(-1) == truth).sum(-1) for scores in all_scores])
     percent = 100 * right.cpu().double() / len(target)
     place = {0.0: 0} | {alpha: number for number, alpha in enumerate(steps, 1)}
@@ -150,13 +151,6 @@ def _direction(model: VS2CLIPForZeroShot, x: torch.Tensor) -> torch.Tensor:
     sae = model.sae
     values, indices = sae.encode(x.to(sae.b_pre.device, torch.promote_types(x.dtype, torch.float32)))
     return sparse_decode(values, indices, sae.W_dec).to(x.device)
-
-
-def _plain_scores(model: VS2CLIPForZeroShot, x: torch.Tensor, class_embeds: torch.Tensor) -> torch.Tensor:
-    with model.steering(enabled=False):
-        features = model.image_features_from_cls(x).features
-    assert features is not None
-    return unit_embeds(features) @ class_embeds.to(features.device).float().T
 
 
 def _alpha(gamma: float, lambda_: float) -> float:

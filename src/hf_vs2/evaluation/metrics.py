@@ -4,7 +4,8 @@ class."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,11 @@ class Gain:
     @property
     def points(self) -> float:
         return 100 * (self.fixed - self.broken) / self.n
+
+
+def gain_text(points: float, interval: Sequence[float]) -> str:
+    """`+1.2 [+0.3, +2.1]`."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(points, *interval)
 
 
 @dataclass
@@ -120,6 +126,17 @@ def row_figures(
         "mean_fvu": fvu if fvu is not None and math.isfinite(fvu) else None,
         "n": n,
     }
+
+
+def few_of_each(ranked: Iterable[int], group: Callable[[int], Any], most: int, per_group: int) -> list[int]:
+    """The first `most` rows of a ranking, at most `per_group` of each group."""
+    seen: Counter[Any] = Counter()
+    chosen: list[int] = []
+    for row in ranked:
+        seen[group(row)] += 1
+        if seen[group(row)] <= per_group and len(chosen) < most:
+            chosen.append(row)
+    return chosen
 
 
 def count_by_class(target: torch.Tensor, num_classes: int, chosen: torch.Tensor | None = None) -> list[int]:

@@ -34,7 +34,7 @@ from .evidence import (
     shift_of,
 )
 from .inputs import are_stored, check_replayable, named_labels, replayable_rows
-from .metrics import Gain
+from .metrics import Gain, gain_text
 from .table import WIDTH
 
 
@@ -356,14 +356,8 @@ def _rivals(best: str, right: Mapping[str, torch.Tensor], plain: Mapping[str, Ga
 
 
 def _shown(gain: Gain, p: float | None = None) -> str:
-    low, high = gain.interval
     beside = "" if p is None else f", p = {min(1.0, p):.2g}"
-    return f"{gain.points:+.1f} points [{low:+.1f}, {high:+.1f}]{beside}"
-
-
-def _gain(one: dict[str, Any]) -> str:
-    low, high = one["gain_ci"]
-    return f"{one['gain']:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return gain_text(gain.points, gain.interval).replace(" [", " points [") + beside
 
 
 def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
@@ -373,7 +367,7 @@ def _table(candidates: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---:|---:|",
     ]
     for one in candidates:
-        gain = "-" if "gain" not in one else _gain(one).replace(" points", "")
+        gain = "-" if "gain" not in one else gain_text(one["gain"], one["gain_ci"])
         lines.append(f"| {_name(one['method'])} | {one['top1']:.2f} | {gain} |")
     return lines
 

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
-from ..encoders.tail import check_scores, clip_embeds, fold_tail, rows_for, unit_embeds
+from ..encoders.tail import check_scores, fold_tail, plain_embeds, rows_for, unit_embeds
 from ..functional.equations import ScoreParts, score_parts
 from ..methods import METHODS
 
@@ -201,7 +201,7 @@ def explain_rows(
     labels = tuple(map(str, range(len(class_embeds)))) if labels is None else tuple(labels)
     if len(labels) != len(class_embeds):
         raise ValueError(f"There are {len(labels)} labels for {len(class_embeds)} class embeddings: give one each.")
-    unit_embeds(clip_embeds(steerer.clip, rows), image_name)
+    plain_embeds(steerer.clip, rows, image_name)
     unit_embeds(class_embeds, lambda row: f"the label {labels[row]!r}")
     tail = _DoubleTail(steerer, normalize(class_embeds.double().cpu(), dim=-1))
     moves, fvu, steered = _moves(steerer, rows, class_embeds, retrieval)

@@ -194,6 +194,11 @@ def looks_like_hub_id(name: str | None) -> bool:
     return isinstance(name, str) and name.count("/") == 1 and not os.path.exists(name) and is_hub_id(name)
 
 
+def shown_name(name: str) -> str:
+    """A Hub id as it is; of a path its last part: what is shown around tells nobody of the folders of one machine."""
+    return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
+
+
 def local_paths(record: Any) -> list[str]:
     """Every place on this machine that a configuration or result file names, so that it can be told before others read
     it."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from transformers.utils import CONFIG_NAME, logging
@@ -31,7 +31,7 @@ from ..data.stores.rows import rows_of
 from ..data.stores.store_format import request_key, request_of
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
-from ..encoders.tail import clip_embeds, unit_embeds
+from ..encoders.tail import mean_embed, plain_embeds, unit_embeds
 from ..encoders.vision_tower import best_device
 from ..evaluation.controls import control_model
 from ..files.digests import tensor_digest
@@ -51,9 +51,6 @@ from .materials import DeepFeatures, Encoder, Neighbors, SAESpec
 from .results.cells import Cell
 from .views import AugmentedView
 
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.get_logger(__name__)
 
@@ -171,7 +168,7 @@ class Bench:
 
     def embed(self, encoder: str, rows: torch.Tensor) -> torch.Tensor:
         """Unit image embeddings of plain CLIP from CLS rows of the last layer."""
-        return unit_embeds(clip_embeds(self.encoder(encoder).clip, rows), f"row {{}} of a batch of {encoder}".format)
+        return plain_embeds(self.encoder(encoder).clip, rows, f"row {{}} of a batch of {encoder}".format)
 
     # Prompts
 
@@ -204,8 +201,8 @@ class Bench:
     def _image_mean(self, encoder: str, dataset: str) -> torch.Tensor:
         """Mean unit embedding of plain CLIP, summed in float64."""
         rows = self.rows(encoder, dataset, "train")
-        total = sum(self.embed(encoder, batch).double().sum(0) for batch in rows.iter_batches(BATCH))
-        return (total / len(rows)).float()  # type: ignore[union-attr]
+        clip = self.encoder(encoder).clip
+        return mean_embed(clip, rows.iter_batches(BATCH)).to(clip.device)
 
     # SAEs
 

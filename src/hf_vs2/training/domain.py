@@ -10,7 +10,7 @@ from transformers import CLIPModel
 
 from ..data.stores.rows import RowSource, rows_of
 from ..encoders.families import embedding_width
-from ..encoders.tail import clip_embeds, unit_embeds
+from ..encoders.tail import plain_embeds
 from ..functional.label_free import row_distance
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
@@ -70,7 +70,7 @@ def measure_statistics(
     for block in rows.batches(indices=chosen):
         sums.add(block, chosen[sums.count :])
         if total is not None and clip is not None:
-            total += unit_embeds(clip_embeds(clip, block)).double().sum(0).cpu()
+            total += plain_embeds(clip, block).double().sum(0).cpu()
     statistics = DomainStatistics(
         **sums.results(),
         num_rows=len(chosen),
