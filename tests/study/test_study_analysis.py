@@ -136,28 +136,3 @@ def test_summary_is_that_of_a_sample() -> None:
     """Few seeds: dividing by n instead of n - 1 would understate the spread."""
     assert summary([1.0, 2.0, 4.0]) == pytest.approx({"mean": 7 / 3, "std": np.std([1, 2, 4], ddof=1), "n": 3})
     assert summary([5.0]) == {"mean": 5.0, "std": None, "n": 1}
-
-
-def test_bad_input_is_named() -> None:
-    """Outcomes of different images must not be compared without a word, nor a broken FVU ranked last."""
-    fvu, right = torch.tensor([0.1, math.nan, 0.3]), torch.ones(3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="NaN for image 1"):
-        risk_coverage(fvu, right, right)
-    with pytest.raises(ValueError, match=r"\(n,\)"):
-        fvu_deciles(fvu[:2], right, right, bins=2)
-    with pytest.raises(ValueError, match="3 images cannot fill 10 bins"):
-        fvu_deciles(torch.rand(3), right, right)
-    one, other = outcome([0, 1], [0, 1]), outcome([1, 0], [0, 1])
-    for compare in (
-        lambda: per_class(one, other, NAMES),
-        lambda: fixed_confusions(one, other, NAMES),
-        lambda: agreement([one, one], other),
-    ):
-        with pytest.raises(ValueError, match="same images"):
-            compare()
-    with pytest.raises(ValueError, match="1 classes allow 0 to 0"):
-        per_class(one, one, ["cat"])
-    with pytest.raises(ValueError, match="at least two"):
-        agreement([one], one)
-    with pytest.raises(ValueError, match="no value"):
-        summary([])

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.labels.names import match_names, names_by_place
-from ..data.stores.rows import Rows, RowSource, rows_of
+from ..data.stores.rows import Rows, RowSource, checked_labels, rows_of
 from ..encoders.base_model import warn_of_relative
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..encoders.tail import check_temperature
@@ -62,22 +62,7 @@ def class_labels(rows: Rows, labels: Any, num_classes: int) -> torch.Tensor:
     labels = rows.labels if labels is None else labels
     if labels is None:
         raise ValueError("labels are missing, and the rows bring none: accuracy needs the true class of each row.")
-    target = torch.as_tensor(labels).cpu()
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, the index of each row's class, not {target.dtype}.")
-    if target.shape != (len(rows),):
-        raise ValueError(
-            f"there are {len(rows)} rows but labels of shape {tuple(target.shape)}: one label a row is needed."
-        )
-    outside = ((target < 0) | (target >= num_classes)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        hint = " (data sets mark hidden labels with -1)" if target[row] == -1 else ""
-        raise ValueError(
-            f"label {int(target[row])} of row {row} is out of range: {num_classes} class names allow 0 to "
-            f"{num_classes - 1}{hint}."
-        )
-    return target.long()
+    return checked_labels(labels, len(rows), num_classes=num_classes, what="class names")
 
 
 def named_labels(rows: Rows, labels: Any, class_names: Names | None) -> tuple[list[str] | None, Any]:

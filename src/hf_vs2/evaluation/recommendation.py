@@ -17,7 +17,7 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
 from ..data.labels.lists import Names
-from ..data.stores.rows import Rows, RowSource
+from ..data.stores.rows import Rows, RowSource, checked_labels
 from ..encoders.tail import is_sigmoid, softmax_temperature, unit_embeds
 from ..files.json_files import write_json
 from ..methods import METHODS, method_named
@@ -216,15 +216,7 @@ def _checked_labels(rows: Rows, labels: Any, class_names: Names | None, num_clas
             f"There are {len(names)} {'classes in the store' if theirs else 'class names'} and {num_classes} class "
             "embeddings: say with class_names= what the embeddings are of."
         )
-    target, num_rows = torch.as_tensor(labels).cpu(), len(rows)
-    if target.is_floating_point() or target.dtype == torch.bool or target.shape != (num_rows,):
-        raise ValueError(
-            f"labels must be {num_rows} whole numbers, one a row, -1 where none is known; these are "
-            f"{tuple(target.shape)}, {target.dtype}."
-        )
-    if ((target < -1) | (target >= num_classes)).any():
-        raise ValueError(f"labels must be -1 (not known) to {num_classes - 1}; the largest is {int(target.max())}.")
-    return target.long()
+    return checked_labels(labels, len(rows), lowest=-1, num_classes=num_classes)
 
 
 def candidates_of(methods: Sequence[str] | None, sigmoid: bool = False) -> list[str]:

@@ -66,8 +66,6 @@ def _collect(scored: Iterator[Scored], labels: torch.Tensor) -> tuple[Outputs, i
         target = labels[start : start + len(batch.scores)]
         start += len(batch.scores)
         tally.add(batch.scores, target, batch.fvu, batch.steered)
-    if start != len(labels):
-        raise ValueError(f"A method scored {start} images; there are {len(labels)}.")
     samples = tally.samples()
     return Outputs(labels, samples.predictions, samples.fvu, samples.steered), tally.right5
 

@@ -255,27 +255,49 @@ def chosen_rows(indices: torch.Tensor | Sequence[int] | None, num_rows: int) -> 
     return chosen
 
 
+def checked_labels(
+    labels: Any, num_rows: int, lowest: int = 0, num_classes: int | None = None, what: str = "classes"
+) -> torch.Tensor:
+    """
+    The class of each row as int64 `(num_rows,)`, on the CPU.
+
+    Args:
+        labels: a tensor or a sequence. lowest: -1 where some may be unknown.
+        num_classes, what: how many there are, and of what, for the message.
+
+    Raises:
+        `ValueError`: on anything but one integer a row in range.
+    """
+    target = torch.as_tensor(labels).cpu()
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.shape != (num_rows,):
+        raise ValueError(
+            f"labels must be one integer a row, ({num_rows},), not {target.dtype} of shape {tuple(target.shape)}."
+        )
+    outside = (target < lowest) | (target >= (target.max() + 1 if num_classes is None else num_classes))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        hint = " (data sets mark hidden labels with -1)" if target[row] == -1 else ""
+        allowed = "" if num_classes is None else f" to {num_classes - 1}, for {num_classes} {what}"
+        unknown = " (-1: unknown)" if lowest == -1 else ""
+        raise ValueError(
+            f"label {int(target[row])} of row {row} is out of range: it must be {lowest}{unknown}{allowed}{hint}."
+        )
+    return target.long()
+
+
 def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> torch.Tensor:
     """One label a row `(rows,)` int64, -1 where unknown: those given, else the stores'.
 
     Raises:
         `ValueError`: if there are none, or they do not fit the rows.
     """
-    found = rows.labels if labels is None else torch.as_tensor(labels).cpu()
-    if found is None:
+    labels = rows.labels if labels is None else labels
+    if labels is None:
         raise ValueError(
             "label_loss needs labels, and the rows have none. Give labels=, or extract the activations with "
             "label_column=."
         )
-    if found.shape != (len(rows),) or found.is_floating_point() or found.dtype == torch.bool:
-        raise ValueError(
-            f"labels must be one integer a row, ({len(rows)},), not {found.dtype} of shape {tuple(found.shape)}."
-        )
-    found = found.long()
-    if found.min() < -1:
-        raise ValueError(
-            f"labels must be class numbers from 0, or -1 where the class is unknown; the lowest is {found.min()}."
-        )
+    found = checked_labels(labels, len(rows), lowest=-1)
     if not (found >= 0).any():
         raise ValueError("All labels are -1 (unknown): label_loss has nothing to learn from.")
     return found
