@@ -328,7 +328,6 @@ def other_file(folder: Path) -> None:
 NAN, INF, HUGE = float("nan"), float("inf"), 10**12
 SAE_HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "field missing": (config(top_k=...), r"config.json of .*field 'top_k' is missing"),
-    "field misspelt": (config(top_k=..., tgp_k=8), r"config.json of .*The field 'top_k' is missing"),
     "text for a number": (config(gamma="1.5"), r"config.json of .*gamma"),
     "number no float holds": (config(gamma=10**400), r"config.json of .*gamma=1000"),
     "NaN": (config(lambda_=NAN), r"config.json of .*lambda_=nan"),
