@@ -22,30 +22,44 @@ _KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "an o
 
 
 @dataclass(frozen=True)
+class Told:
+    """What the files of another library may not say, and a user does."""
+
+    layer: int | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
 class ForeignCheckpoint:
     """
     Args:
         config (`dict`): the configuration.
         config_path (`str`), weights_path (`str`): the files, for messages.
         origin (`dict`): what a converted SAE records: format, name, commit, subfolder.
+        told ([`Told`]): what the files may not say.
     """
 
     config: dict[str, Any]
     config_path: str
     weights_path: str
     origin: dict[str, Any]
+    told: Told
 
     @classmethod
     def find(
-        cls, library: str, name_or_path: str | os.PathLike, place: Mapping[str, Any], config: str, weights: str
+        cls, library: str, name_or_path: str | os.PathLike, options: Mapping[str, Any], config: str, weights: str
     ) -> ForeignCheckpoint:
         """
         The configuration, read, and the place of the weights, in a folder or on the Hub (both of one commit).
 
         Raises:
             `OSError`: if a file is missing or can't be reached. `ValueError`: if the configuration is no JSON object.
-                `TypeError`: on an argument that says nothing about a place.
+                `TypeError`: on an option that is neither of a place nor of [`Told`].
         """
+        told = Told(**{name: options[name] for name in options if name in Told.__dataclass_fields__})
+        place = {name: value for name, value in options.items() if name not in Told.__dataclass_fields__}
         strange = place.keys() - set(HUB_ARGUMENTS)
         if strange:
             raise TypeError(f"{sorted(strange)[0]}= is not known. Known places: {', '.join(HUB_ARGUMENTS[:-1])}.")
@@ -66,7 +80,7 @@ class ForeignCheckpoint:
             "subfolder": place.get("subfolder") or None,
         }
         known = {name: value for name, value in origin.items() if value is not None}
-        return cls(read_object(config_path), config_path, weights_path, known)
+        return cls(read_object(config_path), config_path, weights_path, known, told)
 
     def setting(self, name: str, kind: type, default: Any = None) -> Any:
         """A value of the configuration; `default` where there is none, or null.

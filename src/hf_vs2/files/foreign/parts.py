@@ -94,20 +94,17 @@ class Converted(NamedTuple):
 def convert(
     parts: Parts,
     checkpoint: ForeignCheckpoint,
-    *,
     layer: int | None,
-    base_model_name_or_path: str | None,
-    base_model_revision: str | None,
-    dtype: torch.dtype | None,
     notes: tuple[str, ...] = (),
 ) -> Converted:
     """
-    Configuration and weights, with a warning of what the files can't tell.
+    Configuration and weights, with a warning of what the files can't tell. `layer`: what they tell, where nobody said
+    it.
 
     Raises:
         `ValueError`: if no SAE has such settings.
     """
-    num_latents, hidden_size = parts.W_dec.shape
+    (num_latents, hidden_size), told = parts.W_dec.shape, checkpoint.told
     try:
         config = SAEConfig(
             hidden_size=hidden_size,
@@ -115,9 +112,9 @@ def convert(
             expansion_factor=max(1, num_latents // hidden_size),
             top_k=num_latents if parts.top_k is None else parts.top_k,
             activation=parts.activation,
-            base_model_name_or_path=base_model_name_or_path,
-            base_model_revision=base_model_revision,
-            layer=layer,
+            base_model_name_or_path=told.base_model_name_or_path,
+            base_model_revision=told.base_model_revision,
+            layer=layer if told.layer is None else told.layer,
             training_data={"converted_from": checkpoint.origin},
             hf_vs2_version=__version__,
         )
@@ -126,7 +123,7 @@ def convert(
     state = {name: getattr(parts, name) for name in ("W_enc", "b_enc", "W_dec", "b_pre")}
     state["mean"] = parts.b_pre.to(torch.float32, copy=True)  # two parameters of one memory could not be saved
     _warn(config, checkpoint, notes)
-    return Converted(config, state, dtype or parts.W_dec.dtype)
+    return Converted(config, state, told.dtype or parts.W_dec.dtype)
 
 
 def _warn(config: SAEConfig, checkpoint: ForeignCheckpoint, notes: tuple[str, ...]) -> None:
@@ -148,14 +145,14 @@ def _warn(config: SAEConfig, checkpoint: ForeignCheckpoint, notes: tuple[str, ..
     )
 
 
-def layer_of(checkpoint: ForeignCheckpoint, hook: Any, layer: int | None) -> int | None:
-    """The encoder layer whose output a hook of TransformerLens or Prisma is: `layer` where that is given.
+def layer_of(checkpoint: ForeignCheckpoint, hook: Any) -> int | None:
+    """The encoder layer whose output a hook of TransformerLens or Prisma is; `None` where somebody said the layer.
 
     Raises:
         `ValueError`: if the hook is anywhere else than between two layers.
     """
-    if layer is not None or hook is None:
-        return layer
+    if checkpoint.told.layer is not None or hook is None:
+        return None
     found = _RESIDUAL.fullmatch(str(hook))
     number = int(found[1]) - (found[2] == "pre") if found else -1
     if number < 0:

@@ -24,33 +24,22 @@ def load(
     name_or_path: str | os.PathLike,
     *,
     weights_name: str | None = None,
-    layer: int | None = None,
     scaling_factor: float | None = None,
-    base_model_name_or_path: str | None = None,
-    base_model_revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    **place: Any,
+    **options: Any,
 ) -> Converted:
     """See [`SAEModel.from_prisma`]."""
-    weights_name = weights_name or _weights_of(name_or_path, place.get("subfolder"))
-    checkpoint = ForeignCheckpoint.find("prisma", name_or_path, place, CONFIG_NAME, weights_name)
+    weights_name = weights_name or _weights_of(name_or_path, options.get("subfolder"))
+    checkpoint = ForeignCheckpoint.find("prisma", name_or_path, options, CONFIG_NAME, weights_name)
     parts = _parts(checkpoint)
     fold_normalization(parts, checkpoint, scaling_factor)
     setting = checkpoint.setting
-    hook = f"blocks.{setting('hook_point_layer', int)}.{setting('layer_subtype', str)}" if layer is None else None
+    known = checkpoint.told.layer is not None
+    hook = None if known else f"blocks.{setting('hook_point_layer', int)}.{setting('layer_subtype', str)}"
     notes: tuple[str, ...] = ()
     if not setting("cls_token_only", bool, False):
         tokens = "patch tokens alone" if setting("use_patches_only", bool, False) else "CLS and patch tokens"
         notes = (f"It was trained on {tokens}; here it reads the CLS token.",)
-    return convert(
-        parts,
-        checkpoint,
-        layer=layer_of(checkpoint, hook, layer),
-        base_model_name_or_path=base_model_name_or_path,
-        base_model_revision=base_model_revision,
-        dtype=dtype,
-        notes=notes,
-    )
+    return convert(parts, checkpoint, layer_of(checkpoint, hook), notes)
 
 
 def _weights_of(name_or_path: str | os.PathLike, subfolder: str | None) -> str:

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...version import __version__
 from ..checkpoint_folder import looks_like_hub_id
 from .checkpoint import CFG_NAME, ForeignCheckpoint
@@ -39,15 +37,11 @@ _ROW_SCALES = {
 def load(
     name_or_path: str | os.PathLike,
     *,
-    layer: int | None = None,
     scaling_factor: float | None = None,
-    base_model_name_or_path: str | None = None,
-    base_model_revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    **place: Any,
+    **options: Any,
 ) -> Converted:
     """See [`SAEModel.from_sae_lens`]."""
-    checkpoint = ForeignCheckpoint.find("sae_lens", name_or_path, place, CFG_NAME, WEIGHTS_NAME)
+    checkpoint = ForeignCheckpoint.find("sae_lens", name_or_path, options, CFG_NAME, WEIGHTS_NAME)
     parts = _parts(checkpoint)
     fold_normalization(parts, checkpoint, scaling_factor)
     if not checkpoint.setting("apply_b_dec_to_input", bool, True):
@@ -57,14 +51,7 @@ def load(
         parts.fold_decoder_norms(checkpoint.weights_path)
     metadata = checkpoint.setting("metadata", dict, {})
     hook = metadata.get("hook_name", checkpoint.config.get("hook_name", checkpoint.config.get("hook_point")))
-    return convert(
-        parts,
-        checkpoint,
-        layer=layer_of(checkpoint, hook, layer),
-        base_model_name_or_path=base_model_name_or_path,
-        base_model_revision=base_model_revision,
-        dtype=dtype,
-    )
+    return convert(parts, checkpoint, layer_of(checkpoint, hook))
 
 
 def _parts(checkpoint: ForeignCheckpoint) -> Parts:

@@ -28,17 +28,9 @@ _ELSEWHERE = re.compile(
 )
 
 
-def load(
-    name_or_path: str | os.PathLike,
-    *,
-    layer: int | None = None,
-    base_model_name_or_path: str | None = None,
-    base_model_revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    **place: Any,
-) -> Converted:
+def load(name_or_path: str | os.PathLike, **options: Any) -> Converted:
     """See [`SAEModel.from_sparsify`]."""
-    checkpoint = ForeignCheckpoint.find("sparsify", name_or_path, place, CFG_NAME, WEIGHTS_NAME)
+    checkpoint = ForeignCheckpoint.find("sparsify", name_or_path, options, CFG_NAME, WEIGHTS_NAME)
     setting = checkpoint.setting
     if setting("transcode", bool, False):
         checkpoint.refuse("transcode", "a transcoder reads one place and predicts another")
@@ -68,15 +60,7 @@ def load(
         # Of releases before 1.0: the largest by absolute value, without ReLU.
         activation="absolute" if setting("signed", bool, False) else "relu",
     )
-    layer = _layer_of(checkpoint) if layer is None else layer
-    return convert(
-        parts,
-        checkpoint,
-        layer=layer,
-        base_model_name_or_path=base_model_name_or_path,
-        base_model_revision=base_model_revision,
-        dtype=dtype,
-    )
+    return convert(parts, checkpoint, _layer_of(checkpoint) if checkpoint.told.layer is None else None)
 
 
 def _layer_of(checkpoint: ForeignCheckpoint) -> int | None:
