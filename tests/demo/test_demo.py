@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 from hf_vs2 import ActivationStore, EvaluationResult, SAEModel, VS2CLIPForZeroShot  # noqa: E402
 from hf_vs2.demo import run as demo_module  # noqa: E402
 from hf_vs2.demo.data import DIGIT_NAMES, foreign_images, load_handwriting, prepare_digit  # noqa: E402
-from hf_vs2.demo.folds import pool_folds, samples_of  # noqa: E402
+from hf_vs2.demo.folds import outcomes, pool_folds  # noqa: E402
 from hf_vs2.demo.run import run_demo  # noqa: E402
 from hf_vs2.evaluation.comparison import evaluate  # noqa: E402
 from hf_vs2.evaluation.methods import evaluation_methods
@@ -47,7 +47,7 @@ def test_result_file_has_every_method_with_both_prompt_sets(demo):
 
 def test_images_the_gate_holds_back_have_exactly_plain_clips_answer(demo):
     for prompts in ("single", "ensemble"):
-        plain, gated = (samples_of(demo.evaluation)[demo.evaluation.index(m, prompts)] for m in ("clip", "vs2+gate"))
+        plain, gated = (outcomes(demo.evaluation)[1][demo.evaluation.index(m, prompts)] for m in ("clip", "vs2+gate"))
         held_back = ~gated.steered
         assert 0 < held_back.sum() < 1797 / 4
         assert torch.equal(plain.predictions[held_back], gated.predictions[held_back])

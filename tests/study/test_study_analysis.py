@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from hf_vs2.evaluation.metrics import mean_per_class
 from hf_vs2.study.results.analysis import (
     MAX_POINTS,
     agreement,
     fixed_confusions,
     fvu_deciles,
-    mean_per_class_accuracy,
     per_class,
     risk_coverage,
     summary,
@@ -109,13 +109,13 @@ def test_classes_and_confusions_of_a_known_case() -> None:
     }
     assert len(fixed_confusions(method, plain, NAMES, top=1)["fixed"]) == 1
     # (100 + 50 + 50) / 3: the class without images counts neither as 0 nor as 100.
-    assert mean_per_class_accuracy(method, 4) == pytest.approx(200 / 3)
+    assert mean_per_class(method.predictions, method.labels, 4) == pytest.approx(200 / 3)
 
 
 def test_mean_per_class_differs_from_accuracy_on_uneven_classes() -> None:
     """CLIP's paper reports this metric for uneven data sets: a mean weighted by images would be plain accuracy."""
     one = outcome([0] * 9 + [1], [0] * 9 + [0])
-    assert mean_per_class_accuracy(one, 2) == 50
+    assert mean_per_class(one.predictions, one.labels, 2) == 50
     assert one.right.double().mean() == 0.9
 
 

@@ -12,7 +12,7 @@ import torch
 from ..files.figure_style import GREY, PAGE, STYLES, new_figure, save_figure, style
 from ..files.markdown import percent
 from ..files.report import draw_gains
-from .folds import labels_of, samples_of
+from .folds import outcomes
 
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def _draw_gate(axes: Axes, result: DemoResult) -> None:
 
 def _draw_flipped(panel: Any, result: DemoResult, images: Sequence[Image]) -> None:
     """Images whose answer VS2 changed, for the better and for the worse, in the order of the data set."""
-    evaluation, samples = result.evaluation, samples_of(result.evaluation)
+    evaluation = result.evaluation
+    labels, samples = outcomes(evaluation)
     row = evaluation.row("vs2+gate")
     before, after = (samples[evaluation.index(method)].predictions for method in ("clip", "vs2+gate"))
-    labels = labels_of(evaluation)
     right_before, right_after = before.eq(labels), after.eq(labels)
     kinds = (
         (f"fixed ({row['fixed']})", ~right_before & right_after, GREEN),

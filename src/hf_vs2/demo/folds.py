@@ -1,15 +1,12 @@
 """One result out of several folds: every image counted once, as evaluated by the SAE that had not seen it."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ..evaluation.metrics import paired_bootstrap, per_class_table
 from ..files.report import EvaluationResult, SampleOutputs
-
-
-T = TypeVar("T")
 
 
 def pool_folds(results: Sequence[EvaluationResult], folds: Sequence[torch.Tensor]) -> EvaluationResult:
@@ -25,28 +22,18 @@ def pool_folds(results: Sequence[EvaluationResult], folds: Sequence[torch.Tensor
         one evaluation of all images gives.
     """
     order = torch.cat(list(folds)).argsort()
-    labels = torch.cat([labels_of(result) for result in results])[order]
-    samples = [_join([samples_of(result)[row] for result in results], order) for row in range(len(results[0].rows))]
+    labels_of_folds, samples_of_folds = zip(*map(outcomes, results), strict=True)
+    labels = torch.cat(labels_of_folds)[order]
+    samples = [_join(parts, order) for parts in zip(*samples_of_folds, strict=True)]
     rows = [_pool_row([result.rows[row] for result in results], results[0].meta) for row in range(len(samples))]
     per_class = per_class_table(samples, labels, results[0].per_class["class_names"])
     return EvaluationResult(rows, results[0].meta | {"n": len(labels)}, per_class, labels, samples)
 
 
-def labels_of(result: EvaluationResult) -> torch.Tensor:
-    """The labels of a result that comes from `evaluate`; a `ValueError` for one that was read from a file."""
-    return _in_memory(result.labels)
-
-
-def samples_of(result: EvaluationResult) -> list[SampleOutputs]:
-    """The per-image outcomes of a result that comes from `evaluate`; a `ValueError` for one that was read from a
-    file."""
-    return _in_memory(result.samples)
-
-
-def _in_memory(part: T | None) -> T:
-    if part is None:
-        raise ValueError("This result was read from a file, which holds no outcomes of single images: evaluate again.")
-    return part
+def outcomes(result: EvaluationResult) -> tuple[torch.Tensor, list[SampleOutputs]]:
+    """Labels and per-image outcomes of a result of `evaluate`."""
+    assert result.labels is not None and result.samples is not None
+    return result.labels, result.samples
 
 
 def _join(parts: Sequence[SampleOutputs], order: torch.Tensor) -> SampleOutputs:

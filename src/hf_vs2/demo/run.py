@@ -27,7 +27,7 @@ from ..sae.modeling import SAEModel
 from ..training.arguments import SAETrainingArguments
 from ..training.trainer import SAETrainer
 from .data import DIGIT_NAMES, foreign_images, load_handwriting, require_demo_packages
-from .folds import labels_of, pool_folds, samples_of
+from .folds import outcomes, pool_folds
 from .result import NUM_FOLDS, DemoResult, ForeignSet
 
 
@@ -200,8 +200,8 @@ def _facts(
     results: Sequence[EvaluationResult],
 ) -> dict[str, Any]:
     """What the demo adds to the result file."""
-    plain = samples_of(evaluation)[evaluation.index("clip")].predictions
-    right = (plain == labels_of(evaluation)).double()
+    labels, samples = outcomes(evaluation)
+    right = (samples[evaluation.index("clip")].predictions == labels).double()
     low = relative_fvu <= relative_fvu.median()
     return {
         "folds": [{"n": result.meta["n"], "tau": result.row("vs2+gate")["tau"]} for result in results],

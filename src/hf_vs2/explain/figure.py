@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.pixels import uint8_pixels
-from ..files.figure_style import GAIN, GREY, GRID_LINES, LOSS, PAGE, check_drawing, new_figure, save_figure, style
+from ..files.figure_style import (
+    GAIN,
+    GREY,
+    GRID_LINES,
+    LOSS,
+    PAGE,
+    check_drawing,
+    new_figure,
+    save_figure,
+    signed,
+    style,
+)
 from .explanation import VS2Explanation
 
 
@@ -150,7 +161,7 @@ def _draw_steps(axes: Axes, parts: dict[str, Any]) -> None:
         axes.barh(place, size, left=at, height=0.62, color=colour)
         axes.vlines(at, place - 1, place, color="0.7", linewidth=0.8, zorder=0)
         edge = max(at, at + size)
-        axes.annotate(_signed(size), (edge, place), (3, 0), textcoords="offset points", va="center")
+        axes.annotate(signed(size, 2), (edge, place), (3, 0), textcoords="offset points", va="center")
         at += size
         names.append(name)
         ends.append(at)
@@ -160,7 +171,13 @@ def _draw_steps(axes: Axes, parts: dict[str, Any]) -> None:
     for place, score in ((0, parts["plain"]), (len(rows) + 1, parts["steered"])):
         axes.plot([score], [place], "D", color=TOTAL, markersize=4)
         axes.annotate(
-            _signed(score), (score, place), (7, 0), textcoords="offset points", va="center", weight="bold", fontsize=7
+            signed(score, 2),
+            (score, place),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            weight="bold",
+            fontsize=7,
         )
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -181,10 +198,6 @@ def _same_width(places: Sequence[Axes]) -> None:
 def _name(latent: dict[str, Any]) -> str:
     name = "" if latent["name"] is None else f"{_short(latent['name'], 16)} "
     return f"{name}#{latent['latent']}"
-
-
-def _signed(number: float) -> str:
-    return f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _short(text: str, length: int) -> str:

@@ -11,13 +11,12 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from ..evaluation.grid import steering_grid
-from ..evaluation.metrics import Tally, row_figures
+from ..evaluation.metrics import Tally, mean_per_class, row_figures
 from ..files.report import SampleOutputs
 from .bench import BATCH, Bench
 from .cost import measure_cost
 from .methods import Scored, run_of, usable_gate
 from .plan import COSINE, COST, GRID
-from .results.analysis import mean_per_class_accuracy
 from .results.catalog import study_methods
 from .results.cells import Cell, Outputs
 
@@ -50,7 +49,9 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
     outputs.images = chosen
     seconds = time.perf_counter() - started
     figures = _figures(outputs, right5, outputs if plain is None else plain)
-    figures["mean_per_class"] = round(mean_per_class_accuracy(outputs, len(bench.class_names(cell.dataset))), 4)
+    figures["mean_per_class"] = round(
+        mean_per_class(outputs.predictions, labels, len(bench.class_names(cell.dataset))), 4
+    )
     figures["seconds"] = round(seconds, 4)
     if sae is not None:
         figures["held_out_fvu"] = (sae.config.training_metrics or {}).get("fvu")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...evaluation.metrics import accuracy_by_class, count_by_class, mean_per_class, paired_bootstrap
+from ...evaluation.metrics import accuracy_by_class, count_by_class, paired_bootstrap
 from .cells import Outputs
 
 
@@ -157,13 +157,6 @@ def agreement(outputs: Sequence[Outputs], plain_outputs: Outputs) -> dict[str, A
         "fixed_jaccard_mean": sum(jaccard) / len(jaccard),
         "fixed_jaccard_min": min(jaccard),
     }
-
-
-def mean_per_class_accuracy(outputs: Outputs, num_classes: int) -> float:
-    """Accuracy of each class that has images, averaged over those classes (%): the metric of CLIP's paper for some
-    data sets.
-    """
-    return mean_per_class(outputs.predictions, outputs.labels, num_classes)
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
