@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from ...training.domain import SKETCH_ROWS
 from ..results.cells import CellResult
+from ..results.view import distinct
 from . import published
-from .markdown import distinct, mean, spread, table
+from .markdown import mean, spread, table
 from .result_view import ResultView, common_seeds, gate_as_asked, gate_note, seeds_note
 
 

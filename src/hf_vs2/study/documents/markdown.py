@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ...evaluation.table import WIDTH
 from ..results.analysis import summary
@@ -24,11 +23,6 @@ def wrapped(document: str) -> str:
             line = textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
         lines.append(line)
     return "\n".join(lines)
-
-
-def distinct(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in the order of its first place."""
-    return list(dict.fromkeys(values))
 
 
 def mean(values: Iterable[float]) -> float:

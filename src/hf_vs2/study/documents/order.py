@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ..results.cells import CellResult
-from .markdown import distinct, mean, spread, table
+from ..results.view import distinct
+from .markdown import mean, spread, table
 from .result_view import ResultView
 
 

@@ -8,17 +8,17 @@ from functools import lru_cache
 from typing import Any
 
 from ...files.markdown import escaped
-from ..results.catalog import label_of
 from ..results.cells import CellResult, Outputs, StudyResult
+from ..results.view import StudyView
 from . import published
 from .markdown import mean, spread
 
 
-class ResultView:
-    """Names, cells and fields of one result. A data set that the study was not run for has its name alone."""
+class ResultView(StudyView):
+    """A result for Markdown: names are escaped, and cells are found by their row of the table."""
 
     def __init__(self, result: StudyResult):
-        self.result, self.meta = result, result.meta
+        super().__init__(result)
         self.table_cells = result.select("table")
         self._rows: dict[tuple[str, str, str, str], list[CellResult]] = {}
         for one in self.table_cells:
@@ -30,24 +30,18 @@ class ResultView:
     # Names
 
     def title(self, dataset: str) -> str:
-        return escaped(self.meta["datasets"].get(dataset, {}).get("title") or dataset)
+        return escaped(super().title(dataset))
 
     def registry(self, dataset: str) -> str | None:
         """The data set's name in the registry, if it is used as published."""
-        return self.meta["datasets"].get(dataset, {}).get("registry")
+        return self.about(dataset).get("registry")
 
     def encoder_id(self, encoder: str) -> str | None:
         return self.meta["encoders"][encoder].get("id")
 
-    def uses_labels(self, method: str) -> str:
-        """Where a method's labels come from, beside scoring: `""`, `"training"`, `"test"`."""
-        about = self.meta.get("methods", {}).get(method, {})
-        return about.get("uses_labels", "")
-
     def label(self, method: str, mark: bool = True) -> str:
         """The name of a row, with a mark if it uses labels."""
-        name = escaped(label_of(method, self.meta.get("methods", {})))
-        labels = self.uses_labels(method)
+        name, labels = escaped(super().label(method)), self.uses_labels(method)
         return f"{name} (uses labels: {labels})" if mark and labels else name
 
     def heading(self, encoder: str, prompts: str = "") -> str:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from ...files.markdown import escaped
 from ..results.catalog import GROUPS, group_of
 from ..results.cells import CellResult, StudyResult
+from ..results.view import distinct
 from . import published
 from .ablation_tables import ablations, gate_shift, reconstruction
 from .class_report import classes, cosines, seeds
 from .cost_table import cost
-from .markdown import distinct, table, wrapped
+from .markdown import table, wrapped
 from .order import order
 from .result_view import ResultView, common_seeds, seeds_note
 

@@ -11,7 +11,8 @@ import numpy as np
 from ...files.figure_style import COLUMN, GRID_LINES, PAGE, STYLES, draw_cells, frame_cell
 from ..results.catalog import GROUPS
 from ..results.cells import CellResult
-from .figure_sheets import COLUMNS, StudyReader, distinct, in_sheets, sentence
+from ..results.view import distinct
+from .figure_sheets import COLUMNS, StudyReader, in_sheets, sentence
 
 
 if TYPE_CHECKING:

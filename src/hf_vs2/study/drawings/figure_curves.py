@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...files.figure_style import COLUMN, GRID_LINES, PAGE
 from ..results.cells import CellResult
+from ..results.view import distinct
 from .figure_sheets import (
     COLUMNS,
     METHOD_STYLES,
@@ -19,7 +19,6 @@ from .figure_sheets import (
     VS2,
     StudyReader,
     by_setting,
-    distinct,
     in_sheets,
     mark_default,
     seed_curve,
@@ -35,23 +34,43 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
-    """Gain against the share of the unlabelled images that the SAE is trained on."""
-    cells = study.first_prompts("share", encoder)
-    methods = distinct(one.cell.method for one in cells)
+def _panels(
+    study: StudyReader,
+    cells: Sequence[CellResult],
+    title: str,
+    notes: str,
+    tall: float,
+    axes_names: tuple[str, str],
+    draw: Callable[[Axes, str], None],
+) -> Iterator[tuple[str, Figure]]:
+    """One sheet with a panel a data set, on which `draw(axes, dataset)` draws; nothing without cells."""
     datasets = study.datasets(cells)
     if not cells:
         return
+    shape = wrapped_shape(len(datasets))
+    sheet = study.sheet(title, notes + sentence(study.said(cells)), shape, tall)
+    for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
+        draw(axes, dataset)
+        axes.set_xlabel(axes_names[0])
+        if number % shape[1] == 0:
+            axes.set_ylabel(axes_names[1])
+        sheet.title(axes, study.headline(dataset))
+    sheet.legend()
+    yield "", sheet.figure
+
+
+def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
+    """Gain against the share of the unlabelled images that the SAE is trained on."""
+    cells = study.first_prompts("share", encoder)
     notes = (
         "The SAE, the gate's threshold and the centroid are taken from a share of the unlabelled training images. "
         "Points of top-1 accuracy above plain CLIP on all test images; line: mean over seeds; dots and band: each "
-        "seed, and their range. " + sentence(study.said(cells))
+        "seed, and their range. "
     )
-    shape = wrapped_shape(len(datasets))
-    sheet = study.sheet(f"Gain against the share of unlabelled images: {encoder}", notes, shape, 2.0)
-    for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
+
+    def draw(axes: Axes, dataset: str) -> None:
         shares: set[float] = set()
-        for method in methods:
+        for method in distinct(one.cell.method for one in cells):
             style, line = METHOD_STYLES.get(method, (PLAIN, ":"))
             here = [one for one in cells if (one.cell.dataset, one.cell.method) == (dataset, method)]
             points = by_setting(here, "share", "gain", missing=1.0)
@@ -59,22 +78,15 @@ def share(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             seed_curve(axes, points, style, study.label(method), line)
         zero_line(axes)
         set_log_ticks(axes, shares, lambda share: f"{100 * share:g}")
-        axes.set_xlabel("share of the training images, %")
-        if number % shape[1] == 0:
-            axes.set_ylabel("gain, points")
         total = study.about(dataset).get("n_train")
         if total:
             above = axes.secondary_xaxis("top")
-            set_log_ticks(above, shares, partial(_images_of, total))
+            set_log_ticks(above, shares, lambda share: f"{round(share * total):,}")
             above.set_xlabel("training images", fontsize=7)
             above.spines["top"].set_visible(True)
-        sheet.title(axes, study.headline(dataset))
-    sheet.legend()
-    yield "", sheet.figure
 
-
-def _images_of(total: int, share: float) -> str:
-    return f"{round(share * total):,}"
+    title = f"Gain against the share of unlabelled images: {encoder}"
+    yield from _panels(study, cells, title, notes, 2.0, ("share of the training images, %", "gain, points"), draw)
 
 
 def _two_rows(
@@ -131,17 +143,13 @@ def expansion(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
 def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     """Gain of VS2++ against the number of neighbours."""
     cells = study.first_prompts("neighbors", encoder, method="vs2++")
-    datasets = study.datasets(cells)
-    if not cells:
-        return
     notes = (
         "VS2++ steers towards the latents of those retrieved training images whose pseudo-label is the majority's, "
         "away from the others. Points of top-1 accuracy above plain CLIP; line: mean over seeds; dots and band: each "
-        "seed, and their range; dashed: VS2, which retrieves nothing, mean over seeds. " + sentence(study.said(cells))
+        "seed, and their range; dashed: VS2, which retrieves nothing, mean over seeds. "
     )
-    shape = wrapped_shape(len(datasets))
-    sheet = study.sheet(f"Gain of VS2++ against the number of neighbours: {encoder}", notes, shape, 1.9)
-    for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
+
+    def draw(axes: Axes, dataset: str) -> None:
         points = by_setting([one for one in cells if one.cell.dataset == dataset], "num_neighbors", "gain")
         seed_curve(axes, points, OTHER, study.label("vs2++"))
         prompts = cells[0].cell.prompts
@@ -152,28 +160,21 @@ def neighbors(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         zero_line(axes)
         mark_default(axes, study.defaults.get("num_neighbors"), points)
         set_log_ticks(axes, points)
-        axes.set_xlabel("neighbours")
-        if number % shape[1] == 0:
-            axes.set_ylabel("gain, points")
-        sheet.title(axes, study.headline(dataset))
-    sheet.legend()
-    yield "", sheet.figure
+
+    title = f"Gain of VS2++ against the number of neighbours: {encoder}"
+    yield from _panels(study, cells, title, notes, 1.9, ("neighbours", "gain, points"), draw)
 
 
 def pass_trade_off(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     """Accuracy against held-out FVU for each weight of PASS."""
     cells = study.first_prompts("pass", encoder, method="vs2_pass")
-    datasets = study.datasets(cells)
-    if not cells:
-        return
     notes = (
         "VS2 with SAEs trained with PASS, whose prototype loss, weighted by w, uses the labels of training images; w "
         "= 0 is VS2. Numbers: w. Large marker: mean over seeds, joined in the order of w; dots: each seed. FVU: of "
-        "held-out training rows. " + sentence(study.said(cells))
+        "held-out training rows. "
     )
-    shape = wrapped_shape(len(datasets))
-    sheet = study.sheet(f"Trade-off of PASS: {encoder}", notes, shape, 2.0)
-    for number, (axes, dataset) in enumerate(zip(sheet.panels(len(datasets)), datasets, strict=True)):
+
+    def draw(axes: Axes, dataset: str) -> None:
         here = [one for one in cells if one.cell.dataset == dataset]
         prompts = here[0].cell.prompts
         here += study.result.select("table", encoder=encoder, dataset=dataset, method="vs2", prompts=prompts)
@@ -181,12 +182,9 @@ def pass_trade_off(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figu
         if plain is not None:
             axes.axhline(plain.figures["top1"], color=PLAIN[0], linestyle="--", linewidth=1.2, label="plain CLIP")
         _draw_pass(axes, here, study.defaults.get("pass_weight"))
-        axes.set_xlabel("held-out FVU")
-        if number % shape[1] == 0:
-            axes.set_ylabel("top-1 accuracy, %")
-        sheet.title(axes, study.headline(dataset))
-    sheet.legend()
-    yield "", sheet.figure
+
+    title = f"Trade-off of PASS: {encoder}"
+    yield from _panels(study, cells, title, notes, 2.0, ("held-out FVU", "top-1 accuracy, %"), draw)
 
 
 def _draw_pass(axes: Axes, cells: Sequence[CellResult], default: float | None) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from ...files.figure_style import GRID_LINES
 from ..results.analysis import fvu_deciles, per_class, risk_coverage
 from ..results.cells import CellResult, Outputs
-from .figure_sheets import GATED, PLAIN, VS2, StudyReader, distinct, file_word, in_sheets, sentence
+from ..results.view import distinct
+from .figure_sheets import GATED, PLAIN, VS2, StudyReader, file_word, in_sheets, sentence
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...files.figure_style import COLUMN, GRID_LINES, PAGE, STYLES
-from ..results.catalog import GROUPS, group_of, label_of
-from ..results.cells import CellResult, Outputs, StudyResult
+from ..results.cells import CellResult, StudyResult
+from ..results.view import StudyView, distinct
 
 
 if TYPE_CHECKING:
@@ -25,62 +25,21 @@ VS2, PLAIN, GATED, OTHER = STYLES
 METHOD_STYLES = {"vs2": (VS2, "-"), "vs2+gate": (GATED, "-."), "centroid": (OTHER, "--")}
 
 
-class StudyReader:
+class StudyReader(StudyView):
     """What the figures ask of a result."""
 
     def __init__(self, result: StudyResult, notes: bool = True):
-        self.result, self.meta, self.notes = result, result.meta, notes
-        self.defaults: Mapping[str, Any] = result.meta.get("defaults", {})
-
-    def encoders(self) -> list[str]:
-        return distinct(one.cell.encoder for one in self.result)
-
-    def datasets(self, cells: Iterable[CellResult]) -> list[str]:
-        """Those of the cells, in the study's order."""
-        present = distinct(one.cell.dataset for one in cells)
-        known = [name for name in self.meta["datasets"] if name in present]
-        return known + [name for name in present if name not in known]
-
-    def about(self, dataset: str) -> Mapping[str, Any]:
-        return self.meta["datasets"].get(dataset, {})
-
-    def title(self, dataset: str) -> str:
-        return self.about(dataset).get("title") or dataset
+        super().__init__(result)
+        self.notes = notes
 
     def headline(self, dataset: str) -> str:
         """Title of a panel: the data set, and below it its test images."""
         n = self.about(dataset).get("n")
         return self.title(dataset) if n is None else f"{self.title(dataset)}\n{n:,} images"
 
-    def label(self, method: str) -> str:
-        return label_of(method, self.meta.get("methods", {}))
-
-    def uses_labels(self, method: str) -> str:
-        return self.meta.get("methods", {}).get(method, {}).get("uses_labels", "")
-
-    def group(self, method: str) -> str:
-        """The one of [`GROUPS`] that a method belongs to."""
-        return GROUPS[-1] if self.uses_labels(method) else group_of(method)
-
     def sheet(self, title: str, notes: str, shape: tuple[int, int], tall: float, **options: Any) -> Sheet:
         """A [`Sheet`], with a title and notes unless a caption is to say them."""
         return Sheet(*((title, notes) if self.notes else ("", "")), shape, tall, **options)
-
-    def pairs(self, cells: Iterable[CellResult]) -> list[tuple[Outputs, Outputs]]:
-        """The outcomes of each cell with plain CLIP's; none at all when a file is gone."""
-        pairs = []
-        for one in cells:
-            plain = self.result.plain(one.cell.encoder, one.cell.dataset, one.cell.prompts)
-            try:
-                pairs.append((one.outputs(), plain.outputs()) if plain is not None else None)
-            except FileNotFoundError:
-                return []
-        return [pair for pair in pairs if pair is not None]
-
-    def first_prompts(self, section: str, encoder: str, **wanted: Any) -> list[CellResult]:
-        """Cells with the prompt set that comes first among them: one curve of a figure is about one prompt set."""
-        cells = self.result.select(section, encoder=encoder, **wanted)
-        return [one for one in cells if one.cell.prompts == cells[0].cell.prompts]
 
     def said(self, cells: Sequence[CellResult]) -> str:
         """Seeds and prompts, for the line below a title."""
@@ -243,10 +202,6 @@ def set_log_ticks(axes: Any, values: Iterable[float], text: Callable[[float], st
 
 def sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
-def distinct(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
 
 
 def file_word(name: str) -> str:
