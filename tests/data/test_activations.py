@@ -507,9 +507,9 @@ def test_arguments_that_do_not_fit_are_refused_with_what_would(extract, tiny_cli
     for options, message in (
         ({"layers": (3,)}, "layer=3 does not exist: the vision tower has 3 layers"),
         ({"layers": ()}, "layers is empty"),
-        ({"dtype": "float8"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'float8'"),
-        ({"on_error": "ignore"}, "on_error must be one of 'raise', 'skip'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"dtype": "float8"}, "dtype='float8' is not known; did you mean 'float32'"),
+        ({"on_error": "ignore"}, "on_error='ignore' is not known; use one of raise, skip"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 .*, not 0"),
         ({"label_column": "class"}, "no column 'class'; it has image, label"),
         ({"label_column": "image"}, "labels must be integers"),
         ({"image_column": "img"}, "no column 'img'; it has image, label; pass image_column='image'"),

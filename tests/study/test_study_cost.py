@@ -112,5 +112,5 @@ def test_memory_on_a_gpu() -> None:
 
 def test_nothing_to_repeat_is_refused() -> None:
     """A median of no pairs would end in a message of the statistics module."""
-    with pytest.raises(ValueError, match="repeats must be at least 1"):
+    with pytest.raises(ValueError, match="repeats must be a whole number from 1"):
         measure_cost(make_tiny_clip(), make_sae(hidden_size=32), repeats=0)

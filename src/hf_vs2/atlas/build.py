@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..config.schema import COUNT
 from ..data.labels.lists import Names
 from ..data.labels.prompts import class_embeddings
 from ..data.stores.rows import Rows, RowSource, StoreRows
@@ -97,8 +98,7 @@ def build_atlas(
     """
     folder = Path(os.path.abspath(Path(output_dir).expanduser()))
     check_output(folder)
-    if top_images < 1:
-        raise ValueError(f"top_images must be at least 1, got {top_images}.")
+    COUNT.read(top_images, "top_images")
     check_replayable(model)
     rows = replayable_rows(model, rows, "rows")
     image_indices = _image_indices(rows, dataset)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers.pipelines.pt_utils import KeyDataset
 
+from ..config.schema import COUNT
 from ..data.ahead import num_processors
 from ..data.batches import read_groups
 from ..data.folders.listing import list_images
@@ -86,7 +87,7 @@ class EmbeddingMixin(SteeringMixin):
         steerer = self._steerer_for(steered, settings)
         is_one = isinstance(images, SINGLE_IMAGE) and not _is_folder(images)
         inputs, total = _as_inputs([images] if is_one else images, image_column)
-        _check_batch_size(batch_size)
+        COUNT.read(batch_size, "batch_size")
         _, image_processor = self._processing(processor)
         normalizer = Normalizer(image_processor, device_of(self.clip))
         shown = show_progress_bar if show_progress_bar is not None else total is None or total > batch_size
@@ -137,7 +138,7 @@ class EmbeddingMixin(SteeringMixin):
             raise (TypeError if wrong else ValueError)(
                 f"encode_text takes a text or a list of texts, not {f'a {wrong[0]}' if wrong else 'an empty list'}."
             )
-        _check_batch_size(batch_size)
+        COUNT.read(batch_size, "batch_size")
         tokenizer, _ = self._processing(processor)
         batches = tokenized(self.clip, tokenizer, given, batch_size, {})
         shown, found = len(batches) > 1 if show_progress_bar is None else show_progress_bar, []
@@ -200,11 +201,6 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
     upcoming = iter(items)
     while group := list(islice(upcoming, size)):
         yield group
-
-
-def _check_batch_size(batch_size: Any) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be a positive whole number.")
 
 
 def _checked(features: Any, normalize: bool, name: Callable[[int], str]) -> torch.Tensor:

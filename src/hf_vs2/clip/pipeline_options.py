@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..config.schema import COUNT, optional
 from ..config.steering import Steering, excluding
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import resolve_templates
@@ -51,7 +52,7 @@ class OptionsMixin:
             forward["explain"] = self._check_explain(options["explain"])
         for name in ("top_k", "top_latents"):
             if name in options:
-                postprocess[name] = _check_count(name, options[name])
+                postprocess[name] = optional(COUNT).read(options[name], name)
         if "latent_names" in options:
             postprocess["latent_names"] = resolve_names(options["latent_names"])
         if "candidate_labels" in options:
@@ -99,12 +100,6 @@ class OptionsMixin:
         settings = dict(self._given("steering", {})) | excluding(given)
         self.core.steerer.with_(**settings)
         return settings
-
-
-def _check_count(name: str, count: Any) -> int | None:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"{name}={count!r} must be a positive whole number.")
-    return count
 
 
 def _check_templates(templates: Any, hypothesis_template: Any) -> tuple[str, ...]:

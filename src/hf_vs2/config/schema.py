@@ -146,6 +146,7 @@ def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+COUNT = whole(1)
 TEXT = Kind("a text", lambda value: isinstance(value, str) and bool(value.strip()))
 PATH = Kind("a path", lambda value: isinstance(value, (str, os.PathLike)) and bool(str(value).strip()))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))

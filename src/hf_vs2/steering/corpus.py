@@ -17,6 +17,7 @@ from transformers import CLIPModel
 from transformers.utils import cached_file
 
 from ..config.sae import holds_samples
+from ..config.schema import one_of
 from ..encoders.base_model import describe_base_model, warn_of_relative
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..files.atomic import failing_as, replace_files
@@ -114,8 +115,7 @@ class RetrievalCorpus:
         Raises:
             `ValueError`: if the store lacks the last layer or is of another CLIP; and see the class.
         """
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not one of {list(_DTYPES)}.")
+        one_of(tuple(_DTYPES)).read(dtype, "dtype")
         base: dict[str, Any] = {}
         if isinstance(store_or_rows, torch.Tensor):
             rows = store_or_rows

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from ..config.schema import COUNT
 from ..data.batches import Columns, ImageReader, Span, StreamSpans, read_batches, spans_of_dataset
 from ..data.images import UnreadableImageError
 from ..data.load import undecoded
@@ -125,8 +126,7 @@ def _spans_of(dataset: Any, image_column: str, batch_size: int) -> tuple[Any, Co
     """The data set as the reader takes it, its column, its batches, and its length where that is known."""
     import datasets
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    COUNT.read(batch_size, "batch_size")
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise TypeError(f"Expected a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}")
     columns = Columns.of(dataset, image_column)

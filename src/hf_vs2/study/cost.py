@@ -27,6 +27,7 @@ from transformers import initialization as init
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
+from ..config.schema import COUNT
 from ..encoders.families import embedding_width
 from ..functional.sparse_ops import torch_operations_only
 from ..sae.modeling import SAEModel
@@ -59,8 +60,7 @@ def measure_cost(
         ValueError: the SAE belongs to another CLIP, or a number is below 1.
     """
     for name, number in (("batch_size", batch_size), ("num_classes", num_classes), ("repeats", repeats)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}.")
+        COUNT.read(number, name)
     return {
         "device": torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else str(clip.device),
         "dtype": str(clip.dtype).removeprefix("torch."),

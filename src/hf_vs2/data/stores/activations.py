@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ...config.schema import COUNT, one_of, optional, whole
 from ...encoders.base_model import resolve_layer
 from ...encoders.families import family_of
 from ...encoders.vision_tower import VisionTower
@@ -105,15 +106,11 @@ def extract_activations(
         StoreError: (an `OSError`) files in the way that are not a store.
     """
     dtype = str(dtype).removeprefix("torch.")
-    _check_choice("dtype", dtype, ROW_DTYPES)
-    _check_choice("on_error", on_error, ("raise", "skip"))
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("shard_size", shard_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    one_of(tuple(ROW_DTYPES)).read(dtype, "dtype")
+    one_of(("raise", "skip")).read(on_error, "on_error")
+    COUNT.read(batch_size, "batch_size")
+    COUNT.read(shard_size, "shard_size")
+    optional(whole(0)).read(num_workers, "num_workers")
     tower = VisionTower.of(model, revision, device)
     numbers = sorted({resolve_layer(layer, tower.num_layers) for layer in layers})
     if not numbers:
@@ -186,11 +183,6 @@ def _prepare_dataset(dataset: Any, image_column: str, label_column: str | None) 
     if isinstance(dataset, datasets.Dataset):
         dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
     return dataset.with_format(None)
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...config.schema import COUNT
 from ...files.digests import tensor_digest
 from .store_format import (
     INDEX_NAME,
@@ -187,9 +188,7 @@ class ActivationStore:
 
     def iter_batches(self, batch_size: int, layer: int | None = None) -> Iterator[torch.Tensor]:
         """All rows in order, `batch_size` at a time: (<= batch_size, hidden) float32."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        for start in range(0, len(self), batch_size):
+        for start in range(0, len(self), COUNT.read(batch_size, "batch_size")):
             yield self.take(torch.arange(start, min(start + batch_size, len(self))), layer)
 
     def tensor(self, layer: int | None = None) -> torch.Tensor:
