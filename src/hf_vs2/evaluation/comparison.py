@@ -211,9 +211,7 @@ def _run(
             output, images, seconds = shared[key]
             for name, classifier in classifiers.items():
                 start = _now(model)
-                scores = (
-                    steerer.class_logits(output, classifier) if variant.scores_by_labels else images @ classifier.T
-                )
+                scores = steerer.scores(output, images, classifier)
                 tally = tallies[variant, name]
                 tally.seconds += seconds + _now(model) - start
                 tally.add(scores, batch_target, output.fvu, output.steered)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,18 +83,15 @@ def embed_images(
     processor = getattr(processor, "image_processor", processor)  # of a CLIPProcessor
     parameter = next(model.parameters())
     normalizer = Normalizer(processor, parameter.device)
-    dataset, columns, spans, total = _spans_of(dataset, image_column, batch_size)
-    reader = ImageReader(dataset, columns, processor)
     rows = []
+    total = len(dataset) if hasattr(dataset, "__len__") else None
     bar = progress_bar(shown=progress, total=total, unit=" images", desc="Embeddings")
-    batches = read_batches(reader, spans, num_workers, parameter.device)
+    batches = image_batches(dataset, image_column, processor, batch_size, parameter.device, num_workers)
     with _inference(model), bar, contextlib.closing(batches):
-        for batch in batches:
-            if batch.unreadable or batch.pixels is None:
-                raise UnreadableImageError(f"{batch.unreadable[0]['error']}. Mend or remove it.")
-            features = _image_embeddings(model, normalizer(batch.pixels).to(parameter.dtype))
-            rows.append(unit_embeds(features, batch.names.__getitem__).cpu())
-            bar.update(len(batch.indices))
+        for pixels, names in batches:
+            features = _image_embeddings(model, normalizer(pixels).to(parameter.dtype))
+            rows.append(unit_embeds(features, names.__getitem__).cpu())
+            bar.update(len(names))
     if not rows:
         raise ValueError("The data set is empty: there is nothing to embed.")
     return torch.cat(rows)
@@ -122,21 +119,40 @@ def _image_processor_of(model: Any, revision: str | None) -> Any:
     return load_image_processor(name, {"revision": revision or "main"}, of_clip=False)
 
 
-def _spans_of(dataset: Any, image_column: str, batch_size: int) -> tuple[Any, Columns, Iterable[Span], int | None]:
-    """The data set as the reader takes it, its column, its batches, and its length where that is known."""
+def image_batches(
+    dataset: Any,
+    image_column: str,
+    processor: Any,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int | None = None,
+) -> Generator[tuple[torch.Tensor, list[str]], None, None]:
+    """The images of a data set or stream in order, read as an extraction reads them: uint8 pixels `(batch, channels,
+    height, width)`, and how messages name each.
+
+    Raises:
+        UnreadableImageError: (a `ValueError`) naming an image that cannot be read.
+    """
     import datasets
 
     COUNT.read(batch_size, "batch_size")
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise TypeError(f"Expected a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}")
     columns = Columns.of(dataset, image_column)
+    spans: Iterable[Span]
     if isinstance(dataset, datasets.IterableDataset):
         stream = undecoded(dataset, image_column).with_format(None)
-        return None, columns, StreamSpans(stream, columns, batch_size, batch_size, lambda shard: True), None
-    if dataset.format["type"] != "custom":  # `with_transform`: what the user's function returns is what is read
-        dataset = undecoded(dataset, image_column).select_columns([image_column]).with_format(None)
-    spans = list(spans_of_dataset(len(dataset), batch_size, max(1, len(dataset)), lambda shard: True))
-    return dataset, columns, spans, len(dataset)
+        dataset, spans = None, StreamSpans(stream, columns, batch_size, batch_size, lambda shard: True)
+    else:
+        if dataset.format["type"] != "custom":  # `with_transform`: what the user's function returns is what is read
+            dataset = undecoded(dataset, image_column).select_columns([image_column]).with_format(None)
+        spans = list(spans_of_dataset(len(dataset), batch_size, max(1, len(dataset)), lambda shard: True))
+    batches = read_batches(ImageReader(dataset, columns, processor), spans, num_workers, device)
+    with contextlib.closing(batches):
+        for batch in batches:
+            if batch.unreadable or batch.pixels is None:
+                raise UnreadableImageError(f"{batch.unreadable[0]['error']}. Mend or remove it.")
+            yield batch.pixels, batch.names
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
-from ..data.batches import Columns, ImageReader, read_batches, spans_of_dataset
 from ..data.labels.prompts import class_embeddings
 from ..data.pixels import Normalizer
 from ..data.registry import DatasetInfo
@@ -39,7 +38,7 @@ from ..files.weight_files import read_tensors, write_tensors
 from ..functional.neighbors import nearest_neighbors, pseudo_labels
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
-from ..steering.retrieval import embed_images
+from ..steering.retrieval import embed_images, image_batches
 from ..training.arguments import SAETrainingArguments
 from ..training.calibration import activation_statistics, split_rows
 from ..training.domain import measure_statistics
@@ -261,17 +260,13 @@ class Bench:
         model = VS2CLIPForZeroShot(clip, saes).eval()
         model.set_steering(method=method, gamma=settings.gamma, lambda_=settings.lambda_)
         images = self.images(dataset, "test", self.config.inner_layers.test_limit)
-        reader = ImageReader(images, Columns.of(images, self.config.dataset(dataset).image_column), processor)
-        normalizer = Normalizer(processor, clip.device)
-        spans = spans_of_dataset(len(images), IMAGE_BATCH, len(images), lambda _: True)
+        normalizer, column = Normalizer(processor, clip.device), self.config.dataset(dataset).image_column
         features, fvu = [], []
-        with contextlib.closing(read_batches(reader, spans, None, clip.device)) as batches:
-            for batch in batches:
-                if batch.unreadable or batch.pixels is None:
-                    raise ValueError(f"{dataset}: {batch.unreadable[0]['error']}")
-                out = model.image_features(normalizer(batch.pixels).to(clip.dtype))
-                features.append(unit_embeds(out.features, batch.names.__getitem__))
-                fvu.append(out.fvu.reshape(len(batch.pixels), -1)[:, -1])
+        with contextlib.closing(image_batches(images, column, processor, IMAGE_BATCH, clip.device)) as batches:
+            for pixels, names in batches:
+                out = model.image_features(normalizer(pixels).to(clip.dtype))
+                features.append(unit_embeds(out.features, names.__getitem__))
+                fvu.append(out.fvu.reshape(len(names), -1)[:, -1])
         return DeepFeatures(torch.cat(features), torch.cat(fvu))
 
     def _sae(self, encoder: str, spec: SAESpec) -> SAEModel:

@@ -84,12 +84,10 @@ def steered(method: str, dictionary: str | None = None, **fixed: float) -> Run:
         classes, gate = bench.classes(cell), cell.params.get("gate")
         if gate is not None and rule.reads_latents:
             gate = usable_gate(model.sae, gate)
-        model.set_steering(method=method, gate=gate, **fixed)
+        steerer = model.steerer.with_(method=method, gate=gate, **fixed).for_one_call()
         for rows in bench.batches(cell):
-            out = model.image_features_from_cls(rows)
-            cosines = unit_embeds(out.features) @ classes.T if rule.fit is None else None
-            scores = model.class_logits(out, classes) if cosines is None else cosines
-            yield Scored(scores, out.fvu, out.steered)
+            out = steerer.features_from_cls(rows)
+            yield Scored(steerer.scores(out, unit_embeds(out.features), classes), out.fvu, out.steered)
 
     return run
 
