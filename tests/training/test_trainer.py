@@ -522,7 +522,7 @@ def test_labels_come_from_the_stores(labelled, tmp_path):
     [
         (torch.zeros(1999, dtype=torch.int64), r"one integer a row, \(2000,\), not torch.int64 of shape \(1999,\)"),
         (torch.zeros(2000), "not torch.float32 of shape"),
-        (torch.full((2000,), -2), r"label -2 of row 0 is out of range: it must be -1 \(-1: unknown\)"),
+        (torch.full((2000,), -2), r"label -2 of row 0 is out of range: it must be -1 \(unknown\) or a class"),
         (torch.full((2000,), -1), r"All labels are -1 \(unknown\)"),
         (None, "label_loss needs labels, and the rows have none"),
     ],

@@ -277,11 +277,9 @@ def checked_labels(
     if outside.any():
         row = int(outside.nonzero()[0])
         hint = " (data sets mark hidden labels with -1)" if target[row] == -1 else ""
-        allowed = "" if num_classes is None else f" to {num_classes - 1}, for {num_classes} {what}"
-        unknown = " (-1: unknown)" if lowest == -1 else ""
-        raise ValueError(
-            f"label {int(target[row])} of row {row} is out of range: it must be {lowest}{unknown}{allowed}{hint}."
-        )
+        start = "-1 (unknown)" if lowest == -1 else "0"
+        end = "or a class number from 0" if num_classes is None else f"to {num_classes - 1}, for {num_classes} {what}"
+        raise ValueError(f"label {int(target[row])} of row {row} is out of range: it must be {start} {end}{hint}.")
     return target.long()
 
 
