@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,19 +16,9 @@ from ...files.json_files import read_json, write_json
 from ...files.weight_files import write_tensors
 
 
-if TYPE_CHECKING:
-    pass
-
-
 FORMAT = "hf_vs2.activations"
-
-
 FORMAT_VERSION = 1
-
-
 INDEX_NAME = "index.json"
-
-
 # The fields of the index that decide the rows; together they are the key of the store.
 REQUEST_FIELDS = ("model", "layers", "site", "preprocessing", "dataset", "columns", "dtype")
 
@@ -107,8 +97,6 @@ def _is_count(value: Any) -> bool:
 
 
 _AGAIN = "Extract the activations again"
-
-
 _REQUEST_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(REQUEST_FIELDS, lambda value: value is not None),
     "model": lambda value: isinstance(value, dict) and {"id", "revision"} <= value.keys(),
