@@ -15,35 +15,42 @@ from . import moved
 from .version import __version__ as __version__
 
 
-if TYPE_CHECKING:
-    from .adaptation import adapt
-    from .atlas import build_atlas
-    from .clip.classifier import zero_shot_classifier
-    from .clip.modeling import VS2CLIPForZeroShot
-    from .clip.pipeline import VS2ZeroShotImageClassificationPipeline
-    from .config.latent_edits import LatentEdits
-    from .config.sae import SAEConfig
-    from .config.steering import Steering
-    from .config.vs2_clip import VS2CLIPConfig
-    from .data.labels.prompts import class_embeddings
-    from .data.load import load_images
-    from .data.registry import DatasetInfo, dataset_info
-    from .data.stores.activations import ActivationStore, extract_activations
-    from .evaluation.comparison import EvaluationResult, evaluate
-    from .evaluation.grid import plot_grid, steering_grid
-    from .evaluation.recommendation import Recommendation, recommend
-    from .explain.explanation import VS2Explanation
-    from .files.sharing.hub import push_to_hub
-    from .files.sharing.model_card import create_model_card, write_model_card
-    from .sae.modeling import SAEModel, SAEOutput
-    from .sae.statistics import DomainStatistics
-    from .steering.corpus import RetrievalCorpus
-    from .steering.outputs import VS2CLIPOutput
-    from .training.arguments import SAETrainingArguments
-    from .training.calibration import calibrate
-    from .training.domain import measure_statistics
-    from .training.label_losses import PrototypeAlignment
-    from .training.trainer import SAETrainer
+if TYPE_CHECKING:  # `x as x` tells type checkers that a name is public
+    from .adaptation import adapt as adapt
+    from .atlas import build_atlas as build_atlas
+    from .clip.classifier import zero_shot_classifier as zero_shot_classifier
+    from .clip.modeling import VS2CLIPForZeroShot as VS2CLIPForZeroShot
+    from .clip.pipeline import VS2ZeroShotImageClassificationPipeline as VS2ZeroShotImageClassificationPipeline
+    from .config.latent_edits import LatentEdits as LatentEdits
+    from .config.sae import SAEConfig as SAEConfig
+    from .config.steering import Steering as Steering
+    from .config.vs2_clip import VS2CLIPConfig as VS2CLIPConfig
+    from .data.labels.prompts import class_embeddings as class_embeddings
+    from .data.load import load_images as load_images
+    from .data.registry import DatasetInfo as DatasetInfo
+    from .data.registry import dataset_info as dataset_info
+    from .data.stores.activations import ActivationStore as ActivationStore
+    from .data.stores.activations import extract_activations as extract_activations
+    from .evaluation.comparison import EvaluationResult as EvaluationResult
+    from .evaluation.comparison import evaluate as evaluate
+    from .evaluation.grid import plot_grid as plot_grid
+    from .evaluation.grid import steering_grid as steering_grid
+    from .evaluation.recommendation import Recommendation as Recommendation
+    from .evaluation.recommendation import recommend as recommend
+    from .explain.explanation import VS2Explanation as VS2Explanation
+    from .files.sharing.hub import push_to_hub as push_to_hub
+    from .files.sharing.model_card import create_model_card as create_model_card
+    from .files.sharing.model_card import write_model_card as write_model_card
+    from .sae.modeling import SAEModel as SAEModel
+    from .sae.modeling import SAEOutput as SAEOutput
+    from .sae.statistics import DomainStatistics as DomainStatistics
+    from .steering.corpus import RetrievalCorpus as RetrievalCorpus
+    from .steering.outputs import VS2CLIPOutput as VS2CLIPOutput
+    from .training.arguments import SAETrainingArguments as SAETrainingArguments
+    from .training.calibration import calibrate as calibrate
+    from .training.domain import measure_statistics as measure_statistics
+    from .training.label_losses import PrototypeAlignment as PrototypeAlignment
+    from .training.trainer import SAETrainer as SAETrainer
 
 _HOMES = {
     "ActivationStore": "data.stores.activations",
@@ -83,43 +90,7 @@ _HOMES = {
     "SAETrainingArguments": "training.arguments",
 }
 
-__all__ = [
-    "ActivationStore",
-    "DatasetInfo",
-    "DomainStatistics",
-    "EvaluationResult",
-    "LatentEdits",
-    "PrototypeAlignment",
-    "Recommendation",
-    "RetrievalCorpus",
-    "SAEConfig",
-    "SAEModel",
-    "SAEOutput",
-    "SAETrainer",
-    "SAETrainingArguments",
-    "Steering",
-    "VS2CLIPConfig",
-    "VS2CLIPForZeroShot",
-    "VS2CLIPOutput",
-    "VS2Explanation",
-    "VS2ZeroShotImageClassificationPipeline",
-    "adapt",
-    "build_atlas",
-    "calibrate",
-    "class_embeddings",
-    "create_model_card",
-    "dataset_info",
-    "evaluate",
-    "extract_activations",
-    "load_images",
-    "measure_statistics",
-    "push_to_hub",
-    "recommend",
-    "plot_grid",
-    "steering_grid",
-    "write_model_card",
-    "zero_shot_classifier",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
