@@ -83,6 +83,26 @@ def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def image_commands(
+    clip: Path, checkpoint: Path, data: list[object], out: Path, picture: Path
+) -> dict[str, list[object]]:
+    """Every command that reads images, by name: `data` are the flags that name a data set, `picture` is a file or, for
+    `classify`, a folder; what they write lies below `out`."""
+    made = ["--model", clip, *data, "--disable_tqdm", "--output_dir"]
+    used = ["--checkpoint", checkpoint, *data, "--disable_tqdm", "--activations_dir", out / "cache"]
+    labels = ["--labels", *COLOURS]
+    return {
+        "extract": ["extract", *made, out / "activations"],
+        "train": ["train", *made, out / "sae", "--top_k=4", "--max_steps=5"],
+        "evaluate": ["evaluate", *used, "--templates", "single", "--output", out / "results.json"],
+        "recommend": ["recommend", *used, *labels],
+        "calibrate": ["calibrate", *used, "--output_dir", out / "calibrated"],
+        "atlas": ["atlas", *used, "--output", out / "atlas"],
+        "classify": ["classify", picture, "--checkpoint", checkpoint, *labels, "--json"],
+        "explain": ["explain", picture, "--checkpoint", checkpoint, *labels, "--json"],
+    }
+
+
 def with_checkpoint(command: str, checkpoint: Path, images_path: Path) -> list[object]:
     return [command, "--checkpoint", checkpoint, "--dataset", images_path, "--split", "test", "--disable_tqdm"]
 

@@ -202,6 +202,15 @@ def test_no_circle_of_modules() -> None:
     list(graphlib.TopologicalSorter(needs).static_order())
 
 
+def test_no_test_file_imports_another() -> None:
+    """Whoever moves or runs one must not have to know of the others; builders stand in modules of their own."""
+    tests = Path(__file__).parent.rglob("*.py")
+    found = [
+        path.name for path in tests if re.search(r"^\s*(from|import) test_", path.read_text("utf-8"), re.MULTILINE)
+    ]
+    assert not found
+
+
 def test_maths_needs_torch_only() -> None:
     """The equations can be read, copied and tested without the Hugging Face libraries; faiss is optional."""
     allowed = {"torch", "triton", "faiss", "hf_vs2", *sys.stdlib_module_names}

@@ -118,7 +118,7 @@ HOSTILE = {
         "more than",
     ),
     "itself": ("datasets: &a [*a]", "holds itself"),
-    "too deep": ("datasets: " + "[" * 5000, "nested too deeply"),
+    "too deep": ("datasets: " + "[" * 1500, "nested too deeply"),
     "long number": ("seeds: [" + "9" * 5000 + "]", "a number of 5,000 letters"),
     "hexadecimal": ("seeds: [0x" + "f" * 5000 + "]", "a number of 5,002 letters"),
     "a key twice": ("seeds: 1\nviews: 2\nseeds: 3", "'seeds' stands twice, in lines 1 and 3"),

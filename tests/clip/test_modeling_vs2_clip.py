@@ -668,7 +668,8 @@ def compiled_equals_eager(clip, backend, layers):
             assert torch.equal(found.steered, expected.steered), "the compiled model must follow a change of settings"
 
 
-@pytest.mark.parametrize("layers", [(LAST,), pytest.param((0, LAST), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(LAST,), (0, LAST)])
 def test_compiles_whole_and_follows_the_settings(tiny_clip, layers):
     """A graph break costs the speed it was compiled for; a stale graph would go on steering after it is switched off."""
     compiled_equals_eager(tiny_clip, "eager", layers)

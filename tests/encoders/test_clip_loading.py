@@ -10,7 +10,7 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from commands import complaint
+from commands import complaint, image_commands
 from hub_models import CLIP_FILES, make_sae, upload_clip
 from safetensors.torch import load_file, save_file
 from transformers import AltCLIPConfig, AltCLIPModel, ChineseCLIPConfig, ChineseCLIPModel, CLIPModel
@@ -185,31 +185,18 @@ def test_a_bad_clip_is_refused_in_the_same_words_by_every_python_door(bad, bad_c
     assert not (clip / "was-here").exists()
 
 
-def commands(clip, sae, images):
-    source = ["--dataset", images, "--split", "test", "--disable_tqdm"]
-    picture = next((images / "test").rglob("*.png"))
-    other, labels = ["--checkpoint", sae, "--clip", clip], ["--labels", "red", "green"]
-    into = clip.with_name("out")
-    return {
-        "extract": ["--model", clip, *source, "--output_dir", into],
-        "train": ["--model", clip, *source, "--output_dir", into],
-        "classify": [picture, "--checkpoint", clip, *labels],
-        "classify --clip": [picture, *other, *labels],
-        "explain": [picture, *other, *labels],
-        "evaluate": [*other, *source],
-        "recommend": [*other, *source, *labels],
-        "calibrate": [*other, *source, "--output_dir", into],
-        "atlas": [*other, *source, "--output", into],
-    }
-
-
 @pytest.mark.parametrize("bad", ["lacks a weight", "NaN", "a kernel"])
 def test_a_bad_clip_is_refused_by_every_command(bad, bad_clip, sae_folder, images_path, capsys):
     harm, message = BAD[bad]
     clip = bad_clip(harm)
-    for command, arguments in commands(clip, sae_folder, images_path).items():
-        heard = complaint(capsys, command.split()[0], *arguments)
-        assert re.search(message, heard) and "bad-clip" in heard, f"{command}: {heard}"
+    picture, data = next((images_path / "test").rglob("*.png")), ["--dataset", images_path, "--split", "test"]
+    doors = image_commands(clip, sae_folder, data, clip.with_name("out"), picture)
+    for name, arguments in doors.items():
+        arguments += ["--clip", clip] if "--checkpoint" in arguments else []
+        heard = complaint(capsys, *arguments)
+        assert re.search(message, heard) and "bad-clip" in heard, f"{name}: {heard}"
+    heard = complaint(capsys, "classify", picture, "--checkpoint", clip, "--labels", "red", "green")
+    assert re.search(message, heard) and "bad-clip" in heard, heard
     assert not clip.with_name("out").exists() or not list(clip.with_name("out").rglob("*.safetensors"))
 
 

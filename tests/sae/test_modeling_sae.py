@@ -439,6 +439,7 @@ def compiled_equals_eager(backend):
         torch.testing.assert_close(forward(x).fvu, sae(x).fvu)
 
 
+@pytest.mark.slow
 def test_compiles_whole_with_the_same_gradients():
     """A graph break in encode or decode would show only as lost speed; a wrong gradient not at all."""
     compiled_equals_eager("aot_eager")

@@ -12,11 +12,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from commands import COLOURS, complaint, make_tokenizer, read_json, run
-from conftest import make_tiny_clip
+from commands import COLOURS, complaint, image_commands, read_json, run
 from PIL import Image
 from toy import make_sae
-from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPModel
 
 from hf_vs2 import ActivationStore, SAETrainer, SAETrainingArguments, calibrate, zero_shot_classifier
 from hf_vs2.cli import main
@@ -71,20 +70,6 @@ def write_images(folder: Path, names, per_class: int = 6) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "clip"
-    tokenizer, config = make_tokenizer(), make_tiny_clip().config
-    config.text_config.vocab_size, config.text_config.max_position_embeddings = len(tokenizer), 40
-    for name in ("bos", "eos", "pad"):
-        setattr(config.text_config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    torch.manual_seed(0)
-    for part in (CLIPModel(config), tokenizer, processor):
-        part.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def messy(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "messy", (*BROKEN, *STRANGE))
 
@@ -93,35 +78,21 @@ def messy(tmp_path_factory) -> Path:
 def checkpoint(tmp_path_factory, clip_path) -> Path:
     root = tmp_path_factory.mktemp("outputs")
     images = write_images(root / "images", STRANGE, per_class=12)
-    arguments = ["--model", clip_path, "--dataset", images, "--output_dir", root / "sae", *SHORT]
-    assert main(["train", *map(str, arguments)]) == 0
+    assert main([*map(str, commands(clip_path, root / "sae", images, root)["train"])]) == 0
     return root / "sae"
 
 
-SHORT = ("--top_k=4", "--max_steps=5", "--disable_tqdm")
-
-
 def commands(clip_path: Path, checkpoint: Path, images: Path, out: Path) -> dict[str, list[object]]:
-    """Every command that reads images."""
-    made = ["--model", clip_path, "--dataset", images, "--output_dir"]
-    used = ["--checkpoint", checkpoint, "--dataset", images, "--disable_tqdm"]
-    return {
-        "extract": ["extract", *made, out / "activations", "--disable_tqdm"],
-        "train": ["train", *made, out / "sae", *SHORT],
-        "evaluate": ["evaluate", *used, "--templates", "single", "--output", out / "results.json"],
-        "calibrate": ["calibrate", *used, "--output_dir", out / "calibrated"],
-        "classify": ["classify", images, "--checkpoint", checkpoint, "--labels", *COLOURS, "--json"],
-    }
+    return image_commands(clip_path, checkpoint, ["--dataset", images], out, images)
 
 
-@pytest.mark.parametrize("command", ["extract", "train", "evaluate", "calibrate", "classify"])
+@pytest.mark.parametrize("command", ["extract", "train", "evaluate", "recommend", "calibrate", "atlas", "classify"])
 def test_a_command_names_the_broken_image_or_skips_counts_and_lists_it(
     command, clip_path, checkpoint, messy, tmp_path, capsys, caplog
 ):
     """Strict by default, or a typo in a path silently halves a data set; `--on_error skip`, or one bad file in a million costs
     the night. The list must come with reasons, and say which files."""
-    cache = ["--activations_dir", tmp_path / "cache"] if command in ("evaluate", "calibrate") else []
-    arguments = commands(clip_path, checkpoint, messy, tmp_path)[command] + cache
+    arguments = commands(clip_path, checkpoint, messy, tmp_path)[command]
     message = complaint(capsys, *arguments)
     assert str(messy / "red" / "bomb.png") in message and BROKEN["bomb.png"] in message
     assert command == "classify" or "--on_error skip" in message, "as the option is spelled on the command line"

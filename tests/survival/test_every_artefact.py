@@ -1,5 +1,5 @@
-"""What is saved over something earlier, killed at every moment: the old or the new, whole; and files that were not saved together are
-refused by name."""
+"""One set of properties over everything that is saved: what comes back, what a kill, a full disk, a flipped bit, a mixture
+of two saves, an old format and a link make of it. Killed at every moment there is the old or the new, whole."""
 
 import json
 import os
@@ -12,14 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts import bounded_memory, store_folder, store_numbers
-from conftest import make_tiny_clip
+from artefacts import ARTEFACTS, bounded_memory, put, same, save_store, store_numbers
 from processes import CONTEXT, files, start
-from toy import make_rows, make_sae
-from transformers import CLIPModel
+from toy import make_sae
 
-from hf_vs2 import RetrievalCorpus, SAEModel, VS2CLIPForZeroShot, calibrate, measure_statistics
-from hf_vs2.atlas.writing import atlas_folder
+from hf_vs2 import SAEModel, VS2CLIPForZeroShot
 from hf_vs2.data.stores.activations import ActivationStore
 from hf_vs2.files.atomic import replace_file, replace_folder, replace_text
 from hf_vs2.files.weight_files import WeightFiles, write_tensors
@@ -28,125 +25,90 @@ from hf_vs2.study.results.cells import Cell, Outputs, load_cell, save_cell
 
 READS = 40
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-KINDS = (
-    "SAE",
-    "SAE without statistics",
-    "shards over a single file",
-    "light",
-    "full, in shards, over light",
-    "light over full",
-    "sparsify",
-    "corpus",
-    "atlas",
-    "text",
-)
 LEFT = (".tmp", ".partial", ".replacing")
+# What is saved first, and what over it.
+PAIRS = [
+    ("SAE", "SAE"),
+    ("SAE", "SAE without statistics"),
+    ("SAE", "SAE in shards"),
+    ("light", "light"),
+    ("light", "full in shards"),
+    ("full in shards", "light"),
+    ("light", "light without the rest"),
+    ("sparsify", "sparsify"),
+    ("corpus", "corpus"),
+    ("atlas", "atlas"),
+    ("text", "text"),
+]
+DIGESTED = ["SAE", "SAE in shards", "light", "full in shards", "corpus"]
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> CLIPModel:
-    folder = tmp_path_factory.mktemp("clip")
-    make_tiny_clip().save_pretrained(folder)
-    return CLIPModel.from_pretrained(folder)
+def saved(tmp_path_factory) -> Callable[[str, int], Path]:
+    """The root of an artefact of a seed, made once."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(kind: str, seed: int = 0) -> Path:
+        if (kind, seed) not in made:
+            made[kind, seed] = tmp_path_factory.mktemp("saved")
+            put(kind, made[kind, seed], seed)
+        return made[kind, seed]
+
+    return make
 
 
-def make_calibrated(seed: int) -> SAEModel:
-    rows = make_rows(400, 32, seed=seed) * (1 + seed)
-    sae = make_sae(32, seed=seed, layer=2, total_variance=40.0, gamma=1.0 + seed)
-    calibrate(sae, rows)
-    sae.set_domain_statistics(measure_statistics(sae, rows, held_out=torch.arange(300, 400), sketch_rows=20))
-    return sae
+@pytest.fixture()
+def copied(saved, tmp_path) -> Callable[[str, int], Path]:
+    """The folder `out` in a fresh copy of it."""
+
+    def make(kind: str, seed: int = 0) -> Path:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        return shutil.copytree(saved(kind, seed), tmp_path / "copy") / "out"
+
+    return make
 
 
-def make_model(clip: CLIPModel, seed: int) -> VS2CLIPForZeroShot:
-    """Everything that a checkpoint can hold."""
-    model = VS2CLIPForZeroShot(clip, make_calibrated(seed), gate=0.9, gamma=1.5 + seed)
-    model.set_corpus(RetrievalCorpus.from_store(make_rows(30, 32, seed=seed), clip=clip))
-    with model.steering(method="prototypes"):
-        model.steerer.fit_classes(make_rows(2, 24, seed=seed), ("one", "two"))
-    return model
+# Saved over an earlier one
 
 
-def sae_numbers(folder: Path) -> list:
-    sae = SAEModel.from_pretrained(folder)
-    known = sae.domain_statistics
-    return [sae.W_enc, sae.config.gamma, sae.config.fvu_quantiles, None if known is None else known.rows]
+@pytest.mark.parametrize(("old", "new"), PAIRS)
+def test_what_is_saved_comes_back_and_nothing_of_what_was_there(saved, copied, old, new):
+    """Rows that somebody took out, a corpus, shards: they must not stay in the folder and go to the Hub."""
+    out = copied(old)
+    put(new, out.parent, 1)
+    assert files(out) == files(saved(new, 1) / "out")
+    read = ARTEFACTS[new].read
+    assert same(read(out), read(saved(new, 1) / "out")) and not same(read(out), read(saved(old, 0) / "out"))
 
 
-def model_numbers(folder: Path) -> list:
-    model = VS2CLIPForZeroShot.from_pretrained(folder)
-    found = [model.sae.W_enc, model.config.gamma, model.sae.config.fvu_quantiles, model.domain_statistics.rows]
-    return [*found, model.corpus.rows, *(one.fit.prototypes for one in model.fitted_label_sets)]
+@pytest.mark.parametrize("kind", [kind for kind in ARTEFACTS if kind not in ("store", "results")])
+def test_a_full_disk_leaves_what_was_there(saved, copied, monkeypatch, kind):
+    """New weights beside the statistics of others would be a gate that means nothing."""
+    out = copied(kind)
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("hf_vs2.files.atomic._sync", full)
+    with pytest.raises(OSError, match="could not be written: the disk is full|No space left"):
+        put(kind, out.parent, 1)
+    assert files(out) == files(saved(kind) / "out")
+    assert not [path for path in out.parent.rglob(".*") if path.suffix in LEFT]
 
 
-def corpus_numbers(folder: Path) -> list:
-    corpus = RetrievalCorpus.from_pretrained(folder)
-    return [corpus.rows, corpus.encoder]
-
-
-def atlas_numbers(folder: Path) -> list:
-    return [json.loads((folder / "latents.json").read_text())]
-
-
-def save_atlas(folder: Path, number: int) -> None:
-    with atlas_folder(folder) as made:
-        (made / "data").mkdir()
-        (made / "data" / "0.js").write_text(str(number))
-        (made / "latents.json").write_text(json.dumps({"format": "hf_vs2.atlas", "number": number}))
-
-
-SHARDS = {"max_shard_size": "30KB"}
-
-
-@pytest.fixture(scope="module")
-def savers(clip) -> dict[str, tuple[Callable, Callable, Callable]]:
-    """Kind -> what saves the earlier thing into a folder, what saves the later one over it, and what reads either."""
-    saes = [make_calibrated(seed) for seed in (0, 1)]
-    bare = make_sae(32, seed=1, layer=2)
-    models = [make_model(clip, seed) for seed in (0, 1)]
-    corpora = [
-        RetrievalCorpus(make_rows(9, 32, seed=seed), make_rows(9, 8, seed=seed), f"an/encoder{seed}")
-        for seed in (0, 1)
-    ]
-    return {
-        "SAE": (saes[0].save_pretrained, saes[1].save_pretrained, sae_numbers),
-        "SAE without statistics": (saes[0].save_pretrained, bare.save_pretrained, sae_numbers),
-        "shards over a single file": (
-            saes[0].save_pretrained,
-            lambda folder: saes[1].save_pretrained(folder, **SHARDS),
-            sae_numbers,
-        ),
-        "light": (models[0].save_pretrained, models[1].save_pretrained, model_numbers),
-        "full, in shards, over light": (
-            models[0].save_pretrained,
-            lambda folder: models[1].save_pretrained(folder, full=True, **SHARDS),
-            model_numbers,
-        ),
-        "light over full": (
-            lambda folder: models[0].save_pretrained(folder, full=True, **SHARDS),
-            models[1].save_pretrained,
-            model_numbers,
-        ),
-        "sparsify": (saes[0].save_sparsify, saes[1].save_sparsify, lambda folder: [SAEModel.from_sparsify(folder).W_enc]),
-        "corpus": (corpora[0].save_pretrained, corpora[1].save_pretrained, corpus_numbers),
-        "atlas": (
-            lambda folder: save_atlas(folder, 0),
-            lambda folder: save_atlas(folder, 1),
-            atlas_numbers,
-        ),
-        "text": (
-            lambda folder: replace_text(folder / "results.json", "old"),
-            lambda folder: replace_text(folder / "results.json", "new"),
-            lambda folder: [(folder / "results.json").read_text()],
-        ),
-    }  # fmt: skip
-
-
-def same(left: list, right: list) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-        for one, other in zip(left, right, strict=True)
-    )
+@pytest.mark.parametrize("kind", [kind for kind in ARTEFACTS if kind != "store"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_goes_on_leading_to_its_folder(saved, tmp_path, kind, exists):
+    """`--output atlas`, a link to the large disk: the link must not be renamed away, nor a folder take its place."""
+    disk = tmp_path / "disk" / "out"  # a card names the folder
+    if exists:
+        shutil.copytree(saved(kind) / "out", disk)
+    elif kind != "atlas":  # a folder of one's own is made by who makes the link
+        disk.mkdir(parents=True)
+    (tmp_path / "out").symlink_to(disk)
+    out = put(kind, tmp_path, 1)
+    assert out.is_symlink() and files(disk) == files(saved(kind, 1) / "out")
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "disk", "clip"}
 
 
 def interrupted(job: Callable[[], object], folder: Path, moment: int | None, signal_number: int) -> int:
@@ -177,63 +139,64 @@ def interrupted(job: Callable[[], object], folder: Path, moment: int | None, sig
         os._exit(0)
 
 
-def check_interrupted_save(savers, kind: str, tmp_path: Path, signal_number: int, tries: int) -> None:
-    old, new, read = savers[kind]
-    place, kept, whole = (tmp_path / name / "out" for name in ("place", "kept", "whole"))
-    old(kept)
-    before = read(kept)
-    shutil.copytree(kept, whole)
-    operations = interrupted(lambda: new(whole), whole, None, signal_number)
-    after, made = read(whole), files(whole)
+def check_interrupted_save(saved, old: str, new: str, tmp_path: Path, signal_number: int, tries: int) -> None:
+    root, read, thing = tmp_path / "tried", ARTEFACTS[new].read, ARTEFACTS[new].make(1)
+    place, kept = root / "out", saved(old)
+    save = lambda: ARTEFACTS[new].save(thing, place)  # noqa: E731
+    before = ARTEFACTS[old].read(kept / "out")
+    shutil.copytree(kept, root)
+    operations = interrupted(save, place, None, signal_number)
+    after, made = read(place), files(place)
     assert operations > 5 and not same(before, after)
     seen = set()
     for number in range(min(tries, operations)):
         moment = operations - number * operations // tries if tries < operations else 1 + number
-        shutil.rmtree(place.parent, ignore_errors=True)
-        shutil.copytree(kept, place)
-        assert not interrupted(lambda: new(place), place, moment, signal_number), "it was not interrupted"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(kept, root)
+        assert not interrupted(save, place, moment, signal_number), "it was not interrupted"
         if number % 2:  # otherwise the next one to open the folder is the next save
             found = read(place)
-            assert same(found, before) or same(found, after), f"{kind}: a mixture before operation {moment}"
+            assert same(found, before) or same(found, after), f"{new}: a mixture before operation {moment}"
             seen.add(same(found, after))
-        new(place)
-        assert files(place) == made, f"{kind}: saved again after operation {moment}"
-        assert not [path for path in place.parent.rglob(".*") if path.suffix in LEFT]
+        save()
+        assert files(place) == made, f"{new}: saved again after operation {moment}"
+        assert not [path for path in root.rglob(".*") if path.suffix in LEFT]
     assert tries < operations or seen == {False, True}
 
 
-@pytest.mark.parametrize("kind", ["SAE", "full, in shards, over light", "sparsify", "atlas"])
-def test_a_save_over_an_earlier_one_that_is_killed_leaves_one_of_the_two(savers, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("old", "new"), [PAIRS[0], ("light", "full in shards"), ("sparsify", "sparsify"), ("atlas", "atlas")]
+)
+def test_a_save_over_an_earlier_one_that_is_killed_leaves_one_of_the_two(saved, tmp_path, old, new):
     """Weights of one and thresholds of the other would load in silence; neither would be a lost SAE."""
-    check_interrupted_save(savers, kind, tmp_path, signal.SIGKILL, 4)
+    check_interrupted_save(saved, old, new, tmp_path, signal.SIGKILL, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_save_killed_before_each_of_its_operations(savers, tmp_path, kind, how):
+@pytest.mark.parametrize(("old", "new"), PAIRS)
+def test_a_save_killed_before_each_of_its_operations(saved, tmp_path, old, new, how):
     """The same, at every moment; and with Ctrl-C, where what is under way is ended or undone at once."""
-    check_interrupted_save(savers, kind, tmp_path, how, 1000)
+    check_interrupted_save(saved, old, new, tmp_path, how, 1000)
 
 
-def test_a_save_that_cannot_be_finished_says_so(savers, tmp_path, monkeypatch):
+def test_a_save_that_cannot_be_finished_says_so(copied, monkeypatch):
     """A reader without the right to write, of a folder whose writer was killed: no mixture, but who can mend it."""
-    old, new, read = savers["SAE"]
-    old(tmp_path / "out")
+    out, read = copied("SAE"), ARTEFACTS["SAE"].read
     with monkeypatch.context() as patch:
         patch.setattr("hf_vs2.files.atomic._move", lambda folder: None)
         patch.setattr("hf_vs2.files.sharing.model_card.write_model_card", lambda folder: None)  # which would open it
-        new(tmp_path / "out")
+        put("SAE", out.parent, 1)
 
     def refuse(folder):
         raise PermissionError("read-only")
 
     monkeypatch.setattr("hf_vs2.files.atomic._move", refuse)
     with pytest.raises(OSError, match=r"was saved into by a process that died.*\.replacing can't be moved.*read-only"):
-        read(tmp_path / "out")
+        read(out)
     monkeypatch.undo()
-    assert read(tmp_path / "out")[1] == 2.0 and not list((tmp_path / "out").glob(".*"))
+    assert SAEModel.from_pretrained(out).config.gamma == 2.0 and not list(out.glob(".*"))
 
 
 def test_a_folder_of_a_stranger_moves_nothing_outside(tmp_path):
@@ -269,17 +232,6 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         "other.json",
         "results.json",
     ]
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_link_goes_on_leading_to_its_folder(tmp_path, exists):
-    """`--output atlas`, a link to the large disk: the link must not be renamed away, nor a folder take its place."""
-    (tmp_path / "atlas").symlink_to(tmp_path / "disk" / "atlas")
-    if exists:
-        save_atlas(tmp_path / "disk" / "atlas", 0)
-    save_atlas(tmp_path / "atlas", 1)
-    assert (tmp_path / "atlas").is_symlink() and atlas_numbers(tmp_path / "disk" / "atlas")[0]["number"] == 1
-    assert [path.name for path in tmp_path.iterdir() if path.name not in ("atlas", "disk")] == []
 
 
 def test_a_folder_takes_anothers_place_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
@@ -344,105 +296,91 @@ def test_a_save_between_the_config_and_the_weights_is_noticed(tmp_path, monkeypa
         assert torch.equal(SAEModel.from_pretrained(tmp_path).W_enc, make_sae(seed=number + 1).W_enc)
 
 
-def test_a_model_with_nan_is_not_saved_over_a_sound_one(savers, tmp_path):
+def test_a_model_with_nan_is_not_saved_over_a_sound_one(copied):
     """What nobody could use must not take the place of what somebody does."""
-    old, _, read = savers["SAE"]
-    old(tmp_path / "out")
-    broken = make_sae(32)
+    out, broken = copied("SAE"), make_sae(32)
     with torch.no_grad():
         broken.W_dec[3, 5] = torch.nan
     with pytest.raises(ValueError, match="The model to be saved is damaged: W_dec holds NaN"):
-        broken.save_pretrained(tmp_path / "out")
-    assert read(tmp_path / "out")[1] == 1.0
+        broken.save_pretrained(out)
+    assert SAEModel.from_pretrained(out).config.gamma == 1.0
 
 
-# Files that were not saved together
+# Files that were not saved together, or are damaged
 
 
-@pytest.fixture(scope="module")
-def saved(savers, tmp_path_factory) -> Callable[[str, int], Path]:
-    """A folder of each kind, of the earlier thing (0) or the later (1)."""
-    made: dict[tuple[str, int], Path] = {}
-
-    def make(kind: str, number: int) -> Path:
-        if (kind, number) not in made:
-            made[kind, number] = tmp_path_factory.mktemp("saved") / "out"
-            savers[kind][number](made[kind, number])
-        return made[kind, number]
-
-    return make
+def essential(out: Path) -> list[Path]:
+    """Those without which there is no artefact: of a checkpoint without statistics VS2 can still be used."""
+    names = ("config.json", "corpus.json", "index.json", "results.json", "cfg.json")
+    found = sorted(path for path in out.rglob("*") if path.suffix == ".safetensors" or path.name in names)
+    shards = [path for path in found if "-of-" in path.name]
+    return [path for path in found if path not in shards[1:-1]]
 
 
-MIXTURES = [
-    ("SAE", "model.safetensors"),
-    ("SAE", "statistics.safetensors"),
-    ("SAE", "config.json"),
-    ("light", "model.safetensors"),
-    ("light", "statistics.safetensors"),
-    ("light", "label_sets.safetensors"),
-    ("light", "corpus/corpus.safetensors"),
-    ("light", "config.json"),
-    ("corpus", "corpus.safetensors"),
-]
-
-
-@pytest.mark.parametrize(("kind", "name"), MIXTURES)
-def test_a_file_of_another_save_is_refused(savers, saved, tmp_path, kind, name):
-    """Copied by hand, or by a sync that was cut off: everything fits in shape, and every number would be of neither."""
-    mixed = shutil.copytree(saved(kind, 0), tmp_path / "mixed")
-    shutil.copy(saved(kind, 1) / name, mixed / name)
-    found = Path(name).name if name != "config.json" else "model.safetensors"
-    with pytest.raises(ValueError, match=f"{found} is damaged, or not of the save that"):
-        savers[kind][2](mixed)
-
-
-def test_weights_of_an_earlier_save_beside_the_shards_are_refused(savers, saved, tmp_path):
-    """A sync that deletes nothing: the single file is what every reader would take, stock transformers too."""
-    mixed = shutil.copytree(saved("shards over a single file", 1), tmp_path / "mixed")
-    shutil.copy(saved("SAE", 0) / "model.safetensors", mixed)
-    with pytest.raises(ValueError, match=r"model.safetensors is none of the files that config.json was saved with"):
-        sae_numbers(mixed)
-
-
-@pytest.mark.parametrize("kind", ["SAE", "light", "full, in shards, over light", "corpus"])
-def test_a_flipped_bit_is_refused_by_file_name(savers, saved, tmp_path, kind):
-    """In the last bits of a number nobody else would see it."""
-    for path in sorted(saved(kind, 1).rglob("*.safetensors")):
-        damaged = shutil.copytree(saved(kind, 1), tmp_path / "damaged", dirs_exist_ok=True)
+@pytest.mark.parametrize("kind", DIGESTED)
+def test_a_file_of_another_save_or_with_a_flipped_bit_is_refused(saved, copied, kind):
+    """Copied by hand, by a sync that was cut off, or by a bad disk: everything fits in shape, and the last bits of a
+    number nobody else would see."""
+    for path in essential(saved(kind) / "out"):
+        name = path.relative_to(saved(kind) / "out")
         content = bytearray(path.read_bytes())
         content[-4] ^= 1
-        (damaged / path.relative_to(saved(kind, 1))).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{path.name} is damaged, or not of the save that"):
-            savers[kind][2](damaged)
+        for damage in ((saved(kind, 1) / "out" / name).read_bytes(), bytes(content)):
+            if (path.suffix == ".json" and damage == bytes(content)) or damage == path.read_bytes():
+                continue  # the CLIP's shards are the same in both
+            out = copied(kind)
+            (out / name).write_bytes(damage)
+            with pytest.raises(ValueError, match=r"safetensors is damaged, or not of the save that") as caught:
+                ARTEFACTS[kind].read(out)
+            assert path.suffix == ".json" or path.name in str(caught.value)
 
 
-def without_digests(folder: Path) -> None:
-    for path in (*folder.glob("config.json"), *folder.rglob("corpus.json")):
+@pytest.mark.parametrize("kind", [*DIGESTED, "sparsify", "store", "results"])
+def test_a_file_that_is_cut_emptied_lost_or_another_is_refused_by_name(saved, copied, kind):
+    """A download that broke off, a full disk, a stranger's folder: one message that says which file it is."""
+    for path in essential(saved(kind) / "out"):
+        name, content = path.relative_to(saved(kind) / "out"), path.read_bytes()
+        for damage in (content[: len(content) // 2], b"", b"<html>not found</html>", None):
+            out = copied(kind)
+            (out / name).unlink() if damage is None else (out / name).write_bytes(damage)
+            if damage is None and path.name == "statistics.safetensors":
+                continue  # which is missed, not needed
+            with pytest.raises((ValueError, OSError)) as caught, bounded_memory():
+                ARTEFACTS[kind].read(out)
+            assert path.name in str(caught.value) or str(out) in str(caught.value), f"{name}: {caught.value}"
+
+
+def test_weights_of_an_earlier_save_beside_the_shards_are_refused(saved, copied):
+    """A sync that deletes nothing: the single file is what every reader would take, stock transformers too."""
+    mixed = copied("SAE in shards", 1)
+    shutil.copy(saved("SAE") / "out" / "model.safetensors", mixed)
+    with pytest.raises(ValueError, match=r"model.safetensors is none of the files that config.json was saved with"):
+        SAEModel.from_pretrained(mixed)
+
+
+@pytest.mark.parametrize("kind", DIGESTED)
+def test_what_earlier_versions_saved_loads(saved, copied, kind):
+    """They wrote no digests, and those before statistics and label sets said nothing of these."""
+    out = copied(kind)
+    for path in (*out.glob("config.json"), *out.rglob("corpus.json")):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({key: value for key, value in content.items() if "digest" not in key}))
+    assert same(ARTEFACTS[kind].read(out), ARTEFACTS[kind].read(saved(kind) / "out"))
 
 
-@pytest.mark.parametrize("kind", ["SAE", "light", "full, in shards, over light", "corpus"])
-def test_what_earlier_versions_saved_loads(savers, saved, tmp_path, kind):
-    """They wrote no digests."""
-    old = shutil.copytree(saved(kind, 1), tmp_path / "old")
-    without_digests(old)
-    assert same(savers[kind][2](old), savers[kind][2](saved(kind, 1)))
-
-
-@pytest.mark.parametrize("kind", ["SAE", "light"])
-def test_words_of_a_config_may_be_edited(saved, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "cls"), [("SAE", SAEModel), ("light", VS2CLIPForZeroShot)])
+def test_words_of_a_config_may_be_edited(copied, monkeypatch, kind, cls):
     """A default gate or gamma changed by hand, the CLIP's name put right before a push."""
-    edited = shutil.copytree(saved(kind, 0), tmp_path / "edited")
-    config = json.loads((edited / "config.json").read_text())
-    config |= {"gamma": 1.25, "gate": 0.5}
-    (edited / "config.json").write_text(json.dumps(config))
-    assert (SAEModel if kind == "SAE" else VS2CLIPForZeroShot).from_pretrained(edited).config.gamma == 1.25
+    out = copied(kind)
+    monkeypatch.chdir(out.parent)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"gamma": 1.25, "gate": 0.5}))
+    assert cls.from_pretrained(out).config.gamma == 1.25
 
 
 def test_a_flipped_bit_in_a_shard_is_seen_when_it_is_first_read(tmp_path):
     """Opening a store of a thousand shards must not read them; a row that changed must not be trained on."""
-    store_folder(tmp_path)
+    save_store(0, tmp_path / "store")
     shard = tmp_path / "store" / "shard-00001.safetensors"
     content = bytearray(shard.read_bytes())
     rows = content.find(ActivationStore.open(tmp_path / "store").take([5]).numpy().tobytes())
@@ -464,9 +402,9 @@ def test_a_store_of_an_earlier_version_is_read(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("hf_vs2.data.stores.store_format.write_tensors", write)
-        store_folder(tmp_path)
+        save_store(0, tmp_path / "store")
     with bounded_memory():
-        assert len(store_numbers(tmp_path)[0]) == 10
+        assert len(store_numbers(tmp_path / "store")[0]) == 10
 
 
 # Cells of a study
