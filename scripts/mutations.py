@@ -119,9 +119,9 @@ MUTATIONS = (
     # config
     of(
         "config clip",
-        "config/vs2_clip.py",
+        "config/steering.py",
         "a new gate is refused as long as a threshold was set",
-        "given.setdefault(other, None)",
+        "settings.setdefault(other, None)",
         "pass",
     ),
     of(
@@ -429,10 +429,10 @@ MUTATIONS = (
     # jobs
     of(
         "atlas",
-        "atlas/flips.py",
+        "evaluation/metrics.py",
         "one class fills the list of fixed images",
-        "if seen[label] <= per_class and len(chosen) < number:",
-        "if len(chosen) < number:",
+        "if seen[group(row)] <= per_group and len(chosen) < most:",
+        "if len(chosen) < most:",
     ),
     of(
         "adaptation",
