@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         self.flag("-h", "--help", action="help", help="Show this help.")
 
     def dataclass_flags(self, cls: type, names: Iterable[str], defaults: bool = True) -> None:
-        """One flag a field of a dataclass, with the help in its metadata; `defaults`: with the field's default, too."""
+        """One flag a field of a dataclass, with the help in its metadata; `defaults`: with the field's default too."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         hints = get_type_hints(cls)
         for name in names:

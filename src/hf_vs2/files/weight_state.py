@@ -48,7 +48,7 @@ class Kept(Generic[T]):
             self._values.clear()
 
     def get(self, state: Any, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of `key`, made now unless it is kept. Values of another `state` (compared with `==`) are dropped."""
+        """The value of `key`, made now unless it is kept. Values of another `state` (compared by `==`) are dropped."""
         # What an inference makes may serve a training step later: no inference tensors, and no graph (which leaving
         # the mode would switch on again).
         with self._lock, torch.inference_mode(False), torch.no_grad():

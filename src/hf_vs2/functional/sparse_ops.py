@@ -3,8 +3,8 @@
 A dense SAE step costs five products of `batch x num_latents x hidden_size`; only the encoder's forward is needed. The
 rest has a sparse form of cost `batch x top_k x hidden_size`, which wins while `top_k / num_latents` is small; above
 `sparse_limit` the dense form of the same gradient is faster and is taken instead. Both give the same numbers up to
-float rounding (`tests/functional/test_sparse_ops.py`). On a GPU the sparse form runs in the kernels of `sparse_triton.py`, where
-there is Triton.
+float rounding (`tests/functional/test_sparse_ops.py`). On a GPU the sparse form runs in the kernels of
+`sparse_triton.py`, where there is Triton.
 """
 
 from __future__ import annotations

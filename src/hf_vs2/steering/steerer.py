@@ -29,9 +29,6 @@ from .outputs import VS2ImageFeatures, per_image
 
 T = TypeVar("T")
 
-# Label sets that one call holds on to.
-_PER_CALL = 8
-
 
 class Moved(NamedTuple):
     """What was done to CLS rows, and how."""
@@ -72,15 +69,14 @@ class Steerer:
         Raises:
             `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
         """
-        call = None if self.call is None else Kept[Any](_PER_CALL)
-        other = replace(self, settings=changed(self.settings, settings), call=call)
+        other = replace(self, settings=changed(self.settings, settings), call=None)
         other.check()
-        return other
+        return other if self.call is None else other.for_one_call()
 
     def for_one_call(self) -> Steerer:
         """The same for the many batches of one call: what is kept of label sets and the corpus is asked for once, not
         once a batch. It trusts that the weights stay as they are meanwhile."""
-        return replace(self, call=Kept[Any](_PER_CALL))
+        return replace(self, call=Kept(8))  # of so many label sets
 
     def _in_call(self, key: Hashable, make: Callable[[], T]) -> T:
         return make() if self.call is None else self.call.get(None, key, make)
@@ -266,11 +262,9 @@ class Steerer:
     def _gamma_on(self, device: torch.device) -> float | torch.Tensor:
         """gamma as the equations take it."""
         gamma = self.settings.gamma
-        return (
-            self._once("gamma", device, lambda: torch.tensor(gamma, device=device))
-            if isinstance(gamma, tuple)
-            else gamma
-        )
+        if not isinstance(gamma, tuple):
+            return gamma
+        return self._once("gamma", device, lambda: torch.tensor(gamma, device=device))
 
     def _once(self, what: str, device: torch.device, make: Callable[[], T]) -> T:
         """Settings as tensors are put on a device once. Not inside inference mode: they may serve a training step
@@ -392,9 +386,8 @@ class Steerer:
         `fit`: that of the classes, where it is at hand."""
         scores = embeds @ class_embeds.T
         if self.is_steering and self.settings.rule.fit is not None:
-            fit = fit or self._in_call(
-                ("fit", class_embeds), lambda: self.fit_classes(class_embeds).fit.on(class_embeds.device)
-            )
+            make = lambda: self.fit_classes(class_embeds).fit.on(class_embeds.device)  # noqa: E731
+            fit = fit or self._in_call(("fit", class_embeds), make)
             views = [view.to(class_embeds.device) for view in images.views or ()]
             steered = images.steered.to(class_embeds.device).unsqueeze(-1)
             scores = torch.where(steered, self.settings.rule.score(embeds, class_embeds, fit, views), scores)
