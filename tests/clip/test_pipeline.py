@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import normalizers
-from transformers import AltCLIPConfig, AltCLIPModel, AutoProcessor, CLIPModel, pipeline
+from transformers import AutoProcessor, BlipConfig, BlipModel, CLIPModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import is_torchvision_available
 
@@ -602,14 +602,12 @@ def test_saved_pipeline_needs_no_remote_code(classifier, images, tmp_path):
 def test_other_models_are_refused(tmp_path):
     """They would give numbers that mean nothing."""
     tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    other = AltCLIPModel(
-        AltCLIPConfig(text_config={**tower, "vocab_size": 9}, vision_config={**tower, "image_size": 16})
-    )
+    other = BlipModel(BlipConfig(text_config={**tower, "vocab_size": 9}, vision_config={**tower, "image_size": 16}))
     other.save_pretrained(tmp_path)
     tokenizer, processor = load_processing(CLIP_PATH)
-    with pytest.raises(TypeError, match="not AltCLIPModel.*transformers' own"):
+    with pytest.raises(TypeError, match="not BlipModel.*transformers' own"):
         pipeline(OUR_TASK, model=other, tokenizer=tokenizer, image_processor=processor)
-    with pytest.raises(ValueError, match="type 'altclip'; expected a VS2 checkpoint"):
+    with pytest.raises(ValueError, match="type 'blip'; expected a VS2 checkpoint"):
         hf_vs2.zero_shot_classifier(tmp_path)
     nameless = CLIPModel(CLIPModel.config_class.from_pretrained(CLIP_PATH))
     nameless.config._name_or_path = ""

@@ -125,7 +125,7 @@ def test_weights_that_accelerate_keeps_elsewhere(folders, tmp_path, of, offload)
 @pytest.mark.parametrize(
     "devices",
     [
-        {"clip": "cpu", "saes": "cpu"},
+        {"": "cpu", "clip.vision_model": "disk", "saes": "disk"},
         {"clip.vision_model": "cpu", "clip": "cpu", "saes.2": "cpu"},
         {"clip": "cpu", "saes": "disk"},
         {"clip": "disk", "saes": "cpu"},

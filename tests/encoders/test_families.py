@@ -1,95 +1,71 @@
 """Each family of encoders, the whole way: extract, train, calibrate, evaluate, recommend, classify, explain, save, load. A tiny
-random model of each, with a tokenizer and an image processor of its own kind beside it."""
+random model of each, with a tokenizer and an image processor of its own kind beside it. What is quick is asked of all of them,
+and what takes longer is marked slow."""
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
+from made_families import CLIP_ENDS, LABELS, MADE, SIGLIP_ENDS, TEXT, TOWER, VISION
 from PIL import Image
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPModel,
-    GemmaTokenizer,
-    MetaClip2Config,
-    MetaClip2Model,
-    SiglipConfig,
-    SiglipImageProcessorPil,
-    SiglipModel,
-    XLMRobertaTokenizer,
-    pipeline,
-)
+from torch.nn.functional import normalize
+from transformers import pipeline
 
 import hf_vs2
 from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot
+from hf_vs2.adaptation.answers import compare
 from hf_vs2.data.labels.prompts import class_embeddings
+from hf_vs2.data.stores.rows import rows_of
 from hf_vs2.encoders.base_model import describe_base_model
-from hf_vs2.encoders.families import FAMILIES, family_of, steerable
+from hf_vs2.encoders.families import FAMILIES, embedding_width, family_of, tower_of
+from hf_vs2.encoders.loading import load_clip
 from hf_vs2.encoders.processing import load_processing
 
 
-LABELS = ["cat", "dog", "bird"]
-WORDS = ["▁a", "▁photo", "▁of", "▁cat", "▁dog", "▁bird", "▁This", "▁is", ".", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-VISION = {**TOWER, "image_size": 32, "patch_size": 8}
-CLS = [name for name in steerable() if FAMILIES[name].has_tokens]
+WITH_TEXTS = [name for name, one in MADE.items() if one.tokenizer is not None]
+QUICK = ["altclip", "siglip", "vit and bert", "dinov2"]
+"""One of each kind; the others are asked the same, marked slow."""
+FEW_METHODS = ["vs2", "amplify", "centroid", "anchored_prototypes", "distribution_norm"]
+"""Of each kind of step and fit; of the families in `QUICK`, as CLIP is asked of all."""
 
 
-def save_clip(folder):
-    hf_clip = hf_vs2.__path__[0] + "/demo_assets"
-    model = CLIPModel.from_pretrained(hf_clip, dtype=torch.float32)
-    model.save_pretrained(folder)
-    for part in load_processing(hf_clip):
-        part.save_pretrained(folder)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {}, tmp_path_factory
 
 
-def save_metaclip(folder):
-    text = {**TOWER, "vocab_size": 60, "max_position_embeddings": 24, "eos_token_id": 2, "bos_token_id": 0}
-    config = MetaClip2Config(text_config=text, vision_config=VISION, projection_dim=24)
-    MetaClip2Model(config).save_pretrained(folder)
-    vocab = [
-        ("<s>", 0.0),
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        *((word, -1.0) for word in WORDS),
-        ("<mask>", 0.0),
-    ]
-    XLMRobertaTokenizer(vocab=vocab).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-
-
-def save_siglip(folder):
-    text = {**TOWER, "vocab_size": 60, "max_position_embeddings": 64, "projection_size": 32, "pad_token_id": 0}
-    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
-    vocab = {word: place for place, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *WORDS, "<mask>"])}
-    merges = [(left, right) for left in vocab for right in vocab if left + right in vocab]
-    GemmaTokenizer(vocab=vocab, merges=merges, model_input_names=["input_ids"]).save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-
-
-SAVE = {"clip": save_clip, "metaclip_2": save_metaclip, "siglip": save_siglip}
-
-
-@pytest.fixture(scope="module", params=list(SAVE))
-def family(request, tmp_path_factory):
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MADE])
+def family(request, folders):
     """`(name, folder of the model)`."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVE[request.param](folder)
-    return request.param, folder
+    kept, factory = folders
+    name = request.param
+    if name not in kept:
+        torch.manual_seed(0)
+        kept[name] = folder = factory.mktemp(name.replace(" ", "_"))
+        one = MADE[name]
+        for part in (one.model(), one.images(), *([] if one.tokenizer is None else [one.tokenizer()])):
+            part.save_pretrained(folder)
+    return name, kept[name]
 
 
-def load(folder):
-    name, folder = folder
-    return FAMILIES[name].model.from_pretrained(folder, dtype=torch.float32).eval()
+def load(family):
+    name, folder = family
+    return FAMILIES[MADE[name].model_type].model.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def steered(model, **settings):
+def size_of(family):
+    """Side of the images that its processor gives."""
+    return 48 if family[0] == "clipseg" else 28 if family[0] == "clip" else 32
+
+
+def steered(family, model=None, **settings):
     """With a random SAE around the rows of noise."""
+    model = load(family) if model is None else model
     torch.manual_seed(1)
-    size = model.config.vision_config.image_size
+    size = size_of(family)
     with torch.no_grad():
-        rows = family_of(model).row(model.vision_model(pixel_values=torch.randn(64, 3, size, size)))
+        rows = family_of(model).row(tower_of(model)(pixel_values=torch.randn(64, 3, size, size)))
     base = describe_base_model(model)
     sae = SAEModel(SAEConfig(hidden_size=rows.shape[1], expansion_factor=2, top_k=8, gate=None, **base))
     sae.set_statistics(rows.mean(0), rows.var(0).sum().item())
@@ -98,12 +74,15 @@ def steered(model, **settings):
     return VS2CLIPForZeroShot(model, sae.eval(), **settings)
 
 
-def inputs_of(model, count=4):
+def inputs_of(family, count=4):
     generator = torch.Generator().manual_seed(2)
-    size = model.config.vision_config.image_size
-    ids = torch.randint(4, 40, (3, 7), generator=generator)
-    ids[:, -1] = 1 if isinstance(model, SiglipModel) else model.config.text_config.eos_token_id
-    return {"pixel_values": torch.randn(count, 3, size, size, generator=generator), "input_ids": ids}
+    size, found = size_of(family), {}
+    if family[0] in WITH_TEXTS:
+        ids = torch.randint(5, 40, (3, 7), generator=generator)
+        end = getattr(load(family).config.text_config, "eos_token_id", None)
+        ids[:, -1] = 3 if end is None else end
+        found["input_ids"] = ids
+    return {"pixel_values": torch.randn(count, 3, size, size, generator=generator)} | found
 
 
 def images(count=9):
@@ -111,85 +90,120 @@ def images(count=9):
     return [Image.fromarray(generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)) for _ in range(count)]
 
 
+def reader_of(family):
+    """What stands for the texts: the tokenizer, or embeddings of the labels."""
+    if family[0] in WITH_TEXTS:
+        return load_processing(family[1])[0]
+    width = embedding_width(load(family))
+    return dict(zip(LABELS, torch.randn(3, width, generator=torch.Generator().manual_seed(3)), strict=True))
+
+
 def test_every_family_is_tested():
-    """A family that somebody registers belongs into SAVE."""
-    assert set(SAVE) == set(steerable())
+    """A family that is registered belongs into MADE."""
+    registered = {name for name, one in FAMILIES.items() if name == one.model_type}
+    assert {one.model_type for one in MADE.values()} == registered
 
 
 def test_off_and_held_back_are_the_model_itself_bit_for_bit(family):
-    model = load(family)
-    vs2, inputs = steered(model), inputs_of(model)
+    model, inputs = load(family), inputs_of(family)
+    vs2 = steered(family, model)
+    off = ({"enabled": False}, {"method": "none"}, {"fvu_threshold": 0.0})
     with torch.no_grad():
-        plain = model(**inputs, return_loss=True) if len(inputs["input_ids"]) == 4 else model(**inputs)
-        moved = vs2(**inputs)
-        assert not torch.allclose(moved.logits_per_image, plain.logits_per_image)
-        for settings in ({"enabled": False}, {"method": "none"}, {"fvu_threshold": 0.0}):
+        if family[0] not in WITH_TEXTS:
+            outputs = model(**inputs)
+            plain = getattr(outputs, "image_embeds", None)
+            plain = family_of(model).row(outputs) if plain is None else plain
+            assert not torch.allclose(vs2.get_image_features(**inputs).pooler_output, plain)
+            for settings in off:
+                with vs2.steering(**settings):
+                    assert torch.equal(vs2.get_image_features(**inputs).pooler_output, plain), settings
+            with pytest.raises(ValueError, match="has no text tower, so it can't read labels"):
+                vs2(**inputs)
+            return
+        plain = model(**inputs)
+        assert not torch.allclose(vs2(**inputs).logits_per_image, plain.logits_per_image)
+        for settings in off:
             with vs2.steering(**settings):
                 found = vs2(**inputs)
             assert torch.equal(found.logits_per_image, plain.logits_per_image), settings
             assert torch.equal(found.image_embeds, plain.image_embeds)
+        three = inputs | {"pixel_values": inputs["pixel_values"][:3]}  # as many images as texts
+        expected = model(**three, return_loss=True).loss
+        assert not torch.equal(vs2.eval()(**three, return_loss=True).loss, expected)
+        with vs2.steering(fvu_threshold=0.0):
+            assert torch.equal(vs2(**three, return_loss=True).loss, expected)
 
 
 def test_replay_of_rows_is_the_whole_model(family):
     """Everything is compared on cached rows: they have to give what images give."""
-    model = load(family)
-    inputs = inputs_of(model)
-    vs2 = steered(model)
-    classes = torch.nn.functional.normalize(
-        model.get_text_features(inputs["input_ids"]).pooler_output.detach(), dim=-1
-    )
-    for name, method in hf_vs2.methods.METHODS.items():
+    model, inputs = load(family), inputs_of(family)
+    vs2 = steered(family, model)
+    classes = class_embeddings(model, reader_of(family), LABELS)
+    pixels = inputs["pixel_values"]
+    methods = hf_vs2.methods.METHODS
+    for name, method in {name: methods[name] for name in (FEW_METHODS if family[0] in QUICK else methods)}.items():
         if method.needs_corpus or (method.needs_softmax and family[0] == "siglip"):
             with pytest.raises(ValueError, match="corpus|scores labels by a sigmoid"):
                 vs2.set_steering(method=name)
-                vs2(**inputs)
+                vs2.image_features(pixels)
             vs2.set_steering(method="vs2")
             continue
         with torch.no_grad(), vs2.steering(method=name):
-            whole = vs2.image_features(inputs["pixel_values"], with_plain=True)
-            replayed = vs2.image_features_from_cls(vs2.cls_rows(inputs["pixel_values"]))
+            whole = vs2.image_features(pixels, with_plain=True)
+            replayed = vs2.image_features_from_cls(vs2.cls_rows(pixels))
             torch.testing.assert_close(replayed.features, whole.features, rtol=1e-4, atol=1e-5)
-            plain = model.get_image_features(inputs["pixel_values"]).pooler_output
-            assert torch.equal(whole.plain_features, plain)
+            assert torch.equal(whole.plain_features, plain_features(model, pixels))
             logits = vs2.class_logits(replayed, classes)
-            torch.testing.assert_close(vs2(**inputs).logits_per_image, logits, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(vs2.class_logits(whole, classes), logits, rtol=1e-3, atol=1e-3)
+            if family[0] in WITH_TEXTS:
+                texts = normalize(model.get_text_features(inputs["input_ids"]).pooler_output, dim=-1)
+                logits = vs2.class_logits(replayed, texts)
+                torch.testing.assert_close(vs2(**inputs).logits_per_image, logits, rtol=1e-3, atol=1e-3)
 
 
-def test_loss_is_the_models_own(family):
-    model = load(family)
-    inputs = inputs_of(model, count=3)
-    with torch.no_grad():
-        expected = model(**inputs, return_loss=True).loss
-        vs2 = steered(model)
-        assert torch.equal(vs2.eval()(**inputs, return_loss=True).loss, expected) is False
-        with vs2.steering(fvu_threshold=0.0):
-            assert torch.equal(vs2(**inputs, return_loss=True).loss, expected)
+def plain_features(model, pixels):
+    """The model's own."""
+    if hasattr(model, "get_image_features"):
+        return model.get_image_features(pixel_values=pixels).pooler_output
+    outputs = model(pixel_values=pixels)
+    embeds = getattr(outputs, "image_embeds", None)
+    return family_of(model).row(outputs) if embeds is None else embeds
 
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_saved_loaded_and_classified(family, tmp_path, full):
     """By path alone: model, tokenizer and image processor of the family's own kind; plain scores are those of transformers'
-    own pipeline for that family."""
+    own pipeline for that family. Without texts the embeddings of the labels are given."""
     name, folder = family
-    vs2 = steered(load(family))
+    vs2 = steered(family)
     vs2.save_pretrained(tmp_path, full=full)
     again = VS2CLIPForZeroShot.from_pretrained(tmp_path)
-    inputs = inputs_of(vs2.clip)
+    pixels = inputs_of(family)["pixel_values"]
     with torch.no_grad():
-        assert torch.equal(again(**inputs).logits_per_image, vs2(**inputs).logits_per_image)
-    assert type(again.clip) is FAMILIES[name].model
-    classifier = hf_vs2.zero_shot_classifier(tmp_path, device="cpu")
+        assert torch.equal(again.image_features(pixels).features, vs2.image_features(pixels).features)
+    assert type(again.clip) is FAMILIES[MADE[name].model_type].model
     (image,) = images(1)
+    if name not in WITH_TEXTS:
+        for one in (folder, tmp_path):
+            with pytest.raises(ValueError, match="has no text tower, so it can't read labels. Give the embeddings"):
+                hf_vs2.zero_shot_classifier(one, device="cpu")(image, LABELS)
+    given = {} if name in WITH_TEXTS else {"tokenizer": reader_of(family)}
+    classifier = hf_vs2.zero_shot_classifier(tmp_path, device="cpu", **given)
     answers = classifier(image, LABELS, return_details=True)
-    stock = pipeline("zero-shot-image-classification", model=load(family), device="cpu", **parts_of(classifier))
-    expected = {one["label"]: one["score"] for one in stock(image, candidate_labels=LABELS)}
+    if name in WITH_TEXTS:
+        assert type(classifier.tokenizer) is type(MADE[name].tokenizer())
+        own = {"tokenizer": classifier.tokenizer, "image_processor": MADE[name].images()}
+        stock = pipeline("zero-shot-image-classification", model=load(family), device="cpu", **own)
+        expected = {one["label"]: one["score"] for one in stock(image, candidate_labels=LABELS)}
+    else:
+        pixels = MADE[name].images()(image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            embeds = normalize(plain_features(load(family), pixels), dim=-1)
+        logits = 100 * embeds @ normalize(torch.stack([given["tokenizer"][label] for label in LABELS]), dim=-1).T
+        expected = dict(zip(LABELS, logits.softmax(-1)[0].tolist(), strict=True))
     assert {one["label"]: one["score"] for one in answers["plain"]} == pytest.approx(expected, abs=2e-3)
-    plain = hf_vs2.zero_shot_classifier(folder, device="cpu")(image, LABELS)
+    plain = hf_vs2.zero_shot_classifier(folder, device="cpu", **given)(image, LABELS)
     assert {one["label"]: one["score"] for one in plain} == pytest.approx(expected, abs=2e-3)
-
-
-def parts_of(classifier):
-    return {"tokenizer": classifier.tokenizer, "image_processor": classifier.image_processor}
 
 
 @pytest.mark.slow
@@ -201,41 +215,114 @@ def test_extract_train_evaluate_recommend(family, tmp_path):
     store = hf_vs2.extract_activations(
         str(folder), data, tmp_path / "rows", device="cpu", label_column="label", progress=False
     )
-    model, (tokenizer, processor) = load(family), load_processing(folder)
-    pixels = processor(images(24), return_tensors="pt")["pixel_values"]
+    model, reader = load(family), reader_of(family)
+    pixels = MADE[name].images()(images(24), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        expected = family_of(model).row(model.vision_model(pixel_values=pixels))
+        expected = family_of(model).row(tower_of(model)(pixel_values=pixels))
     torch.testing.assert_close(store.tensor(-1).float(), expected, rtol=1e-2, atol=1e-2)
     sae = SAEModel(SAEConfig(hidden_size=expected.shape[1], expansion_factor=2, top_k=8))
     arguments = SAETrainingArguments(output_dir=str(tmp_path / "run"), max_steps=3)
     SAETrainer(sae, arguments, store).train()
     vs2 = VS2CLIPForZeroShot.from_pretrained(tmp_path / "run", gate=None)
-    assert type(vs2.clip) is FAMILIES[name].model and vs2.sae.config.site == FAMILIES[name].site
-    table = hf_vs2.evaluate(vs2, store, store.labels, LABELS, tokenizer, num_resamples=9)
+    assert type(vs2.clip) is type(model) and vs2.sae.config.site == family_of(model).site
+    table = hf_vs2.evaluate(vs2, store, store.labels, LABELS, reader, num_resamples=9)
     assert {"clip", "vs2", "centroid"} <= {row["method"] for row in table.rows}
-    advice = hf_vs2.recommend(vs2, store, class_embeddings(vs2.clip, tokenizer, LABELS), labels=store.labels)
+    advice = hf_vs2.recommend(vs2, store, class_embeddings(vs2.clip, reader, LABELS), labels=store.labels)
     assert advice.method in hf_vs2.methods.METHODS
+    embeds = hf_vs2.retrieval.embed_images(vs2, data, image_processor=load_processing(folder)[1])
+    torch.testing.assert_close(embeds, normalize(plain_features(model, pixels), dim=-1), rtol=1e-2, atol=1e-2)
 
 
-def test_explanations(family):
-    """Of families with a CLIP's tail; of SigLIP refused in one line."""
-    name, _ = family
-    vs2 = steered(load(family))
-    pixels = inputs_of(vs2.clip)["pixel_values"]
-    classes = torch.eye(
-        3, vs2.clip.vision_model.config.hidden_size if name == "siglip" else vs2.clip.config.projection_dim
+def test_explanations_and_the_grid_are_of_the_models_own_scores(family):
+    """Parts add up to the steered score, probabilities are those of the model (SigLIP's are sigmoids), and each cell of the
+    grid is what the model answers there."""
+    vs2 = steered(family)
+    pixels = inputs_of(family, count=8)["pixel_values"]
+    classes = normalize(torch.randn(3, embedding_width(vs2.clip), generator=torch.Generator().manual_seed(4)), dim=-1)
+    rows = vs2.cls_rows(pixels).detach()
+    images = vs2.image_features_from_cls(rows)
+    logits = vs2.class_logits(images, classes).double()
+    found = vs2.explain(pixels, classes)
+    parts = found.plain_scores + found.normalisation + found.replacement + found.contributions.sum(-1)
+    torch.testing.assert_close(parts, found.steered_scores)
+    torch.testing.assert_close(found.steered_scores, logits, rtol=1e-3, atol=1e-3)
+    own = logits.sigmoid() if family[0] == "siglip" else logits.softmax(-1)
+    torch.testing.assert_close(found.probabilities()[1], own, rtol=1e-3, atol=1e-3)
+    (shown, *_) = found.to_dict()
+    assert shown["labels"][0]["steered"] == pytest.approx(
+        (logits[0, 0] - (0 if family[0] == "siglip" else logits[0].mean())).item(), abs=1e-3
     )
-    if name in CLS:
-        assert vs2.explain(pixels, classes).contributions.shape[0] == len(pixels)
-        return
-    with pytest.raises(ValueError, match="worked out from post_layernorm and visual_projection.*SiglipModel"):
-        vs2.explain(pixels, classes)
+    answers = logits.argmax(-1)
+    grid = hf_vs2.steering_grid(
+        vs2, rows, answers, classes, [vs2.steering_settings.gamma], [vs2.steering_settings.lambda_]
+    )
+    assert grid.top1.tolist() == [[100.0]]
 
 
-def test_inner_layers_without_tokens_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        # As OFA-Sys' ChineseCLIPs have it: the words alone, without a configuration of the tokenizer.
+        ("chinese_clip", "vocab.txt"),
+        ("clipseg", None),
+    ],
+)
+@pytest.mark.slow
+def test_layouts_of_repositories(tmp_path, config, words):
+    """Files as they lie on the Hub, which `save_pretrained` would write otherwise."""
+    torch.manual_seed(0)
+    one = MADE[config]
+    one.images().save_pretrained(tmp_path)
+    if words is None:  # CLIPSeg's repositories hold the CLIP inside the model with the decoder
+        layers = {"extract_layers": [0, 1, 2], "reduce_dim": 8, "decoder_num_attention_heads": 2}
+        settings = {**layers, "decoder_intermediate_size": 16, "projection_dim": 24}
+        text = TEXT | {"vocab_size": 580} | CLIP_ENDS
+        whole = transformers.CLIPSegForImageSegmentation(
+            transformers.CLIPSegConfig(text_config=text, vision_config=VISION, **settings)
+        )
+        whole.save_pretrained(tmp_path)
+        one.tokenizer().save_pretrained(tmp_path)
+        assert torch.equal(load_clip(tmp_path).logit_scale, whole.clip.logit_scale)
+    else:
+        one.model().save_pretrained(tmp_path)
+        vocab = one.tokenizer().get_vocab()
+        (tmp_path / words).write_text("\n".join(sorted(vocab, key=vocab.get)) + "\n", encoding="utf-8")
+    answer = hf_vs2.zero_shot_classifier(tmp_path, device="cpu")(images(1)[0], LABELS)
+    assert sorted(one["label"] for one in answer) == sorted(LABELS)
+
+
+def test_what_can_not_be_steered_is_refused_in_one_line(tmp_path):
+    """By the configuration alone, before any weight is read."""
+    flexible = transformers.Siglip2Config(text_config=TEXT | SIGLIP_ENDS, vision_config=TOWER)
+    cases = {
+        "flexible": (flexible, "is a SigLIP 2 of flexible resolution.*Take one of fixed resolution"),
+        "tower": (transformers.AltCLIPVisionConfig(**VISION), "holds a model of type 'altclip_vision_model'"),
+        "blip": (transformers.BlipConfig(), "holds a model of type 'blip'; expected a"),
+    }
+    for name, (config, told) in cases.items():
+        config.save_pretrained(tmp_path / name)
+        for load_it in (load_clip, hf_vs2.zero_shot_classifier):
+            with pytest.raises(ValueError, match=told):
+                load_it(tmp_path / name)
+
+
+@pytest.mark.parametrize("family", ["siglip"], indirect=True)
+def test_sigmoid_scores_are_probabilities_of_their_own(family):
+    """What `adapt` reports is what `classify` shows, and a method that shares an image out by a softmax is refused."""
+    vs2 = steered(family)
+    rows = vs2.cls_rows(inputs_of(family)["pixel_values"]).detach()
+    classes = class_embeddings(vs2.clip, reader_of(family), LABELS)
+    logits = vs2.class_logits(vs2.image_features_from_cls(rows), classes)
+    sure = compare(vs2, rows_of(rows, None), classes).adapted_confidence
+    torch.testing.assert_close(sure, logits.sigmoid().amax(-1))
+    with pytest.raises(ValueError, match="each by itself, and this method shares each image out among the labels"):
+        vs2.set_steering(method="anchored_prototypes")
+
+
+@pytest.mark.parametrize("family", ["siglip"], indirect=True)
+def test_inner_layers_without_tokens_are_refused(family, tmp_path):
     """SigLIP's tokens are patches: there is no row of an inner layer to read."""
-    save_siglip(tmp_path / "siglip")
-    model = SiglipModel.from_pretrained(tmp_path / "siglip")
+    model = load(family)
     sae = SAEModel(SAEConfig(hidden_size=32, expansion_factor=2, top_k=8, site="pooled"))
     with pytest.raises(ValueError, match="has no CLS token: it is steered at its last layer alone"):
         VS2CLIPForZeroShot(model, {0: sae})

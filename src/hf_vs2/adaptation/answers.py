@@ -11,7 +11,7 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.stores.rows import Rows
-from ..encoders.tail import plain_embeds
+from ..encoders.tail import plain_embeds, probabilities
 from ..evaluation.metrics import few_of_each
 
 
@@ -54,7 +54,8 @@ def compare(model: VS2CLIPForZeroShot, rows: Rows, classes: torch.Tensor, batch_
     for block in rows.batches(batch_size):
         cosines = plain_embeds(model.clip, block) @ classes.T
         before, after = (
-            steerer.class_logits(steerer.features_from_cls(block), classes).softmax(-1) for steerer in steerers
+            probabilities(steerer.class_logits(steerer.features_from_cls(block), classes), model.clip)
+            for steerer in steerers
         )
         plain, adapted = before.max(-1), after.max(-1)
         lead = adapted.values - after.gather(-1, plain.indices.unsqueeze(-1)).squeeze(-1)

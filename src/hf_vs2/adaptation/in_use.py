@@ -12,7 +12,7 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
 from ..data.labels.prompts import class_embeddings
-from ..encoders.tail import softmax_temperature
+from ..encoders.tail import is_sigmoid, softmax_temperature
 from ..evaluation.evidence import Sureness, embeds_of, why_others
 from ..evaluation.recommendation import LEAST_IMAGES
 from ..files.json_files import read_json
@@ -64,6 +64,8 @@ class Familiarity:
         if self.known is None or self.known.rows is None or self.ours.sums[0].sum() < LEAST_IMAGES:
             return ""
         model, tokenizer = self.classifier.model, self.classifier.tokenizer
+        if is_sigmoid(model.clip):  # how sure it is of a label says nothing of the others
+            return ""
         classes = class_embeddings(model.clip, tokenizer, self.labels, self.templates, clean=self.clean).cpu()
         theirs = Sureness.of(embeds_of(model, self.known.rows, 1024), classes, softmax_temperature(model.clip))
         inside = self.inside / self.measured if self.measured else 1.0

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings, resolve_templates
 from ..data.stores.activations import ActivationStore, extract_activations
 from ..data.stores.rows import rows_of
-from ..encoders.families import is_steerable
-from ..encoders.tail import plain_embeds
+from ..encoders.families import is_steerable, refuse_without_texts
+from ..encoders.tail import is_sigmoid, plain_embeds, temperature
 from ..encoders.vision_tower import best_device
 from ..evaluation.few_shot import cross_answers
 from ..evaluation.recommendation import apply_method, candidates_of, recommend
@@ -167,7 +167,9 @@ def adapt(
     say(3, "choosing a method" + ("" if checked is None else " by the checked labels"))
     classes = class_embeddings(plain.model, plain.tokenizer, labels, templates, clean=clean)
     model = VS2CLIPForZeroShot(plain.model, sae).eval()
-    methods = [name for name in candidates_of(None) if trusted or not METHODS[name].reads_latents]
+    methods = [
+        name for name in candidates_of(None, is_sigmoid(plain.model)) if trusted or not METHODS[name].reads_latents
+    ]
     found = recommend(model, store, classes, truth, methods=methods, own_images=True, seed=seed)
     apply_method(model, found.method, folder)
 
@@ -228,6 +230,8 @@ def _plain(clip: Any, tokenizer: Any, image_processor: Any, revision: str | None
     plain = zero_shot_classifier(clip, **options)
     if not is_steerable(plain.model):
         raise ValueError(f"{clip} is a checkpoint of hf_vs2: adapt starts from a plain CLIP. Give that one's name.")
+    if not isinstance(plain.tokenizer, Mapping):
+        refuse_without_texts(plain.model)
     return plain
 
 
@@ -286,7 +290,7 @@ def _few_shot(
     rows = rows_of(store)
     with torch.no_grad():
         embeds = torch.cat([plain_embeds(clip, block).cpu() for block in rows.batches(indices=known)])
-    return cross_answers(embeds, truth[known], classes.cpu(), clip.logit_scale.float().exp().item())
+    return cross_answers(embeds, truth[known], classes.cpu(), temperature(clip).item())
 
 
 def _is_done(folder: Path, digest: str) -> bool:

@@ -39,7 +39,7 @@ NUM_NEAREST = 6
 @torch.no_grad()
 def build_atlas(
     model: VS2CLIPForZeroShot,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Mapping[str, torch.Tensor] | None,
     rows: RowSource,
     dataset: Dataset | IterableDataset,
     output_dir: str | PathLike,
@@ -69,7 +69,8 @@ def build_atlas(
     Args:
         model: the wrapper, with one SAE, on the last layer; its gamma, lambda and gate are what fixed and broken
             images are of. It is left as it was found.
-        tokenizer: the tokenizer of its CLIP.
+        tokenizer: the tokenizer of its CLIP, or the embeddings of labels and words as [`class_embeddings`] takes them.
+            `None` for a model without texts: latents then have no names, and answers are not shown.
         rows: CLS rows of the last layer, before `post_layernorm`, one an image: a tensor `(n, hidden_size)` or an
             activation store.
         dataset: the images that the rows were made from, which is read for thumbnails only.
@@ -109,7 +110,7 @@ def build_atlas(
     words = words_of(model, tokenizer, vocabulary, truth.class_names, templates, progress)
     embeds = (
         class_embeddings(model.clip, tokenizer, truth.class_names, templates, progress=progress, clean=False)
-        if number > 1
+        if number > 1 and tokenizer is not None
         else None
     )
     statistics = gather(model, rows, truth.labels, number, top_images, batch_size, progress)

@@ -10,7 +10,7 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.stores.rows import Rows
-from ..encoders.tail import unit_embeds
+from ..encoders.tail import logits_of, probabilities, unit_embeds
 from ..functional.equations import keep_norm
 
 
@@ -62,4 +62,4 @@ def _probabilities(model: VS2CLIPForZeroShot, rows: torch.Tensor, class_embeds: 
     features = model.image_features_from_cls(rows).features
     assert features is not None
     cosines = unit_embeds(features) @ class_embeds.to(features.device).float().T
-    return (model.clip.logit_scale.exp().float() * cosines).softmax(-1)
+    return probabilities(logits_of(model.clip, cosines), model.clip)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
@@ -22,9 +22,6 @@ from ..explain.latent_names import (
     embedding_directions,
 )
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NUM_WORDS = 5
 NUM_FOUND = 200
@@ -52,13 +49,17 @@ class Words:
 @torch.no_grad()
 def words_of(
     model: VS2CLIPForZeroShot,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     vocabulary: Sequence[str] | None,
     class_names: Sequence[str],
     templates: Any,
     progress: bool,
 ) -> Words:
-    """Words from the vocabulary; without one, from [`common_words`] and the class names."""
+    """Words from the vocabulary; without one, from [`common_words`] and the class names; none without a tokenizer."""
+    if tokenizer is None:
+        nothing = torch.zeros(len(model.sae.W_dec), 0)
+        none = LatentNames([], nothing.long(), nothing, 0.0)
+        return Words(none, none, [], "nothing: the model has no texts")
     if vocabulary is None:
         common = common_words()
         own = {name.casefold() for name in class_names}

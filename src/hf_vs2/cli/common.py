@@ -290,17 +290,22 @@ def load_classifier(args: argparse.Namespace) -> VS2ZeroShotImageClassificationP
     return zero_shot_classifier(args.checkpoint, device=join_processes().device, **options)
 
 
-def load_steered_clip(args: argparse.Namespace) -> tuple[VS2CLIPForZeroShot, PreTrainedTokenizerBase, Any]:
-    """The same in parts: model, tokenizer, image processor.
+def load_steered_clip(
+    args: argparse.Namespace, texts: bool = True
+) -> tuple[VS2CLIPForZeroShot, PreTrainedTokenizerBase, Any]:
+    """The same in parts: model, tokenizer (`None` of a model without texts), image processor.
 
     Raises:
-        ValueError: the checkpoint is a plain CLIP.
+        ValueError: the checkpoint is a plain CLIP, or without the `texts` that the command needs.
     """
     from ..clip.modeling import VS2CLIPForZeroShot
+    from ..encoders.families import refuse_without_texts
 
     classifier = load_classifier(args)
     if not isinstance(classifier.model, VS2CLIPForZeroShot):
         raise ValueError(f"{args.checkpoint} is a plain CLIP without SAE: train one on it with hf-vs2 train")
+    if texts:
+        refuse_without_texts(classifier.clip)
     return classifier.model.eval(), classifier.tokenizer, classifier.image_processor
 
 

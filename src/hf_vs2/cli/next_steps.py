@@ -39,9 +39,9 @@ def checkpoint_flags(args: Namespace, checkpoint: Any = None) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("checkpoint", "clip", "revision", "subfolder")}
 
 
-def after_training(args: Namespace, checkpoint: Path) -> str | None:
+def after_training(args: Namespace, checkpoint: Path, texts: bool = True) -> str | None:
     """Compare methods on labelled images of another split; without one, ask for a method by the labels of these;
-    without labels, look at what was learned. `None`: nothing says which images it was."""
+    without labels, or `texts` to read them by, look at what was learned. `None`: nothing says which images it was."""
     from transformers.utils import logging
 
     from ..data.labels.names import class_names_of
@@ -56,7 +56,7 @@ def after_training(args: Namespace, checkpoint: Path) -> str | None:
         splits = open_splits(args.dataset, **_opening(args, column))
     finally:
         logging.set_verbosity(verbosity)
-    labelled = [name for name, split in splits.items() if class_names_of(split, column) is not None]
+    labelled = [name for name, split in splits.items() if class_names_of(split, column) is not None and texts]
     fresh = next((name for name in ("test", "validation", "val", "dev") if name in labelled), None)
     if fresh is not None and fresh != (args.split or "").partition("[")[0].strip():
         return command("evaluate", **own | {"split": fresh, "label_column": column})

@@ -10,7 +10,7 @@ from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
-from ..encoders.families import steerable
+from ..encoders.families import FAMILIES
 from ..encoders.loading import load_clip
 from ..encoders.wrapped import unwrapped
 from ..files.place import at_one_commit
@@ -43,7 +43,9 @@ def zero_shot_classifier(
     Args:
         model: a VS2 checkpoint, an SAE checkpoint (the CLIP that it names is loaded) or a plain CLIP, by Hub id or
             path; or a model that is already loaded, also inside `torch.compile` or a peft model.
-        tokenizer, image_processor (*optional*): by default those of the checkpoint, or else of the CLIP it names.
+        tokenizer, image_processor (*optional*): by default those of the checkpoint, or else of the CLIP it names. A
+            dict of label -> embedding in the place of the tokenizer gives the embeddings of the labels, which a model
+            without texts needs.
         kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `dtype`,
             `device_map`, `attn_implementation`, `use_safetensors` and `clip` go to `from_pretrained`; everything else
             (`device`, `batch_size`, `top_k`, `gamma`, ...) to the pipeline.
@@ -77,7 +79,8 @@ def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> 
     model_type = config.get("model_type")
     if model_type in (VS2CLIPConfig.model_type, SAEConfig.model_type):
         return VS2CLIPForZeroShot.from_pretrained(source, **place, **loading)
-    if model_type not in steerable():
+    family = FAMILIES.get(str(model_type))
+    if (family is None or family.model_type != model_type) and model_type != "siglip2":  # which says more of itself
         raise ValueError(
             f"{source} holds a model of type {model_type!r}; expected a VS2 checkpoint "
             f"({VS2CLIPConfig.model_type!r}), an SAE checkpoint ({SAEConfig.model_type!r}) or a CLIP ('clip')."

@@ -18,7 +18,7 @@ from ..data.ahead import num_processors
 from ..data.batches import read_groups
 from ..data.folders.listing import list_images
 from ..data.inputs import SINGLE_IMAGE, NamedImage, NamedImages, NamedStream
-from ..data.labels.prompts import tokenized
+from ..data.labels.prompts import text_features, tokenized
 from ..data.load import undecoded
 from ..data.pixels import Normalizer
 from ..encoders.tail import unit_embeds
@@ -142,10 +142,10 @@ class EmbeddingMixin(SteeringMixin):
         tokenizer, _ = self._processing(processor)
         batches = tokenized(self.clip, tokenizer, given, batch_size, {})
         shown, found = len(batches) > 1 if show_progress_bar is None else show_progress_bar, []
-        names, device = iter(given), device_of(self.clip)
+        names = iter(given)
         with torch.no_grad():
             for ids, mask in progress_bar(batches, shown=shown, desc="Texts", unit=" batches"):
-                features = self.clip.get_text_features(ids.to(device), attention_mask=mask.to(device)).pooler_output
+                features = text_features(self.clip, ids, mask)
                 named = [f"the text {text!r}" for text in islice(names, len(ids))]
                 found.append(_checked(features, normalize_embeddings, named.__getitem__))
         return _converted(torch.cat(found), is_one, convert_to_numpy, convert_to_tensor)

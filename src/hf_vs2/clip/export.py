@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from ..encoders.families import tower_of
 from ..encoders.tail import bias, temperature
 from ..steering.corpus_search import RetrievalInputs
 from .modeling import VS2CLIPForZeroShot
@@ -55,7 +56,7 @@ class ImageSide(nn.Module):
                 "Choose another one by set_steering(method=...)."
             )
         self.model = model.eval()
-        vision = model.clip.vision_model.config
+        vision = tower_of(model.clip).config
         self.register_buffer("class_embeds", class_embeds.detach().float())
         self.register_buffer("scale", temperature(model.clip).detach())
         self.register_buffer("bias", bias(model.clip).detach().to(self.scale.device))

@@ -11,13 +11,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import check_base_model, loaded_revision, resolve_layer
-from ..encoders.families import FAMILIES, family_of, is_steerable, steerable
-from ..encoders.loading import check_clip, load_clip
+from ..encoders.families import FAMILIES, family_of, is_steerable, steerable, tower_of, vision_config_of
+from ..encoders.loading import check_clip, load_clip, spread
 from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
 from ..encoders.wrapped import is_quantised, unwrapped
 from ..files.checkpoint_folder import CORPUS_FILES, CORPUS_FOLDER
@@ -129,7 +130,7 @@ def load_full(
     files = WeightFiles.find(name_or_path, place)
     sizes = in_one_message(lambda: _sizes_of_clip(config, files), files.source)
     files.check(sae_tensors(config, files.source) | sizes)
-    own = dict(kwargs)
+    own = dict(kwargs) | ({"device_map": spread(kwargs["device_map"], files.shapes)} if "device_map" in kwargs else {})
     if isinstance(own.get("attn_implementation"), dict):
         own["attn_implementation"] = {"clip_config": options_of("clip", own)["attn_implementation"]}
     model, loading = in_one_message(
@@ -148,18 +149,22 @@ def load_full(
 def _sizes_of_clip(config: VS2CLIPConfig, files: WeightFiles) -> dict[str, tuple[int, ...]]:
     """The tensors of the CLIP that the config describes, without making them."""
     clip_config: Any = config.clip_config
-    for part in (clip_config.vision_config, clip_config.text_config):
+    for part in (vision_config_of(clip_config), getattr(clip_config, "text_config", clip_config)):
         if part.num_hidden_layers > len(files.shapes):
             raise ValueError(
                 f"by its config.json {files.source} has {part.num_hidden_layers} layers; it holds fewer tensors."
             )
-    return _clip_tensors(clip_config)
+    return _clip_tensors(clip_config, as_saved=True)
 
 
-def _clip_tensors(clip_config: Any) -> dict[str, tuple[int, ...]]:
+def _clip_tensors(clip_config: Any, as_saved: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights by their names in the model, or in files, where transformers keeps the names that a
+    family's first checkpoints had."""
     with torch.device("meta"):
         clip = FAMILIES[clip_config.model_type].model(clip_config)
-    return {f"clip.{name}": tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+    state = clip.state_dict()
+    state = revert_weight_conversion(clip, state) if as_saved else state
+    return {f"clip.{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def sae_tensors(config: VS2CLIPConfig, source: str) -> dict[str, tuple[int, ...]]:
@@ -253,8 +258,8 @@ def load_corpus(
 
 
 def find_processing(model: PreTrainedModel, source: str | None, place: dict[str, Any]) -> tuple[Any, Any]:
-    """Tokenizer and image processor of a model: of the checkpoint that it was loaded from (`source`, at `place`) where
-    that has files of them, else of the CLIP that it names.
+    """Tokenizer (`None` of a model without texts) and image processor of a model: of the checkpoint that it was loaded
+    from (`source`, at `place`) where that has files of them, else of the CLIP that it names.
 
     Raises:
         `OSError`: if neither has them. `ValueError`: if files are damaged, or the model does not say where it comes
@@ -263,9 +268,11 @@ def find_processing(model: PreTrainedModel, source: str | None, place: dict[str,
     clip: Any = getattr(model, "clip", model)
     name = clip.config._name_or_path
     access = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
-    found = []
+    found: list[Any] = []
     for files, load in ((TOKENIZER_FILES, load_tokenizer), (PROCESSOR_FILES, load_image_processor)):
-        if source is not None and (name in (None, "", source) or holds(source, files, place)):
+        if load is load_tokenizer and not family_of(clip).has_texts:
+            found.append(None)
+        elif source is not None and (name in (None, "", source) or holds(source, files, place)):
             found.append(load(source, place))
         elif name:
             revision = loaded_revision(clip, access.get("cache_dir"))
@@ -299,11 +306,11 @@ def at_layer(config: SAEConfig, layer: int) -> SAEConfig:
 
 
 def layer_of(config: SAEConfig, clip: CLIPModel) -> int:
-    return resolve_layer(-1 if config.layer is None else config.layer, clip.vision_model.config.num_hidden_layers)
+    return resolve_layer(-1 if config.layer is None else config.layer, tower_of(clip).config.num_hidden_layers)
 
 
 def check_widths(saes: Mapping[int, SAEModel], clip: CLIPModel) -> None:
-    width = clip.vision_model.config.hidden_size
+    width = tower_of(clip).config.hidden_size
     for layer, sae in saes.items():
         if sae.config.hidden_size != width:
             raise ValueError(
@@ -322,7 +329,7 @@ def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> d
     given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
     if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
         raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
-    num_layers = clip.vision_model.config.num_hidden_layers
+    num_layers = tower_of(clip).config.num_hidden_layers
     inner = [layer for layer in given if resolve_layer(layer, num_layers) < num_layers - 1]
     if inner and not family_of(clip).has_tokens:
         raise ValueError(

@@ -20,9 +20,9 @@ from ..config.sae import SAEConfig
 from ..config.steering import Steering, changed
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import loaded_revision
-from ..encoders.families import FAMILIES, family_of
+from ..encoders.families import FAMILIES, family_of, refuse_without_texts
 from ..encoders.processing import save_processing
-from ..encoders.tail import bias, is_sigmoid, temperature
+from ..encoders.tail import bias, is_sigmoid, plain_outputs, temperature
 from ..encoders.wrapped import unwrapped, weights_of
 from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
@@ -276,7 +276,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """`CLIPModel.get_image_features`, steered: `pooler_output` `(batch, projection_dim)` is projected, not
         normalised.
@@ -285,9 +285,10 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         [`RetrievalInputs`].
         """
         retrieval = pop_retrieval_inputs(kwargs)
-        kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        if interpolate_pos_encoding is not None:
+            kwargs["interpolate_pos_encoding"] = interpolate_pos_encoding
         if not self.steerer.is_steering:
-            return self.clip.get_image_features(pixel_values=pixel_values, **kwargs)
+            return plain_outputs(self.clip, pixel_values=pixel_values, **kwargs)
         outputs, *_ = self.steerer.vision(pixel_values, retrieval, **kwargs)
         outputs.pooler_output = family_of(self.clip).projection(self.clip)(outputs.pooler_output)
         return outputs
@@ -295,6 +296,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
     @can_return_tuple
     def get_text_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`CLIPModel.get_text_features`, untouched: steering moves images only."""
+        refuse_without_texts(self.clip)
         return self.clip.get_text_features(*args, **kwargs)
 
     def image_features(
@@ -329,7 +331,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs: Any,
     ) -> VS2CLIPOutput:
         """`CLIPModel.forward` with the image side steered; same arguments. Returns a [`VS2CLIPOutput`].
@@ -338,11 +340,11 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         The former may need `retrieval_embeds=` and `exclude=`: see [`RetrievalInputs`].
         """
         retrieval = pop_retrieval_inputs(kwargs)
+        refuse_without_texts(self.clip)
         text_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        image_inputs: dict[str, Any] = {
-            "pixel_values": pixel_values,
-            "interpolate_pos_encoding": interpolate_pos_encoding,
-        }
+        image_inputs: dict[str, Any] = {"pixel_values": pixel_values}
+        if interpolate_pos_encoding is not None:  # the default is the family's
+            image_inputs["interpolate_pos_encoding"] = interpolate_pos_encoding
         steerer = self.steerer
         if not steerer.is_steering:
             plain = self.clip(**text_inputs, **image_inputs, return_loss=return_loss, **kwargs)

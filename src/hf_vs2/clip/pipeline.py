@@ -19,10 +19,10 @@ from ..data.images import image_name
 from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
 from ..data.labels.prompts import class_embeddings
 from ..data.pixels import Normalizer
-from ..encoders.families import is_steerable
+from ..encoders.families import family_of, is_steerable, refuse_without_texts
 from ..encoders.loading import check_clip
 from ..encoders.processing import knows_words
-from ..encoders.tail import logits_of, probabilities, unit_embeds
+from ..encoders.tail import cosine_of, is_sigmoid, logits_of, plain_outputs, probabilities, unit_embeds
 from ..encoders.wrapped import device_of, is_offloaded, unwrapped
 from ..explain.explanation import VS2Explanation, check_explainable, explain_rows
 from ..files.weight_state import Kept, weights_state
@@ -90,12 +90,13 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
                 f"{f' (model type {kind!r})' if kind else ''}. For other families use transformers' own "
                 'pipeline("zero-shot-image-classification").'
             )
-        for part in ("tokenizer", "image_processor"):
+        tokenizer, has_texts = kwargs.get("tokenizer"), family_of(getattr(model, "clip", model)).has_texts
+        for part in ("tokenizer", "image_processor") if has_texts else ("image_processor",):
             if kwargs.get(part) is None:
                 raise ValueError(
                     f"This pipeline needs {part}=; hf_vs2.zero_shot_classifier(model) finds it by itself."
                 )
-        if not knows_words(kwargs["tokenizer"]):
+        if tokenizer is not None and not isinstance(tokenizer, Mapping) and not knows_words(tokenizer):
             raise ValueError(
                 "This tokenizer knows no words, so that all labels would look alike: transformers makes such a one "
                 "where the checkpoint has no tokenizer.json. Save the CLIP's tokenizer there, or give it with "
@@ -263,6 +264,9 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
     ) -> torch.Tensor:
         """[`class_embeddings`] of labels and templates, kept for as long as text tower and tokenizer stay as they are.
         A change that leaves the weights alone (switching an adapter off) is not seen."""
+        if isinstance(self.tokenizer, Mapping):  # which holds them
+            return class_embeddings(self.clip, self.tokenizer, labels, clean=clean)
+        refuse_without_texts(self.clip)
         projection = getattr(self.clip, "text_projection", nn.Identity())  # SigLIP's is a part of the text model
         weights = weights_state([*self.clip.text_model.parameters(), *projection.parameters()])
         make = partial(class_embeddings, clean=clean, tokenizer_kwargs=tokenizer_kwargs)
@@ -282,7 +286,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         name: Callable[[int], str],
     ) -> tuple[VS2ImageFeatures, torch.Tensor, VS2Explanation | None]:
         if steerer is None:
-            features = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
+            features = plain_outputs(self.clip, pixel_values=pixel_values).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
             return (
                 VS2ImageFeatures(features, steered=nothing, plain_features=features),
@@ -322,7 +326,8 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         predictions = self._ranked(model_outputs["logits"][0], candidate_labels, top_k)
         if _EXPLAINED + "contributions" in model_outputs:
             tensors = {name: model_outputs[_EXPLAINED + name] for name in VS2Explanation.tensor_fields}
-            explanation = VS2Explanation(**tensors, labels=candidate_labels, names=dict(latent_names or {}))
+            named: dict[str, Any] = {"labels": candidate_labels, "names": dict(latent_names or {})}
+            explanation = VS2Explanation(**tensors, **named, sigmoid=is_sigmoid(self.clip))
             for prediction in predictions:
                 parts = explanation.parts(prediction["label"], top=top_latents)
                 del parts["label"]
@@ -335,7 +340,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
             "plain": self._ranked(model_outputs["plain_logits"][0], candidate_labels, top_k),
             "fvu": None if fvu is None else fvu[0].tolist(),
             "steered": model_outputs["steered"][0].tolist(),
-            "similarity": model_outputs["plain_logits"][0].max().item() / self.clip.logit_scale.float().exp().item(),
+            "similarity": cosine_of(self.clip, model_outputs["plain_logits"][0].max()).item(),
         }
         if model_outputs.get("distance") is not None:
             details["distance"] = model_outputs["distance"][0].tolist()

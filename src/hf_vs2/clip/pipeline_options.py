@@ -13,6 +13,7 @@ from ..config.schema import COUNT, optional
 from ..config.steering import Steering, excluding
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import resolve_templates
+from ..encoders.families import refuse_without_texts
 from ..explain.inputs import resolve_names
 from ..steering.steerer import Steerer
 from .modeling import VS2CLIPForZeroShot
@@ -40,6 +41,7 @@ class OptionsMixin:
     """Of the pipeline: what was said at construction and in a call."""
 
     core: PreTrainedModel
+    tokenizer: Any
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = [name for name in options if name not in _OPTIONS]
@@ -56,6 +58,8 @@ class OptionsMixin:
         if "latent_names" in options:
             postprocess["latent_names"] = resolve_names(options["latent_names"])
         if "candidate_labels" in options:
+            if not isinstance(self.tokenizer, Mapping):
+                refuse_without_texts(getattr(self.core, "clip", self.core))
             labels, clean = options["candidate_labels"], options.get("clean", self._given("clean", True))
             labels = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else tuple(labels)
             clean_class_names(labels, clean, "candidate_labels")

@@ -21,7 +21,7 @@ from ..config.vs2_clip import VS2CLIPConfig
 from ..data.inputs import DEFAULT_TEMPLATES
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings
-from ..encoders.families import family_of
+from ..encoders.families import family_of, tower_of
 from ..explain.explanation import VS2Explanation, explain_rows
 from ..explain.inputs import explain_images, resolve_names
 from ..sae.modeling import SAEModel
@@ -70,7 +70,7 @@ class SteeringMixin:
     @property
     def num_layers(self) -> int:
         """Layers of the vision tower."""
-        return self.clip.vision_model.config.num_hidden_layers
+        return tower_of(self.clip).config.num_hidden_layers
 
     # Settings
 
@@ -325,4 +325,4 @@ class SteeringMixin:
 
     def cls_rows(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Plain CLIP's CLS rows of the last layer, `(batch, hidden_size)`: what [`image_features_from_cls`] takes."""
-        return family_of(self.clip).row(self.clip.vision_model(pixel_values=pixel_values, **kwargs))
+        return family_of(self.clip).row(tower_of(self.clip)(pixel_values=pixel_values, **kwargs))

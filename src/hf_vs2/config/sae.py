@@ -44,6 +44,8 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             Hub id or path of the CLIP whose activations the SAE was trained on.
         base_model_revision (`str`, *optional*):
             Commit of that CLIP.
+        base_model_type (`str`, *optional*):
+            Its family, the `model_type` of its configuration, such as `"clip"` or `"siglip"`.
         base_model_num_layers (`int`, *optional*):
             Number of layers of its vision tower.
         base_model_fingerprint (`list[float]`, *optional*):
@@ -56,7 +58,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             Index of the encoder layer whose output the SAE reads, from 0. `None` means the last one.
         site (`str`, *optional*, defaults to `"cls"`):
             Which row: `"cls"`, that layer's CLS token, before `post_layernorm`; or `"pooled"`, what the vision tower
-            gives (SigLIP).
+            gives (SigLIP, DINOv2).
         total_variance (`float`, *optional*):
             Mean squared distance of the training activations to their mean. Normalises the loss (FVU).
         fvu_quantiles (`dict[str, float]`, *optional*):
@@ -96,6 +98,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
     aux_k_coefficient: int | float = 1 / 32
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
+    base_model_type: str | None = None
     base_model_num_layers: int | None = None
     base_model_fingerprint: list[float] | None = None
     base_model_weights: dict[str, str] | None = None
@@ -166,7 +169,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known. Use one of {list(ACTIVATIONS)}.")
         if self.site not in ("cls", "pooled"):
-            raise ValueError(f"site={self.site!r} is not known: expected 'cls', or 'pooled' (of SigLIP).")
+            raise ValueError(f"site={self.site!r} is not known: expected 'cls', or 'pooled' (of SigLIP and DINOv2).")
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer={self.layer} must be counted from 0. Resolve a negative index before saving it.")
         layers = self.base_model_num_layers

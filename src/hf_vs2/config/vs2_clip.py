@@ -91,7 +91,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
     @property
     def vision_config(self) -> Any:
         """The CLIP's, where code written for `CLIPConfig` looks for it."""
-        return self.clip_config.vision_config  # type: ignore[union-attr]
+        return getattr(self.clip_config, "vision_config", self.clip_config)
 
     @property
     def text_config(self) -> Any:

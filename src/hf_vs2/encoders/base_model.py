@@ -14,7 +14,7 @@ from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config.sae import SAEConfig
-from .families import family_of
+from .families import family_of, tower_of
 from .fingerprints import (
     adapter_weight,
     entries,
@@ -60,7 +60,8 @@ def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> st
     newest = main.read_text().strip() if main.is_file() else None
     commits = sorted((path.name for path in folder.glob("snapshots/*")), key=lambda commit: commit != newest)
     fingerprint = vision_fingerprint(clip)
-    names = [f"vision_model.{name}" for name in family_of(clip.vision_model).fingerprint]
+    prefix = "vision_model." if hasattr(clip, "vision_model") else ""
+    names = [f"{prefix}{name}" for name in family_of(tower_of(clip)).fingerprint]
     stored = {
         commit: _stored_fingerprint(folder / "snapshots" / commit / SAFE_WEIGHTS_NAME, names) for commit in commits
     }
@@ -88,10 +89,11 @@ def describe_base_model(clip: CLIPModel) -> dict:
     return {
         "base_model_name_or_path": clip.config._name_or_path or None,
         "base_model_revision": loaded_revision(clip),
-        "base_model_num_layers": clip.vision_model.config.num_hidden_layers,
+        "base_model_type": clip.config.model_type,
+        "base_model_num_layers": tower_of(clip).config.num_hidden_layers,
         "base_model_fingerprint": vision_fingerprint(clip),
         "base_model_weights": weight_samples(clip),
-        "site": family_of(clip.vision_model).site,
+        "site": family_of(tower_of(clip)).site,
     }
 
 
@@ -102,7 +104,7 @@ def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
     Raises:
         `ValueError`: naming both models and the difference.
     """
-    vision = clip.vision_model.config
+    vision = tower_of(clip).config
     theirs = config.base_model_name_or_path or "a CLIP that its config does not name"
     both = f"This SAE was trained on {theirs}; the CLIP given is {clip.config._name_or_path or 'one without a name'}."
     if config.hidden_size != vision.hidden_size:
@@ -115,7 +117,7 @@ def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
             f"{both} Their depths differ: {config.base_model_num_layers} layers against {vision.num_hidden_layers}. "
             "Load the SAE's own CLIP, or train an SAE for this one."
         )
-    site = family_of(clip.vision_model).site
+    site = family_of(tower_of(clip)).site
     if config.site != site:
         raise ValueError(
             f"{both} The SAE reads the {config.site!r} row, and the row that is steered in this model is the {site!r} "

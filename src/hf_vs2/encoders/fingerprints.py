@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .families import family_of
+from .families import family_of, tower_of
 from .wrapped import weights_of
 
 
@@ -44,8 +44,9 @@ def vision_fingerprint(clip: Any) -> list[float]:
     Eight evenly spaced entries of each vector that its family names; of CLIP the class embedding and the two layer
     norms around the encoder.
     """
-    parts = (name.rpartition(".") for name in family_of(clip.vision_model).fingerprint)
-    return entries(weights_of(clip.vision_model.get_submodule(module), name)[0] for module, _, name in parts)
+    tower = tower_of(clip)
+    parts = (name.rpartition(".") for name in family_of(tower).fingerprint)
+    return entries(weights_of(tower.get_submodule(module), name)[0] for module, _, name in parts)
 
 
 def entries(vectors: Iterable[torch.Tensor]) -> list[float]:
@@ -126,7 +127,7 @@ class _Sample(NamedTuple):
 @torch.no_grad()
 def _samples(clip: Any) -> dict[str, list[_Sample]]:
     """By part of the model, the vision tower's first."""
-    vision = getattr(clip, "vision_model", clip)
+    vision = tower_of(clip)
     weights = {f"vision_model.{name}": weight for name, weight, is_own in _unwrapped(vision) if is_own}
     parts = {"vision": sorted(weights)}
     if vision is not clip and hasattr(clip, "text_model"):

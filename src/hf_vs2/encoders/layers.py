@@ -14,7 +14,7 @@ def run_layers(
     vision: Any,
     pixel_values: torch.Tensor,
     between: Callable[[int, torch.Tensor], torch.Tensor | None],
-    interpolate_pos_encoding: bool = False,
+    interpolate_pos_encoding: bool | None = None,
     output_hidden_states: bool | int | Sequence[int] | None = None,
     output_attentions: bool | None = None,
     return_dict: bool | None = None,
@@ -33,7 +33,8 @@ def run_layers(
     """
     asked = vision.config.output_hidden_states if output_hidden_states is None else output_hidden_states
     watches = vision.config.output_attentions if output_attentions is None else output_attentions
-    hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+    resized = {} if interpolate_pos_encoding is None else {"interpolate_pos_encoding": interpolate_pos_encoding}
+    hidden = vision.pre_layrnorm(vision.embeddings(pixel_values, **resized))
     states, attentions = [hidden], []
     for index, layer in enumerate(vision.encoder.layers):
         if watches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from ..files.place import at_one_commit, commit_note, look_for, note_commit, one
 from ..files.progress import without_loading_bars
 from ..files.weight_files import LARGEST, check_numbers, find_files, in_one_message, opened, unpickled
 from ..files.weight_state import weights_version
-from .families import FAMILIES, refuse_family
+from .families import FAMILIES, family_of_config, refuse_family
 
 
 logger = logging.get_logger(__name__)
@@ -138,6 +138,27 @@ def refuse_offloaded(model: PreTrainedModel, name: str | os.PathLike) -> None:
         )
 
 
+def spread(devices: Any, names: Iterable[str]) -> Any:
+    """
+    A `device_map` whose `""` (all that is not named) is written out as modules and weights: accelerate can't keep
+    parts of a model on the disk when the whole of it has a device.
+
+    Args:
+        devices: as `from_pretrained` takes it; all but such a mapping stays.
+        names: of the model's weights.
+    """
+    if not isinstance(devices, Mapping) or "" not in devices or len(devices) == 1:
+        return devices
+    named = {name: device for name, device in devices.items() if name}
+    for name in names:
+        parts = name.split(".")
+        around = [".".join(parts[: count + 1]) for count in range(len(parts))]
+        if not any(one in named for one in around):
+            highest = next(one for one in around if not any(other.startswith(f"{one}.") for other in named))
+            named[highest] = devices[""]
+    return named
+
+
 def _given(place: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"revision": "main"} | {name: value for name, value in (place or {}).items() if value is not None}
 
@@ -153,7 +174,9 @@ def _read_config(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> C
 
     def make() -> CLIPConfig:
         check_clip_config(config)
-        return FAMILIES[config["model_type"]].config.from_dict(config)
+        made = FAMILIES[config["model_type"]].config.from_dict(config)
+        family_of_config(made, str(name_or_path))
+        return made
 
     return in_one_message(make, f"{CONFIG_NAME} of {name_or_path}")
 
@@ -165,6 +188,8 @@ def _load(
     options = one_dtype(options)
     files, is_safe = _weights(name_or_path, place, options.pop("use_safetensors", None))
     shapes = _shapes(files, is_safe)
+    if "device_map" in options:
+        options["device_map"] = spread(options["device_map"], shapes)
     _check_layers(config, shapes, name_or_path)
     # From the folder of the files found: asked for by name, transformers would send the name of a repository without
     # safetensors, and the token, to a service that converts it.
@@ -180,9 +205,13 @@ def _load(
         raise ValueError(misfit) from error
     if loading["missing_keys"]:
         # transformers has filled them in at random.
-        raise ValueError(
-            f"{name_or_path} is damaged: it has no {min(loading['missing_keys'])}. Save or download that model again."
-        )
+        lacking = min(loading["missing_keys"])
+        if lacking == "visual_projection.weight":
+            raise ValueError(
+                f"{name_or_path} holds a vision tower without its projection. Give the whole CLIP; or load the tower "
+                "by transformers' CLIPVisionModel and give that model, of which rows can be extracted."
+            )
+        raise ValueError(f"{name_or_path} is damaged: it has no {lacking}. Save or download that model again.")
     model.config._name_or_path = model.name_or_path = str(name_or_path)
     commit = place.get("revision", "")
     # Newer transformers forgets it, and what is saved again should name it again.

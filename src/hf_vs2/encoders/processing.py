@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..files.json_files import read_object
 from ..files.place import check_token, look_for
+from .families import FAMILIES, Family
 
 
 logger = logging.get_logger(__name__)
@@ -27,9 +29,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "vocab.txt",
 )
-_OF_FAMILIES = ("SiglipTokenizer", "GemmaTokenizer", "XLMRobertaTokenizer")
-"""Tokenizers of SigLIP, SigLIP 2 and MetaCLIP 2; all else is read as a CLIP's."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _LARGEST_IMAGE = 4096
 """Pixels of a side to which images may be resized; the largest CLIPs take 448."""
@@ -38,8 +41,9 @@ _LARGEST_PIXEL = 1e4
 
 def load_processing(
     name_or_path: str | os.PathLike, revision: str | None = None, **kwargs: Any
-) -> tuple[PreTrainedTokenizerBase, CLIPImageProcessorPil]:
-    """Tokenizer and image processor of a CLIP, or of a checkpoint that holds their files.
+) -> tuple[Any, CLIPImageProcessorPil]:
+    """Tokenizer (`None` of a model without texts) and image processor of a CLIP, or of a checkpoint that holds their
+    files.
 
     The concrete classes, because `AutoImageProcessor` asks for torchvision in some transformers versions and PIL does
     the same work without it. `kwargs` are those of any `from_pretrained` (`token`, `local_files_only`, ...).
@@ -50,7 +54,9 @@ def load_processing(
     """
     check_token(kwargs.get("token"))
     place = {"revision": revision or "main", **kwargs}
-    return load_tokenizer(name_or_path, place), load_image_processor(name_or_path, place)
+    family = _family_beside(name_or_path, place)
+    has_texts = family is None or family.has_texts
+    return load_tokenizer(name_or_path, place) if has_texts else None, load_image_processor(name_or_path, place)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -59,14 +65,14 @@ def load_tokenizer(name_or_path: str | os.PathLike, place: Mapping[str, Any]) ->
         As [`load_processing`].
     """
     files = _files(name_or_path, TOKENIZER_FILES, place)
-    if not {"tokenizer.json", "vocab.json", "spiece.model"} & set(files):
+    if not {name for name in files if name.startswith(("tokenizer.", "vocab.", "spiece.", "sentencepiece."))}:
         raise FileNotFoundError(
             f"{name_or_path} holds no tokenizer files (tokenizer.json): expected those of its CLIP."
         )
 
     def load() -> PreTrainedTokenizerBase:
         kind = read_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
-        of_another = str(kind.get("tokenizer_class") or "").removesuffix("Fast") in _OF_FAMILIES
+        of_another = _is_of_another(kind.get("tokenizer_class"), name_or_path, place)
         auto: Any = AutoTokenizer if of_another else CLIPTokenizer
         tokenizer = auto.from_pretrained(name_or_path, **{"trust_remote_code": False} if of_another else {}, **place)
         if not knows_words(tokenizer) or not all(isinstance(one, int) for one in tokenizer("a photo.")["input_ids"]):
@@ -74,6 +80,21 @@ def load_tokenizer(name_or_path: str | os.PathLike, place: Mapping[str, Any]) ->
         return tokenizer
 
     return _usable(load, files)
+
+
+def _is_of_another(name: Any, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer is not a CLIP's: by the class that its file names, else by the model beside it."""
+    name = str(name or "").removesuffix("Fast")
+    if name.endswith("Tokenizer") and name != "PreTrainedTokenizer":
+        return name != "CLIPTokenizer" and hasattr(transformers, name)
+    family = _family_beside(name_or_path, place)
+    return family is not None and family.has_texts and not family.reads_to_end
+
+
+def _family_beside(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> Family | None:
+    """The family of the model in the same folder; `None` where that is none of a family, such as a VS2 checkpoint."""
+    path = look_for(name_or_path, CONFIG_NAME, place)
+    return None if path is None else FAMILIES.get(str(read_object(path).get("model_type")))
 
 
 def load_image_processor(
@@ -91,23 +112,24 @@ def load_image_processor(
         raise FileNotFoundError(_missing(name_or_path, "image processor", PROCESSOR_FILES[0]))
 
     def load() -> CLIPImageProcessorPil:
-        if of_clip and "Siglip" not in _kind(name_or_path, place).__name__:
-            processor = CLIPImageProcessorPil.from_pretrained(name_or_path, **place)
-        else:
-            processor = _kind(name_or_path, place).from_pretrained(name_or_path, trust_remote_code=False, **place)
+        kind = _kind(name_or_path, place, of_clip)
+        # `trust_remote_code` would become a setting of a class that is no Auto class.
+        refused = {"trust_remote_code": False} if kind is transformers.AutoImageProcessor else {}
+        processor = kind.from_pretrained(name_or_path, **refused, **place)
         _check(processor)
         return processor
 
     return _usable(load, files)
 
 
-def _kind(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> Any:
+def _kind(name_or_path: str | os.PathLike, place: Mapping[str, Any], of_clip: bool) -> Any:
     """The class of an image processor that reads images without torchvision."""
-    import transformers
-
     settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name_or_path, **place)
-    kind = settings.get("image_processor_type", "").removesuffix("Pil").removesuffix("Fast")
-    return getattr(transformers, f"{kind}Pil", transformers.AutoImageProcessor)
+    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
+    kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")
+    if hasattr(transformers, f"{kind}Pil"):
+        return getattr(transformers, f"{kind}Pil")
+    return CLIPImageProcessorPil if of_clip and not hasattr(transformers, kind) else transformers.AutoImageProcessor
 
 
 def _check(processor: Any) -> None:
@@ -186,4 +208,5 @@ def save_processing(
         )
         return
     for part in parts:
-        part.save_pretrained(folder)
+        if part is not None:
+            part.save_pretrained(folder)

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from ..functional.finite import first_broken_row
-from .families import embedding_width, family_of
-from .wrapped import weights_of
+from .families import embedding_width, family_of, tower_of
+from .wrapped import device_of, weights_of
 
 
 def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
@@ -24,8 +24,16 @@ def clip_embeds(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
 def rows_for(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
     """Rows of its last layer `(batch, hidden_size)` as its tail takes them, on its device and in its dtype."""
     module, _, name = family_of(clip).row_weight.rpartition(".")
-    (weight,) = weights_of(clip.vision_model.get_submodule(module), name)
+    (weight,) = weights_of(tower_of(clip).get_submodule(module), name)
     return rows.to(device=weight.device, dtype=weight.dtype)
+
+
+def plain_outputs(clip: CLIPModel, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+    """Its vision tower's output of images, with image features `(batch, projection_dim)` as `pooler_output`, as
+    `CLIPModel.get_image_features` gives them."""
+    outputs = tower_of(clip)(pixel_values=pixel_values, **kwargs)
+    outputs.pooler_output = project(clip, family_of(clip).row(outputs))
+    return outputs
 
 
 def tail_parameters(clip: CLIPModel) -> list[nn.Parameter]:
@@ -91,6 +99,11 @@ def bias(clip: CLIPModel) -> torch.Tensor:
     return torch.zeros(()) if held is None else weights_of(clip, "logit_bias")[0].float()
 
 
+def cosine_of(clip: CLIPModel, logits: torch.Tensor) -> torch.Tensor:
+    """The cosines that plain logits were made of, float32."""
+    return (logits.float() - bias(clip).to(logits.device)) / temperature(clip).to(logits.device)
+
+
 def is_sigmoid(clip: CLIPModel) -> bool:
     """Whether it scores each label by itself, as SigLIP does."""
     return getattr(clip, "logit_bias", None) is not None
@@ -119,7 +132,9 @@ def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], st
 
 
 def temperature(clip: CLIPModel) -> torch.Tensor:
-    """`exp(logit_scale)`, float32."""
+    """`exp(logit_scale)`, float32; that of OpenAI's CLIPs, 100, where a model without texts has none."""
+    if not hasattr(clip, "logit_scale"):
+        return torch.tensor(100.0)
     (scale,) = weights_of(clip, "logit_scale")
     return scale.float().exp()
 
@@ -144,50 +159,50 @@ def softmax_temperature(clip: CLIPModel) -> float:
     """
     if is_sigmoid(clip):
         raise ValueError(
-            f"{type(clip).__name__} scores labels by a sigmoid, and this method is fitted to the probabilities of a "
-            "softmax. Use method='none' with it."
+            f"A {type(clip).__name__} scores labels by a sigmoid, each by itself, and this method shares each image out "
+            "among the labels by a softmax. Choose another one, such as method='vs2'."
         )
     check_temperature(clip)
     return float(temperature(clip).detach())
 
 
 class Tail(NamedTuple):
-    """`post_layernorm`, projection and class embeddings as one affine map of a centred, scaled row, in float64."""
+    """LayerNorm, projection and class embeddings as one affine map of a centred, scaled row, in float64."""
 
     weight: torch.Tensor
     """`C W diag(g)`, `(num_classes, hidden_size)`."""
     bias: torch.Tensor
     """`C W b`, `(num_classes,)`."""
-    eps: float
+    eps: float | None
+    """Of the LayerNorm; `None` where a family has none: the map is then of the row itself."""
 
 
 def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device | str | None = None) -> Tail:
     """The [`Tail`] of a CLIP and class embeddings `(num_classes, projection_dim)`, by default on the CLIP's device.
 
     Raises:
-        ValueError: the tail is not the affine LayerNorm and the linear map without bias that every `CLIPModel` has, or
+        ValueError: the tail is neither the affine LayerNorm nor the linear map without bias that the families have, or
             the embeddings have another width or are not finite.
     """
     norm, projection = (part(clip) for part in (family_of(clip).norm, family_of(clip).projection))
-    if (
-        type(norm) is not nn.LayerNorm
-        or norm.bias is None
-        or type(projection) is not nn.Linear
-        or projection.bias is not None
+    if not ((type(norm) is nn.LayerNorm and norm.bias is not None) or type(norm) is nn.Identity) or not (
+        (type(projection) is nn.Linear and projection.bias is None) or type(projection) is nn.Identity
     ):
         raise ValueError(
             "Explanations and grids of settings are worked out from post_layernorm and visual_projection as CLIPModel "
             f"has them; these are {norm} and {projection} of a {type(clip).__name__}. Use a CLIP with its own."
         )
-    if class_embeds.ndim != 2 or class_embeds.shape[1] != projection.out_features:
-        raise ValueError(
-            f"class_embeds must be (num_classes, {projection.out_features}); they are {tuple(class_embeds.shape)}."
-        )
+    width = embedding_width(clip)
+    if class_embeds.ndim != 2 or class_embeds.shape[1] != width:
+        raise ValueError(f"class_embeds must be (num_classes, {width}); they are {tuple(class_embeds.shape)}.")
     broken = first_broken_row(class_embeds)
     if broken is not None:
         raise ValueError(f"The embedding of class {broken} holds NaN or infinity. Make class_embeds again.")
-    (projection_weight,) = weights_of(projection, "weight")
-    device = projection_weight.device if device is None else device
-    matrix = class_embeds.to(device).double() @ projection_weight.to(device).double()
+    device = device_of(clip) if device is None else device
+    matrix = class_embeds.to(device).double()
+    if isinstance(projection, nn.Linear):
+        matrix = matrix @ weights_of(projection, "weight")[0].to(device).double()
+    if isinstance(norm, nn.Identity):
+        return Tail(matrix, matrix.new_zeros(len(matrix)), None)
     weight, bias = (one.to(device).double() for one in weights_of(norm, "weight", "bias"))
     return Tail(matrix * weight, matrix @ bias, norm.eps)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .base_model import loaded_revision
-from .families import family_of
+from .families import family_of, tower_of
 from .fingerprints import model_fingerprint, vision_fingerprint, weight_samples
 from .loading import check_clip, load_clip, refuse_offloaded
 from .processing import load_image_processor
@@ -29,18 +29,21 @@ class VisionTower:
     The vision tower of a model, read and never changed.
 
     Attributes:
-        module (`nn.Module`): with `embeddings`, `pre_layrnorm`, `encoder.layers` and `post_layernorm`.
+        module (`nn.Module`): the tower; a CLIP's has `embeddings`, `pre_layrnorm`, `encoder.layers` and
+            `post_layernorm`.
         name (`str`, *optional*): Hub id or path of the model it belongs to.
         revision (`str`, *optional*): its commit where known, else the revision asked for.
         weights (`dict[str, str]`): a sample of the weights of the whole model, see [`weight_samples`].
+        model_type (`str`): of the configuration of the whole model.
     """
 
-    def __init__(self, module: Any, name: str | None, revision: str | None, weights: dict[str, str]):
+    def __init__(self, module: Any, name: str | None, revision: str | None, weights: dict[str, str], model_type: str):
         self.module = module
         self.name = name
         self.revision = revision
         self.weights = weights
-        self.num_layers = len(module.encoder.layers)
+        self.model_type = model_type
+        self.num_layers: int = module.config.num_hidden_layers
         self.hidden_size: int = module.config.hidden_size
         parameter = next(module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -70,7 +73,7 @@ class VisionTower:
             raise ValueError(f"revision={revision!r} is for a model given by its Hub id, this one is already loaded")
         model = unwrapped(model)
         owner: Any = getattr(model, "clip", model)
-        module: Any = getattr(owner, "vision_model", owner)
+        module: Any = tower_of(owner)
         config = getattr(owner, "config", None)
         if not isinstance(module, nn.Module) or config is None:
             raise TypeError(
@@ -85,7 +88,7 @@ class VisionTower:
         if device is not None and torch.device(device) != next(module.parameters()).device:
             module = copy.deepcopy(module).to(device)
         loaded_from = loaded_revision(SimpleNamespace(config=config, vision_model=module))
-        return cls(module, config._name_or_path or None, loaded_from or revision, weights)
+        return cls(module, config._name_or_path or None, loaded_from or revision, weights, config.model_type)
 
     def identity(self) -> dict[str, Any]:
         """What a store is keyed by: id, revision, weights, and the dtype they run in."""

@@ -24,7 +24,7 @@ from ..data.labels.lists import Names
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
 from ..data.stores.rows import Rows, RowSource, StoreRows
-from ..encoders.tail import mean_embed, plain_embeds, unit_embeds
+from ..encoders.tail import mean_embed, plain_embeds, temperature, unit_embeds
 from ..files.report import EvaluationResult, SampleOutputs
 from ..training.domain import measure_statistics
 from ..version import __version__
@@ -234,7 +234,7 @@ def _few_shot(
     known, others = given.nonzero().squeeze(-1), (~given).nonzero().squeeze(-1)
     shown = torch.cat([embeds(block) for block in rows.batches(batch_size, known)])
     own = labels[known].to(classifier.device)
-    scale = model.clip.logit_scale.float().exp().item()
+    scale = temperature(model.clip).item()
     fitted = {name: fit(shown, own, classifier, scale) for name, fit in FEW_SHOT.items()}
     tallies = {name: Tally() for name in fitted}
     for block, target in zip(rows.batches(batch_size, others), labels[others].split(batch_size), strict=True):

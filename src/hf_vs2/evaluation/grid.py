@@ -125,13 +125,15 @@ def scores_along(x: torch.Tensor, direction: torch.Tensor, tail: Tail, alphas: t
     """
     x, direction = x.double(), direction.double()
     length = _quadratic(x, direction)
-    x_bar, direction_bar = x - x.mean(-1, keepdim=True), direction - direction.mean(-1, keepdim=True)
+    # Without a LayerNorm rows are neither centred nor divided by their deviation.
+    x_bar, direction_bar = (one if tail.eps is None else one - one.mean(-1, keepdim=True) for one in (x, direction))
     variance = [part / x.shape[-1] for part in _quadratic(x_bar, direction_bar)]
     p, q, bias = (part.float() for part in (x_bar @ tail.weight.T, direction_bar @ tail.weight.T, tail.bias))
     for some in alphas.unsqueeze(-1).split(max(1, SCORES_AT_ONCE // p.numel())):
         moved = _at(length, some)
         squared = torch.where(moved > 0, length[0] / moved, 0)  # s^2; a row moved to 0 stays 0, as `keep_norm` has it
-        scale = (squared / (squared * _at(variance, some) + tail.eps)).sqrt().float()
+        divisor = 1 if tail.eps is None else squared * _at(variance, some) + tail.eps
+        scale = (squared / divisor).sqrt().float()
         yield torch.addcmul(p, q, some.float().unsqueeze(-1)).mul_(scale.unsqueeze(-1)).add_(bias)
 
 

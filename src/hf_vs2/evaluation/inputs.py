@@ -12,6 +12,7 @@ from ..data.labels.lists import Names
 from ..data.labels.names import match_names, names_by_place
 from ..data.stores.rows import Rows, RowSource, checked_labels, rows_of
 from ..encoders.base_model import warn_of_relative
+from ..encoders.families import tower_of
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..encoders.tail import check_temperature
 
@@ -33,7 +34,7 @@ def check_replayable(model: VS2CLIPForZeroShot) -> None:
 
 def replayable_rows(model: VS2CLIPForZeroShot, source: RowSource, what: str) -> Rows:
     """CLS rows of the model's last layer; others are refused. `what` is their name in the message."""
-    width, last = model.clip.vision_model.config.hidden_size, _last_layer(model)
+    width, last = tower_of(model.clip).config.hidden_size, _last_layer(model)
     try:
         rows = rows_of(source, None if isinstance(source, torch.Tensor) else last)
     except (TypeError, ValueError) as error:
@@ -99,4 +100,4 @@ def are_stored(rows: Rows, labels: Any) -> bool:
 
 
 def _last_layer(model: VS2CLIPForZeroShot) -> int:
-    return len(model.clip.vision_model.encoder.layers) - 1
+    return tower_of(model.clip).config.num_hidden_layers - 1

@@ -19,7 +19,16 @@ import torch
 from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
-from ..encoders.tail import check_scores, fold_tail, plain_embeds, rows_for, unit_embeds
+from ..encoders.tail import (
+    bias,
+    check_scores,
+    fold_tail,
+    is_sigmoid,
+    plain_embeds,
+    rows_for,
+    temperature,
+    unit_embeds,
+)
 from ..functional.equations import ScoreParts, score_parts
 from ..methods import METHODS
 
@@ -55,6 +64,8 @@ class VS2Explanation(ModelOutput):
             contributions of 0.
         labels (`tuple[str, ...]`): the labels.
         names (`dict[int, str]`): names of latents, of those that have one.
+        sigmoid (`bool`): whether each label is scored by itself, as SigLIP does it: probabilities are then sigmoids of
+            the scores, else their softmax.
     """
 
     plain_scores: torch.Tensor = None  # type: ignore[assignment]
@@ -69,6 +80,7 @@ class VS2Explanation(ModelOutput):
     steered: torch.Tensor = None  # type: ignore[assignment]
     labels: tuple[str, ...] = None  # type: ignore[assignment]
     names: dict[int, str] = None  # type: ignore[assignment]
+    sigmoid: bool = None  # type: ignore[assignment]
 
     tensor_fields: ClassVar[tuple[str, ...]] = (
         *("plain_scores", "steered_scores", "contributions", "normalisation", "replacement"),
@@ -87,8 +99,9 @@ class VS2Explanation(ModelOutput):
         """
         One score of one image taken apart, as plain numbers.
 
-        A change that all labels share changes no probability, and steering's is mostly such. So every number is by
-        default that of the label less the mean of all labels', which sums just as well.
+        A change that all labels share changes no probability of a softmax, and steering's is mostly such. So every
+        number is by default that of the label less the mean of all labels', which sums just as well. Where each label
+        is scored by itself (`sigmoid`), the numbers are by default as they are.
 
         Args:
             label: a label or its place.
@@ -110,11 +123,12 @@ class VS2Explanation(ModelOutput):
             raise ValueError("raw=True and against= exclude each other: give one of them.")
         place = self._place(label)
         other = None if against is None else self._place(against)
+        raw = raw or len(self.labels) == 1 or (self.sigmoid and other is None)
         relative = "mean" if other is None else self.labels[other]
 
         def of(scores: torch.Tensor) -> torch.Tensor:
             scores = scores[image]
-            if raw or len(self.labels) == 1:
+            if raw:
                 return scores[place]
             return scores[place] - (scores.mean(0) if other is None else scores[other])
 
@@ -127,7 +141,7 @@ class VS2Explanation(ModelOutput):
         listed, rest = (order, []) if top is None else (order[:top], order[top:])
         return {
             "label": self.labels[place],
-            "relative_to": None if raw or len(self.labels) == 1 else relative,
+            "relative_to": None if raw else relative,
             "plain": of(self.plain_scores).item(),
             "steered": of(self.steered_scores).item(),
             "normalisation": of(self.normalisation).item(),
@@ -152,7 +166,7 @@ class VS2Explanation(ModelOutput):
     def to_dict(self, top: int | None = None, *, raw: bool = False) -> list[dict[str, Any]]:
         """For each image `fvu`, `steered`, `active_latents` and for each label its probabilities, `plain_probability`
         and `steered_probability`, and its [`parts`]: ready for JSON."""
-        probabilities = [scores.softmax(-1).tolist() for scores in (self.plain_scores, self.steered_scores)]
+        probabilities = [part.tolist() for part in self.probabilities()]
         return [
             {
                 "fvu": self.fvu[image].item(),
@@ -169,6 +183,14 @@ class VS2Explanation(ModelOutput):
             }
             for image in range(len(self.plain_scores))
         ]
+
+    def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of plain and of steered scores, `(batch, num_labels)` each."""
+        plain, steered = (
+            scores.sigmoid() if self.sigmoid else scores.softmax(-1)
+            for scores in (self.plain_scores, self.steered_scores)
+        )
+        return plain, steered
 
     def _place(self, label: str | int) -> int:
         if isinstance(label, str):
@@ -225,6 +247,7 @@ def explain_rows(
         steered=steered.cpu(),
         labels=labels,
         names=dict(names),
+        sigmoid=is_sigmoid(steerer.clip),
     )
 
 
@@ -285,7 +308,7 @@ def _added(steerer: Steerer, rows: torch.Tensor, class_embeds: torch.Tensor) -> 
     embeds = unit_embeds(images.features)
     classes = normalize(class_embeds.float(), dim=-1).to(embeds.device)
     added = steerer.scores(images, embeds, classes) - embeds @ classes.T
-    return steerer.clip.logit_scale.double().exp().cpu() * added.double().cpu()
+    return temperature(steerer.clip).double().cpu() * added.double().cpu()
 
 
 def _by_latent(entries: torch.Tensor, latents: torch.Tensor, num_latents: int) -> torch.Tensor:
@@ -301,9 +324,8 @@ class _DoubleTail:
     def __init__(self, steerer: Steerer, class_embeds: torch.Tensor):
         clip = steerer.clip
         self.tail = fold_tail(clip, class_embeds, "cpu")
-        norm, projection = clip.vision_model.post_layernorm, clip.visual_projection.weight.double().cpu()
-        self.length = projection * norm.weight.double().cpu(), projection @ norm.bias.double().cpu()
-        self.logit_scale = clip.logit_scale.double().exp().cpu()
+        self.length = fold_tail(clip, torch.eye(class_embeds.shape[1]), "cpu")[:2]
+        self.logit_scale, self.logit_bias = temperature(clip).double().cpu(), bias(clip).double().cpu()
         self.decoder = steerer.sae.W_dec
 
     def parts(self, moves: _Moves) -> ScoreParts:
@@ -315,7 +337,8 @@ class _DoubleTail:
         kept = torch.where(length > 0, moves.x.norm(dim=-1) / length, 0)
         scale = torch.where(moves.keeps_norm, kept, 1)
         found = score_parts(moves.x, moves.start, moves.change, directions, scale, self.tail, self.length)
-        return ScoreParts(*(self.logit_scale * part for part in found))
+        found = ScoreParts(*(self.logit_scale * part for part in found))
+        return found._replace(plain=found.plain + self.logit_bias, steered=found.steered + self.logit_bias)
 
 
 def check_explainable(steerer: Steerer) -> None:

@@ -125,9 +125,7 @@ def _draw_image(axes: Axes, picture: Image, explanation: VS2Explanation, image: 
 
 def _draw_probabilities(axes: Axes, explanation: VS2Explanation, image: int, labels: Sequence[int]) -> None:
     """Two bars a label, plain above steered, the best first; labels beyond the first few are left out."""
-    before, after = (
-        scores[image].softmax(-1).tolist() for scores in (explanation.plain_scores, explanation.steered_scores)
-    )
+    before, after = (part[image].tolist() for part in explanation.probabilities())
     order = sorted(range(len(before)), key=lambda one: -max(before[one], after[one]))
     shown = sorted({*order[:MAX_BARS], *labels}, key=lambda one: -after[one])
     places = np.arange(len(shown))

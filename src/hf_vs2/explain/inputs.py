@@ -14,7 +14,7 @@ from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImag
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings
 from ..data.pixels import Normalizer
-from ..encoders.families import family_of
+from ..encoders.families import family_of, tower_of
 from ..files.json_files import read_json
 from .explanation import VS2Explanation, explain_rows
 from .latent_names import LatentNames, name_latents
@@ -52,7 +52,7 @@ def explain_images(
     if vocabulary is not None:
         names = name_latents(steerer, tokenizer, vocabulary, top=1)
     pixels = images if _is_batch(images) else _pixels(images, image_processor, clip.device)
-    rows = family_of(clip).row(clip.vision_model(pixel_values=pixels.to(clip.device, clip.dtype)))
+    rows = family_of(clip).row(tower_of(clip)(pixel_values=pixels.to(clip.device, clip.dtype)))
     name = (lambda row: "the image") if len(rows) == 1 else "image {}".format
     return explain_rows(steerer, rows, embeds, words, resolve_names(names), retrieval, name)
 

@@ -59,8 +59,7 @@ class LatentNames(NamedTuple):
 
     def name(self, latent: int) -> str | None:
         """The best word of a latent, or `None` where even that one lies below the floor."""
-        word, score = self.of(latent)[0]
-        return word if score >= self.floor else None
+        return next((word for word, score in self.of(latent)[:1] if score >= self.floor), None)
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def score_parts(
     change: torch.Tensor,
     directions: torch.Tensor,
     scale: torch.Tensor,
-    tail: tuple[torch.Tensor, torch.Tensor, float],
+    tail: tuple[torch.Tensor, torch.Tensor, float | None],
     length: tuple[torch.Tensor, torch.Tensor],
 ) -> ScoreParts:
     """
@@ -148,16 +148,21 @@ def score_parts(
         change: the `w`, `(batch, m)`.
         directions: the `d`, `(batch, m, hidden_size)`.
         scale: the `s`, `(batch,)`.
-        tail: `(A, a, eps)`, of shapes `(num_classes, hidden_size)` and `(num_classes,)`.
+        tail: `(A, a, eps)`, of shapes `(num_classes, hidden_size)` and `(num_classes,)`; without an `eps` there is no
+            LayerNorm: rows are not centred, and `sigma` is 1.
         length: `(W diag(g), W b)`, of shapes `(projection_dim, hidden_size)` and `(projection_dim,)`, for `n`.
     """
     weight, bias, eps = tail
-    weight = weight - weight.mean(-1, keepdim=True)  # A of a row less its mean is A less its own mean of the row
+    if eps is not None:  # A of a row less its mean is A less its own mean of the row
+        weight = weight - weight.mean(-1, keepdim=True)
     moved = scale.unsqueeze(-1) * (start + torch.einsum("bm,bmh->bh", change, directions))
 
     def normalisers(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        centred = row - row.mean(-1, keepdim=True)
-        deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        if eps is None:
+            centred, deviation = row, row.new_ones(len(row), 1)
+        else:
+            centred = row - row.mean(-1, keepdim=True)
+            deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
         embeds = F.linear(centred / deviation, *length)
         norm = embeds.norm(dim=-1, keepdim=True)
         # An embedding of length 0 scores 0, as in the model.

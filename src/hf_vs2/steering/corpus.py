@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from ..config.sae import holds_samples
 from ..config.schema import one_of
 from ..encoders.base_model import describe_base_model, warn_of_relative
+from ..encoders.families import tower_of
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..files.atomic import failing_as, replace_files
 from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
@@ -121,7 +122,7 @@ class RetrievalCorpus:
             rows = store_or_rows
             if clip is not None:
                 base = describe_base_model(clip)
-                del base["base_model_num_layers"], base["site"]
+                del base["base_model_type"], base["base_model_num_layers"], base["site"]
         else:
             model = store_or_rows.metadata["model"]
             rows = store_or_rows.tensor(-1)
@@ -166,7 +167,7 @@ class RetrievalCorpus:
             f"This corpus was made with {theirs}; the CLIP given is "
             f"{clip.config._name_or_path or 'one without a name'}."
         )
-        width = clip.vision_model.config.hidden_size
+        width = tower_of(clip).config.hidden_size
         if self.rows.shape[1] != width:
             raise ValueError(
                 f"{both} Its rows have {self.rows.shape[1]} features, the vision tower gives {width}. Extract the "

@@ -173,7 +173,8 @@ def _image_embeddings(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         features = model.get_image_features(pixel_values=pixel_values)
         return getattr(features, "pooler_output", features)
     outputs = model(pixel_values=pixel_values)
-    embeds = getattr(outputs, "pooler_output", None)
+    embeds = getattr(outputs, "image_embeds", None)  # of a tower with its projection
+    embeds = getattr(outputs, "pooler_output", None) if embeds is None else embeds
     if embeds is None:
         embeds = outputs.last_hidden_state[:, 0] if outputs.last_hidden_state.ndim == 3 else None
     if embeds is None or embeds.flatten(1).ndim != 2:

@@ -12,9 +12,9 @@ from transformers import CLIPModel
 
 from ..config.steering import Steering, changed
 from ..encoders.base_model import resolve_layer
-from ..encoders.families import embedding_width, family_of
+from ..encoders.families import embedding_width, family_of, tower_of
 from ..encoders.layers import run_layers
-from ..encoders.tail import logits_of, project, rows_for, softmax_temperature, unit_embeds
+from ..encoders.tail import logits_of, plain_outputs, project, rows_for, softmax_temperature, unit_embeds
 from ..encoders.wrapped import weights_of
 from ..files.weight_state import Kept
 from ..functional.equations import edited_change, gate
@@ -86,7 +86,7 @@ class Steerer:
     @property
     def num_layers(self) -> int:
         """Layers of the vision tower."""
-        return self.clip.vision_model.config.num_hidden_layers
+        return tower_of(self.clip).config.num_hidden_layers
 
     @property
     def sae(self) -> SAEModel:
@@ -297,13 +297,13 @@ class Steerer:
             `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other
                 widths.
         """
-        vision, last = self.clip.vision_model, self.num_layers - 1
+        last = self.num_layers - 1
         inner = [layer for layer in self.saes if layer != last]
         if inner and self.is_steering:
             raise ValueError(
                 f"Layers {inner} are steered too; only the last layer's steering can be replayed on cached rows."
             )
-        width = vision.config.hidden_size
+        width = tower_of(self.clip).config.hidden_size
         if rows.ndim != 2 or rows.shape[1] != width:
             raise ValueError(
                 f"CLS rows of this CLIP are (batch, {width}); these are {tuple(rows.shape)}. "
@@ -323,7 +323,7 @@ class Steerer:
     ) -> VS2ImageFeatures:
         """Of images `(batch, channels, height, width)`; see [`VS2CLIPForZeroShot.image_features`]."""
         if not self.is_steering:
-            plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+            plain = plain_outputs(self.clip, pixel_values=pixel_values, **kwargs).pooler_output
             record = _untouched(plain)
             return VS2ImageFeatures(plain, steered=record.steered, plain_features=plain if with_plain else None)
         family = family_of(self.clip)
@@ -332,7 +332,7 @@ class Steerer:
         if with_plain and list(done) == [self.num_layers - 1]:
             plain = project(self.clip, rows)
         elif with_plain:
-            plain = self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+            plain = plain_outputs(self.clip, pixel_values=pixel_values, **kwargs).pooler_output
         views = next(iter(done.values())).views
         return VS2ImageFeatures(features, plain_features=plain, views=views, **per_image(done))
 
@@ -343,7 +343,7 @@ class Steerer:
         layer, and the rows of the last layer as they were."""
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")  # as CLIPModel says it
-        vision, last, family = self.clip.vision_model, self.num_layers - 1, family_of(self.clip)
+        vision, last, family = tower_of(self.clip), self.num_layers - 1, family_of(self.clip)
         done: dict[int, VS2ImageFeatures] = {}
         if list(self.saes) == [last]:
             outputs = vision(pixel_values=pixel_values, **kwargs)

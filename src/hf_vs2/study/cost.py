@@ -28,7 +28,7 @@ from transformers import initialization as init
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
 from ..config.schema import COUNT
-from ..encoders.families import embedding_width
+from ..encoders.families import embedding_width, family_of, tower_of
 from ..functional.sparse_ops import torch_operations_only
 from ..sae.modeling import SAEModel
 
@@ -113,7 +113,7 @@ def count_flops(clip: CLIPModel, sae: SAEModel, num_classes: int = 100) -> dict[
 def count_parameters(clip: CLIPModel, sae: SAEModel) -> dict[str, Any]:
     """`clip` (both towers), `image_side` (vision tower and projection), `sae`, and `added_percent` of the image
     side."""
-    image_side = _size(clip.vision_model) + _size(clip.visual_projection)
+    image_side = _size(tower_of(clip)) + _size(family_of(clip).projection(clip))
     return {
         "clip": _size(clip),
         "image_side": image_side,

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from ..data.registry import available
+from ..encoders.families import FAMILIES
 from ..encoders.loading import clip_config
 from ..files.atomic import replace_text
 from ..files.digests import json_digest
@@ -100,7 +101,10 @@ def _check_material(bench: Bench, cells: Collection[Cell]) -> None:
     anything long begins."""
     methods = {cell.method for cell in cells}
     for entry in bench.config.encoders:
-        vision: Any = clip_config(entry.source, {"revision": entry.revision}).vision_config
+        config = clip_config(entry.source, {"revision": entry.revision})
+        if not FAMILIES[config.model_type].has_texts:
+            raise ValueError(f"{entry.name} is a {config.model_type!r}, which reads no labels: a study needs a CLIP.")
+        vision: Any = config.vision_config
         bench.config.check_sizes(entry, vision.hidden_size)
         deepest = max((layers for method, layers in STEERED_LAYERS.items() if method in methods), default=0)
         if deepest > vision.num_hidden_layers:

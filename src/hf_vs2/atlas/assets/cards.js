@@ -27,6 +27,7 @@
     const index = atlas.data.latents;
     if (!index.count[latent]) return el("span", { class: "unnamed" }, "silent");
     if (nameOf(latent)) return nameOf(latent);
+    if (!index.names[latent].length) return el("span", { class: "unnamed" }, "unnamed");
     return el("span", { class: "unnamed" }, "unnamed ", el("small", {}, `(nearest: ${index.words[index.names[latent][0]]} ${format.score(index.scores[latent][0])})`));
   }
 

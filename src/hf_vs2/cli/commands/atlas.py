@@ -100,7 +100,7 @@ def run(args: Namespace) -> None:
     resolve_templates(args.templates)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
     labels_from(args)
-    model, tokenizer, image_processor = load_steered_clip(args)
+    model, tokenizer, image_processor = load_steered_clip(args, texts=False)
     model.set_steering(**steering_from(args))
     dataset = open_dataset(args)
     if args.label_column is None and "label" in (dataset.features or {}):

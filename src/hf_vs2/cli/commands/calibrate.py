@@ -71,7 +71,7 @@ def run(args: Namespace) -> None:
             f"{local} is no folder here, and a checkpoint on the Hub cannot be written to: say where the calibrated "
             "one goes with --output_dir"
         )
-    model, _, image_processor = load_steered_clip(args)
+    model, _, image_processor = load_steered_clip(args, texts=False)
     if len(model.saes) != 1:
         raise UsageError(f"{args.checkpoint} holds {len(model.saes)} SAEs: calibrate each one's own checkpoint")
     sae = model.sae

@@ -110,7 +110,7 @@ def run(args: Namespace) -> None:
     model.set_steering(**steering_from(args))
     # One row through the tail: what cannot be replayed on cached rows is refused before hours of extraction.
     with torch.inference_mode():
-        model.image_features_from_cls(torch.zeros(1, model.clip.config.vision_config.hidden_size))
+        model.image_features_from_cls(torch.zeros(1, model.sae.config.hidden_size))
     reference_args = _reference_args(args)
     reference_images = None if reference_args is None else open_dataset(reference_args)
     _, labels, store = open_rows(args, model, image_processor, named=True)

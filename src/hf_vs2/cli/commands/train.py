@@ -154,6 +154,7 @@ def _label_loss(args: Namespace) -> PrototypeAlignment | None:
 def _activations(args: Namespace, arguments: SAETrainingArguments) -> list[ActivationStore]:
     """The rows to train on: stores that are there, or that of a model and a data set, extracted when needed."""
     from ...data.stores.activations import ActivationStore
+    from ...encoders.families import vision_config_of
     from ...encoders.loading import clip_config
     from ...training.output_folder import checkpoint_to_resume, planned_settings, standing
 
@@ -170,7 +171,7 @@ def _activations(args: Namespace, arguments: SAETrainingArguments) -> list[Activ
     cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"
     check_writable(cache, "--activations_dir")
     # Settings that cannot work are refused before hours of extraction.
-    vision: Any = clip_config(model, {"revision": args.revision}).vision_config
+    vision: Any = vision_config_of(clip_config(model, {"revision": args.revision}))
     config, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
     standing(arguments.output_path, planned_settings(config, arguments), arguments.overwrite_output_dir)
     checkpoint_to_resume(arguments.output_path, args.resume_from_checkpoint)
@@ -193,6 +194,7 @@ def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAE
 
 
 def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore], metrics: dict[str, float]) -> None:
+    from ...encoders.families import FAMILIES
     from ...files.checkpoint_folder import TRAINING_LOG_NAME
 
     output = trainer.args.output_path
@@ -212,7 +214,8 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
     )
     if config.layer != stores[0].metadata["num_layers"] - 1:
         return  # commands that compare and show replay the last layer only
-    following = after_training(args, output)
+    family = FAMILIES.get(str(config.base_model_type))
+    following = after_training(args, output, texts=family is None or family.has_texts)
     if following is not None:
         say("", f"Next: {following}")
 

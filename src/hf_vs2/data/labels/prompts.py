@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.functional import normalize
 from transformers.utils import logging
 
-from ...encoders.families import family_of
+from ...encoders.families import embedding_width, family_of, refuse_without_texts
 from ...encoders.tail import unit_embeds
 from ...encoders.wrapped import device_of
 from ...files.progress import progress_bar
@@ -87,7 +88,7 @@ def resolve_templates(templates: str | Path | Sequence[str]) -> tuple[str, ...]:
 @torch.no_grad()
 def class_embeddings(
     clip: CLIPModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Mapping[str, torch.Tensor],
     class_names: Sequence[str],
     templates: str | Path | Sequence[str] = "single",
     batch_size: int = 256,
@@ -103,7 +104,8 @@ def class_embeddings(
 
     Args:
         clip: any `CLIPModel`; the rows are on its device.
-        tokenizer: the tokenizer of that model.
+        tokenizer: the tokenizer of that model; or the embeddings themselves, `(projection_dim,)` of any length by
+            name, which is the one way for a model without texts.
         class_names: the label set, in the order of the labels.
         templates: anything [`resolve_templates`] takes.
         batch_size: prompts encoded at a time.
@@ -118,6 +120,9 @@ def class_embeddings(
     """
     templates = resolve_templates(templates)
     names = clean_class_names(class_names, clean)
+    if isinstance(tokenizer, Mapping):
+        return _given_embeddings(clip, tokenizer, class_names, names)
+    refuse_without_texts(clip)
     # str.replace, not str.format: names and templates may hold braces of their own.
     prompts = [template.replace("{}", name) for name in names for template in templates]
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
@@ -129,6 +134,20 @@ def class_embeddings(
     return normalize(encoded[rows.to(encoded.device)].mean(1), dim=-1)
 
 
+def _given_embeddings(
+    clip: CLIPModel, given: Mapping[str, Any], as_written: Sequence[str], names: Sequence[str]
+) -> torch.Tensor:
+    """Of each class what was given under its name, as written or read."""
+    width, found = embedding_width(clip), []
+    for keys in zip(names, as_written, strict=True):
+        rows = [torch.as_tensor(given[key]).float() for key in keys if key in given]
+        if not rows or rows[0].shape != (width,):
+            what = f"of shape {tuple(rows[0].shape)}" if rows else "missing"
+            raise ValueError(f"The embedding of the label {keys[0]!r} is {what}; expected one of shape ({width},).")
+        found.append(rows[0])
+    return unit_embeds(torch.stack(found).to(device_of(clip)), lambda row: f"the label {names[row]!r}")
+
+
 def tokenized(
     clip: CLIPModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,18 +156,18 @@ def tokenized(
     options: Mapping[str, Any],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids and attention mask of each batch of prompts, `(batch, length)` each."""
-    table = clip.text_model.embeddings
-    positions = table.position_embedding.num_embeddings
+    refuse_without_texts(clip)
+    vocabulary, positions = clip.config.text_config.vocab_size, _num_positions(clip)
     batches, full = [], []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         given = {"padding": family_of(clip).padding, "truncation": True, "max_length": positions, **options}
         tokens = tokenizer(batch, **given, return_attention_mask=True, return_tensors="pt")
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        if ids.max() >= table.token_embedding.num_embeddings:
+        if ids.max() >= vocabulary:
             raise ValueError(
-                f"the tokenizer gives token {int(ids.max())}, but the text tower knows "
-                f"{table.token_embedding.num_embeddings}: this is not the tokenizer of this CLIP."
+                f"the tokenizer gives token {int(ids.max())}, but the text tower knows {vocabulary}: this is not the "
+                "tokenizer of this CLIP."
             )
         full += [prompt for prompt, used in zip(batch, mask.sum(-1).tolist(), strict=True) if used == positions]
         batches.append((ids, mask))
@@ -160,11 +179,23 @@ def tokenized(
     return batches
 
 
+def _num_positions(clip: CLIPModel) -> int:
+    """How many tokens of a text its text tower reads."""
+    for name, part in clip.text_model.named_modules():
+        if isinstance(part, nn.Embedding) and "position_embedding" in name:
+            # RoBERTa's first position is the one behind that of its padding.
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return clip.config.text_config.max_position_embeddings
+
+
 def _read_tokens(clip: CLIPModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
-    """What of each prompt decides its embedding: the tokens up to the one that is pooled, which sees none behind
-    it."""
+    """What of each prompt decides its embedding: of a CLIP the tokens up to the one that is pooled, which sees none
+    behind it."""
     if not family_of(clip).reads_mask:  # all positions are seen
         return [row.numpy().tobytes() for ids, _ in batches for row in ids]
+    if not family_of(clip).reads_to_end:
+        pairs = ((row, seen) for ids, mask in batches for row, seen in zip(ids, mask.bool(), strict=True))
+        return [row[seen].numpy().tobytes() for row, seen in pairs]
     end = clip.config.text_config.eos_token_id
     # As CLIP's text model has it: in old checkpoints the token of the highest number, else the first end token.
     pooled = [(ids if end == 2 else (ids == end).int()).argmax(-1).tolist() for ids, _ in batches]
@@ -198,10 +229,14 @@ def _encode(
     """Unit text embeddings, float32 `(number of prompts, projection_dim)`."""
     embeddings: list[torch.Tensor] = []
     named = iter(prompts)
-    device, reads_mask = device_of(clip), family_of(clip).reads_mask
     for ids, mask in progress_bar(batches, shown=progress and len(batches) > 1, desc="Encoding prompts"):
-        inputs = {"input_ids": ids.to(device)} | ({"attention_mask": mask.to(device)} if reads_mask else {})
-        output = clip.get_text_features(**inputs)
         names = [f"the prompt {prompt!r}" for prompt in islice(named, len(ids))]
-        embeddings.append(unit_embeds(output.pooler_output, names.__getitem__))
+        embeddings.append(unit_embeds(text_features(clip, ids, mask), names.__getitem__))
     return torch.cat(embeddings)
+
+
+def text_features(clip: CLIPModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Text features `(batch, projection_dim)`, not normalised, of what [`tokenized`] gives, `(batch, length)` each."""
+    device = device_of(clip)
+    inputs = {"attention_mask": mask.to(device)} if family_of(clip).reads_mask else {}
+    return clip.get_text_features(input_ids=ids.to(device), **inputs).pooler_output

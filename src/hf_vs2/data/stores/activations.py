@@ -135,6 +135,7 @@ def extract_activations(
         "class_names": class_names_of(dataset, label_column),
         "hidden_size": tower.hidden_size,
         "num_layers": tower.num_layers,
+        "base_model_type": tower.model_type,
         "base_model_fingerprint": tower.sae_fingerprint(),
         "base_model_weights": tower.weights,
         "shard_size": shard_size,

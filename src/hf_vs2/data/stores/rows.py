@@ -119,6 +119,7 @@ class StoreRows(Rows):
         return {
             "base_model_name_or_path": made_from["model"]["id"],
             "base_model_revision": made_from["model"]["revision"],
+            "base_model_type": made_from.get("base_model_type"),
             "base_model_num_layers": made_from["num_layers"],
             "site": made_from["site"],
             "base_model_fingerprint": made_from["base_model_fingerprint"],

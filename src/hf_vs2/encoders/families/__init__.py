@@ -1,16 +1,21 @@
 """The families of encoders that can be steered, one file each behind one interface (`base.Family`)."""
 
-from . import clip, siglip  # noqa: F401  which register themselves
+from . import clip, siglip, vision_only  # noqa: F401, I001  which register themselves
+from . import dual_encoder  # noqa: F401  of their towers
 from .base import (
     FAMILIES,
     Family,
     embedding_width,
     family_of,
+    family_of_config,
     is_steerable,
     recorded_family,
     refuse_family,
+    refuse_without_texts,
     register,
     steerable,
+    tower_of,
+    vision_config_of,
 )
 
 
@@ -19,9 +24,13 @@ __all__ = [
     "Family",
     "embedding_width",
     "family_of",
+    "family_of_config",
     "is_steerable",
     "recorded_family",
     "refuse_family",
+    "refuse_without_texts",
     "register",
     "steerable",
+    "tower_of",
+    "vision_config_of",
 ]

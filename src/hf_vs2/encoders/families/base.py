@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,36 @@ from ...files.json_files import read_object
 from ...files.place import look_for
 
 
+_NOTHING = nn.Identity()
+
+
+def nothing(model: Any) -> nn.Module:
+    """The norm or projection of a family that has none."""
+    return _NOTHING
+
+
+def clip_unit(embeds: torch.Tensor) -> torch.Tensor:
+    """Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit. Where that divides by 0, this
+    gives 0."""
+    length = embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
+    return embeds / torch.where(length > 0, length, 1)
+
+
+def norm_unit(embeds: torch.Tensor) -> torch.Tensor:
+    """Written as SiglipModel and VisionTextDualEncoderModel write it."""
+    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
+
+
+def contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
+    """CLIP's."""
+    target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+    return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
+
+
 @dataclass(frozen=True)
 class Family:
     """
-    Encoders of images and texts that are steered in the same way. One file of this folder each.
+    Encoders that are steered in the same way. One file of this folder each, or one for several that differ in names.
 
     Args:
         model_type (`str`), tower_type (`str`): of the model's configuration, and of its vision tower's.
@@ -35,6 +61,9 @@ class Family:
         loss (`(logits_per_text) -> torch.Tensor`): the model's own.
         padding (`str` or `bool`): how prompts are padded.
         reads_mask (`bool`): whether the text tower is given their attention mask.
+        reads_to_end (`bool`): whether it sees nothing of a text behind the first end token, as CLIP's.
+        has_texts (`bool`): whether there is a text tower. Without, embeddings of labels have to be given.
+        any_tower (`bool`): whether the vision tower may be of any family, whose site and row are then taken.
     """
 
     model_type: str
@@ -48,15 +77,23 @@ class Family:
     norm: Callable[[Any], nn.Module]
     projection: Callable[[Any], nn.Module]
     row_weight: str
-    unit: Callable[[torch.Tensor], torch.Tensor]
-    loss: Callable[[torch.Tensor], torch.Tensor]
+    unit: Callable[[torch.Tensor], torch.Tensor] = clip_unit
+    loss: Callable[[torch.Tensor], torch.Tensor] = contrastive_loss
     padding: str | bool = True
     reads_mask: bool = True
+    reads_to_end: bool = False
+    has_texts: bool = True
+    any_tower: bool = False
 
     @property
     def has_tokens(self) -> bool:
         """Whether rows of inner layers can be read and steered."""
         return self.site == "cls"
+
+    def around(self, tower: Family) -> Family:
+        """This family with the vision tower of another one."""
+        own = ("site", "fingerprint", "parts", "row", "norm", "row_weight", "tower_type")
+        return replace(self, **{name: getattr(tower, name) for name in own})
 
 
 FAMILIES: dict[str, Family] = {}
@@ -65,12 +102,13 @@ FAMILIES: dict[str, Family] = {}
 
 def register(family: Family) -> None:
     """Make a family known everywhere."""
-    FAMILIES[family.model_type] = FAMILIES[family.tower_type] = family
+    FAMILIES[family.model_type] = family
+    FAMILIES.setdefault(family.tower_type, family)
 
 
 def steerable() -> list[str]:
-    """`model_type` of the models that can be steered."""
-    return [name for name, family in FAMILIES.items() if name == family.model_type]
+    """`model_type` of the models with texts that can be steered."""
+    return [name for name, family in FAMILIES.items() if name == family.model_type and family.has_texts]
 
 
 def family_of(model: Any) -> Family:
@@ -80,31 +118,39 @@ def family_of(model: Any) -> Family:
         `ValueError`: it is of none.
     """
     config = getattr(model, "config", None) or model.vision_model.config
-    refuse_family(config.model_type, config._name_or_path or type(model).__name__, tower=True)
-    return FAMILIES[config.model_type]
+    return family_of_config(config, config._name_or_path or type(model).__name__)
+
+
+def family_of_config(config: Any, where: str) -> Family:
+    """The same by the configuration; `where` is what a message names."""
+    refuse_family(config.model_type, where, tower=True)
+    family = FAMILIES[config.model_type]
+    if family.any_tower:
+        return family.around(family_of_config(config.vision_config, f"The vision tower of {where}"))
+    return family
 
 
 def is_steerable(model: Any) -> bool:
-    """Whether it is a model of a registered family, with texts."""
+    """Whether it is a model of a registered family."""
     return any(isinstance(model, family.model) for family in FAMILIES.values())
+
+
+def tower_of(model: Any) -> Any:
+    """The vision tower of a model; one that stands by itself is its own."""
+    while hasattr(model, "vision_model"):
+        model = model.vision_model
+    return model
+
+
+def vision_config_of(config: Any) -> Any:
+    """The part of a model's configuration that is its vision tower's."""
+    return getattr(config, "vision_config", config)
 
 
 def embedding_width(clip: Any) -> int:
     """Width of its image and text features."""
-    return getattr(clip.config, "projection_dim", None) or clip.vision_model.config.hidden_size
-
-
-def clip_unit(embeds: torch.Tensor) -> torch.Tensor:
-    """Written as CLIPModel writes it; `F.normalize` rounds differently in the last bit. Where that divides by 0, this
-    gives 0."""
-    length = embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
-    return embeds / torch.where(length > 0, length, 1)
-
-
-def contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    """CLIP's."""
-    target = torch.arange(len(logits_per_text), device=logits_per_text.device)
-    return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.t(), target)) / 2
+    projection = family_of(clip).projection(clip)
+    return getattr(projection, "out_features", None) or tower_of(clip).config.hidden_size
 
 
 def refuse_family(model_type: str | None, where: str, tower: bool = False) -> None:
@@ -112,16 +158,31 @@ def refuse_family(model_type: str | None, where: str, tower: bool = False) -> No
     Args:
         model_type: of a model's configuration.
         where: what the message names.
-        tower: whether a vision tower alone will do.
+        tower: whether the vision tower of a family will do.
 
     Raises:
         `ValueError`: if nothing can steer such a model yet.
     """
     family = FAMILIES.get(str(model_type))
-    if family is None or (model_type == family.tower_type and not tower):
+    if family is not None and (tower or family.model_type == model_type):
+        return
+    if model_type == "siglip2":
         raise ValueError(
-            f"{where} holds a model of type {model_type!r}; expected a CLIP ({', '.join(map(repr, steerable()))}). No "
-            "other family can be steered yet."
+            f"{where} is a SigLIP 2 of flexible resolution, whose images are lists of patches of their own shape: it "
+            "can't be steered yet. Take one of fixed resolution, such as google/siglip2-base-patch16-224."
+        )
+    raise ValueError(
+        f"{where} holds a model of type {model_type!r}; expected a CLIP ({', '.join(map(repr, steerable()))}). No "
+        "other family can be steered yet."
+    )
+
+
+def refuse_without_texts(clip: Any) -> None:
+    """Raises `ValueError` on a model to which labels say nothing."""
+    if not family_of(clip).has_texts:
+        raise ValueError(
+            f"A {type(clip).__name__} has no text tower, so it can't read labels. Give the embeddings of the labels "
+            "themselves in the place of the tokenizer: a dict of label -> embedding."
         )
 
 

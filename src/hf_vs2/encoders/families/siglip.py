@@ -3,19 +3,13 @@ attention head is steered; nothing follows it. Scores are sigmoids with a bias; 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import SiglipConfig, SiglipModel
+from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
-from .base import Family, register
-
-
-_NOTHING = nn.Identity()
-
-
-def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)  # as SiglipModel writes it
+from .base import Family, norm_unit, nothing, register
 
 
 def _sigmoid_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
@@ -24,20 +18,26 @@ def _sigmoid_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(sign * logits_per_text).sum(-1).mean()
 
 
+_TOWER: dict[str, Any] = {
+    "site": "pooled",
+    "fingerprint": ("post_layernorm.weight", "post_layernorm.bias", "head.layernorm.weight", "head.layernorm.bias"),
+    "parts": ("embeddings", "encoder", "post_layernorm", "head"),
+    "row": lambda outputs: outputs.pooler_output,
+    "norm": nothing,
+    "projection": nothing,
+    "row_weight": "head.layernorm.weight",
+}
+_TYPE = "siglip_vision_model"
+
+register(Family(_TYPE, _TYPE, SiglipVisionModel, SiglipVisionConfig, **_TOWER, has_texts=False))
 register(
     Family(
         "siglip",
-        "siglip_vision_model",
+        _TYPE,
         SiglipModel,
         SiglipConfig,
-        site="pooled",
-        fingerprint=("post_layernorm.weight", "post_layernorm.bias", "head.layernorm.weight", "head.layernorm.bias"),
-        parts=("embeddings", "encoder", "post_layernorm", "head"),
-        row=lambda outputs: outputs.pooler_output,
-        norm=lambda model: _NOTHING,
-        projection=lambda model: _NOTHING,
-        row_weight="head.layernorm.weight",
-        unit=_unit,
+        **_TOWER,
+        unit=norm_unit,
         loss=_sigmoid_loss,
         padding="max_length",
         reads_mask=False,

@@ -224,6 +224,7 @@ def _parts(data: dict[str, Any]) -> list[dict[str, Any]]:
 # Facts
 
 
+_ROWS = {"cls": "CLS token at the output of", "pooled": "what the vision tower pools from"}
 Facts: TypeAlias = list[tuple[str, str]]
 """What a fact is about, and what it is: words of anybody's, which the template escapes, or [`Markdown`]."""
 
@@ -239,7 +240,8 @@ def _shape_facts(config: SAEConfig) -> Facts:
         layer += f", of {layers} layers"
     num_latents = config.num_latents or 0  # never None once the config is made
     return [
-        ("Reads", f"CLS token at the output of {layer}"),
+        *([("CLIP family", code(config.base_model_type))] if config.base_model_type else []),
+        ("Reads", f"{_ROWS[config.site]} {layer}"),
         (
             "Size",
             f"{config.hidden_size:,} inputs, {num_latents:,} features (expansion "
