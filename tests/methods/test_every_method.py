@@ -240,6 +240,10 @@ def test_gated_out_images_are_plain_clip_whatever_else_is_in_the_batch(world, me
         assert (made.fvu is None, made.latent_values is None, made.distance is None) == (not reads, not reads, reads)
         tau = sae.fvu_threshold(0.5) if reads else model.domain_statistics.distance_threshold(0.5)
         assert torch.equal(made.steered, (made.fvu if reads else made.distance) <= tau)
+        scored = model.class_logits(made, world.classes)
+    with model.steering(enabled=False):
+        plain = replayed(model, world.rows, world.classes)[1]
+    assert torch.equal(scored[~made.steered], plain[~made.steered])
     if reads:
         with torch.no_grad(), model.steering(method=method, fvu_threshold=0.0):
             assert_same_output(model(**world.inputs), world.clip(**world.inputs))
