@@ -2,24 +2,26 @@
 
 Without settings it makes and shows the demo's checkpoint, offline. `VS2_CHECKPOINT` names another, a folder or a Hub id, and
 `VS2_IMAGES` images (a folder, or a data set's id) to show what activates a latent; `VS2_LABELS` are the labels to begin
-with, `VS2_ATLAS` the address of its atlas, to which latents are linked.
+with, which name latents too, beside common words; `VS2_ATLAS` is the address of its atlas, to which latents are linked.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr  # noqa: E402
 from huggingface_hub.constants import HF_HOME  # noqa: E402
-from looks import CSS, HINT, WORDS, bars, latents, note, verdict  # noqa: E402
+from looks import CSS, HINT, WORDS, bars, latents, likeliest, note, verdict  # noqa: E402
 from PIL import Image  # noqa: E402
 from playground import SHOWN_LATENTS, Playground, demo_checkpoint, read_labels  # noqa: E402
 
-from hf_vs2 import load_images  # noqa: E402
+from hf_vs2 import VS2Explanation, load_images  # noqa: E402
 from hf_vs2.data.inputs import NamedImages  # noqa: E402
+from hf_vs2.latent_names import common_words  # noqa: E402
 
 
 HOUR, DAY = 3600, 86400
@@ -36,11 +38,25 @@ def make_playground() -> tuple[Playground, str, list[Image.Image]]:
         digits = load_handwriting()
         folder = Path(os.environ.get("VS2_DEMO_FOLDER", Path(HF_HOME) / "hf_vs2_space"))
         examples = [digits[place]["image"] for place in (94, 0, 15, 31, 77)]
-        return Playground(demo_checkpoint(folder), digits), labels or ", ".join(DIGIT_NAMES), examples
+        playground = Playground(demo_checkpoint(folder), digits, DIGIT_NAMES)  # all words that its CLIP was taught
+        return playground, labels or ", ".join(DIGIT_NAMES), examples
     shown = load_images(images, split="train[:1000]") if images else None
     named = NamedImages(shown["image"] if shown else [])
     examples = [named[place].read() for place in range(min(5, len(named)))]
-    return Playground(checkpoint, shown), labels or "cat, dog, bird", examples
+    labels = labels or "cat, dog, bird"
+    words = dict.fromkeys([*read_labels(labels), *common_words()])
+    return Playground(checkpoint, shown, list(words)), labels, examples
+
+
+class Settings(NamedTuple):
+    """What a person sets beside the image. Programs give no method, which is the checkpoint's, and switch nothing off."""
+
+    labels: str
+    gamma: float
+    lambda_: float
+    gate: bool
+    method: str | None = None
+    off: Sequence[int] = ()
 
 
 class Page:
@@ -50,30 +66,42 @@ class Page:
     def __init__(self, playground: Playground):
         self.playground = playground
 
-    def answer(self, path: str | None, *settings: Any) -> tuple[str, str, str, Any]:
+    def answer(self, path: str | None, *given: Any) -> tuple[str, str, str, Any]:
         if path is None:
             raise gr.Error("Give an image first.", print_exception=False)
         try:
-            return self._answer(path, *settings)
+            return self._answer(path, Settings(*given))[1]
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def show(self, path: str | None, *settings: Any) -> tuple[str, str, str, Any]:
+    def show(self, path: str | None, *given: Any) -> tuple[str, str, str, Any, Any]:
+        settings = Settings(*given)
+        nothing = "", "", None, gr.CheckboxGroup(visible=bool(settings.off))
         if path is None:
-            return note(HINT), "", "", None
+            return note(HINT), *nothing
         try:
-            return self._answer(path, *settings)
+            found, shown = self._answer(path, settings)
         except ValueError as error:
-            return note(str(error), "problem"), "", "", None
+            return note(str(error), "problem"), *nothing
+        return *shown, self._switches(found, settings)
 
-    def _answer(
-        self, path: str, text: str, gamma: float, lambda_: float, gate: bool, method: str | None = None
-    ) -> tuple[str, str, str, Any]:
-        method = method or next(iter(self.playground.methods))
-        found = self.playground.explain(Path(path).read_bytes(), read_labels(text), gamma, lambda_, gate, method)
-        threshold = self.playground.threshold(method) if gate else None
-        moved = latents(found, SHOWN_LATENTS, self.playground.strongest_images, ATLAS)
-        return verdict(found, threshold), bars(found), moved, found.to_dict(SHOWN_LATENTS)[0]
+    def _answer(self, path: str, settings: Settings) -> tuple[VS2Explanation, tuple[str, str, str, Any]]:
+        method, off = settings.method or next(iter(self.playground.methods)), settings.off
+        if not self.playground.has_latents(method):
+            off = ()
+        asked = (read_labels(settings.labels), settings.gamma, settings.lambda_, settings.gate, method, off)
+        found = self.playground.explain(Path(path).read_bytes(), *asked)
+        threshold = self.playground.threshold(method) if settings.gate else None
+        moved = latents(found, SHOWN_LATENTS, self.playground, ATLAS)
+        return found, (verdict(found, threshold, len(off)), bars(found), moved, found.to_dict(SHOWN_LATENTS)[0])
+
+    def _switches(self, found: VS2Explanation, settings: Settings) -> Any:
+        """A switch for each latent that is listed, or is off."""
+        if not self.playground.has_latents(settings.method):
+            return gr.CheckboxGroup(visible=False)
+        listed = {latent["latent"] for latent in found.top(likeliest(found), SHOWN_LATENTS)} | {*settings.off}
+        choices = [(f"#{latent} {self.playground.name(latent)}".strip(), latent) for latent in sorted(listed)]
+        return gr.CheckboxGroup(choices, value=list(settings.off), visible=bool(choices))
 
 
 def build(playground: Playground, labels: str, examples: list[Image.Image]) -> gr.Blocks:
@@ -131,16 +159,22 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                 )
                 button = gr.Button("Steer", variant="primary")
             with gr.Column(scale=3):
-                before_after, active = gr.HTML(), gr.HTML()
+                before_after = gr.HTML()
+                off = gr.CheckboxGroup(
+                    label="Switch latents off",
+                    info="Their value becomes 0: what would the answer be, had the image nothing of them?",
+                    visible=False,
+                )
+                active = gr.HTML()
                 with gr.Accordion("What do these words mean?", open=False):
                     listed = "\n".join(f"- {one.label}: {one.summary}" for one in methods.values())
                     more = f", [this checkpoint's atlas]({ATLAS})" if ATLAS else ""
                     gr.Markdown(WORDS.format(methods=listed, more=more))
                 with gr.Accordion("As JSON", open=False):
                     facts = gr.JSON(show_label=False)
-        inputs, outputs = [image, text, factor, strength, gate, method], [answer, before_after, active, facts]
+        inputs, outputs = [image, text, factor, strength, gate], [answer, before_after, active, facts]
         # Programs have the checkpoint's method, and give what they always gave.
-        gr.Button(visible=False).click(page.answer, inputs[:-1], outputs, api_name="steer")
+        gr.Button(visible=False).click(page.answer, inputs, outputs, api_name="steer")
         # One listener for them all, so that what is shown last is what was set last, by mouse, keys or typing.
         gr.on(
             [
@@ -150,10 +184,11 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                 text.submit,
                 text.blur,
                 *(one.change for one in (factor, strength, gate, method)),
+                off.input,
             ],
             page.show,
-            inputs,
-            outputs,
+            [*inputs, method, off],
+            [*outputs, off],
             api_visibility="private",
             show_progress="hidden",
             trigger_mode="always_last",
@@ -164,6 +199,10 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
 if __name__ == "__main__":
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
     theme = gr.themes.Default(primary_hue="blue", **fonts).set(
-        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        body_text_color_subdued="*neutral_600",
     )
-    build(*make_playground()).launch(css=CSS, theme=theme, max_file_size=LARGEST_FILE)
+    build(*make_playground()).launch(
+        css=CSS, theme=theme, max_file_size=LARGEST_FILE, footer_links=["api", "gradio"]
+    )

@@ -2,10 +2,10 @@
 
 import base64
 import io
-from collections.abc import Callable, Sequence
 from html import escape
 
 from PIL import Image
+from playground import Playground
 
 from hf_vs2 import VS2Explanation
 
@@ -58,7 +58,12 @@ def note(text: str, kind: str = "alone") -> str:
     return f'<div class="vs2"><div class="verdict {kind}" role="status">{escape(text)}</div></div>'
 
 
-def verdict(explanation: VS2Explanation, threshold: float | None = None) -> str:
+def likeliest(explanation: VS2Explanation) -> int:
+    """The label that is answered."""
+    return int(explanation.steered_scores[0].argmax())
+
+
+def verdict(explanation: VS2Explanation, threshold: float | None = None, num_off: int = 0) -> str:
     """One sentence: what plain CLIP says, what the method says, and whether the gate let it through."""
     before, after = (
         escape(explanation.labels[int(scores[0].argmax())])
@@ -76,6 +81,8 @@ def verdict(explanation: VS2Explanation, threshold: float | None = None) -> str:
     )
     if threshold is not None:
         fvu += f", at most {threshold:.2f} passes the gate"
+    if num_off:
+        fvu += f". {num_off} latent{'s' if num_off > 1 else ''} switched off"
     return f'<div class="vs2"><div class="verdict" role="status">{text} <span class="value">Steered. {fvu}.</span></div></div>'
 
 
@@ -99,11 +106,10 @@ def bars(explanation: VS2Explanation) -> str:
     return f'<div class="vs2"><div class="legend">{legend}</div>{"".join(rows)}{rest}</div>'
 
 
-def latents(
-    explanation: VS2Explanation, number: int, images_of: Callable[[int], Sequence[Image.Image]], atlas: str = ""
-) -> str:
-    """The latents that moved the top label most, each with the images that activate it and a link to an atlas."""
-    best = int(explanation.steered_scores[0].argmax())
+def latents(explanation: VS2Explanation, number: int, playground: Playground, atlas: str = "") -> str:
+    """The latents that moved the top label most, each with its name, the images that activate it and a link to an
+    atlas."""
+    best = likeliest(explanation)
     found = explanation.top(best, number)
     if not found:
         if not bool(explanation.steered[0]):
@@ -113,14 +119,15 @@ def latents(
         return note("No latent moved anything.")
     label, blocks = escape(explanation.labels[best]), []
     for latent in found:
-        pictures = "".join(f'<img src="{data_uri(image)}" alt="">' for image in images_of(latent["latent"]))
+        pictures = "".join(f'<img src="{data_uri(image)}" alt="">' for image in playground.strongest_images(latent["latent"]))
         sign = "steered" if latent["contribution"] >= 0 else "down"
         link = f"<b>#{latent['latent']}</b>"
         if atlas:
             address = escape(f"{atlas.rstrip('/')}/index.html#latent={latent['latent']}")
             link = f'<a href="{address}" target="_blank" rel="noopener">{link}</a>'
         blocks.append(
-            f'<div class="latent"><div>{link}<div class="value">value {latent["value"]:.2f}</div></div><div>'
+            f'<div class="latent"><div>{link}<div class="value">value {latent["value"]:.2f}</div></div>'
+            f'<div><div class="name">{escape(playground.name(latent["latent"]))}</div>'
             f'<span class="key {sign}"></span>{latent["contribution"]:+.2f} to the score of {label}'
             f'<div class="pictures">{pictures}</div></div></div>'
         )

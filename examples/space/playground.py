@@ -12,10 +12,11 @@ from datasets import Dataset
 from PIL import Image
 
 import hf_vs2
-from hf_vs2 import VS2Explanation
+from hf_vs2 import LatentEdits, VS2Explanation
 from hf_vs2.data.batches import read_pixels
 from hf_vs2.data.inputs import NamedImage, NamedImages
 from hf_vs2.data.pixels import Normalizer
+from hf_vs2.latent_names import LatentNames, name_latents
 from hf_vs2.methods import METHODS, Method
 
 
@@ -34,9 +35,12 @@ class Playground:
     Args:
         checkpoint: a VS2 checkpoint, a folder or a Hub id.
         images (`datasets.Dataset`, *optional*): with a column `image`, to show what activates a latent.
+        words (sequence of `str`, *optional*): two or more, to name latents with.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike, images: Dataset | None = None):
+    def __init__(
+        self, checkpoint: str | os.PathLike, images: Dataset | None = None, words: Sequence[str] | None = None
+    ):
         self.classifier = hf_vs2.zero_shot_classifier(checkpoint)
         self.model = self.classifier.model
         self.defaults = self.model.steering_settings
@@ -46,6 +50,9 @@ class Playground:
         self._embed = lru_cache(maxsize=64)(self._encode_labels)
         self._thumbnail = lru_cache(maxsize=4096)(self._make_thumbnail)
         self._top = None if images is None else self._strongest_images(images)
+        self._names: LatentNames | None = None
+        if words is not None:
+            self._names = name_latents(self.model, self.classifier.tokenizer, words, top=1, progress=True)
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -78,9 +85,10 @@ class Playground:
         lambda_: float,
         gate: bool,
         method: str | None = None,
+        off: Sequence[int] = (),
     ) -> VS2Explanation:
         """Scores before and after, and the latents between them. The image comes as the bytes of its file; no method
-        is the checkpoint's.
+        is the checkpoint's; latents that are off have the value 0, whatever the checkpoint does with them.
 
         Raises:
             `ValueError`: on an image that cannot be read, or a method that is not one of `methods`.
@@ -91,10 +99,23 @@ class Playground:
         row, classes = self._row(image), self._embed(labels)
         settings = {"lambda_": lambda_} if self.has_own_gammas else {"gamma": gamma, "lambda_": lambda_}
         settings["method"] = method
+        if off:
+            settings["edits"] = self._switched_off(off)
         if not gate:
             settings |= {"gate": None, "fvu_threshold": None}
         with self._lock, self.model.steering(**settings):
             return self.model.explain_from_cls(row, classes, labels)
+
+    def has_latents(self, method: str | None) -> bool:
+        """Whether latents can be switched off in it: in those alone whose scores are sums over latents."""
+        return METHODS[method or next(iter(self.methods))].explains
+
+    def name(self, latent: int) -> str:
+        """A latent's name, with the word that is nearest where no word is a name."""
+        if self._names is None:
+            return ""
+        (word, score), name = self._names.of(latent)[0], self._names.name(latent)
+        return f"unnamed (nearest: {word} {score:.2f})" if name is None else name
 
     def threshold(self, method: str) -> float | None:
         """The gate's, where the method's gate goes by FVU."""
@@ -112,6 +133,12 @@ class Playground:
             for value, place in zip(values[:, latent], places[:, latent], strict=True)
             if value > 0
         ]
+
+    def _switched_off(self, off: Sequence[int]) -> LatentEdits:
+        """The checkpoint's own edits, but for latents that are off."""
+        own = self.defaults.edits or LatentEdits()
+        kept = [{latent: value for latent, value in edits if latent not in off} for edits in (own.amplify, own.set)]
+        return LatentEdits(kept[0], {*own.suppress, *off}, kept[1])
 
     @torch.no_grad()
     def _row(self, image: bytes) -> torch.Tensor:
