@@ -333,3 +333,26 @@ def test_missing_matplotlib(result, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install matplotlib"):
         draw_figures(result, tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
+
+
+def test_lines_from_labels_to_points_do_not_cross():
+    """Lines that cross lead the eye from a label to another label's point, where points lie above each other."""
+    from matplotlib.figure import Figure
+
+    from hf_vs2.study.drawings.figure_curves import _label_above
+
+    axes = Figure(figsize=(2.2, 2)).add_subplot()
+    places = {"0": (0.401, 10.17), "0.1": (0.374, 10.17), "2": (0.36, 10.07), "1": (0.35, 9.9), "0.5": (0.3499, 9.93)}
+    places["0.8"] = (0.3503, 10.2)
+    axes.plot(*zip(*places.values(), strict=True))
+    _label_above(axes, places)
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    lines = [(np.array(text.xyann), to_fraction.transform(text.xy)) for text in axes.texts]
+
+    def side(a, b, c):
+        (x, y), (u, v) = b - a, c - a
+        return np.sign(x * v - y * u)
+
+    assert len(lines) == len(places)
+    for (a, b), (c, d) in combinations(lines, 2):
+        assert side(a, b, c) == side(a, b, d) or side(c, d, a) == side(c, d, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -208,9 +209,12 @@ def _draw_pass(axes: Axes, cells: Sequence[CellResult], default: float | None) -
     _label_above(axes, {f"{weight:g}": place for weight, place in places.items()})
 
 
+_LABELS_AT = 0.95
+
+
 def _label_above(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
     """A label for each point in one line at the top, each with a thin line to its point: points may lie close
-    together."""
+    together. No two lines cross."""
     axes.margins(0.08, 0.1)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.3 * (high - low))
@@ -223,11 +227,26 @@ def _label_above(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
         spots.append(max([wanted, *(spot + gap for spot in spots[-1:])]))
     for index in range(len(order) - 1, -1, -1):  # back from the right edge
         spots[index] = min(spots[index], 0.97 - gap * (len(order) - 1 - index))
-    for label, spot in zip(order, spots, strict=True):
+    bottom, top = axes.get_ylim()
+    chosen = dict(zip(order, spots, strict=True))
+
+    def length(label: str, spot: float) -> float:
+        x, y = places[label]
+        return math.hypot((x - left) / (right - left) - spot, (y - bottom) / (top - bottom) - _LABELS_AT)
+
+    # Of two lines that cross, the ends can be exchanged for shorter ones that don't.
+    better = True
+    while better:
+        better = False
+        for one, other in combinations(order, 2):
+            mine, theirs = chosen[one], chosen[other]
+            if length(one, theirs) + length(other, mine) < length(one, mine) + length(other, theirs) - 1e-9:
+                chosen[one], chosen[other], better = theirs, mine, True
+    for label, spot in chosen.items():
         axes.annotate(
             label,
             places[label],
-            (spot, 0.95),
+            (spot, _LABELS_AT),
             textcoords="axes fraction",
             ha="center",
             va="center",
