@@ -78,6 +78,12 @@ def test_from_a_folder_to_a_checkpoint_that_labels_decide_on(digits, tmp_path, m
     classifier = hf_vs2.zero_shot_classifier(str(output))
     files = sorted(path for path in folder.iterdir())
     found = classifier([str(path) for path in files], LABELS, templates="single", top_k=1, return_details=True)
+    # The checkpoint knows what it was asked; a terminal that gives no labels gets the same answers.
+    assert main(["classify", str(files[3]), "--checkpoint", str(output), "--json"]) == 0
+    (alone,) = json.loads(capsys.readouterr().out)
+    assert alone["predictions"][0]["label"] == found[3]["predictions"][0]["label"]
+    assert main(["classify", str(files[3]), "--checkpoint", str(CLIP)]) == 2
+    assert "was not adapted to labels" in capsys.readouterr().err
     changed = {path.name for path, one in zip(files, found, strict=True) if one["predictions"] != one["plain"]}
     different = [one["predictions"][0]["label"] != one["plain"][0]["label"] for one in found]
     assert report["changes"]["number"] == sum(different) <= len(changed)
@@ -123,8 +129,7 @@ def test_in_use_other_images_are_noticed_and_turned_away(digits, tmp_path, capsy
         Image.fromarray(noise.numpy()).save(other / f"{number}.png")
 
     def classify(images, *more):
-        labels = ["--labels", output / "labels.json", "--json", *more]
-        assert main(["classify", *map(str, [images, "--checkpoint", output, *labels])]) == 0
+        assert main(["classify", *map(str, [images, "--checkpoint", output, "--json", *more])]) == 0
         shown = capsys.readouterr()
         return json.loads(shown.out), shown.err
 

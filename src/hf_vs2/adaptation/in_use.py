@@ -73,6 +73,21 @@ class Familiarity:
         return f"{why} hf-vs2 adapt fits a checkpoint to images." if why else ""
 
 
+def asked_in(checkpoint: str, place: Mapping[str, Any]) -> tuple[list[str], list[str], bool] | None:
+    """The labels, templates and cleaning of labels that `adapt` fitted this checkpoint to; `None` of one that it did
+    not write.
+
+    Raises:
+        OSError: there is no such checkpoint.
+    """
+    path = look_for(checkpoint, REPORT_NAME, place)
+    try:
+        asked = {} if path is None else read_json(Path(path))["request"]
+        return list(map(str, asked["labels"])), list(map(str, asked["templates"])), bool(asked["clean"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def rejection_threshold(
     checkpoint: str, place: Mapping[str, Any], labels: Sequence[str], templates: Sequence[str], clean: bool
 ) -> float:

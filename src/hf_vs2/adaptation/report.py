@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..data.labels.prompts import SINGLE_TEMPLATE
 from ..evaluation.few_shot import FEW_SHOT
 from ..evaluation.metrics import Gain, gain_text
 from ..evaluation.recommendation import LEAST_LABELS, Recommendation
@@ -19,7 +18,7 @@ from ..methods import method_named
 from ..version import __version__
 from .answers import Answers, clearest, confidence, pairs, rejection
 from .checked import TO_LABEL
-from .names import LABELS_NAME, TEMPLATES_NAME, TO_LABEL_NAME
+from .names import TO_LABEL_NAME
 
 
 FEW_SHOT_TOLD = (
@@ -183,11 +182,8 @@ def _next(found: Recommendation, request: Mapping[str, Any], folder: Path, again
                 "command": f"{again} --checked {shlex.quote(str(to_label))}",
             }
         ]
-    classify = ["--checkpoint", str(folder), "--labels", str(folder / LABELS_NAME)]
-    if request["templates"] != list(SINGLE_TEMPLATE):
-        classify += ["--templates", str(folder / TEMPLATES_NAME)]
-    classify += [] if request["clean"] else ["--names_as_given"]
-    return [*steps, {"what": "Label images:", "command": f"hf-vs2 classify IMAGES {shlex.join(classify)}"}]
+    command = f"hf-vs2 classify IMAGES --checkpoint {shlex.quote(str(folder))}"
+    return [*steps, {"what": "Label images, with these labels and prompts:", "command": command}]
 
 
 def told(report: Mapping[str, Any]) -> list[str]:

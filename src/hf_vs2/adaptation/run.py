@@ -37,7 +37,7 @@ from ..version import __version__
 from .answers import compare
 from .checked import checked_labels, write_to_label
 from .images import dataset_of, image_names
-from .names import LABELS_NAME, PAGE_NAME, REPORT_NAME, TEMPLATES_NAME, TO_LABEL_NAME
+from .names import LABELS_NAME, PAGE_NAME, REPORT_NAME, TO_LABEL_NAME
 from .page import write_page
 from .plan import sae_plan, trust
 from .report import report_of
@@ -179,7 +179,6 @@ def adapt(
 
     say(5, "writing the report")
     write_json(folder / LABELS_NAME, labels)
-    write_json(folder / TEMPLATES_NAME, list(templates))
     again = command or _command(clip, where, folder)
     report = report_of(
         request | {"digest": digest},

@@ -134,8 +134,12 @@ def add_class_names_flag(parser: Parser) -> None:
     _add_names_as_given(parser)
 
 
+REMEMBERED = "those that the checkpoint was adapted to"
+
+
 def add_label_flags(parser: Parser, otherwise: str = "") -> None:
-    """What an image may be, and how CLIP is asked; `otherwise`: where labels come from when none are given."""
+    """What an image may be, and how CLIP is asked; `otherwise`: where labels come from when none are given. With
+    [`REMEMBERED`], prompts do too: read both by [`labels_and_prompts`]."""
     parser.flag(
         "--labels",
         nargs="+",
@@ -144,7 +148,8 @@ def add_label_flags(parser: Parser, otherwise: str = "") -> None:
         help="Labels to choose from, or a file of them (.txt, .csv, .json)"
         + (f" [{otherwise}]." if otherwise else "."),
     )
-    parser.flag("--templates", default="single", metavar="T", help=TEMPLATES)
+    default = None if otherwise == REMEMBERED else "single"
+    parser.flag("--templates", default=default, metavar="T", help=TEMPLATES)
     _add_names_as_given(parser)
 
 
@@ -313,6 +318,25 @@ def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, A
     """Settings from [`add_steering_flags`]; what was not given is left to the checkpoint."""
     settings = {name: getattr(args, name) for name in _steering_flags(method) if getattr(args, name) is not None}
     return settings | {"gate": None} if settings.get("gate") == "none" else settings
+
+
+def labels_and_prompts(args: argparse.Namespace) -> tuple[list[str], Any, bool]:
+    """Labels, templates and whether labels are cleaned: as the command line says, or else as the checkpoint was
+    adapted to."""
+    from ..adaptation.in_use import asked_in
+    from ..data.labels.lists import names_in
+    from ..data.labels.prompts import resolve_templates
+
+    if args.labels is not None:
+        labels, templates, clean = names_in(labels_from(args) or []), "single", True
+    else:
+        remembered = asked_in(args.checkpoint, checkpoint_place(args))
+        if remembered is None:
+            raise UsageError(f"--labels is missing: {args.checkpoint} was not adapted to labels (hf-vs2 adapt)")
+        labels, templates, clean = remembered
+    templates = templates if args.templates is None else args.templates
+    resolve_templates(templates)
+    return labels, templates, clean and not args.names_as_given
 
 
 def labels_from(args: argparse.Namespace, dataset: Any = None, required: bool = False) -> Names | None:

@@ -14,12 +14,13 @@ from ...config.schema import whole
 from ..answers import Summary, Table, csv_columns, flat, say_beside_bar, shown_names, with_change
 from ..common import (
     BATCH,
+    REMEMBERED,
     add_checkpoint_flags,
     add_label_flags,
     add_progress_flag,
     add_steering_flags,
     checkpoint_place,
-    labels_from,
+    labels_and_prompts,
     load_classifier,
     local_or_id,
     say,
@@ -31,7 +32,7 @@ from ..parsing import Parser
 from ..row_file import ROW_SUFFIXES, RowFile
 
 
-USAGE = "IMAGE... --checkpoint O --labels NAME... [options]"
+USAGE = "IMAGE... --checkpoint O [--labels NAME...] [options]"
 DESCRIPTION = """\
 Labels images with a steered CLIP. Prints for each image the label and its score, plain CLIP's label, how badly the
 SAE reconstructs the image (FVU; for methods that do not read it, the distance to the training images), whether it
@@ -42,6 +43,7 @@ examples:
       --labels bus forest "oak tree"
   hf-vs2 classify photos/ --checkpoint user/sae-cifar100 --labels labels.txt \\
       --templates ensemble --output answers.csv
+  hf-vs2 classify photos/ --checkpoint adapted   # by hf-vs2 adapt: its labels
 
 A .csv or .jsonl file is written as answers come, and continued when the same command runs again."""
 
@@ -52,7 +54,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag("--on_error", choices=("raise", "skip"), default="raise", help="What to do at an unreadable image.")
     parser.section("model and prompts")
     add_checkpoint_flags(parser)
-    add_label_flags(parser)
+    add_label_flags(parser, REMEMBERED)
     parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass.")
     add_steering_flags(parser, method=True)
     parser.flag(
@@ -77,13 +79,12 @@ def run(args: Namespace) -> None:
     from ...adaptation.in_use import NONE_OF_THESE, Familiarity, rejected, rejection_threshold
     from ...data.images import one_line
     from ...data.inputs import NamedImage, NamedImages
-    from ...data.labels.lists import names_in
     from ...data.labels.prompts import resolve_templates
     from ...files.json_files import write_json
     from ...files.progress import progress_bar
 
-    labels = names_in(labels_from(args) or [])
-    templates, clean = resolve_templates(args.templates), not args.names_as_given
+    labels, asked, clean = labels_and_prompts(args)
+    templates = resolve_templates(asked)
     names = list(_image_names(args.images, args.on_error))
     threshold = None
     if args.reject:
@@ -92,7 +93,7 @@ def run(args: Namespace) -> None:
     familiarity = Familiarity(classifier, labels, templates, clean)
     summary, results = Summary(), []
     with ExitStack() as stack:
-        file = stack.enter_context(_row_file(args, labels)) if _grows(args) else None
+        file = stack.enter_context(_row_file(args, labels, templates, clean)) if _grows(args) else None
         if file is not None:
             names = summary.missing(names, file.rows())
         shown = dict(zip(names, map(one_line, shown_names(names, args.images)), strict=True))
@@ -105,7 +106,7 @@ def run(args: Namespace) -> None:
         answers = classifier(
             images,
             candidate_labels=labels,
-            templates=args.templates,
+            templates=asked,
             clean=clean,
             top_k=args.top_k,
             return_details=True,
@@ -166,16 +167,14 @@ def _grows(args: Namespace) -> bool:
     return args.output is not None and args.output.suffix.lower() in ROW_SUFFIXES
 
 
-def _row_file(args: Namespace, labels: Sequence[str]) -> RowFile:
+def _row_file(args: Namespace, labels: Sequence[str], templates: Sequence[str], clean: bool) -> RowFile:
     """`--output` with the settings that decide its answers."""
-    from ...data.labels.prompts import resolve_templates
-
     settings = {
         "checkpoint": _checkpoint_state(args),
         "clip": None if args.clip is None else local_or_id(args.clip),
         "labels": labels,
-        "names_as_given": args.names_as_given,
-        "templates": resolve_templates(args.templates),
+        "names_as_given": not clean,
+        "templates": templates,
         "top_k": args.top_k,
         "steering": steering_from(args, method=True),
         **({"reject": True} if args.reject else {}),

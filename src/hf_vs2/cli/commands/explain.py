@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.schema import whole
 from ..common import (
+    REMEMBERED,
     add_checkpoint_flags,
     add_label_flags,
     add_steering_flags,
-    labels_from,
+    labels_and_prompts,
     load_steered_clip,
     say,
     say_json,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ...config.latent_edits import LatentEdits
     from ...explain.explanation import VS2Explanation
 
-USAGE = "IMAGE --checkpoint O --labels NAME... [options]"
+USAGE = "IMAGE --checkpoint O [--labels NAME...] [options]"
 DESCRIPTION = """\
 Shows which latents moved which label's score by how much on one image: a table, and a picture with the
 probabilities before and after. Latents can be named by the words of a vocabulary or by an atlas, and changed by
@@ -46,7 +47,7 @@ def add_flags(parser: Parser) -> None:
     parser.flag("image", metavar="IMAGE", help="File or URL.")
     parser.section("model and prompts")
     add_checkpoint_flags(parser)
-    add_label_flags(parser)
+    add_label_flags(parser, REMEMBERED)
     parser.section("names of latents")
     parser.flag("--vocabulary", type=Path, metavar="FILE", help="Words to name them by, one a line.")
     parser.flag(
@@ -77,16 +78,13 @@ def run(args: Namespace) -> None:
     from transformers.utils import logging
 
     from ...data.images import open_image
-    from ...data.labels.lists import names_in
-    from ...data.labels.prompts import resolve_templates
     from ...explain.figure import as_clip_sees, draw_explanation, leading_labels
     from ...explain.latent_names import read_vocabulary
     from ...files.figure_style import check_drawing
 
     if args.vocabulary is not None and args.names is not None:
         raise ValueError("--vocabulary and --names exclude each other: give one of them")
-    labels = names_in(labels_from(args) or [])
-    resolve_templates(args.templates)
+    labels, templates, clean = labels_and_prompts(args)
     edits = _edits(args)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
     drawn = args.output
@@ -102,10 +100,10 @@ def run(args: Namespace) -> None:
         picture,
         labels,
         processor=processor,
-        templates=args.templates,
+        templates=templates,
         names=args.names,
         vocabulary=vocabulary,
-        clean=not args.names_as_given,
+        clean=clean,
     )
     name = args.image.rsplit("/", 1)[-1]
     if drawn is not None:
