@@ -105,6 +105,24 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return "".join(part for index, part in enumerate(parts) if index % 3 != 2)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """A corner of a table that says nothing is no heading."""
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Names for what the theme leaves nameless to those who hear a page: one dialog, and one navigation, not dozens."""
+    inside: list[str] = []
+
+    def tag(found: re.Match[str]) -> str:
+        if found[0] == "</nav>":
+            return f"</{inside.pop()}>"
+        inside.append("div" if inside else "nav")
+        return f'<div role="group"{found[1]}>' if len(inside) > 1 else found[0]
+
+    return re.sub(r"<nav\b([^>]*)>|</nav>", tag, output.replace('role="dialog"', 'role="dialog" aria-label="Search"'))
+
+
 def rewritten(link: re.Match[str], uri: str, config: Any, files: Any) -> str:
     """A link of a page, where it leads out of the page's own tree: to the page that shows that file, or to the repository."""
     image, label, target = link.groups()

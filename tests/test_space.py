@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsing import axe, chromium, needs_axe, needs_browser
 from PIL import Image
 from transformers import CLIPModel
 
@@ -28,7 +28,6 @@ pytest.importorskip("sklearn")
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
 DEMO_CLIP = Path(hf_vs2.__file__).parent / "demo_assets"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 LABELS = ("zero", "one", "two", "<b>bold</b>")
 
 
@@ -81,7 +80,7 @@ def space():
 
 @pytest.fixture(scope="module")
 def playground(space, checkpoint, digits):
-    return space[0].Playground(checkpoint, digits)
+    return space[0].Playground(checkpoint, digits, LABELS)
 
 
 def test_it_says_what_the_pipeline_says(playground, checkpoint, digits):
@@ -210,12 +209,7 @@ def test_words_of_strangers_stay_words(space, playground, digits):
     """A label is shown to whoever looks at the page; it must not run there."""
     _, looks = space
     found = playground.explain(file_of(digits[0]["image"]), LABELS, 1.5, 2.1, False)
-    html = (
-        looks.verdict(found)
-        + looks.note("<b>bold")
-        + looks.bars(found)
-        + looks.latents(found, 4, playground.strongest_images)
-    )
+    html = looks.verdict(found) + looks.note("<b>bold") + looks.bars(found) + looks.latents(found, 4, playground)
     assert "&lt;b&gt;bold" in html and "<b>bold" not in html
 
 
@@ -233,11 +227,10 @@ def running(folder, **settings):
             [sys.executable, str(SPACE / "app.py")], env=environment | settings, stdout=log, stderr=log
         )
     try:
-        for _ in range(900):
-            if "Running on local URL" in (folder / "log").read_text() or process.poll() is not None:
-                break
+        # The last line comes when gradio has asked the page itself.
+        while "To create a public link" not in (folder / "log").read_text() and process.poll() is None:
             time.sleep(0.2)
-        assert "Running on local URL" in (folder / "log").read_text(), (folder / "log").read_text()
+        assert process.poll() is None, (folder / "log").read_text()
         yield f"http://127.0.0.1:{port}", folder / "log"
     finally:
         process.kill()
@@ -250,7 +243,9 @@ def address(checkpoint, digits, tmp_path_factory):
     (folder / "images").mkdir()
     for number, image in enumerate(digits[:20]["image"]):
         image.save(folder / "images" / f"{number:02}.png")
+    (folder / "words.txt").write_text("\n".join(LABELS), encoding="utf-8")
     settings = {"VS2_CHECKPOINT": str(checkpoint), "VS2_IMAGES": str(folder / "images"), "VS2_LABELS": "zero, one"}
+    settings["VS2_WORDS"] = str(folder / "words.txt")
     with running(folder, **settings) as (url, _):
         yield url
 
@@ -370,10 +365,9 @@ def test_without_settings_it_makes_the_demos_checkpoint_once(tmp_path):
             assert facts["steered"] and answer["label"] == "seven"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 def test_the_page_in_a_browser(address, playground, digits, tmp_path):
-    """The bars come, the sliders move them, and the page asks nobody but the app."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    """The bars come, the sliders and switches move them, and the page asks nobody but the app."""
 
     def can_be_seen_to_move(file):
         """Held back by the gate, and of probabilities that are not 100 % whatever is done."""
@@ -384,11 +378,7 @@ def test_the_page_in_a_browser(address, playground, digits, tmp_path):
 
     held_back = next(filter(can_be_seen_to_move, (file_of(image) for image in digits["image"])))
     (tmp_path / "held_back.png").write_bytes(held_back)
-    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(
-            executable_path=CHROMIUM, args=[*flags.split(), "--disable-component-update", "--disable-sync"]
-        )
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 400, "height": 900})
         asked, errors = [], []
         page.on("request", lambda request: asked.append(request.url))
@@ -428,6 +418,15 @@ def test_the_page_in_a_browser(address, playground, digits, tmp_path):
             page.locator("input[type=number]").first.fill("1")
 
         changed(press)
+
+        # The latents that moved the answer, by name; off, and the answer is what the library says without them.
+        switches = page.get_by_label("Switch latents off").get_by_role("checkbox")
+        named = [*map(str.strip, page.locator(".vs2 .latent .name").all_inner_texts())]
+        assert "zero" in "".join(named) and switches.count() == len(named) == 8
+        changed(lambda: page.get_by_label("#").first.check())
+        assert "1 latent switched off" in said.inner_text()
+        changed(lambda: page.get_by_label("#").first.uncheck())
+        assert "switched off" not in said.inner_text()
         changed(type_number)
 
         # A mistake is said in the answer's place, and nothing of the answer before it stays.
@@ -445,6 +444,29 @@ def test_the_page_in_a_browser(address, playground, digits, tmp_path):
 
         assert any("<i>dog</i>" in row for row in changed(rename))
         assert page.evaluate("document.documentElement.scrollWidth") <= 400, "a phone would have to scroll sideways"
-        browser.close()
     assert not errors
     assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+
+
+@needs_axe
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_the_page(address, scheme):
+    """Whoever can't see well, or hears the page, must be able to use it."""
+    with chromium() as browser:
+        page = browser.new_page(color_scheme=scheme)
+        page.goto(address)
+        page.locator(".vs2 .latent").first.wait_for(timeout=30_000)
+        assert not axe(page)
+
+
+def test_a_latent_that_is_off_is_as_if_it_were_0(playground, digits):
+    """A switch that did anything else would tell a story about the latent that is not true."""
+    image = file_of(digits[0]["image"])
+    found = playground.explain(image, LABELS, 2.0, 3.0, False)
+    off = [latent["latent"] for latent in found.top(0, 2)]
+    edited = playground.explain(image, LABELS, 2.0, 3.0, False, off=off)
+    model, row = playground.model, playground._row(image)
+    with model.steering(gamma=2.0, lambda_=3.0, gate=None, fvu_threshold=None), model.editing(suppress=off):
+        expected = model.explain_from_cls(row, playground._embed(LABELS), LABELS)
+    torch.testing.assert_close(edited.steered_scores, expected.steered_scores)
+    assert (edited.steered_scores - found.steered_scores).abs().max() > 0.01

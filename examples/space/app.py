@@ -2,7 +2,8 @@
 
 Without settings it makes and shows the demo's checkpoint, offline. `VS2_CHECKPOINT` names another, a folder or a Hub id, and
 `VS2_IMAGES` images (a folder, or a data set's id) to show what activates a latent; `VS2_LABELS` are the labels to begin
-with, which name latents too, beside common words; `VS2_ATLAS` is the address of its atlas, to which latents are linked.
+with, `VS2_WORDS` a file with a word a line to name latents with (without it those labels and common words), `VS2_ATLAS`
+the address of its atlas, to which latents are linked.
 """
 
 import os
@@ -21,7 +22,7 @@ from playground import SHOWN_LATENTS, Playground, demo_checkpoint, read_labels  
 
 from hf_vs2 import VS2Explanation, load_images  # noqa: E402
 from hf_vs2.data.inputs import NamedImages  # noqa: E402
-from hf_vs2.latent_names import common_words  # noqa: E402
+from hf_vs2.latent_names import common_words, read_vocabulary  # noqa: E402
 
 
 HOUR, DAY = 3600, 86400
@@ -41,11 +42,11 @@ def make_playground() -> tuple[Playground, str, list[Image.Image]]:
         playground = Playground(demo_checkpoint(folder), digits, DIGIT_NAMES)  # all words that its CLIP was taught
         return playground, labels or ", ".join(DIGIT_NAMES), examples
     shown = load_images(images, split="train[:1000]") if images else None
-    named = NamedImages(shown["image"] if shown else [])
-    examples = [named[place].read() for place in range(min(5, len(named)))]
-    labels = labels or "cat, dog, bird"
-    words = dict.fromkeys([*read_labels(labels), *common_words()])
-    return Playground(checkpoint, shown, list(words)), labels, examples
+    files = NamedImages(shown["image"] if shown else [])
+    examples = [files[place].read() for place in range(min(5, len(files)))]
+    labels, words = labels or "cat, dog, bird", os.environ.get("VS2_WORDS")
+    named = read_vocabulary(words) if words else list(dict.fromkeys([*read_labels(labels), *common_words()]))
+    return Playground(checkpoint, shown, named), labels, examples
 
 
 class Settings(NamedTuple):
@@ -203,6 +204,4 @@ if __name__ == "__main__":
         button_primary_background_fill_hover="*primary_800",
         body_text_color_subdued="*neutral_600",
     )
-    build(*make_playground()).launch(
-        css=CSS, theme=theme, max_file_size=LARGEST_FILE, footer_links=["api", "gradio"]
-    )
+    build(*make_playground()).launch(css=CSS, theme=theme, max_file_size=LARGEST_FILE, footer_links=["api", "gradio"])

@@ -39,8 +39,9 @@ HINT = "Give an image, and this shows what is made of it."
 WORDS = """
 **What is what?** CLIP compares the image with each label's text. A sparse autoencoder (SAE) takes what CLIP saw apart
 into **latents**, few of which are active on an image. VS2 multiplies the active ones by **gamma** and adds **lambda**
-of the change; other methods leave the image alone and move the labels towards unlabelled images. **FVU** says how
-badly the SAE reconstructs the image: 0 is perfect, 1 is no better than the mean image. The **gate** leaves an image
+of the change; switched off, one has the value 0. Other methods leave the image alone and move the labels towards unlabelled images. **FVU** says how
+badly the SAE reconstructs the image: 0 is perfect, 1 is no better than the mean image. A latent's **name** is the word
+that its direction moves images towards; it is unnamed where the nearest word is no nearer than by chance. The **gate** leaves an image
 to plain CLIP, bit for bit, where it is unlike the images that the checkpoint was made with: where its FVU is above a
 threshold, **tau**, or, for methods without an SAE, its distance to them. A steered answer is not always the better
 one.
@@ -90,7 +91,7 @@ def bars(explanation: VS2Explanation) -> str:
     """Probabilities before and after, the likeliest labels first."""
     before, after = (scores[0].softmax(-1) for scores in (explanation.plain_scores, explanation.steered_scores))
     order = before.maximum(after).argsort(descending=True).tolist()
-    best = int(after.argmax())
+    best = likeliest(explanation)
     rows = [
         f'<div class="row{" best" if place == best else ""}" data-label="{escape(explanation.labels[place])}">'
         f'<div class="label">{escape(explanation.labels[place])}</div><div>'
@@ -119,7 +120,9 @@ def latents(explanation: VS2Explanation, number: int, playground: Playground, at
         return note("No latent moved anything.")
     label, blocks = escape(explanation.labels[best]), []
     for latent in found:
-        pictures = "".join(f'<img src="{data_uri(image)}" alt="">' for image in playground.strongest_images(latent["latent"]))
+        pictures = "".join(
+            f'<img src="{data_uri(image)}" alt="">' for image in playground.strongest_images(latent["latent"])
+        )
         sign = "steered" if latent["contribution"] >= 0 else "down"
         link = f"<b>#{latent['latent']}</b>"
         if atlas:

@@ -1,9 +1,7 @@
 """The atlas in a real browser: what a reader sees, clicks and types. Needs Chromium and the Python package playwright."""
 
-import importlib.util
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from browsing import axe, chromium, needs_axe, needs_browser
 from conftest import make_tiny_clip
 from PIL import Image
 from words import make_word_tokenizer
@@ -20,25 +19,7 @@ from words import make_word_tokenizer
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate
 
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-MISSING = (
-    "needs Chromium on the PATH (Debian: apt-get install chromium) or in CHROMIUM"
-    if CHROMIUM is None
-    else "needs playwright (pip install playwright)"
-    if importlib.util.find_spec("playwright") is None
-    else ""
-)
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = needs_browser
 
 HOSTILE = "<script>window.hacked=1</script>"
 CLASSES = [HOSTILE, 'x" onerror="window.hacked=1', "<img src=x onerror=window.hacked=1>", "bird & fish", "tree", "dog"]
@@ -76,12 +57,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
+    with chromium() as opened:
+        yield opened
 
 
 class Reader:
@@ -404,3 +381,20 @@ def test_a_file_that_is_missing_is_named(browser, folder, tmp_path):
     reader.page.wait_for_selector("#status.failed")
     assert "data/latents-0000.js cannot be read" in reader.page.inner_text("#status")
     reader.context.close()
+
+
+@needs_axe
+def test_axe_finds_nothing(browser, folder):
+    """Whoever can't see well, or hears the page, must be able to use every view, in light and in dark, on a phone too."""
+    faults = []
+    for scheme, width in (("light", 1200), ("dark", 390)):
+        reader = Reader(browser, folder, width=width, scheme=scheme)
+        for address, view in (
+            ("", "overview"),
+            ("#view=latents", "latents"),
+            ("#latent=17", "latent"),
+            ("#image=3", "image"),
+        ):
+            faults += [f"{scheme} {view}: {fault}" for fault in axe(reader.open(address, view))]
+        reader.context.close()
+    assert not faults
