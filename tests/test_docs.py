@@ -2,7 +2,6 @@
 
 import html
 import importlib
-import os
 import re
 import shlex
 import shutil
@@ -16,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from browsing import axe, chromium, needs_axe, needs_browser
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 from foreign_saes import write as write_foreign
@@ -34,7 +34,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 REPOSITORY = Path(__file__).parents[1]
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 DEMO_CLIP = Path(hf_vs2.__file__).parent / "demo_assets"
 PAGES = [path.relative_to(REPOSITORY).as_posix() for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
 PAGES += ["CONTRIBUTING.md", "README.md"]
@@ -333,26 +332,48 @@ def test_site_builds_and_asks_no_other_server(tmp_path):
     assert "<mfrac>" in pages["how.html"] and "\\frac" not in pages["how.html"], "formulas are not typeset"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_site_is_searched_from_disk(tmp_path):
-    """Most readers open the pages that `make docs` wrote from disk, where browsers refuse the search its worker."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
     pytest.importorskip("material")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    return folder
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_site_is_searched_from_disk(site):
+    """Most readers open the pages that `make docs` wrote from disk, where browsers refuse the search its worker."""
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto((tmp_path / "index.html").as_uri())
+        page.goto((site / "index.html").as_uri())
         page.keyboard.press("/")
         page.keyboard.type("tau")
         page.locator(".md-search-result__item", has_text="Glossary").first.wait_for(timeout=30_000)
         for name in ("index", "recommend", "datasets", "reference/python/evaluate"):
             page.set_viewport_size({"width": 390, "height": 844})
-            page.goto((tmp_path / f"{name}.html").as_uri())
+            page.goto((site / f"{name}.html").as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{name} scrolls sideways on a phone"
-        browser.close()
+
+
+@pytest.mark.slow
+@needs_axe
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_axe_finds_nothing_on_the_site(site, scheme, width):
+    """Formulas and tables are reached by keys, code has contrast, and the theme's boxes have names."""
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        for name in (
+            "index",
+            "how",
+            "reference/cli",
+            "reference/python/evaluate",
+            "project/examples/results/vit-tiny-lit/table",
+        ):
+            page.goto((site / f"{name}.html").as_uri())
+            page.wait_for_timeout(500)  # what the theme's script adds
+            assert not axe(page), name
 
 
 def test_pictures_of_the_pages_are_there_and_not_empty():
