@@ -327,13 +327,14 @@ def labels_and_prompts(args: argparse.Namespace) -> tuple[list[str], Any, bool]:
     from ..data.labels.lists import names_in
     from ..data.labels.prompts import resolve_templates
 
-    if args.labels is not None:
-        labels, templates, clean = names_in(labels_from(args) or []), "single", True
+    asked: tuple[list[str], Any, bool] | None
+    if args.labels is None:
+        asked = asked_in(args.checkpoint, checkpoint_place(args))
     else:
-        remembered = asked_in(args.checkpoint, checkpoint_place(args))
-        if remembered is None:
-            raise UsageError(f"--labels is missing: {args.checkpoint} was not adapted to labels (hf-vs2 adapt)")
-        labels, templates, clean = remembered
+        asked = names_in(labels_from(args) or []), "single", True
+    if asked is None:
+        raise UsageError(f"--labels is missing: {args.checkpoint} was not adapted to labels (hf-vs2 adapt)")
+    labels, templates, clean = asked
     templates = templates if args.templates is None else args.templates
     resolve_templates(templates)
     return labels, templates, clean and not args.names_as_given
