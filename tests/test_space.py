@@ -420,12 +420,12 @@ def test_the_page_in_a_browser(address, playground, digits, tmp_path):
         changed(press)
 
         # The latents that moved the answer, by name; off, and the answer is what the library says without them.
-        switches = page.get_by_label("Switch latents off").get_by_role("checkbox")
+        switches = page.locator("#switches").get_by_role("checkbox")
         named = [*map(str.strip, page.locator(".vs2 .latent .name").all_inner_texts())]
-        assert "zero" in "".join(named) and switches.count() == len(named) == 8
-        changed(lambda: page.get_by_label("#").first.check())
+        assert "zero" in "".join(named) and switches.count() == len(named) > 1
+        changed(lambda: switches.first.check())
         assert "1 latent switched off" in said.inner_text()
-        changed(lambda: page.get_by_label("#").first.uncheck())
+        changed(lambda: switches.first.uncheck())
         assert "switched off" not in said.inner_text()
         changed(type_number)
 

@@ -163,6 +163,7 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                 before_after = gr.HTML()
                 off = gr.CheckboxGroup(
                     label="Switch latents off",
+                    elem_id="switches",
                     info="Their value becomes 0: what would the answer be, had the image nothing of them?",
                     visible=False,
                 )

@@ -43,9 +43,10 @@ examples:
       --labels bus forest "oak tree"
   hf-vs2 classify photos/ --checkpoint user/sae-cifar100 --labels labels.txt \\
       --templates ensemble --output answers.csv
-  hf-vs2 classify photos/ --checkpoint adapted   # by hf-vs2 adapt: its labels
+  hf-vs2 classify photos/ --checkpoint adapted
 
-A .csv or .jsonl file is written as answers come, and continued when the same command runs again."""
+The last asks a checkpoint that hf-vs2 adapt wrote, with the labels and prompts that
+adapt was given. A .csv or .jsonl file is written as answers come, and continued when the same command runs again."""
 
 
 def add_flags(parser: Parser) -> None:
