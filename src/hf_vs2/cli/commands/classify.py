@@ -45,7 +45,9 @@ examples:
       --templates ensemble --output answers.csv
   hf-vs2 classify photos/ --checkpoint adapted
 
-Without --labels, a checkpoint that adapt wrote is asked as adapt was. A .csv or .jsonl file is written as answers come, and continued when the same command runs again."""
+Without --labels, a checkpoint that adapt wrote is asked as adapt was.
+
+A .csv or .jsonl file is written as answers come, and continued when the same command runs again."""
 
 
 def add_flags(parser: Parser) -> None:
