@@ -102,7 +102,8 @@ class Page:
             return gr.CheckboxGroup(visible=False)
         listed = {latent["latent"] for latent in found.top(likeliest(found), SHOWN_LATENTS)} | {*settings.off}
         choices = [(f"#{latent} {self.playground.name(latent)}".strip(), latent) for latent in sorted(listed)]
-        return gr.CheckboxGroup(choices, value=list(settings.off), visible=bool(choices))
+        # No value: a switch that was pressed while this was computed stays as it is.
+        return gr.CheckboxGroup(choices, visible=bool(choices))
 
 
 def build(playground: Playground, labels: str, examples: list[Image.Image]) -> gr.Blocks:
@@ -167,6 +168,8 @@ def build(playground: Playground, labels: str, examples: list[Image.Image]) -> g
                     info="Their value becomes 0: what would the answer be, had the image nothing of them?",
                     visible=False,
                 )
+                # A latent that is off may be none of those that were listed last.
+                off.preprocess = lambda latents: latents or []
                 active = gr.HTML()
                 with gr.Accordion("What do these words mean?", open=False):
                     listed = "\n".join(f"- {one.label}: {one.summary}" for one in methods.values())
