@@ -423,8 +423,8 @@ MUTATIONS = (
         "explain",
         "explain/latent_names.py",
         "latents without a meaning get a name",
-        "return word if score >= self.floor else None",
-        "return word",
+        "for word, score in self.of(latent)[:1] if score >= self.floor), None",
+        "for word, score in self.of(latent)[:1]), None",
     ),
     # jobs
     of(
