@@ -269,7 +269,7 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         refuse_without_texts(self.clip)
         projection = getattr(self.clip, "text_projection", nn.Identity())  # SigLIP's is a part of the text model
         weights = weights_state([*self.clip.text_model.parameters(), *projection.parameters()])
-        make = partial(class_embeddings, clean=clean, tokenizer_kwargs=tokenizer_kwargs)
+        make = partial(class_embeddings, clean=clean, tokenizer_kwargs=tokenizer_kwargs, by_length=True)
         return self._prompts.get(
             (weights, self.tokenizer),
             (labels, templates, clean, repr(sorted(tokenizer_kwargs.items()))),

@@ -96,6 +96,7 @@ def class_embeddings(
     clean: bool = True,
     refuse_same: bool = True,
     tokenizer_kwargs: Mapping[str, Any] | None = None,
+    by_length: bool = False,
 ) -> torch.Tensor:
     """The zero-shot classifier of a label set: one unit row a class, float32 `(num_classes, projection_dim)`.
 
@@ -113,6 +114,8 @@ def class_embeddings(
         clean: read names by [`clean_class_names`]; `False` puts them into the templates as they are.
         refuse_same: refuse names that are the same to this CLIP; a vocabulary may have such.
         tokenizer_kwargs: further arguments of the tokenizer.
+        by_length: batches of prompts of about the same length, which pad less: the same to float rounding, and the
+            same bits where there is one batch.
 
     Raises:
         ValueError, TypeError: see [`resolve_templates`] and [`clean_class_names`]; and for two names whose prompts are
@@ -125,7 +128,7 @@ def class_embeddings(
     refuse_without_texts(clip)
     # str.replace, not str.format: names and templates may hold braces of their own.
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    distinct = {prompt: row for row, prompt in enumerate(_in_order(prompts, batch_size if by_length else None))}
     batches = tokenized(clip, tokenizer, list(distinct), batch_size, tokenizer_kwargs or {})
     rows = torch.tensor([distinct[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
     if refuse_same:
@@ -146,6 +149,12 @@ def _given_embeddings(
             raise ValueError(f"The embedding of the label {keys[0]!r} is {what}; expected one of shape ({width},).")
         found.append(rows[0])
     return unit_embeds(torch.stack(found).to(device_of(clip)), lambda row: f"the label {names[row]!r}")
+
+
+def _in_order(prompts: list[str], batch_size: int | None) -> list[str]:
+    """Distinct prompts as they are encoded: the short ones first, where they are more than one batch of a size."""
+    distinct = list(dict.fromkeys(prompts))
+    return sorted(distinct, key=len) if batch_size is not None and len(distinct) > batch_size else distinct
 
 
 def tokenized(
