@@ -66,6 +66,7 @@ def adapt(
     batch_size: int = 64,
     num_workers: int | None = None,
     dtype: str = "float32",
+    model_dtype: str = "auto",
     on_error: str = "raise",
     seed: int = 42,
     clean: bool = True,
@@ -97,7 +98,7 @@ def adapt(
         tokenizer, image_processor (*optional*): by default those of the CLIP.
         revision (*optional*): of a CLIP on the Hub.
         batch_size: images per forward pass. num_workers: as [`extract_activations`]. dtype: of the
-            activations on disk.
+            activations on disk. model_dtype: in which a CLIP given by name runs, "auto" as its file has it.
         on_error: `"skip"` leaves out images that can't be read.
         seed: of the training and of the draw of images to label.
         clean: read labels by [`clean_class_names`] before they go into prompts.
@@ -127,7 +128,7 @@ def adapt(
     truth = None if checked is None else checked_labels(checked, names, labels)
 
     say(1, f"CLIP reads {len(dataset):,} images")
-    plain = _plain(clip, tokenizer, image_processor, revision)
+    plain = _plain(clip, tokenizer, image_processor, revision, model_dtype)
     store = extract_activations(
         plain.model,
         dataset,
@@ -220,12 +221,12 @@ class _Steps:
             print(f"Step {number} of {STEPS}: {what}", file=sys.stderr, flush=True)
 
 
-def _plain(clip: Any, tokenizer: Any, image_processor: Any, revision: str | None) -> Any:
+def _plain(clip: Any, tokenizer: Any, image_processor: Any, revision: str | None, dtype: str) -> Any:
     """Plain CLIP's pipeline. A path is made absolute, since the checkpoint that names it is used from elsewhere."""
     options: dict[str, Any] = {"tokenizer": tokenizer, "image_processor": image_processor}
     if isinstance(clip, (str, os.PathLike)):
         clip = os.path.abspath(clip) if os.path.exists(clip) else os.fspath(clip)
-        options |= {"device": best_device()} | ({} if revision is None else {"revision": revision})
+        options |= {"device": best_device(), "dtype": dtype} | ({} if revision is None else {"revision": revision})
     plain = zero_shot_classifier(clip, **options)
     if not is_steerable(plain.model):
         raise ValueError(f"{clip} is a checkpoint of hf_vs2: adapt starts from a plain CLIP. Give that one's name.")

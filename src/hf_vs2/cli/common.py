@@ -115,6 +115,15 @@ def add_extraction_flags(parser: Parser, activations_dir: str | None = None) -> 
     parser.flag("--on_error", choices=("raise", "skip"), default="raise", help="What to do at an unreadable image.")
 
 
+def add_model_dtype_flag(parser: Parser) -> None:
+    parser.flag(
+        "--model_dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="Precision that CLIP runs in; SAE and steering stay in float32. auto: that of its file.",
+    )
+
+
 def add_checkpoint_flags(parser: Parser) -> None:
     parser.flag("--checkpoint", required=True, metavar="O", help="Folder or Hub id that `hf-vs2 train` wrote.")
     parser.flag("--clip", metavar="M", help="CLIP to use instead of the one that the checkpoint names.")
@@ -292,7 +301,13 @@ def load_classifier(args: argparse.Namespace) -> VS2ZeroShotImageClassificationP
     options: dict[str, Any] = checkpoint_place(args)
     if args.clip is not None:
         options["clip"] = local_or_id(args.clip)
-    return zero_shot_classifier(args.checkpoint, device=join_processes().device, **options)
+    classifier = zero_shot_classifier(args.checkpoint, device=join_processes().device, **options)
+    dtype = getattr(args, "model_dtype", "auto")
+    if dtype != "auto":
+        import torch
+
+        classifier.clip.to(getattr(torch, dtype))
+    return classifier
 
 
 def load_steered_clip(

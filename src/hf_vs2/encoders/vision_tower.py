@@ -54,11 +54,13 @@ class VisionTower:
         model: nn.Module | str | os.PathLike,
         revision: str | None = None,
         device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
     ) -> VisionTower:
         """
         Args:
             model: a `CLIPModel`, a CLIP vision model, a model that holds one as `.clip`, or a Hub id or path.
             revision: only for an id.
+            dtype: in which to run a model given by name; "auto" is that of its file.
             device: where to run; a model on another device is not moved, its tower is copied.
 
         Raises:
@@ -67,7 +69,7 @@ class VisionTower:
                 name are missing.
         """
         if isinstance(model, (str, os.PathLike)):
-            model = load_clip(os.fspath(model), {"revision": revision})
+            model = load_clip(os.fspath(model), {"revision": revision}, dtype=dtype)
             device = device or best_device()
         elif revision is not None:
             raise ValueError(f"revision={revision!r} is for a model given by its Hub id, this one is already loaded")

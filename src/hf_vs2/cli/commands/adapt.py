@@ -11,6 +11,7 @@ from ..common import (
     add_dataset_flags,
     add_extraction_flags,
     add_label_flags,
+    add_model_dtype_flag,
     add_model_flags,
     add_progress_flag,
     labels_from,
@@ -68,6 +69,7 @@ def add_flags(parser: Parser) -> None:
     add_progress_flag(parser)
     parser.section("extraction of activations")
     add_extraction_flags(parser)
+    add_model_dtype_flag(parser)
 
 
 def run(args: Namespace) -> None:
@@ -94,6 +96,7 @@ def run(args: Namespace) -> None:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         dtype=args.dtype,
+        model_dtype=args.model_dtype,
         on_error=args.on_error,
         seed=args.seed,
         clean=not args.names_as_given,

@@ -17,6 +17,7 @@ from ..common import (
     REMEMBERED,
     add_checkpoint_flags,
     add_label_flags,
+    add_model_dtype_flag,
     add_progress_flag,
     add_steering_flags,
     checkpoint_place,
@@ -58,6 +59,7 @@ def add_flags(parser: Parser) -> None:
     add_checkpoint_flags(parser)
     add_label_flags(parser, REMEMBERED)
     parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass.")
+    add_model_dtype_flag(parser)
     add_steering_flags(parser, method=True)
     parser.flag(
         "--reject",
@@ -180,6 +182,7 @@ def _row_file(args: Namespace, labels: Sequence[str], templates: Sequence[str], 
         "top_k": args.top_k,
         "steering": steering_from(args, method=True),
         **({"reject": True} if args.reject else {}),
+        **({} if args.model_dtype == "auto" else {"model_dtype": args.model_dtype}),
     }
     return RowFile(args.output, csv_columns(min(args.top_k, len(labels))), settings)
 

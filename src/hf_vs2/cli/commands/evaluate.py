@@ -13,6 +13,7 @@ from ..common import (
     add_class_names_flag,
     add_dataset_flags,
     add_extraction_flags,
+    add_model_dtype_flag,
     add_progress_flag,
     add_steering_flags,
     extract,
@@ -91,6 +92,7 @@ def add_flags(parser: Parser) -> None:
     add_progress_flag(parser)
     parser.section("extraction of activations")
     add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+    add_model_dtype_flag(parser)
 
 
 keeps = activations_beside

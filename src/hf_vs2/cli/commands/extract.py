@@ -8,6 +8,7 @@ from ..common import (
     LAYER,
     add_dataset_flags,
     add_extraction_flags,
+    add_model_dtype_flag,
     add_model_flags,
     add_progress_flag,
     extract,
@@ -51,6 +52,7 @@ def add_flags(parser: Parser) -> None:
         help="Encoder layers from 0; negative ones from the last.",
     )
     add_extraction_flags(parser)
+    add_model_dtype_flag(parser)
     add_progress_flag(parser)
 
 
@@ -64,6 +66,7 @@ def run(args: Namespace) -> None:
         layers=args.layers,
         label_column=args.label_column,
         revision=args.revision,
+        model_dtype=args.model_dtype,
     )
     skipped = len(store.metadata["skipped"])
     say(

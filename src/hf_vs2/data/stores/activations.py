@@ -45,6 +45,7 @@ def extract_activations(
     batch_size: int = 64,
     num_workers: int | None = None,
     dtype: str | torch.dtype = "float32",
+    model_dtype: str | torch.dtype = "auto",
     on_error: str = "raise",
     shard_size: int = 4096,
     device: str | torch.device | None = None,
@@ -84,6 +85,8 @@ def extract_activations(
             one, when a batch's turn comes. By default threads read ahead, as many as there are processors to have.
             Rows do not depend on it.
         dtype (`str` or `torch.dtype`): of the rows on disk, "float32", "bfloat16" or "float16".
+        model_dtype (`str` or `torch.dtype`): in which a model given by name runs, one of the same; "auto" is that of
+            its file. A store of another one is another store.
         on_error (`str`): "raise" stops at an image that cannot be read, "skip" leaves it out; what was skipped is
             logged and listed in `store.metadata["skipped"]`.
         shard_size (`int`): images per file, the step in which an interrupted extraction continues. Several processes
@@ -111,7 +114,7 @@ def extract_activations(
     COUNT.read(batch_size, "batch_size")
     COUNT.read(shard_size, "shard_size")
     optional(whole(0)).read(num_workers, "num_workers")
-    tower = VisionTower.of(model, revision, device)
+    tower = VisionTower.of(model, revision, device, model_dtype)
     numbers = sorted({resolve_layer(layer, tower.num_layers) for layer in layers})
     if not numbers:
         raise ValueError("layers is empty: name at least one, such as layers=(-1,)")

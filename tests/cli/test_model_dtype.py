@@ -1,0 +1,30 @@
+"""`--model_dtype`: CLIP in half precision, the rest as ever."""
+
+import torch
+from commands import read_json, run, source
+
+from hf_vs2 import ActivationStore
+
+
+def test_clip_runs_in_half_precision_where_asked(checkpoint, clip_path, images_path, tmp_path, capsys):
+    """Rows of another precision are in a store of their own, and that of float32 is found as before; SAE and
+    steering stay in float32, so that FVU hardly moves."""
+    stores = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        folder = tmp_path / dtype
+        command = ["extract", *source(clip_path, images_path, "test"), "--output_dir", str(folder)]
+        run(capsys, *command, "--model_dtype", dtype, "--disable_tqdm")
+        (path,) = (path for path in folder.iterdir() if path.is_dir())
+        stores[dtype] = ActivationStore.open(path)
+    assert stores["auto"].path.name == stores["float32"].path.name != stores["bfloat16"].path.name
+    assert stores["bfloat16"].metadata["model"]["dtype"] == "bfloat16"
+    assert stores["bfloat16"].metadata["dtype"] == "float32"
+
+    answers = {}
+    for dtype in ("float32", "bfloat16"):
+        path = tmp_path / f"{dtype}.json"
+        command = ["classify", str(images_path / "test"), "--checkpoint", str(checkpoint), "--labels", "red", "blue"]
+        run(capsys, *command, "--model_dtype", dtype, "--output", str(path), "--gate", "none")
+        answers[dtype] = torch.tensor([answer["fvu"] for answer in read_json(path)])
+    assert not torch.equal(answers["float32"], answers["bfloat16"])
+    torch.testing.assert_close(answers["bfloat16"], answers["float32"], rtol=0.2, atol=0.02)
