@@ -40,6 +40,17 @@ def test_class_embeddings_equal_clip_prompt_by_prompt(tiny_clip, tokenizer, batc
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(len(NAMES)))
 
 
+def test_prompts_in_order_of_length_give_their_own_rows(tiny_clip, tokenizer):
+    """The rows of a large label set stand in the order of the labels whatever the batches were; one batch is the same
+    bits."""
+    usual = class_embeddings(tiny_clip, tokenizer, NAMES, "ensemble", batch_size=3)
+    sorted_rows = class_embeddings(tiny_clip, tokenizer, NAMES, "ensemble", batch_size=3, by_length=True)
+    torch.testing.assert_close(sorted_rows, usual)
+    assert torch.equal(
+        class_embeddings(tiny_clip, tokenizer, NAMES, by_length=True), class_embeddings(tiny_clip, tokenizer, NAMES)
+    )
+
+
 def test_each_distinct_prompt_is_encoded_once(tiny_clip, tokenizer, monkeypatch):
     """A template given twice, or a class name with an underscore, must not cost (or change) anything."""
     encoded = []
