@@ -274,14 +274,17 @@ def checked_labels(
         raise ValueError(
             f"labels must be one integer a row, ({num_rows},), not {target.dtype} of shape {tuple(target.shape)}."
         )
-    outside = (target < lowest) | (target >= (target.max() + 1 if num_classes is None else num_classes))
+    target = target.long()
+    outside = target < lowest
+    if num_classes is not None:
+        outside |= target >= num_classes
     if outside.any():
         row = int(outside.nonzero()[0])
         hint = " (data sets mark hidden labels with -1)" if target[row] == -1 else ""
         start = "-1 (unknown)" if lowest == -1 else "0"
         end = "or a class number from 0" if num_classes is None else f"to {num_classes - 1}, for {num_classes} {what}"
         raise ValueError(f"label {int(target[row])} of row {row} is out of range: it must be {start} {end}{hint}.")
-    return target.long()
+    return target
 
 
 def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> torch.Tensor:
