@@ -324,17 +324,19 @@ def test_edits_come_on_top(world, method):
                 assert_same_output(model(**world.inputs), world.clip(**world.inputs))
 
 
-# Half precision, gradients
+# Other precisions, gradients
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["half", "double"])
 @pytest.mark.parametrize("method", ALL)
-def test_half_precision(world, method):
-    """On GPUs people load bfloat16: close to float32, gated by statistics in float32, and gated images CLIP's own."""
-    half = copy.deepcopy(world.model).to(torch.bfloat16)
-    inputs = world.inputs | {"pixel_values": world.inputs["pixel_values"].bfloat16()}
+def test_another_precision(world, method, dtype):
+    """On GPUs people load bfloat16: close to float32, gated by statistics in float32, and gated images CLIP's own. In
+    float64 people check gradients."""
+    half = copy.deepcopy(world.model).to(dtype)
+    inputs = world.inputs | {"pixel_values": world.inputs["pixel_values"].to(dtype)}
     with torch.no_grad(), world.model.steering(method=method), half.steering(method=method):
         exact, rough = world.model(**world.inputs), half(**inputs)
-        assert rough.logits_per_image.dtype == torch.bfloat16
+        assert rough.logits_per_image.dtype == dtype
         same = torch.ones(10, dtype=torch.bool)
         if rough.fvu is not None:
             assert rough.fvu.dtype == torch.float32

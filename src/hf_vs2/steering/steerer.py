@@ -243,7 +243,7 @@ class Steerer:
             latent_values=None if batch.code is None else batch.values,
             latent_indices=None if batch.code is None else batch.indices,
             distance=distance,
-            views=tuple(view.of(batch) for view in rule.views) or None,
+            views=tuple(view.of(batch).float() for view in rule.views) or None,
             rows=moved,
         )
         return Moved(record, batch, step)
