@@ -79,6 +79,7 @@ def create_model_card(
             checkpoint=name,
             subfolder=list(saes)[-1] if folder.holds_several else "",
             several=len(saes) > 1,
+            row="pooled" if any(config.site == "pooled" for config in saes.values()) else "CLS",
             base_model=_base_model(folder, saes),
             clip_on_hub=any(map(_base_id, _configs(folder))),
             hidden_size=next((config.hidden_size for config in saes.values()), 0),
