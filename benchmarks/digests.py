@@ -22,7 +22,7 @@ from million_rows import write_store
 from transformers.utils import logging
 
 from hf_vs2 import RetrievalCorpus, SAEConfig, SAEModel, VS2CLIPForZeroShot
-from hf_vs2.data import store as stores
+from hf_vs2.data.stores import store_format
 from hf_vs2.data.stores.activations import ActivationStore
 
 
@@ -41,8 +41,8 @@ def without_digests(folder):
 
 
 def write_bare_store(folder, num_rows):
-    write = stores.write_tensors
-    with patch.object(stores, "write_tensors", lambda path, tensors, about: write(path, tensors, {})):
+    write = store_format.write_tensors
+    with patch.object(store_format, "write_tensors", lambda path, tensors, about: write(path, tensors, {})):
         write_store(folder, num_rows, HIDDEN_SIZE)
 
 

@@ -28,7 +28,8 @@ from pipeline_throughput import SHARED_DATA, photographs
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from hf_vs2 import extract_activations
-from hf_vs2.data.stores.fingerprint import dataset_fingerprint, model_fingerprint
+from hf_vs2.data.stores.fingerprint import dataset_fingerprint
+from hf_vs2.encoders.fingerprints import model_fingerprint
 
 
 FEATURES = Features({"image": ImageFeature()})
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=2000, help="How many of 32 x 32 pixels; 0 leaves them out.")
     parser.add_argument("--num_photographs", type=int, default=240, help="0 leaves them out.")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--num_workers", type=int, help="By default what `extract_activations` chooses; 0: reading in turn.")
     args = parse(parser)
     model = clip_model(args.size, args.device)
     rows = []

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -209,6 +210,20 @@ def test_no_test_file_imports_another() -> None:
         path.name for path in tests if re.search(r"^\s*(from|import) test_", path.read_text("utf-8"), re.MULTILINE)
     ]
     assert not found
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "scripts", "examples"])
+def test_what_programs_import_is_there(folder: str) -> None:
+    """A benchmark or script dies at its first line where a module that it reads has moved."""
+    programs = sorted((REPOSITORY / folder).rglob("*.py"))
+    assert programs
+    for path in programs:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_vs2" and not node.level:
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    there = hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}")
+                    assert there, f"{path.name}: {node.module} has no {name.name}"
 
 
 def test_maths_needs_torch_only() -> None:
