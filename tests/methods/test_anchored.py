@@ -138,5 +138,5 @@ def test_scores_of_a_sigmoid_are_refused(tiny_clip, monkeypatch):
     rows = cls_rows(tiny_clip, make_inputs(20)["pixel_values"])
     model = scored_model(tiny_clip, rows, method="anchored_prototypes")
     monkeypatch.setattr(model.clip, "logit_bias", torch.nn.Parameter(torch.zeros(())), raising=False)
-    with pytest.raises(ValueError, match="scores labels by a sigmoid.*Use method='none'"):
+    with pytest.raises(ValueError, match="scores labels by a sigmoid.*method='vs2'"):
         model.fit_classes(classes_of(tiny_clip))
