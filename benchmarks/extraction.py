@@ -103,7 +103,9 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=2000, help="How many of 32 x 32 pixels; 0 leaves them out.")
     parser.add_argument("--num_photographs", type=int, default=240, help="0 leaves them out.")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, help="By default what `extract_activations` chooses; 0: reading in turn.")
+    parser.add_argument(
+        "--num_workers", type=int, help="By default what `extract_activations` chooses; 0: reading in turn."
+    )
     args = parse(parser)
     model = clip_model(args.size, args.device)
     rows = []
