@@ -159,8 +159,8 @@ def softmax_temperature(clip: CLIPModel) -> float:
     """
     if is_sigmoid(clip):
         raise ValueError(
-            f"A {type(clip).__name__} scores labels by a sigmoid, each by itself, and this method shares each image out "
-            "among the labels by a softmax. Choose another one, such as method='vs2'."
+            f"A {type(clip).__name__} scores labels by a sigmoid, each by itself, and this method shares each image "
+            "out among the labels by a softmax. Choose another one, such as method='vs2'."
         )
     check_temperature(clip)
     return float(temperature(clip).detach())
