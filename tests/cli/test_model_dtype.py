@@ -1,9 +1,10 @@
 """`--model_dtype`: CLIP in half precision, the rest as ever."""
 
+import pytest
 import torch
 from commands import read_json, run, source
 
-from hf_vs2 import ActivationStore
+from hf_vs2 import ActivationStore, adapt, extract_activations, load_images
 
 
 def test_clip_runs_in_half_precision_where_asked(checkpoint, clip_path, images_path, tmp_path, capsys):
@@ -28,3 +29,11 @@ def test_clip_runs_in_half_precision_where_asked(checkpoint, clip_path, images_p
         answers[dtype] = torch.tensor([answer["fvu"] for answer in read_json(path)])
     assert not torch.equal(answers["float32"], answers["bfloat16"])
     torch.testing.assert_close(answers["bfloat16"], answers["float32"], rtol=0.2, atol=0.02)
+
+
+def test_a_loaded_clip_keeps_its_precision(tiny_clip, images_path, tmp_path):
+    """Asked for another one it would be ignored, and its rows stored as if it had been heard."""
+    with pytest.raises(ValueError, match="model_dtype.*loaded"):
+        extract_activations(tiny_clip, load_images(images_path, split="test"), tmp_path, model_dtype="bfloat16")
+    with pytest.raises(ValueError, match="model_dtype.*loaded"):
+        adapt(tiny_clip, images_path / "test", ["red", "blue"], tmp_path / "adapted", model_dtype="bfloat16")

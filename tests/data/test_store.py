@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from hf_vs2.data.stores.rows import rows_of
+from hf_vs2.data.stores.rows import checked_labels, rows_of
 from hf_vs2.data.stores.store import ActivationStore, _fill
 from hf_vs2.data.stores.store_format import (
     FORMAT,
@@ -278,3 +278,11 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
 
 def bytes_read():
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def test_labels_in_narrow_integers_are_whole_numbers():
+    """Data sets keep labels in a byte: 255 is a class, and -1 is unknown, in any width."""
+    assert checked_labels(torch.tensor([255, 0], dtype=torch.uint8), 2).tolist() == [255, 0]
+    assert checked_labels(torch.tensor([127, -1], dtype=torch.int8), 2, lowest=-1).tolist() == [127, -1]
+    with pytest.raises(ValueError, match="label 200 of row 1 is out of range"):
+        checked_labels(torch.tensor([1, 200], dtype=torch.uint8), 2, num_classes=200)

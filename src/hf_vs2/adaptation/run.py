@@ -227,6 +227,8 @@ def _plain(clip: Any, tokenizer: Any, image_processor: Any, revision: str | None
     if isinstance(clip, (str, os.PathLike)):
         clip = os.path.abspath(clip) if os.path.exists(clip) else os.fspath(clip)
         options |= {"device": best_device(), "dtype": dtype} | ({} if revision is None else {"revision": revision})
+    elif revision is not None or dtype != "auto":
+        raise ValueError("revision= and model_dtype= are for a CLIP given by name; this one is already loaded.")
     plain = zero_shot_classifier(clip, **options)
     if not is_steerable(plain.model):
         raise ValueError(f"{clip} is a checkpoint of hf_vs2: adapt starts from a plain CLIP. Give that one's name.")

@@ -65,7 +65,7 @@ class VisionTower:
 
         Raises:
             TypeError: no model. ValueError: a model of a family that nothing can steer yet, or with weights that can't
-                be used; a revision together with a model that is already loaded. OSError: files of a model given by
+                be used; a revision or dtype together with a model that is already loaded. OSError: files of a model given by
                 name are missing.
         """
         if isinstance(model, (str, os.PathLike)):
@@ -73,6 +73,10 @@ class VisionTower:
             device = device or best_device()
         elif revision is not None:
             raise ValueError(f"revision={revision!r} is for a model given by its Hub id, this one is already loaded")
+        elif dtype != "auto":
+            raise ValueError(
+                f"model_dtype={dtype!r} is for a model given by name; this one is loaded: model.to(dtype)"
+            )
         model = unwrapped(model)
         owner: Any = getattr(model, "clip", model)
         module: Any = tower_of(owner)
