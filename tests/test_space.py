@@ -177,6 +177,18 @@ def test_an_image_and_its_labels_are_encoded_once(playground, digits):
     assert len(calls) == 2
 
 
+def test_a_siglip_is_shown_with_its_own_probabilities_and_methods(space, checkpoint, digits):
+    """It scores each label by itself: a softmax of its scores is no probability, and what shares images out among the
+    labels can't be chosen."""
+    module, looks = space
+    playground = module.Playground(checkpoint)
+    assert "anchored_prototypes" in playground.methods
+    playground.model.clip.logit_bias = torch.nn.Parameter(torch.zeros(()))
+    assert "anchored_prototypes" not in playground.methods and "vs2" in playground.methods
+    found = playground.explain(file_of(digits[0]["image"]), LABELS, gamma=2.0, lambda_=3.0, gate=False)
+    assert looks.percent(found.steered_scores[0].sigmoid().max()) in looks.bars(found)
+
+
 def test_latents_come_with_the_images_that_activate_them(playground, digits):
     """The wrong pictures beside a latent would explain it wrongly."""
     rows = torch.cat([playground._row(file_of(image)) for image in digits["image"]])

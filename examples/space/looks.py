@@ -89,7 +89,7 @@ def verdict(explanation: VS2Explanation, threshold: float | None = None, num_off
 
 def bars(explanation: VS2Explanation) -> str:
     """Probabilities before and after, the likeliest labels first."""
-    before, after = (scores[0].softmax(-1) for scores in (explanation.plain_scores, explanation.steered_scores))
+    before, after = (part[0] for part in explanation.probabilities())
     order = before.maximum(after).argsort(descending=True).tolist()
     best = likeliest(explanation)
     rows = [

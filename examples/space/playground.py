@@ -56,16 +56,21 @@ class Playground:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """Those whose scores can be taken apart, with what this checkpoint holds; the checkpoint's own first."""
+        """Those whose scores can be taken apart, and that this checkpoint can serve; the checkpoint's own first."""
         own = self.defaults.method
-        has_statistics = self.model.domain_statistics is not None
         shown = {
             name: method
             for name, method in METHODS.items()
-            if (method.explains or (method.fit is not None and method.step is None))
-            and not (method.needs_corpus or (method.needs_statistics and not has_statistics))
+            if (method.explains or (method.fit is not None and method.step is None)) and self._serves(method)
         }
         return {name: shown[name] for name in sorted(shown, key=lambda name: name != own)}
+
+    def _serves(self, method: Method) -> bool:
+        try:
+            self.model.steerer.with_(method=method.name, gate=None, fvu_threshold=None)
+        except ValueError:  # it lacks statistics, or scores labels by a sigmoid
+            return False
+        return not method.needs_corpus
 
     @property
     def has_gate(self) -> bool:
