@@ -1,10 +1,11 @@
 """Fixtures shared by the suite: a tiny random CLIP, and the real material that some checkouts have beside them."""
 
 import atexit
+import builtins
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,22 @@ def messages_reach_pytest() -> None:
     from transformers.utils import logging
 
     logging.enable_propagation()
+
+
+@pytest.fixture()
+def take_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """From then on a library can't be imported, as where it is not installed."""
+    original = builtins.__import__
+
+    def take(library: str) -> None:
+        def without(name, *args, **kwargs):
+            if name.partition(".")[0] == library:
+                raise ImportError(name)
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+
+    return take
 
 
 @pytest.fixture()

@@ -1,6 +1,5 @@
 """Result files, tables and pictures: what a user keeps, reads and shows of an evaluation."""
 
-import builtins
 import json
 
 import numpy as np
@@ -120,7 +119,7 @@ def test_text_in_pictures_is_text(result, text, tmp_path):
     assert fvu.read_text().count(f"{text}</text>") == 2
 
 
-def test_pictures_say_what_is_missing(result, tmp_path, monkeypatch):
+def test_pictures_say_what_is_missing(result, tmp_path, take_away):
     """Without matplotlib the user must learn which extra to install; a bad suffix must not leave a file."""
     with pytest.raises(ValueError, match="suffix must be one of"):
         plot_gains(result, tmp_path / "gains.jpeg2000")
@@ -130,14 +129,7 @@ def test_pictures_say_what_is_missing(result, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no method but plain CLIP"):
         plot_gains(only_clip, tmp_path / "gains.png")
 
-    original = builtins.__import__
-
-    def without_matplotlib(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    take_away("matplotlib")
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_gains(result, tmp_path / "gains.png")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """The study's figures, drawn from a result file that was read back: what they show is what was measured, and can be read."""
 
-import builtins
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -320,16 +319,9 @@ def test_no_figure_of_nothing(result, tmp_path):
     assert [name for name, _ in study_figures(StudyResult(result.meta, cells))] == ["gains-clip"]
 
 
-def test_missing_matplotlib(result, tmp_path, monkeypatch):
+def test_missing_matplotlib(result, tmp_path, take_away):
     """The user must learn what to install, before a folder appears."""
-    original = builtins.__import__
-
-    def without_matplotlib(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    take_away("matplotlib")
     with pytest.raises(ImportError, match="pip install matplotlib"):
         draw_figures(result, tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
