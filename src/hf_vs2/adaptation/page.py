@@ -256,9 +256,9 @@ def _next(report: Mapping[str, Any]) -> str:
 
 def _foot(report: Mapping[str, Any]) -> str:
     sae = report["sae"]
-    prompts = "; ".join(report["templates"][:8])
+    prompts = ", ".join(f'"{template}"' for template in report["templates"][:8]) + "."
     return (
-        f"<footer><p>Prompts: {_text(prompts)}. SAE: {sae['num_latents']:,} latents, {sae['top_k']} active, "
+        f"<footer><p>Prompts: {_text(prompts)} SAE: {sae['num_latents']:,} latents, {sae['top_k']} active, "
         f"{sae.get('steps', 0):,} steps. hf_vs2 {_text(report['hf_vs2_version'])}, {_text(report['date'])}."
         "</p></footer>"
     )
