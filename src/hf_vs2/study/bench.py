@@ -30,7 +30,7 @@ from ..data.stores.rows import rows_of
 from ..data.stores.store_format import request_key, request_of
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
-from ..encoders.tail import mean_embed, plain_embeds, unit_embeds
+from ..encoders.tail import logits_of, mean_embed, plain_embeds, probabilities, unit_embeds
 from ..encoders.vision_tower import best_device
 from ..evaluation.controls import control_model
 from ..files.digests import tensor_digest
@@ -339,10 +339,13 @@ class Bench:
 
     def corpus_confidence(self, encoder: str, dataset: str, prompts: str) -> torch.Tensor:
         """The probability that plain CLIP gives to the true class of each row of the corpus `(rows,)`."""
-        scale, classes = self.encoder(encoder).clip.logit_scale.exp(), self.class_matrix(encoder, dataset, prompts)
+        clip, classes = self.encoder(encoder).clip, self.class_matrix(encoder, dataset, prompts)
         labels = self.corpus_labels(encoder, dataset, prompts, True)
         blocks = zip(self.corpus_embeds(encoder, dataset).split(BATCH), labels.split(BATCH), strict=True)
-        found = [(scale * block @ classes.T).softmax(-1).gather(1, true.unsqueeze(1)) for block, true in blocks]
+        found = [
+            probabilities(logits_of(clip, block @ classes.T), clip).gather(1, true.unsqueeze(1))
+            for block, true in blocks
+        ]
         return torch.cat(found).squeeze(1)
 
     def _neighbors(self, encoder: str, dataset: str) -> Neighbors:
