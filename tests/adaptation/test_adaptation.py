@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hf_vs2.adaptation.answers import confidence
 from hf_vs2.adaptation.checked import checked_labels
 from hf_vs2.adaptation.plan import sae_plan, trust
 from hf_vs2.cli import main
+from hf_vs2.cli.common import labels_and_prompts
 from hf_vs2.demo.data import DIGIT_NAMES, load_handwriting
 
 
@@ -202,3 +204,24 @@ def test_calibration_error():
     found = confidence(torch.tensor([0.95, 0.95, 0.95, 0.5]), torch.tensor([True, True, False, True]))
     assert found["ece"] == pytest.approx((abs(2.85 - 2) + 0.5) / 4) and found["accuracy"] == 0.75
     assert found["shares"][9] == 0.75 and found["shares"][5] == 0.25
+
+
+def test_a_checkpoint_is_asked_as_it_was_adapted(tmp_path):
+    """With other labels, prompts or cleaning the answers are of another classifier than the one in the report. What the
+    command line says wins; a checkpoint that says nothing needs labels."""
+    flags = {
+        "clip": None,
+        "revision": None,
+        "subfolder": None,
+        "labels": None,
+        "templates": None,
+        "names_as_given": False,
+    }
+    asked = Namespace(checkpoint=str(tmp_path), **flags)
+    with pytest.raises(ValueError, match="--labels is missing: .* was not adapted to labels"):
+        labels_and_prompts(asked)
+    request = {"labels": ["cat", "Dog_1"], "templates": ["a sketch of a {}.", "a {}."], "clean": False}
+    (tmp_path / "report.json").write_text(json.dumps({"request": request}))
+    assert labels_and_prompts(asked) == (request["labels"], request["templates"], False)
+    asked.templates = "ensemble"
+    assert labels_and_prompts(asked) == (request["labels"], "ensemble", False)

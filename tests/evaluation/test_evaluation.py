@@ -22,6 +22,7 @@ from hf_vs2.data.stores.activations import extract_activations
 from hf_vs2.evaluation import EvaluationResult, evaluate, paired_bootstrap
 from hf_vs2.evaluation.controls import control_model
 from hf_vs2.evaluation.methods import evaluation_methods
+from hf_vs2.evaluation.metrics import few_of_each
 from hf_vs2.functional.label_free import distribution_norm_scores
 from hf_vs2.sae.modeling import SAEModel
 
@@ -423,3 +424,10 @@ def test_figures_on_real_rows(shared_data):
     assert result.row("centroid", "ensemble")["gain"] == pytest.approx(3.90)
     gained = {"centroid": 2, "distribution_norm": 1, "full_distribution_norm": 4}
     assert all(row["gain_ci"][0] > gained[row["method"]] for row in result.rows if row["method"] != "clip")
+
+
+def test_examples_are_few_and_of_every_kind():
+    """Pages show the clearest images: not all of one kind, not more than fit, in the order of the ranking."""
+    ranked = [7, 1, 3, 5, 2, 4, 6]
+    assert few_of_each(ranked, lambda row: row % 2, most=3, per_group=2) == [7, 1, 2]
+    assert few_of_each(ranked, lambda row: row % 2, most=9, per_group=2) == [7, 1, 2, 4]
