@@ -53,6 +53,15 @@ def section(card, title):
 # What it says
 
 
+def test_a_card_names_the_family_and_the_row_that_is_read(tmp_path):
+    """Rows of SigLIP are no CLS rows: who feeds such a SAE those gets nonsense."""
+    settings = {"hidden_size": 16, "top_k": 4, "base_model_type": "siglip", "site": "pooled"}
+    SAEModel(SAEConfig(**settings)).save_pretrained(tmp_path)
+    card = str(create_model_card(tmp_path))
+    assert "the pooled activation of an image" in card and "CLS" not in section(card, "How to use")
+    assert "| CLIP family | `siglip` |" in card and "| Reads | what the vision tower pools from" in card
+
+
 def test_card_tells_what_is_on_record(folder, sae):
     card = create_model_card(folder, name="ada/sae", results=make_result(), license="mit")
     training = section(card, "SAE and training")
