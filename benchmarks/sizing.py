@@ -1,11 +1,13 @@
 """What a large run needs, from measured costs: memory per device, time, storage.
 
-    python benchmarks/sizing.py --step_ms MS --images_per_second N
+    python benchmarks/sizing.py --step_ms MS --tower_images_per_second N --reading_ms MS
 
 --step_ms is a training step as `benchmarks/sae_train_step.py` measures it (for --step_latents and --step_batch) on one of the
-devices, --images_per_second what `benchmarks/extraction.py` measures there. The bytes of weights, gradients and Adam's state of a
-latent, and of a row on disk, are measured here, on a small SAE and a small shard. Time grows in proportion to rows, latents and
-steps and is divided by the devices: communication is not in it, so it is a lower bound.
+devices, --tower_images_per_second what the vision tower alone does there (`benchmarks/pipeline_throughput.py`), and --reading_ms
+the time of one processor to decode, resize and crop an image (`benchmarks/feeding.py`). The bytes of weights, gradients and Adam's
+state of a latent, and of a row on disk, are measured here, on a small SAE and a small shard. Time grows in proportion to rows,
+latents and steps and is divided by the devices: communication is not in it, so it is a lower bound. Extraction is as fast as the
+slower of towers and reading, which run side by side.
 
 Memory in training is (benchmarks/training_memory.py): alone 4 copies of the weights, as whole copies (DDP) 4.5, dealt out over N
 devices (FSDP) 4/N and, while they are gathered, 2 more; and the latents of a batch, before the top-k.
@@ -52,7 +54,9 @@ def main() -> None:
     parser.add_argument("--step_ms", type=float, required=True, help="Milliseconds of a measured step.")
     parser.add_argument("--step_latents", type=int, default=49152, help="Latents of that step.")
     parser.add_argument("--step_batch", type=int, default=1024, help="Rows of that step.")
-    parser.add_argument("--images_per_second", type=float, required=True, help="Of one device, extracting.")
+    parser.add_argument("--tower_images_per_second", type=float, required=True, help="Of one device, on ready pixels.")
+    parser.add_argument("--reading_ms", type=float, required=True, help="Of one processor, for an image.")
+    parser.add_argument("--processors", type=int, nargs="+", default=[16, 64, 192], help="Of all machines together.")
     parser.add_argument("--hidden_size", type=int, default=768)
     parser.add_argument("--num_images", type=int, default=14_197_122, help="By default ImageNet-22k's.")
     parser.add_argument("--num_train_epochs", type=float, default=5.0)
@@ -65,8 +69,15 @@ def main() -> None:
     stored["bfloat16"] = bytes_per_row(args.hidden_size, torch.bfloat16)
     print(f"Activations of {args.num_images:,} images, one layer of width {args.hidden_size}, with labels:")
     print("  on disk " + ", ".join(f"{kind} {size * args.num_images / 1e9:.1f} GB" for kind, size in stored.items()))
-    hours = args.num_images / args.images_per_second / 3600
-    print("  extraction " + ", ".join(f"{hours / n:.2f} h on {n}" for n in args.num_devices) + " device(s)")
+    print(f"{'devices':>11} {'processors':>11} {'images/s':>9} {'limited by':>11} {'hours':>7}")
+    extraction = []
+    for devices in args.num_devices:
+        for processors in args.processors:
+            speeds = {"towers": devices * args.tower_images_per_second, "reading": processors * 1000 / args.reading_ms}
+            limit = min(speeds, key=lambda name: speeds[name])
+            row = {"devices": devices, "processors": processors, "images_per_second": round(speeds[limit], 1)}
+            extraction.append(row | {"limit": limit, "hours": round(args.num_images / speeds[limit] / 3600, 2)})
+            print(f"{devices:>11} {processors:>11} {speeds[limit]:>9,.0f} {limit:>11} {extraction[-1]['hours']:>7.2f}")
 
     latent = bytes_per_latent(args.hidden_size)
     held = ", ".join(f"{kind} {size:,.0f}" for kind, size in latent.items())
@@ -95,7 +106,7 @@ def main() -> None:
                 f"{row['training_state_gb']:>9.1f}"
             )
     print("GB are of each device; state GB is a training checkpoint on disk (weights and Adam's state).")
-    finish(args, __doc__, [{"bytes_per_latent": latent, "bytes_per_row": stored}, *rows])
+    finish(args, __doc__, [{"bytes_per_latent": latent, "bytes_per_row": stored}, *extraction, *rows])
 
 
 if __name__ == "__main__":

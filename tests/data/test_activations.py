@@ -368,11 +368,11 @@ def job(out: Path, log: Path, delay: float = 0.0, streaming: bool = False) -> Ac
     return store
 
 
-def start_job(*arguments, before: str = "") -> list[str]:
+def start_job(*arguments) -> list[str]:
     """The command of a process that runs `job(*arguments)`."""
     path = f"import sys; sys.path[:] = {sys.path!r}"
     values = ", ".join(repr(str(value) if isinstance(value, Path) else value) for value in arguments)
-    return [sys.executable, "-c", f"{path}\nfrom test_activations import *\n{before}\njob({values})"]
+    return [sys.executable, "-c", f"{path}\nfrom test_activations import *\njob({values})"]
 
 
 def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
@@ -411,20 +411,6 @@ def test_processes_that_want_the_same_store_at_once_wait_for_each_other(tmp_path
     assert len(store) == 45
     assert not (tmp_path / "our log").exists()
     assert other.wait() == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("streaming", [False, True])
-def test_two_ranks_share_the_work_and_write_the_files_of_one(tmp_path, streaming):
-    script = tmp_path / "script.py"
-    code = start_job(tmp_path / "two", tmp_path / "log", 0.0, streaming, before="LOG")[-1]
-    code = code.replace("LOG", "torch.distributed.init_process_group('gloo'); rank = os.environ['RANK']")
-    script.write_text(code.replace(f"{str(tmp_path / 'log')!r}", f"{str(tmp_path / 'log')!r} + rank"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    subprocess.run(launch, check=True, timeout=300)
-    one = job(tmp_path / "one", tmp_path / "log of one", streaming=streaming)
-    assert contents(one.path) == contents(tmp_path / "two" / one.path.name)
-    assert [len((tmp_path / f"log{rank}").read_text().splitlines()) for rank in range(2)] == [24, 21]
 
 
 def test_damage_is_named_when_opened_and_mended_when_extracted_again(extract, opened):

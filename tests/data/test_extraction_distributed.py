@@ -1,27 +1,32 @@
-"""Processes that share an extraction make every image's row once, whatever the remainders, and together what one makes."""
+"""Processes that share an extraction make every image's row once, however fast each is, and together what one makes."""
 
+import contextlib
+import io
 import itertools
-import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import datasets
 import pytest
 import torch
 from image_stores import contents, make_dataset, make_processor
 
-from hf_vs2.data.batches import Columns, ImageReader
+from hf_vs2.data.batches import Columns, ImageReader, read_batches
 from hf_vs2.data.stores.activations import ActivationStore, extract_activations
 from hf_vs2.data.stores.extraction import Extraction, even_shard_size
+from hf_vs2.data.stores.sharing import WholeJob
 from hf_vs2.data.stores.store_format import read_index, write_shard
 from hf_vs2.encoders.vision_tower import VisionTower
 
 
-def plans(tower, folder, dataset, batch_size, shard_size, world_size, done=()):
-    """The batches that each process of `world_size` would make, and the shard size they agree on."""
+def planned(tower, folder, dataset, batch_size, shard_size, world_size, done=()):
+    """The `world_size` extractions of one job, ready to take shards, and the shard size they agree on."""
     folder.mkdir(exist_ok=True)
-    spans = []
+    processes = []
     for rank in range(world_size):
         index = {"format": "hf_vs2.activations", "format_version": 1, "shard_size": shard_size, "complete": False}
         index |= {"model": tower.identity(), "layers": [0], "site": "cls", "preprocessing": {}, "dtype": "float32"}
@@ -38,8 +43,22 @@ def plans(tower, folder, dataset, batch_size, shard_size, world_size, done=()):
                 write_shard(one.folder, number, {"image_index": torch.arange(start, start + size)}, header)
         one.index["shard_size"] = size
         one._plan()
-        spans.append([(span.start, span.stop) for span in one.spans])
-    return spans, size
+        processes.append(one)
+    return processes, size
+
+
+def taken(processes, dice):
+    """The batches that each process takes where chance says whose turn it is."""
+    left = {one.rank: iter(one.spans) for one in processes}
+    spans = [[] for _ in left]
+    while left:
+        rank = dice.choice(list(left))
+        span = next(left[rank], None)
+        if span is None:
+            del left[rank]
+        else:
+            spans[rank].append((span.start, span.stop))
+    return spans
 
 
 def numbered(count: int, streaming: bool):
@@ -50,16 +69,18 @@ def numbered(count: int, streaming: bool):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_image_is_in_one_batch_of_one_process(tiny_clip, tmp_path, streaming):
     """A gap loses rows without a word; a duplicate costs a forward pass and may tear a shard that two processes write."""
-    tower = VisionTower.of(tiny_clip, None, None)
+    tower, dice = VisionTower.of(tiny_clip, None, None), random.Random(0)
     cases = itertools.product((1, 2, 7, 33), (1, 4, 5), (8, 100), (1, 2, 3, 8))
     for number, (count, batch_size, shard_size, world_size) in enumerate(cases):
         case = (count, batch_size, shard_size, world_size)
-        spans, size = plans(
+        processes, size = planned(
             tower, tmp_path / str(number), numbered(count, streaming), batch_size, shard_size, world_size
         )
+        spans = taken(processes, dice)
         everything = sorted(itertools.chain(*spans))
         images = [image for start, stop in everything for image in range(start, stop)]
         assert images == list(range(count)), case
+        assert streaming or {one.total for one in processes} == {count}
         assert all(0 < stop - start <= batch_size for start, stop in everything), case
         assert all(start // size == (stop - 1) // size for start, stop in everything), f"{case}: crosses a shard"
         owners = [{start // size for start, _ in mine} for mine in spans]
@@ -70,56 +91,115 @@ def test_every_image_is_in_one_batch_of_one_process(tiny_clip, tmp_path, streami
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_is_there_is_not_made_again(tiny_clip, tmp_path, streaming):
-    """Resuming, with another number of processes, deals out exactly the shards that are missing."""
-    tower = VisionTower.of(tiny_clip, None, None)
+    """Resuming, with another number of processes, makes exactly the shards that are missing, whoever had taken them."""
+    tower, dice = VisionTower.of(tiny_clip, None, None), random.Random(0)
     for world_size in (1, 2, 3, 5):
-        dataset = numbered(33, streaming)
-        spans, size = plans(tower, tmp_path / str(world_size), dataset, 2, 4, world_size, done=(0, 3, 4))
+        folder, dataset = tmp_path / str(world_size), numbered(33, streaming)
+        processes, size = planned(tower, folder, dataset, 2, 4, world_size, done=(0, 3, 4))
+        assert next(iter(processes[0].spans)).start == size  # and then it dies
+        processes, _ = planned(tower, folder, dataset, 2, 4, world_size)
+        spans = taken(processes, dice)
         images = [image for start, stop in sorted(itertools.chain(*spans)) for image in range(start, stop)]
         assert images == [image for image in range(33) if image // size not in (0, 3, 4)]
-        if not streaming:
-            counts = [len({start // size for start, _ in mine}) for mine in spans]
-            assert max(counts) - min(counts) <= 1, "the missing shards are dealt out evenly"
 
 
-def test_small_data_sets_are_shared_too():
-    """In shards of 4096, one process would make all of CIFAR's rows that fit into one, and 13 shards leave 8 GPUs uneven."""
+@pytest.mark.parametrize("num_workers", [None, 0, 2])
+def test_a_process_takes_shards_for_the_batches_it_is_about_to_read(tiny_clip, tmp_path, num_workers):
+    """What it has taken nobody else can make, however slow it is."""
+    (one,), _ = planned(VisionTower.of(tiny_clip, None, None), tmp_path, make_dataset(40), 1, 1, 1)
+    with contextlib.closing(read_batches(one.reader, one.spans, num_workers, torch.device("cpu"))) as batches:
+        next(batches)
+        time.sleep(0.2)  # for those that read ahead
+        assert 1 <= len(list(one.claims.folder.iterdir())) <= 1 + 2 * (2 if num_workers is None else num_workers)
+
+
+def test_shards_are_small_enough_to_be_shared():
+    """In shards of 4096, one process would make all of CIFAR's rows that fit into one, and the last of few large shards
+    is waited for by all."""
     assert even_shard_size(2000, 4096, 64, world_size=1) == 4096, "one process: as before"
-    assert even_shard_size(2000, 4096, 64, world_size=2) == 1024
-    assert even_shard_size(50_000, 4096, 64, world_size=8) == 3136  # 16 shards, two each; 13 of 4096 would be 2 or 1
+    assert even_shard_size(2000, 4096, 64, world_size=2) == 128
+    assert even_shard_size(50_000, 4096, 64, world_size=8) == 832
     assert even_shard_size(14_200_000, 4096, 64, world_size=8) == 4096
     for count, batch_size, world_size in itertools.product((1, 63, 64, 999, 10_000), (1, 16, 64), (2, 4, 8)):
         size = even_shard_size(count, 4096, batch_size, world_size)
-        shares = [0] * world_size
-        for number, start in enumerate(range(0, count, size)):
-            shares[number % world_size] += min(size, count - start)
-        rounding = batch_size * -(-(number + 1) // world_size)  # less than a batch a shard
-        assert max(shares) < -(-count // world_size) + rounding, (count, size)
+        assert size % batch_size == 0
+        assert -(-count // size) >= min(4 * world_size, -(-count // batch_size)), (count, batch_size, world_size)
+
+
+def test_progress_is_that_of_all_processes(tmp_path, monkeypatch):
+    """A bar of one process's share would say 100 % when nothing is known of the others, or end at a half."""
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", shown)
+
+    def made(number):
+        write_shard(tmp_path, number, {"image_index": torch.arange(8)}, {})
+
+    made(0)  # by an earlier run
+    with WholeJob(tmp_path, 8, 20, shown=True) as job:
+        job.add(4)
+        assert job.bar.n == 4
+        made(1)
+        made(2)  # by another process
+        job.add(4)
+        job.count()
+        assert job.bar.n == 16
+    assert job.bar.n == 20
 
 
 WORKER = """
-import json, os, sys
+import sys, time
 import torch
 from conftest import make_tiny_clip
 from image_stores import make_dataset, make_processor
 from hf_vs2.activations import extract_activations
+from hf_vs2.data import batches, open_image
 
-torch.distributed.init_process_group("gloo")
+rank, folder, count, streaming, shard_size, seconds = sys.argv[1:]
 torch.set_num_threads(1)
-rank = torch.distributed.get_rank()
-for name, count, streaming, shard_size in json.loads(sys.argv[2]):
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=int(rank), world_size=2)
+
+def slow(value, name, **options):
+    time.sleep(float(seconds))
+    with open(f"{folder}.log{rank}", "a") as file:
+        file.write(name + chr(10))
+    return open_image(value, name, **options)
+
+batches.open_image = slow
+dataset = make_dataset(int(count)).to_iterable_dataset() if streaming else make_dataset(int(count))
+options = {"image_processor": make_processor(), "batch_size": 4, "shard_size": int(shard_size), "num_workers": 0}
+extract_activations(
+    make_tiny_clip(), dataset, folder, dataset_fingerprint="x", progress=False, label_column="label", **options
+)
+"""
+
+
+def start(folder, count, streaming=False, shard_size=8, seconds=(0.0, 0.0)):
+    """Two processes that extract together; `seconds` is what opening an image takes each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    folder.with_name(f"{folder.name}.meeting").unlink(missing_ok=True)
+    arguments = [str(folder), str(count), "1" if streaming else "", str(shard_size)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), *arguments, str(seconds[rank])],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def opened(folder):
+    """How many images each process has opened."""
+    logs = [folder.with_name(f"{folder.name}.log{rank}") for rank in range(2)]
+    return [len(log.read_text().splitlines()) if log.exists() else 0 for log in logs]
+
+
+def of_one(model, folder, count, streaming=False, shard_size=8):
     dataset = make_dataset(count).to_iterable_dataset() if streaming else make_dataset(count)
     options = {"image_processor": make_processor(), "batch_size": 4, "shard_size": shard_size, "label_column": "label"}
-    extract_activations(make_tiny_clip(), dataset, sys.argv[1] + "/" + name, dataset_fingerprint=name, progress=False, **options)
-torch.distributed.destroy_process_group()
-"""
-RUNS = [
-    ("map", 45, False, 8),
-    ("stream", 45, True, 8),
-    ("one shard", 30, False, 4096),
-    ("one image", 1, False, 8),
-    ("stream of one", 1, True, 8),
-]
+    return extract_activations(model, dataset, folder, dataset_fingerprint="x", progress=False, **options)
 
 
 @pytest.fixture()
@@ -131,31 +211,60 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def assert_same_rows(one, two, count):
+    assert torch.equal(one.tensor(), two.tensor())
+    assert torch.equal(one.labels, two.labels)
+    assert one.image_indices.tolist() == two.image_indices.tolist() == list(range(count))
+    assert not [path for path in two.path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.slow
-def test_two_real_processes_make_the_rows_of_one(tiny_clip, one_thread, tmp_path):
-    """Row by row and bit by bit, from data sets and streams, with remainders, and with fewer images than processes."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    path = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([*command, str(tmp_path / "two"), json.dumps(RUNS)], env=environment, check=True, timeout=300)
-    for name, count, streaming, shard_size in RUNS:
-        dataset = make_dataset(count).to_iterable_dataset() if streaming else make_dataset(count)
-        options = {
-            "image_processor": make_processor(),
-            "batch_size": 4,
-            "shard_size": shard_size,
-            "label_column": "label",
-        }
-        one = extract_activations(
-            tiny_clip, dataset, tmp_path / "one" / name, dataset_fingerprint=name, progress=False, **options
-        )
-        two = ActivationStore.open(tmp_path / "two" / name)
-        assert torch.equal(one.tensor(), two.tensor()), name
-        assert torch.equal(one.image_indices, two.image_indices) and torch.equal(one.labels, two.labels), name
-        assert two.image_indices.tolist() == list(range(count)), name
-        if not name.startswith("one"):
-            assert contents(one.path) == contents(two.path), name
-    shared = ActivationStore.open(tmp_path / "two" / "one shard")
-    assert [shard["rows"] for shard in shared.metadata["shards"]] == [16, 14]
+@pytest.mark.parametrize(
+    "count, streaming, shard_size, least",
+    [(45, False, 8, 4), (45, True, 4, 4), (1, False, 8, 0), (1, True, 8, 0)],
+)
+def test_two_real_processes_make_the_rows_of_one(tiny_clip, one_thread, tmp_path, count, streaming, shard_size, least):
+    """Row by row and bit by bit, with remainders, and with fewer images than processes; the quicker one makes more."""
+    processes = start(tmp_path / "two", count, streaming, shard_size, seconds=(0.3, 0.0))
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    one = of_one(tiny_clip, tmp_path / "one", count, streaming, shard_size)
+    two = ActivationStore.open(tmp_path / "two")
+    assert_same_rows(one, two, count)
+    slow, quick = opened(tmp_path / "two")
+    assert slow + quick == count
+    assert count == 1 or least <= slow <= count // 3
+    assert not streaming or contents(one.path) == contents(two.path)
+
+
+@pytest.mark.slow
+def test_a_lost_process_costs_the_shards_that_it_was_at(tiny_clip, one_thread, tmp_path):
+    """Without it the others go on to the end, say so, and what it was at is made when the job is started again."""
+    folder = tmp_path / "two"
+    other, victim = start(folder, 45, seconds=(0.1, 1.0))
+    while not opened(folder)[1]:
+        assert victim.poll() is None
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    message = other.communicate(timeout=300)[1]
+    victim.communicate()
+    assert other.returncode == 1
+    assert "OSError: Another process of this job has died or does not answer" in message
+    assert opened(folder)[0] in range(45 - 8, 45)
+    for log in folder.parent.glob("*.log*"):
+        log.unlink()
+    assert [process.wait(timeout=300) for process in start(folder, 45)] == [0, 0]
+    assert 0 < sum(opened(folder)) <= 8
+    assert_same_rows(of_one(tiny_clip, tmp_path / "one", 45), ActivationStore.open(folder), 45)
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_work_of_all(tmp_path):
+    """Whoever waits for hours of work of others before the message of an unreadable image is told it too late."""
+    folder = tmp_path / "two"
+    processes = start(folder, 400, seconds=(0.05, float("nan")))
+    messages = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "Invalid value NaN" in messages[1]
+    assert "StoreError: The extraction failed on another process: see its message" in messages[0]
+    assert opened(folder)[0] < 300

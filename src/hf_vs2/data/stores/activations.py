@@ -66,8 +66,8 @@ def extract_activations(
     request can never be answered with old rows, and processes that extract different things at once do not meet. A
     second call with the same request opens the finished store and decodes no image; after an interruption it continues
     with the first unfinished shard and ends with the files an uninterrupted run would have written. Processes that
-    make the same request at once wait for each other; with `torch.distributed` initialised they share the work, a
-    shard each (`output_dir` must be on a file system they all see).
+    make the same request at once wait for each other; with `torch.distributed` initialised they share the work,
+    each taking the next shard that is left (`output_dir` must be on a file system they all see).
 
     Args:
         model: a `CLIPModel` (or its vision model), a Hub id or a local path. Passed as an object it is used on the
@@ -90,7 +90,7 @@ def extract_activations(
         on_error (`str`): "raise" stops at an image that cannot be read, "skip" leaves it out; what was skipped is
             logged and listed in `store.metadata["skipped"]`.
         shard_size (`int`): images per file, the step in which an interrupted extraction continues. Several processes
-            make smaller files where that gives each as many images as the others.
+            make smaller files where each would get fewer than eight.
         device (*optional*): default: the model's own; for a model given by name, a GPU if there is one.
         progress (`bool`): show a progress bar, on the main process only.
         dataset_id (`str`, *optional*): name of the data set, for the records only.

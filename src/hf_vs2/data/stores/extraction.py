@@ -13,10 +13,10 @@ from torch import distributed
 from transformers.utils import logging
 
 from ...encoders.vision_tower import VisionTower, best_device
-from ...files.progress import progress_bar
 from ..batches import ImageBatch, ImageReader, Span, StreamSpans, read_batches, spans_of_dataset
 from ..images import UnreadableImageError
 from ..pixels import Normalizer
+from .sharing import Claims, WholeJob
 from .store import ActivationStore
 from .store_format import (
     INDEX_NAME,
@@ -33,10 +33,15 @@ from .store_format import (
 
 logger = logging.get_logger(__name__)
 
+SHARDS_A_PROCESS = 8  # at least so many where there are enough batches: a slow process leaves the others its share
+
 
 @dataclass
 class Extraction:
-    """One request on its way to a finished store."""
+    """One request on its way to a finished store.
+
+    Processes share the shards: each takes the next that is missing and that nobody has taken, until none is left.
+    """
 
     tower: VisionTower
     reader: ImageReader
@@ -54,6 +59,7 @@ class Extraction:
         self.num_images = _length(self.reader.dataset)
         self.spans: Iterable[Span] = ()
         self.total: int | None = None
+        self.claims = Claims(self.folder)
         self.store: ActivationStore | None = None
 
     def run(self) -> ActivationStore:
@@ -69,7 +75,9 @@ class Extraction:
                 self._together(self._begin, main_only=True)
                 self.index["shard_size"] = read_index(self.folder)["shard_size"]
                 self._together(self._plan)  # everybody counts what is missing before anybody adds to it
-                self._together(self._extract)
+                shown = self.progress and self.rank == 0
+                with WholeJob(self.folder, self.index["shard_size"], self.total, shown=shown) as self.done:
+                    self._together(self._extract)
                 self._together(self._finish, main_only=True)
                 self.store = ActivationStore.open(self.folder, request_of(self.index))
         return self.store
@@ -134,6 +142,7 @@ class Extraction:
                     self.num_images, self.index["shard_size"], self.batch_size, self.world_size
                 )
         write_index(self.folder, self.index)
+        self.claims.begin()
 
     def _log_nearest(self) -> None:
         """Says why no store fits, for whoever expected that one does."""
@@ -146,16 +155,25 @@ class Extraction:
             logger.info(f"No store fits this request; the nearest, {nearest}, differs in {'; '.join(lines)}")
 
     def _plan(self) -> None:
-        """The batches this process has to make, and how many images they are where that is known."""
+        """The batches of what is missing, as this process takes them, and how many images all lack where that is
+        known."""
         size = self.index["shard_size"]
         if self.num_images is None:
             stream, self.reader.dataset = self.reader.dataset, None  # its rows travel with the spans
-            self.spans = StreamSpans(stream, self.reader.columns, self.batch_size, size, self._is_missing_in_stream)
+            # The length being unknown, the last, shorter shard is always made again.
+            self.spans = StreamSpans(
+                stream,
+                self.reader.columns,
+                self.batch_size,
+                size,
+                lambda n: self._is_missing(n) and self.claims.take(n),
+            )
             return
-        missing = [number for number in range(-(-self.num_images // size)) if self._is_missing(number)]
-        mine = set(missing[self.rank :: self.world_size])
-        self.spans = list(spans_of_dataset(self.num_images, self.batch_size, size, mine.__contains__))
-        self.total = sum(span.stop - span.start for span in self.spans)
+        missing = {number for number in range(-(-self.num_images // size)) if self._is_missing(number)}
+        self.total = sum(min(size, self.num_images - number * size) for number in missing)
+        self.spans = spans_of_dataset(
+            self.num_images, self.batch_size, size, lambda n: n in missing and self.claims.take(n)
+        )
 
     def _is_missing(self, number: int) -> bool:
         start, size = number * self.index["shard_size"], self.index["shard_size"]
@@ -163,16 +181,10 @@ class Extraction:
         header = read_shard_header(self.folder, number)
         return header is None or (header["start"], header["stop"], header["store"]) != (start, stop, self.folder.name)
 
-    def _is_missing_in_stream(self, number: int) -> bool:
-        """The length being unknown, shards go round by number, and the last, shorter one is always made again."""
-        return number % self.world_size == self.rank and self._is_missing(number)
-
     def _extract(self) -> None:
-        shown = self.progress and self.rank == 0
-        bar = progress_bar(shown=shown, total=self.total, unit=" images", desc="CLS activations")
         shard: _Shard | None = None
         batches = read_batches(self.reader, self.spans, self.num_workers, self.tower.device)
-        with bar, self.tower.inference(), contextlib.closing(batches):
+        with self.claims.given_up_on_error(), self.tower.inference(), contextlib.closing(batches):
             for batch in batches:
                 number = batch.start // self.index["shard_size"]
                 if shard is not None and shard.number != number:
@@ -180,7 +192,7 @@ class Extraction:
                     shard = None
                 shard = shard or _Shard(number, self.index["layers"])
                 self._add(shard, batch)
-                bar.update(batch.stop - batch.start)
+                self.done.add(batch.stop - batch.start)
             if shard is not None:
                 self._write(shard)
         if isinstance(self.spans, StreamSpans):
@@ -211,6 +223,7 @@ class Extraction:
         start = shard.number * self.index["shard_size"]
         header = {"store": self.folder.name, "start": start, "stop": shard.stop, "skipped": shard.skipped}
         write_shard(self.folder, shard.number, tensors, header)
+        self.done.count()
 
     def _finish(self) -> None:
         """Gathers what the shards say and declares the store complete."""
@@ -228,6 +241,7 @@ class Extraction:
             raise ValueError(f"None of the {self.num_images} images can be read; the first: {skipped[0]['error']}")
         if skipped:
             logger.warning(f"{len(skipped)} of {self.num_images} images could not be read and were skipped.")
+        self.claims.end()
         self.index |= {
             "num_images": self.num_images,
             "num_rows": num_rows,
@@ -254,14 +268,14 @@ def naming_lost_partners() -> Iterator[None]:
 
 
 def even_shard_size(num_images: int, shard_size: int, batch_size: int, world_size: int) -> int:
-    """Images per shard, at most `shard_size`, of which each process gets as many as the others where there are enough
-    images.
+    """Images per shard, at most `shard_size`; so few that each process gets `SHARDS_A_PROCESS` where there are enough
+    images, and as many as the others where all are equally fast.
 
     Whole batches where `shard_size` is: every image then is in the batch that it is in when one process does all.
     """
     if world_size == 1:
         return shard_size
-    num_shards = -(-num_images // shard_size)
+    num_shards = max(-(-num_images // shard_size), SHARDS_A_PROCESS * world_size)
     num_shards += -num_shards % world_size
     size = -(-num_images // num_shards)
     return min(shard_size, size + -size % batch_size)
