@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--num_train_epochs", type=float, default=5.0)
     parser.add_argument("--per_device_train_batch_size", type=int, default=64)
     parser.add_argument("--latents", type=int, nargs="+", default=[3072, 49152, 1_000_000, 16_000_000])
-    parser.add_argument("--num_devices", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--num_devices", type=int, nargs="+", default=[1, 8])
     args = parse(parser)
 
     stored = {"float32": bytes_per_row(args.hidden_size, torch.float32)}
@@ -82,13 +82,13 @@ def main() -> None:
     latent = bytes_per_latent(args.hidden_size)
     held = ", ".join(f"{kind} {size:,.0f}" for kind, size in latent.items())
     print(f"\nA latent: {held} bytes. Training for {args.num_train_epochs:g} epochs:")
-    print(f"{'latents':>11} {'copy GB':>8} {'devices':>8} {'DDP GB':>8} {'FSDP GB':>8} {'days':>9} {'state GB':>9}")
+    print(f"{'latents':>11} {'copy GB':>8} {'devices':>8} {'DDP GB':>8} {'FSDP GB':>8} {'hours':>9} {'state GB':>9}")
     rows = []
     for num_latents in args.latents:
         copy = latent["weights"] * num_latents / 1e9
         batch = args.per_device_train_batch_size * num_latents * 4 / 1e9
         per_row = args.step_ms / 1000 / args.step_batch * num_latents / args.step_latents
-        days = args.num_train_epochs * args.num_images * per_row / 86400
+        hours = args.num_train_epochs * args.num_images * per_row / 3600
         for devices in args.num_devices:
             row = {
                 "latents": num_latents,
@@ -96,16 +96,16 @@ def main() -> None:
                 "devices": devices,
                 "ddp_gb": round((4 if devices == 1 else 4.5) * copy + batch, 2),
                 "fsdp_gb": None if devices == 1 else round((4 / devices + 2) * copy + batch, 2),
-                "days": round(days / devices, 3),
+                "hours": round(hours / devices, 3),
                 "training_state_gb": round(3 * copy, 2),
             }
             rows.append(row)
             fsdp = "-" if row["fsdp_gb"] is None else f"{row['fsdp_gb']:.1f}"
             print(
-                f"{num_latents:>11,} {copy:>8.2f} {devices:>8} {row['ddp_gb']:>8.1f} {fsdp:>8} {row['days']:>9.3f} "
+                f"{num_latents:>11,} {copy:>8.2f} {devices:>8} {row['ddp_gb']:>8.1f} {fsdp:>8} {row['hours']:>9.2f} "
                 f"{row['training_state_gb']:>9.1f}"
             )
-    print("GB are of each device; state GB is a training checkpoint on disk (weights and Adam's state).")
+    print("GB are of each device; state GB is a training checkpoint on disk\n(weights and Adam's state).")
     finish(args, __doc__, [{"bytes_per_latent": latent, "bytes_per_row": stored}, *extraction, *rows])
 
 
