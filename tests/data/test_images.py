@@ -25,7 +25,7 @@ from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, extract_activations,
 from hf_vs2.atlas.writing import thumbnail, write_thumbnails
 from hf_vs2.data import UnreadableImageError, open_image
 from hf_vs2.data.images import heif_is_readable
-from hf_vs2.data.pixels import uint8_pixels
+from hf_vs2.data.pixels import pixels_needed, reading_fast, reads_fast, uint8_pixels
 from hf_vs2.data.web import read_url
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.processing import load_processing
@@ -300,6 +300,28 @@ def test_the_mode_that_a_data_set_asks_for_is_what_is_read(mode, changes, model,
 # --------------------------------------------------------------------------------------------------------------------
 # Thin images
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def test_fast_reading_changes_pixels_by_little_and_no_image_of_the_caller():
+    """A large JPEG comes at a fraction of its size, and resizing makes the crop alone; another format's pixels move by
+    one level. An image that the caller has opened keeps its size, and the setting is saved with the processor."""
+    processor = CLIPImageProcessorPil()
+    fast = reading_fast(processor)
+    assert not reads_fast(processor) and pixels_needed(processor) is None
+    image = Image.fromarray(picture(1600, 1204))
+    for file_format, image, size, levels in (
+        ("JPEG", image, (800, 602), 3),
+        ("JPEG", image.crop((0, 0, 1599, 1204)), (1599, 1204), 1),
+        ("PNG", image, (1600, 1204), 1),
+    ):
+        content = encoded(image, file_format)
+        opened = Image.open(io.BytesIO(content))
+        assert open_image(content, at_least=pixels_needed(fast)).size == size
+        assert open_image(opened, at_least=pixels_needed(fast)).size == opened.size == image.size
+        exact = uint8_pixels(open_image(content), processor, "it").int()
+        pixels = uint8_pixels(open_image(content, at_least=pixels_needed(fast)), fast, "it").int()
+        assert 0 < (pixels - exact).abs().max() <= levels, file_format
+    assert CLIPImageProcessorPil.from_dict(fast.to_dict()).fast_decode is True
 
 
 @pytest.mark.parametrize("size", [(1, 301), (2, 600), (3, 1001), (45, 5001), (301, 30_001)])

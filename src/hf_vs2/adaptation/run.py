@@ -20,6 +20,7 @@ from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
 from ..config.sae import SAEConfig
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings, resolve_templates
+from ..data.pixels import reading_fast
 from ..data.stores.activations import ActivationStore, extract_activations
 from ..data.stores.rows import rows_of
 from ..encoders.families import is_steerable, refuse_without_texts
@@ -67,6 +68,7 @@ def adapt(
     num_workers: int | None = None,
     dtype: str = "float32",
     model_dtype: str = "auto",
+    fast_decode: bool = False,
     on_error: str = "raise",
     seed: int = 42,
     clean: bool = True,
@@ -99,6 +101,7 @@ def adapt(
         revision (*optional*): of a CLIP on the Hub.
         batch_size: images per forward pass. num_workers: as [`extract_activations`]. dtype: of the
             activations on disk. model_dtype: in which a CLIP given by name runs, "auto" as its file has it.
+        fast_decode: as [`extract_activations`]; the pipeline that is returned reads images so too.
         on_error: `"skip"` leaves out images that can't be read.
         seed: of the training and of the draw of images to label.
         clean: read labels by [`clean_class_names`] before they go into prompts.
@@ -129,6 +132,8 @@ def adapt(
 
     say(1, f"CLIP reads {len(dataset):,} images")
     plain = _plain(clip, tokenizer, image_processor, revision, model_dtype)
+    if fast_decode:
+        plain.image_processor = reading_fast(plain.image_processor)
     store = extract_activations(
         plain.model,
         dataset,

@@ -14,7 +14,7 @@ from .ahead import map_ahead, num_processors
 from .images import UnreadableImageError, image_name, image_path, open_image
 from .inputs import NamedImage
 from .load import image_mode
-from .pixels import uint8_pixels
+from .pixels import pixels_needed, uint8_pixels
 
 
 class Columns(NamedTuple):
@@ -99,7 +99,8 @@ class ImageReader(TorchDataset):
     def read(self, row: _Row) -> torch.Tensor | UnreadableImageError:
         """The image's pixels, or why there are none."""
         try:
-            return uint8_pixels(open_image(row.value, row.name, mode=self.columns.mode), self.processor, row.name)
+            image = open_image(row.value, row.name, mode=self.columns.mode, at_least=pixels_needed(self.processor))
+            return uint8_pixels(image, self.processor, row.name)
         except UnreadableImageError as error:
             return error
 
@@ -165,7 +166,7 @@ def read_groups(
 
     def read(named: NamedImage) -> torch.Tensor | UnreadableImageError:
         try:
-            return uint8_pixels(named.read(timeout), processor, named.name)
+            return uint8_pixels(named.read(timeout, pixels_needed(processor)), processor, named.name)
         except UnreadableImageError as error:
             if not skip:
                 raise

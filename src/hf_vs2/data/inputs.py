@@ -31,8 +31,8 @@ class NamedImage:
     name: str = "the image"
     mode: str | None = None
 
-    def read(self, timeout: float | None = None) -> Image.Image:
-        """RGB, by [`open_image`].
+    def read(self, timeout: float | None = None, at_least: int | None = None) -> Image.Image:
+        """RGB, by [`open_image`], which says what the arguments are.
 
         Raises:
             TypeError: it is no image. UnreadableImageError: it can't be read.
@@ -48,7 +48,7 @@ class NamedImage:
                 "column of a data set, give KeyDataset(dataset, 'image') (transformers.pipelines.pt_utils) or "
                 "dataset['image']."
             )
-        return open_image(self.image, name, mode=self.mode, timeout=timeout)
+        return open_image(self.image, name, mode=self.mode, timeout=timeout, at_least=at_least)
 
 
 def describe_type(value: Any) -> str:

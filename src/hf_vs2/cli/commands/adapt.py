@@ -11,9 +11,9 @@ from ..common import (
     add_dataset_flags,
     add_extraction_flags,
     add_label_flags,
-    add_model_dtype_flag,
     add_model_flags,
     add_progress_flag,
+    add_speed_flags,
     labels_from,
     open_dataset,
     say,
@@ -69,7 +69,7 @@ def add_flags(parser: Parser) -> None:
     add_progress_flag(parser)
     parser.section("extraction of activations")
     add_extraction_flags(parser)
-    add_model_dtype_flag(parser)
+    add_speed_flags(parser)
 
 
 def run(args: Namespace) -> None:
@@ -97,6 +97,7 @@ def run(args: Namespace) -> None:
         num_workers=args.num_workers,
         dtype=args.dtype,
         model_dtype=args.model_dtype,
+        fast_decode=args.fast_decode,
         on_error=args.on_error,
         seed=args.seed,
         clean=not args.names_as_given,

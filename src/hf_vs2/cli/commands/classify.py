@@ -17,8 +17,8 @@ from ..common import (
     REMEMBERED,
     add_checkpoint_flags,
     add_label_flags,
-    add_model_dtype_flag,
     add_progress_flag,
+    add_speed_flags,
     add_steering_flags,
     checkpoint_place,
     labels_and_prompts,
@@ -59,7 +59,7 @@ def add_flags(parser: Parser) -> None:
     add_checkpoint_flags(parser)
     add_label_flags(parser, REMEMBERED)
     parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass.")
-    add_model_dtype_flag(parser)
+    add_speed_flags(parser)
     add_steering_flags(parser, method=True)
     parser.flag(
         "--reject",
@@ -183,6 +183,7 @@ def _row_file(args: Namespace, labels: Sequence[str], templates: Sequence[str], 
         "steering": steering_from(args, method=True),
         **({"reject": True} if args.reject else {}),
         **({} if args.model_dtype == "auto" else {"model_dtype": args.model_dtype}),
+        **({"fast_decode": True} if args.fast_decode else {}),
     }
     return RowFile(args.output, csv_columns(min(args.top_k, len(labels))), settings)
 

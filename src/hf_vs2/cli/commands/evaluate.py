@@ -13,8 +13,8 @@ from ..common import (
     add_class_names_flag,
     add_dataset_flags,
     add_extraction_flags,
-    add_model_dtype_flag,
     add_progress_flag,
+    add_speed_flags,
     add_steering_flags,
     extract,
     join_processes,
@@ -92,7 +92,7 @@ def add_flags(parser: Parser) -> None:
     add_progress_flag(parser)
     parser.section("extraction of activations")
     add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
-    add_model_dtype_flag(parser)
+    add_speed_flags(parser)
 
 
 keeps = activations_beside

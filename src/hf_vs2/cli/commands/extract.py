@@ -8,9 +8,9 @@ from ..common import (
     LAYER,
     add_dataset_flags,
     add_extraction_flags,
-    add_model_dtype_flag,
     add_model_flags,
     add_progress_flag,
+    add_speed_flags,
     extract,
     local_or_id,
     open_dataset,
@@ -52,7 +52,7 @@ def add_flags(parser: Parser) -> None:
         help="Encoder layers from 0; negative ones from the last.",
     )
     add_extraction_flags(parser)
-    add_model_dtype_flag(parser)
+    add_speed_flags(parser)
     add_progress_flag(parser)
 
 
@@ -67,6 +67,7 @@ def run(args: Namespace) -> None:
         label_column=args.label_column,
         revision=args.revision,
         model_dtype=args.model_dtype,
+        fast_decode=args.fast_decode,
     )
     skipped = len(store.metadata["skipped"])
     say(

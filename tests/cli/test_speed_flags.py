@@ -1,8 +1,10 @@
-"""`--model_dtype`: CLIP in half precision, the rest as ever."""
+"""`--model_dtype` and `--fast_decode`: faster, to slightly other numbers, which are never mixed with the exact ones."""
 
+import numpy as np
 import pytest
 import torch
 from commands import read_json, run, source
+from PIL import ExifTags, Image
 
 from hf_vs2 import ActivationStore, adapt, extract_activations, load_images
 
@@ -37,3 +39,34 @@ def test_a_loaded_clip_keeps_its_precision(tiny_clip, images_path, tmp_path):
         extract_activations(tiny_clip, load_images(images_path, split="test"), tmp_path, model_dtype="bfloat16")
     with pytest.raises(ValueError, match="model_dtype.*loaded"):
         adapt(tiny_clip, images_path / "test", ["red", "blue"], tmp_path / "adapted", model_dtype="bfloat16")
+
+
+def test_large_photographs_are_decoded_smaller_where_asked(checkpoint, clip_path, tmp_path, capsys):
+    """The flag reaches the pixels, and rows are in a store of their own. By how little pixels move is tested with
+    the images."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((800, 640)).save(photos / f"{number}.jpg", exif=turned(number * 6))
+    stores, answers = {}, {}
+    for flags in ((), ("--fast_decode",)):
+        folder = tmp_path / f"store{len(flags)}"
+        run(capsys, "extract", *source(clip_path, photos), "--output_dir", str(folder), *flags, "--disable_tqdm")
+        (path,) = (path for path in folder.iterdir() if path.is_dir())
+        stores[flags] = ActivationStore.open(path)
+        path = tmp_path / f"{len(flags)}.json"
+        command = ["classify", str(photos), "--checkpoint", str(checkpoint), "--labels", "red", "blue"]
+        run(capsys, *command, "--output", str(path), "--gate", "none", *flags)
+        answers[flags] = torch.tensor([answer["predictions"][0]["score"] for answer in read_json(path)])
+    exact, fast = stores.values()
+    assert exact.path.name != fast.path.name
+    assert "fast_decode" not in exact.metadata["preprocessing"], "stores made before would not be found"
+    assert not torch.equal(exact.tensor(), fast.tensor())
+    assert not torch.equal(*answers.values())
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
