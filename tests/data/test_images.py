@@ -309,15 +309,15 @@ def test_fast_reading_changes_pixels_by_little_and_no_image_of_the_caller():
     fast = reading_fast(processor)
     assert not reads_fast(processor) and pixels_needed(processor) is None
     image = Image.fromarray(picture(1600, 1204))
-    for file_format, image, size, levels in (
+    for file_format, given, size, levels in (
         ("JPEG", image, (800, 602), 3),
         ("JPEG", image.crop((0, 0, 1599, 1204)), (1599, 1204), 1),
         ("PNG", image, (1600, 1204), 1),
     ):
-        content = encoded(image, file_format)
+        content = encoded(given, file_format)
         opened = Image.open(io.BytesIO(content))
         assert open_image(content, at_least=pixels_needed(fast)).size == size
-        assert open_image(opened, at_least=pixels_needed(fast)).size == opened.size == image.size
+        assert open_image(opened, at_least=pixels_needed(fast)).size == opened.size == given.size
         exact = uint8_pixels(open_image(content), processor, "it").int()
         pixels = uint8_pixels(open_image(content, at_least=pixels_needed(fast)), fast, "it").int()
         assert 0 < (pixels - exact).abs().max() <= levels, file_format

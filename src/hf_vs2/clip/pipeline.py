@@ -22,7 +22,7 @@ from ..data.pixels import Normalizer
 from ..encoders.families import family_of, is_steerable, refuse_without_texts
 from ..encoders.loading import check_clip
 from ..encoders.processing import knows_words
-from ..encoders.tail import cosine_of, is_sigmoid, logits_of, plain_outputs, probabilities, unit_embeds
+from ..encoders.tail import cosine_of, is_sigmoid, logits_of_images, plain_outputs, probabilities
 from ..encoders.wrapped import device_of, is_offloaded, unwrapped
 from ..explain.explanation import VS2Explanation, check_explainable, explain_rows
 from ..files.weight_state import Kept, weights_state
@@ -295,20 +295,18 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
             )
         if not explain:
             images = steerer.features(pixel_values, with_plain, RetrievalInputs(class_embeds=classes))
-            unit_embeds(images.features, name)  # which image it is, `class_logits` can't say
-            return images, steerer.class_logits(images, classes), None
+            return images, steerer.class_logits(images, classes, name), None
         check_explainable(steerer)
         rows = self.core.cls_rows(pixel_values)
         images = steerer.features_from_cls(rows, class_embeds=classes)
-        unit_embeds(images.features, name)
         if with_plain:
             images.plain_features = steerer.with_(enabled=False).features_from_cls(rows).features
-        explanation = explain_rows(steerer, rows, classes, None, {}, RetrievalInputs())
-        return images, steerer.class_logits(images, classes), explanation
+        explanation = explain_rows(steerer, rows, classes, None, {}, RetrievalInputs(), name)
+        return images, steerer.class_logits(images, classes, name), explanation
 
     def _logits(self, features: Any, classes: torch.Tensor, name: Callable[[int], str]) -> torch.Tensor:
         """Float32 logits `(batch, num_classes)`, also of a model in half precision."""
-        return logits_of(self.clip, unit_embeds(features, name).to(classes.device) @ classes.T, name)
+        return logits_of_images(self.clip, features, lambda embeds: embeds.to(classes.device) @ classes.T, name)
 
     def _ranked(self, logits: torch.Tensor, labels: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
         scores = zip(probabilities(logits, self.clip).tolist(), labels, strict=True)

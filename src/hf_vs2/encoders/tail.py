@@ -90,7 +90,11 @@ def logits_of(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] 
     Raises:
         `ValueError`: see [`check_scores`].
     """
-    return check_scores(clip, scores * temperature(clip).to(scores.device) + bias(clip).to(scores.device), name)
+    return check_scores(clip, _at_temperature(clip, scores), name)
+
+
+def _at_temperature(clip: CLIPModel, scores: torch.Tensor) -> torch.Tensor:
+    return scores * temperature(clip).to(scores.device) + bias(clip).to(scores.device)
 
 
 def bias(clip: CLIPModel) -> torch.Tensor:
@@ -112,6 +116,24 @@ def is_sigmoid(clip: CLIPModel) -> bool:
 def probabilities(logits: torch.Tensor, clip: CLIPModel) -> torch.Tensor:
     """Of logits `(..., num_classes)`: a softmax, or with a `logit_bias` (SigLIP) a sigmoid of each label by itself."""
     return logits.sigmoid() if is_sigmoid(clip) else logits.softmax(-1)
+
+
+def logits_of_images(
+    clip: CLIPModel, features: torch.Tensor, scores: Callable[[torch.Tensor], torch.Tensor], name: Callable[[int], str]
+) -> torch.Tensor:
+    """
+    Float32 logits `(batch, num_classes)` of image features `(batch, projection_dim)`, whose cosines are `scores` of
+    the unit embeddings. A GPU is waited for once.
+
+    Raises:
+        `ValueError`: see [`unit_embeds`] and [`check_scores`].
+    """
+    embeds = features.float()
+    logits = _at_temperature(clip, scores(normalize(embeds, dim=-1)))
+    if first_broken_row(logits.detach(), embeds.detach().square().sum(-1)) is not None:
+        unit_embeds(features, name)
+        check_scores(clip, logits, name)
+    return logits
 
 
 def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:

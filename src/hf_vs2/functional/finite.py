@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 
-def first_broken_row(rows: torch.Tensor) -> int | None:
-    """Number of the first row of `(n,)` or `(n, ...)` that holds NaN or infinity; `None` where there is none, and
-    under `torch.compile`, which
-    can't look at numbers."""
+def first_broken_row(*parts: torch.Tensor) -> int | None:
+    """Number of the first row that holds NaN or infinity in a part, `(n,)` or `(n, ...)`; `None` where there is none,
+    and under `torch.compile`, which can't look at numbers. A GPU is waited for once."""
     if torch.compiler.is_compiling():
         return None
-    finite = rows.isfinite()
-    finite = finite.flatten(1).all(-1) if finite.ndim > 1 else finite
+    finite = torch.stack([part.reshape(len(part), -1).isfinite().all(-1).to(parts[0].device) for part in parts])
+    finite = finite.all(0)
     return None if finite.all() else int((~finite).nonzero()[0])
 
 

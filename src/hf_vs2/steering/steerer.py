@@ -14,7 +14,7 @@ from ..config.steering import Steering, changed
 from ..encoders.base_model import resolve_layer
 from ..encoders.families import embedding_width, family_of, tower_of
 from ..encoders.layers import run_layers
-from ..encoders.tail import logits_of, plain_outputs, project, rows_for, softmax_temperature, unit_embeds
+from ..encoders.tail import logits_of_images, plain_outputs, project, rows_for, softmax_temperature
 from ..encoders.wrapped import weights_of
 from ..files.weight_state import Kept
 from ..functional.equations import edited_change, gate
@@ -370,10 +370,17 @@ class Steerer:
         name."""
         return self.label_sets.fitted(self, class_embeds, labels)
 
-    def class_logits(self, images: VS2ImageFeatures, class_embeds: torch.Tensor) -> torch.Tensor:
-        """Logits of images for classes, float32 `(batch, num_classes)`; see [`VS2CLIPForZeroShot.class_logits`]."""
-        embeds = unit_embeds(cast(torch.Tensor, images.features)).to(class_embeds.device)
-        return logits_of(self.clip, self.scores(images, embeds, class_embeds))
+    def class_logits(
+        self, images: VS2ImageFeatures, class_embeds: torch.Tensor, name: Callable[[int], str] = "row {}".format
+    ) -> torch.Tensor:
+        """Logits of images for classes, float32 `(batch, num_classes)`; see [`VS2CLIPForZeroShot.class_logits`].
+        `name`: how a message names a row."""
+        return logits_of_images(
+            self.clip,
+            cast(torch.Tensor, images.features),
+            lambda embeds: self.scores(images, embeds.to(class_embeds.device), class_embeds),
+            name,
+        )
 
     def scores(
         self,
