@@ -202,6 +202,38 @@ def test_search_from_the_overview_is_one_step_back(reader):
     page.wait_for_selector("#overview:not([hidden])")
 
 
+def test_every_link_leads_somewhere(reader):
+    """From each kind of page, followed one after another: an address that the atlas shows is a page of it, a part of the
+    page or a file beside it, never "No such latent"."""
+    addresses = ["", "#view=latents", "#latent=17"]
+    reader.open("#latent=17", "latent")
+    until(reader.page, "document.querySelectorAll('#latent a.to-image').length > 0")
+    addresses.append("#" + reader.page.locator("#latent a.to-image").first.get_attribute("href").partition("#")[2])
+    links = set()
+    for address in addresses:
+        page = reader.open(
+            address, address.partition("=")[0].removeprefix("#").replace("view", "latents") or "overview"
+        )
+        page.wait_for_timeout(100)
+        links |= set(page.eval_on_selector_all("main:visible a[href], header a[href]", "all => all.map(a => a.href)"))
+    assert len(links) > 20
+    folder = Path(reader.url.removeprefix("file://")).parent
+    kinds: dict[str, list[str]] = {}
+    for link in sorted(links):
+        kinds.setdefault(re.split(r"[=&]\d*", link.partition("#")[2])[0], []).append(link)
+    for link in (link for of_a_kind in kinds.values() for link in of_a_kind[:6]):
+        file, _, part = link.partition("#")
+        assert (
+            Path(file.removeprefix("file://")).is_relative_to(folder) and Path(file.removeprefix("file://")).exists()
+        )
+        if "=" in part:
+            reader.page.goto(link)
+            reader.page.wait_for_selector("h1:visible")
+            assert "No such" not in reader.page.locator("h1:visible").inner_text(), link
+        elif part:
+            assert reader.page.locator(f"#{part}").count() == 1, link
+
+
 def test_deep_link_and_keys(reader):
     """#latent=17 opens that latent, and everything can be reached without a mouse."""
     page = reader.open("#latent=17", "latent")
