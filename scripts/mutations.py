@@ -241,28 +241,28 @@ MUTATIONS = (
     ),
     # data
     of(
-        "data/test_images.py data survival/test_survives_bad_data.py",
+        "data/test_images.py test_every_door.py data",
         "data/images.py",
         "photos of phones lie on the wrong side",
         "6: Image.Transpose.ROTATE_270,",
         "6: Image.Transpose.ROTATE_90,",
     ),
     of(
-        "data/test_images.py data",
+        "test_every_door.py data/test_images.py data",
         "data/images.py",
         "transparent pixels become black",
         "(255, 255, 255, 255)",
         "(0, 0, 0, 255)",
     ),
     of(
-        "data/test_images.py data",
+        "test_every_door.py data/test_images.py data",
         "data/images.py",
         "16-bit images are nearly black",
         "* 255 + 32767) // 65535)",
         "* 255 + 32767) // (65535 * 16))",
     ),
     of(
-        "data/test_names.py data cli",
+        "data/test_names.py test_every_door.py data cli",
         "data/labels/names.py",
         "underscores stay in prompts",
         '.replace("_", " ").split())',
@@ -276,7 +276,7 @@ MUTATIONS = (
         "return different",
     ),
     of(
-        "data/test_folders.py data cli",
+        "data/test_folders.py test_every_door.py data cli",
         "data/folders/listing.py",
         "hidden files of the system are read as images",
         'if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_NAMES:',

@@ -15,58 +15,134 @@ from hf_vs2.training.trackers import check_tracker
 
 @pytest.fixture()
 def no_image(monkeypatch):
-    monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read"))
+    for module in ("batches", "inputs"):
+        monkeypatch.setattr(f"hf_vs2.data.{module}.open_image", lambda *_, **__: pytest.fail("an image was read"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--report_to", "tensorbord"], "report_to='tensorbord' is not known; did you mean 'tensorboard'"),
-        (["--report_to", "clearml"], "not installed"),
-        (["--seed", "-1"], "--seed must be a whole number from 0"),
-        (["--mixed_precision", "bf-16"], "did you mean 'bf16'"),
-        (["--mixed_precision", "fp16"], "needs a GPU"),
-        (["--resume_from_checkpoint", "nowhere"], "there is no such folder"),
-        (["--resume_from_checkpoint", "latest"], "holds no checkpoint-"),
-        (["--learning_rate", "inf"], "--learning_rate must be a finite number"),
-        (["--top_k", "100000"], "top_k=100000"),
-        (["--layer", "-9"], "layer"),
-        (["--num_workers", "-1"], "--num_workers must be a whole number"),
-        (["--batch_size", "2147483648"], "--batch_size must be a whole number from 1 to"),
-        (["--activations_dir", "{file}"], "it is a file): give another place with --activations_dir"),
-        (["--output_dir", "{file}"], "it is a file): give another place with --output_dir"),
-        (["--output_dir", "{file}/sae"], "is a file): give another place with --output_dir"),
-        (["--pass_weight", "nan", "--label_column", "label"], "--pass_weight must be a finite number"),
+WRONG_LINES = [
+    ("", "name a command: demo, adapt, extract"),
+    ("trian", "there is no command 'trian'; did you mean train?"),
+    ("--verbose", "unknown argument --verbose"),
+    ("train", "required: --output_dir"),
+    ("train --output_dir o", "give --model and --dataset, or --activations_dir"),
+    ("train --output_dir o --lerning_rate 1", "did you mean --learning_rate?"),
+    ("train --output_dir o --top_k x", "--top_k: invalid int value: 'x'"),
+    ("train --output_dir o --seed x", "--seed: invalid int value: 'x'"),
+    ("train --output_dir o --max_steps 0", "--max_steps must be a whole number from 1"),
+    ("train --output_dir o --max_steps 1 --num_train_epochs 1", "give one of them"),
+    ("train --output_dir o --config none.yaml", "none.yaml"),
+    ("train --output_dir o --max_step 1", "unknown argument --max_step"),
+    ("train --output_dir o --activations_dir a --label_column c", "column of --dataset"),
+    ("train --output_dir o --model m --dataset d --pass_weight 1", "with --label_column"),
+    ("train --output_dir o --activations_dir a --pass_weight -1", "at least 0), not -1.0"),
+    ("train --output_dir o --model m --dataset d --activations_dir a b", "one cache root"),
+    ("extract --model m", "required: --dataset, --output_dir"),
+    ("extract --on_error ignore", "invalid choice: 'ignore'"),
+    ("classify --labels a --checkpoint c", "required: IMAGE"),
+    ("classify a.jpg --labels a --checkpoint c --top_k 0", "--top_k must be a whole number from 1"),
+    ("classify a.jpg --labels a --checkpoint c --gate high", "--gate"),
+    ("explain a.jpg --labels a --checkpoint c --top_latents 0", "--top_latents must be a whole number from 1"),
+    ("explain a.jpg --labels a --checkpoint c --set 3", "must be LATENT=NUMBER"),
+    ("explain a.jpg --labels a --checkpoint c --suppress 3 --amplify 3=2", "two edits"),
+    ("explain a.jpg --labels a --checkpoint c --names n --vocabulary v", "exclude each other"),
+    ("evaluate --checkpoint c --dataset d --method vs3", "'vs3' is no row of a comparison"),
+    ("calibrate --checkpoint user/sae --dataset d", "--output_dir"),
+]
+
+
+def test_a_wrong_command_line_gets_one_line(capsys, tmp_path, monkeypatch):
+    """No traceback and no page of usage: what is wrong, and what to do; nothing is written before the line is
+    understood."""
+    monkeypatch.chdir(tmp_path)
+    for line, message in WRONG_LINES:
+        assert message in complaint(capsys, *line.split()), line
+        assert not list(tmp_path.iterdir()), line
+
+
+WRONG_CONFIGS = [
+    ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate?"),
+    ("top_k: many", "top_k: 'many' is not a value"),
+    ("top_k: [1, 2]", "expected one value, not a list"),
+    ("top_k: {a: 1}", "expected a value"),
+    ("disable_tqdm: 3", "expected true or false"),
+    ("activation: gelu", "invalid choice: 'gelu'"),
+    ("just words", "must hold one `flag: value` a line"),
+    ("a: b: c", "is not a YAML file"),
+]
+
+
+def test_mistakes_in_a_config_file_are_named(tmp_path, capsys):
+    """A key that is silently ignored costs a training run."""
+    for text, message in WRONG_CONFIGS:
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        line = ["--config", tmp_path / "c.yaml", "--model", "m", "--dataset", "d", "--output_dir", tmp_path]
+        assert message in complaint(capsys, "train", *line), text[:20]
+
+
+# With a CLIP, images and a checkpoint that are there: {file} is a file, {folder} a folder, {clip} the CLIP.
+REFUSED = {
+    "train": [
+        ("--model {folder}/no-model", "no-model"),
+        ("--model {checkpoint}", "expected a CLIP"),
+        ("--dataset {folder}/no-data", "no-data"),
+        ("--split dev", "no split 'dev'"),
+        ("--image_column img", "no column 'img'; it has image, label"),
+        ("--label_column class", "no column 'class'; it has image, label"),
+        ("--layer 7", "layer=7 does not exist"),
+        ("--layer -9", "layer"),
+        ("--top_k 100000", "top_k=100000"),
+        ("--report_to nothing", "report_to='nothing' is not known"),
+        ("--report_to tensorbord", "report_to='tensorbord' is not known; did you mean 'tensorboard'"),
+        ("--report_to clearml", "not installed"),
+        ("--seed -1", "--seed must be a whole number from 0"),
+        ("--mixed_precision bf-16", "did you mean 'bf16'"),
+        ("--mixed_precision fp16", "needs a GPU"),
+        ("--resume_from_checkpoint nowhere", "there is no such folder"),
+        ("--resume_from_checkpoint latest", "holds no checkpoint-"),
+        ("--learning_rate inf", "--learning_rate must be a finite number"),
+        ("--num_workers -1", "--num_workers must be a whole number"),
+        ("--batch_size 2147483648", "--batch_size must be a whole number from 1 to"),
+        ("--activations_dir {file}", "it is a file): give another place with --activations_dir"),
+        ("--output_dir {file}", "it is a file): give another place with --output_dir"),
+        ("--output_dir {file}/sae", "is a file): give another place with --output_dir"),
+        ("--pass_weight nan --label_column label", "--pass_weight must be a finite number"),
     ],
-)
-def test_train(clip_path, images_path, tmp_path, capsys, no_image, flags, message):
-    if "fp16" in flags and os.environ.get("CUDA_VISIBLE_DEVICES", "") != "":
-        pytest.skip("there is a GPU")
+    "evaluate": [
+        ("--label_column class", "no column 'class'"),
+        ("--gate 2", "--gate must be a quantile above 0 and below 1, or none, not 2.0"),
+        ("--gate 0.5 --fvu_threshold 1", "exclude each other"),
+        ("--labels a b", "no label for blue, green, red"),
+        ("--output {folder}", "it is a folder): give another place with --output"),
+        ("--output {file}/x.json", "is a file): give another place with --output"),
+        ("--activations_dir {file}", "give another place with --activations_dir"),
+        ("--reference_split dev", "no split 'dev'"),
+        ("--reference_dataset {folder}/none", "none"),
+        ("--gamma nan", "--gamma must be a finite number"),
+        ("--fvu_threshold -1", "--fvu_threshold must be a number (at least 0)"),
+    ],
+    "calibrate": [("--split train", "trained on")],
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_request_that_cannot_be_met_gets_one_line(
+    command, checkpoint, clip_path, images_path, tmp_path, capsys, monkeypatch
+):
+    """The library's own messages reach the user whole, before the first image is read."""
     (tmp_path / "file").touch()
-    flags = [flag.format(file=tmp_path / "file") for flag in flags]
-    start = ["train", *source(clip_path, images_path), *TRAIN, "--output_dir", tmp_path / "sae"]
-    assert message in complaint(capsys, *start, *flags)
+    places = {"file": tmp_path / "file", "folder": tmp_path, "checkpoint": checkpoint}
+    start = with_checkpoint(command, checkpoint, images_path)
+    if command == "train":
+        start = ["train", *source(clip_path, images_path), *TRAIN, "--output_dir", tmp_path / "sae"]
+    elif command == "evaluate":
+        start += ["--activations_dir", tmp_path]
+    if command != "calibrate":
+        monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read"))
+    for flags, message in REFUSED[command]:
+        if "fp16" in flags and os.environ.get("CUDA_VISIBLE_DEVICES", "") != "":  # there is a GPU
+            continue
+        assert message in complaint(capsys, *start, *flags.format(**places).split()), flags
     assert not (tmp_path / "sae" / "activations").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--output", "{folder}"], "it is a folder): give another place with --output"),
-        (["--output", "{file}/x.json"], "is a file): give another place with --output"),
-        (["--activations_dir", "{file}"], "give another place with --activations_dir"),
-        (["--reference_split", "dev"], "no split 'dev'"),
-        (["--reference_dataset", "{folder}/none"], "none"),
-        (["--gamma", "nan"], "--gamma must be a finite number"),
-        (["--fvu_threshold", "-1"], "--fvu_threshold must be a number (at least 0)"),
-    ],
-)
-def test_evaluate(checkpoint, images_path, tmp_path, capsys, no_image, flags, message):
-    (tmp_path / "file").touch()
-    flags = [flag.format(file=tmp_path / "file", folder=tmp_path) for flag in flags]
-    assert message in complaint(
-        capsys, *with_checkpoint("evaluate", checkpoint, images_path), "--activations_dir", tmp_path, *flags
-    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +159,7 @@ def test_evaluate(checkpoint, images_path, tmp_path, capsys, no_image, flags, me
         ("sae: {learning_rate: 5e-400}", "sae.learning_rate must be"),
     ],
 )
-def test_study(clip_path, images_path, tmp_path, capsys, no_image, monkeypatch, change, message):
+def test_study(clip_path, images_path, tmp_path, capsys, monkeypatch, no_image, change, message):
     """Also of an encoder with two layers: the third from the end is not there."""
     from transformers import CLIPModel
 
@@ -118,7 +194,7 @@ HOSTILE = {
         "more than",
     ),
     "itself": ("datasets: &a [*a]", "holds itself"),
-    "too deep": ("datasets: " + "[" * 1500, "nested too deeply"),
+    "too deep": ("datasets: " + "[" * 600, "nested too deeply"),
     "long number": ("seeds: [" + "9" * 5000 + "]", "a number of 5,000 letters"),
     "hexadecimal": ("seeds: [0x" + "f" * 5000 + "]", "a number of 5,002 letters"),
     "a key twice": ("seeds: 1\nviews: 2\nseeds: 3", "'seeds' stands twice, in lines 1 and 3"),

@@ -19,8 +19,7 @@ def test_from_a_strangers_sae_to_a_gate(tmp_path, capsys, clip_path, images_path
     converted = SAEModel.from_pretrained(ours)
     assert converted.config.base_model_name_or_path == str(clip_path) and converted.config.layer == 2
     assert torch.equal(converted.mean, converted.b_pre)
-    refusal = complaint(
-        capsys,
+    asked = [
         "classify",
         next(images_path.rglob("*.png")),
         "--checkpoint",
@@ -29,15 +28,14 @@ def test_from_a_strangers_sae_to_a_gate(tmp_path, capsys, clip_path, images_path
         "red",
         "blue",
         "--gate=0.9",
-    )
-    assert "Calibrate it" in refusal
+    ]
+    assert "Calibrate it" in complaint(capsys, *asked)
 
     run(capsys, "calibrate", "--checkpoint", ours, "--dataset", images_path, "--split", "train", "--disable_tqdm")
     calibrated = SAEModel.from_pretrained(ours)
     assert not torch.equal(calibrated.mean, converted.mean) and calibrated.config.total_variance > 0
     assert torch.equal(calibrated.W_dec, converted.W_dec)
-    arguments = ("--checkpoint", ours, "--labels", "red", "blue", "--gate=0.9", "--json")
-    (answer,) = json.loads(run(capsys, "classify", next(images_path.rglob("*.png")), *arguments))
+    (answer,) = json.loads(run(capsys, *asked, "--json"))
     assert answer["image"].endswith(".png")
     rows = clip_like_rows(100, 32)
     assert_same(dense(calibrated, rows), reference(rows, weights(width=32)))

@@ -43,13 +43,7 @@ def expected(model, folder, clip_path):
 KINDS = {
     "folder": str,
     "path of a folder": lambda folder: folder,
-    "list of paths": lambda folder: sorted(folder.iterdir()),
-    "PIL images": lambda folder: [Image.open(file) for file in sorted(folder.iterdir())],
-    "generator": lambda folder: (Image.open(file) for file in sorted(folder.iterdir())),
     "data set": load_images,
-    "decoding data set": lambda folder: load_images(folder).cast_column(
-        "image", load_images(folder).features["image"]
-    ),
     "column": lambda folder: load_images(folder)["image"],
     "stream": lambda folder: load_images(folder, streaming=True),
 }

@@ -270,24 +270,6 @@ def test_vs2pp_in_bfloat16_copied_compiled_and_trained(searching):
         assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["light", "full"])
-def test_a_corpus_is_saved_and_loaded_with_the_model(named_clip, tmp_path, full):
-    """One id brings everything that VS2++ needs; and a checkpoint without a corpus has none, also over an older one."""
-    model = VS2CLIPForZeroShot(
-        named_clip, fitted_sae(named_clip), method="vs2++", num_neighbors=3, positives="query", gate=0.9
-    )
-    rows = cls_rows(named_clip, make_inputs(20, seed=7)["pixel_values"])
-    model.set_corpus(RetrievalCorpus.from_store(rows, clip=named_clip, dtype="bfloat16"))
-    model.save_pretrained(tmp_path / "repo" / "vs2", full=full)
-    loaded = AutoModel.from_pretrained(tmp_path / "repo", subfolder="vs2")
-    assert loaded.steering_settings == model.steering_settings
-    assert torch.equal(loaded.corpus.rows, model.corpus.rows) and loaded.corpus.rows.dtype == torch.bfloat16
-    assert_same_logits(loaded, model)
-    loaded.set_corpus(None)
-    loaded.save_pretrained(tmp_path / "repo" / "vs2", full=full)
-    assert VS2CLIPForZeroShot.from_pretrained(tmp_path / "repo" / "vs2").corpus is None
-
-
 # Settings
 
 

@@ -1,8 +1,6 @@
 """The pipelines: transformers' own on a VS2 checkpoint, and ours, as someone who only knows `pipeline(...)` meets them."""
 
 import copy
-import http.server
-import io
 import itertools
 import json
 import threading
@@ -268,51 +266,6 @@ def test_another_tokenizer_is_noticed(classifier, images):
 # What people give as images
 
 
-@pytest.fixture()
-def web(images):
-    """A web server on this machine that has one image, and a 404 page for everything else."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            found = self.path == "/image.png"
-            self.send_response(200 if found else 404)
-            self.end_headers()
-            self.wfile.write(as_png(images[0]) if found else b"<html>not here</html>")
-
-        def log_message(self, *_):
-            """Silent."""
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def as_png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def test_every_form_of_one_image_scores_the_same(classifier, images, web, tmp_path, monkeypatch):
-    """A path, URL, bytes, array, tensor or PIL image of one picture is one picture."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    image, path = images[0], tmp_path / "image.png"
-    image.save(path)
-    array = np.asarray(image)
-    forms = [
-        *(str(path), path, path.read_bytes(), memoryview(path.read_bytes()), f"{web}/image.png"),
-        *({"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}),
-        *(array, np.moveaxis(array, -1, 0), torch.tensor(array)),
-    ]
-    expected = classifier(image, LABELS)
-    assert [set(one) for one in expected] == [{"score", "label"}] * len(LABELS)
-    for form in forms:
-        assert classifier(form, LABELS, timeout=10) == expected
-    for result in classifier(forms, LABELS, batch_size=4):
-        assert_same(result, expected)
-
-
 def test_every_collection_gives_what_the_stock_pipeline_gives(classifier, images):
     """Lists give lists, data sets and generators iterators, in order; a short last batch must not shift or drop images."""
     from datasets import Dataset, Features
@@ -557,15 +510,6 @@ def test_edits_hold_for_one_call(classifier, model, images):
 # Checkpoints
 
 
-def test_helper_takes_a_bare_sae(model, images, tmp_path):
-    """One id is enough: an SAE checkpoint names its CLIP, which has the tokenizer and image processor."""
-    model.sae.config.gate = 0.5
-    model.sae.save_pretrained(tmp_path)
-    classifier = hf_vs2.zero_shot_classifier(tmp_path, device="cpu", dtype=torch.float32)
-    expected = hf_vs2.zero_shot_classifier(model, device="cpu")(images, LABELS, gate=0.5)
-    assert_same(classifier(images, LABELS), expected)
-
-
 def test_missing_tokenizer_files_are_noticed(classifier, model, images, tmp_path):
     """transformers makes up an empty tokenizer for a CLIP then, with which all labels score nearly the same."""
     for folder in ("clip", "vs2"):
@@ -621,12 +565,8 @@ def test_other_models_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "options", "error", "message"),
     [
-        ([], {}, ValueError, "candidate_labels is empty"),
         (None, {}, ValueError, "candidate_labels is missing"),
-        ("cat, dog", {}, TypeError, "not 'cat, dog'.*split"),
-        (["cat", 3], {}, TypeError, r"candidate_labels\[1\] is 3, a int"),
-        (["cat", " "], {}, ValueError, r"candidate_labels\[1\] is empty"),
-        (["cat", "dog", "cat"], {}, ValueError, r"'cat' twice \(at 0 and 2\)"),
+        (["cat", "dog", "cat"], {}, ValueError, r"candidate_labels has 'cat' twice \(at 0 and 2\)"),
         (LABELS, {"top_k": 0}, ValueError, "top_k must be"),
         (LABELS, {"gama": 2.0}, TypeError, "Unknown option 'gama'.*gamma"),
         (LABELS, {"hypothesis_template": "a photo"}, ValueError, "no {} where"),
@@ -649,28 +589,16 @@ def test_plain_clip_refuses_steering_options(images):
         hf_vs2.zero_shot_classifier(load_clip(), device="cpu")(images[0], LABELS, gamma=2.0)
 
 
-def test_unreadable_images_are_named(classifier, images, web, tmp_path, monkeypatch):
-    """In ten thousand images, the error must say which one."""
-    from datasets import Dataset, Features
-    from datasets import Image as ImageFeature
+def test_what_is_no_image_is_named(classifier, images):
+    """A list in a list, a row of a data set, a batch: what was given, and what is expected. Files: tests/test_every_door.py."""
+    from datasets import Dataset
 
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(as_png(images[0])[:100])
-    dataset = Dataset.from_dict(
-        {"image": [{"bytes": as_png(images[0]), "path": None}, {"bytes": b"no", "path": None}]}
-    )
-    decoded = dataset.cast(Features({"image": ImageFeature()}))
+    rows = Dataset.from_dict({"image": [{"bytes": b"no", "path": None}] * 2, "label": [0, 1]})
     for given, error, message in [
-        ([images[0], broken], UnreadableImageError, r"image 1 \(.*broken.png\) cannot be read"),
-        ([images[0], images[0], b"not an image"], UnreadableImageError, "image 2 cannot be read"),
-        (str(tmp_path / "missing.png"), UnreadableImageError, r"the image \(.*missing.png\) cannot be read"),
-        ((image for image in [images[0], f"{web}/none.png"]), UnreadableImageError, r"image 1 \(http.*none.png\)"),
-        (KeyDataset(decoded, "image"), UnreadableImageError, "image 1 cannot be read"),
         ([images[0], None], TypeError, "image 1 is None: expected a path"),
         ([[images[0]]], TypeError, "image 0 is a list"),
         (3, TypeError, "a int is neither"),
-        (dataset.add_column("label", [0, 1]), TypeError, "image 0 is a dict with .*KeyDataset"),
+        (rows, TypeError, "image 0 is a dict with .*KeyDataset"),
         (np.zeros((2, 9, 9, 3), dtype=np.uint8), UnreadableImageError, "the image cannot be read"),
     ]:
         with pytest.raises(error, match=message):

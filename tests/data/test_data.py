@@ -1,6 +1,5 @@
 """Images come as people have them: every common kind is read as it looks, a broken one is named, sources agree."""
 
-import io
 import random
 import unicodedata
 from pathlib import Path
@@ -9,15 +8,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pictures import encoded
 from PIL import Image
 
 from hf_vs2.data import UnreadableImageError, load_images, open_image
-
-
-def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def ramp(height: int = 24, width: int = 36) -> np.ndarray:
@@ -46,12 +40,6 @@ def palette_rgb(first: tuple[int, int, int]) -> np.ndarray:
     return np.array([first, (0, 255, 0), (0, 0, 255), (9, 9, 9)], dtype=np.uint8)[np.tile(np.arange(36) // 9, (24, 1))]
 
 
-def rotated(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
 KINDS = {
     "rgb png": (encoded(Image.fromarray(COLOUR)), COLOUR, 0),
     "greyscale": (encoded(Image.fromarray(GREY)), GREY_RGB, 0),
@@ -78,17 +66,7 @@ KINDS = {
         1,
     ),
     "cmyk jpeg": (encoded(Image.fromarray(GREY_RGB).convert("CMYK"), "JPEG", quality=100), GREY_RGB, 6),
-    "exif: turned left": (encoded(Image.fromarray(COLOUR), exif=rotated(6)), np.rot90(COLOUR, -1), 0),
-    "exif: upside down": (encoded(Image.fromarray(COLOUR), "TIFF", exif=rotated(3)), np.rot90(COLOUR, 2), 0),
-    "exif: turned and mirrored": (encoded(Image.fromarray(COLOUR), exif=rotated(5)), COLOUR.swapaxes(0, 1), 0),
-    "exif: mirrored": (encoded(Image.fromarray(COLOUR), "WEBP", lossless=True, exif=rotated(2)), COLOUR[:, ::-1], 0),
     "exif: damaged": (encoded(Image.fromarray(COLOUR), "WEBP", lossless=True, exif=b"Exif\0\0no"), COLOUR, 0),
-    "animation": (
-        encoded(Image.fromarray(COLOUR), "PNG", save_all=True, append_images=[Image.fromarray(COLOUR // 2)]),
-        COLOUR,
-        0,
-    ),
-    "1 x 1": (encoded(Image.new("RGB", (1, 1), (1, 2, 3))), np.array([[[1, 2, 3]]]), 0),
     "bmp in a row of datasets": ({"bytes": encoded(Image.fromarray(COLOUR), "BMP"), "path": "x.bmp"}, COLOUR, 0),
     "pil": (Image.fromarray(COLOUR), COLOUR, 0),
     "array": (COLOUR, COLOUR, 0),

@@ -1,14 +1,12 @@
 """What a folder of images means: the same files at every door, and the splits and classes that a person would name."""
 
 import io
-import json
 import os
 import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
-from commands import run
 from PIL import Image
 
 from hf_vs2.data import load_images, open_image
@@ -53,172 +51,95 @@ def said(caplog):
     return caplog
 
 
-# Files, and what they mean: {split: {file: class}}. A class stands for all files; `None`: no labels.
-CAT_DOG = ("cat/1.png", "dog/1.png")
-IN_TRAIN, IN_TEST = tuple(f"train/{name}" for name in CAT_DOG), tuple(f"test/{name}" for name in CAT_DOG)
-BY_SPLIT = {
-    "train": {"train/cat/1.png": "cat", "train/dog/1.png": "dog"},
-    "test": {"test/cat/1.png": "cat", "test/dog/1.png": "dog"},
-}
-
-
-def without_classes(**splits):
-    return {split: dict.fromkeys(files) for split, files in splits.items()}
-
-
+# Files, and what they mean: "SPLIT: FILE = CLASS, FILE (without a class); SPLIT: ...". Or "!MESSAGE: FILE, ...".
 LAYOUTS = {
-    "images": (("a.png", "b.png"), without_classes(train=["a.png", "b.png"])),
-    "classes": (CAT_DOG, {"train": {"cat/1.png": "cat", "dog/1.png": "dog"}}),
-    "a picture beside classes": (
-        (*CAT_DOG, "cover.png"),
-        {"train": {"cat/1.png": "cat", "dog/1.png": "dog", "cover.png": None}},
+    "images": "train: a.png, b.png",
+    "classes": "train: cat/1.png = cat, dog/1.png = dog",
+    "a picture beside classes": "train: cat/1.png = cat, dog/1.png = dog, cover.png",
+    "images and one folder of more": "train: a.png, edited/a.png",
+    "one class": "train: cat/1.png = cat, cat/2.png = cat",
+    "one folder that only holds": "train: images/1.png",
+    "splits": "train: train/cat/1.png = cat, train/dog/1.png = dog; test: test/cat/1.png = cat, test/dog/1.png = dog",
+    "splits in other letters": "train: Train/1.png; test: TEST/2.png",
+    "splits and a picture": (
+        "train: train/cat/1.png = cat, train/dog/1.png = dog; test: test/cat/1.png = cat, "
+        "test/dog/1.png = dog; left out: cover.png"
     ),
-    "images and one folder of more": (("a.png", "edited/a.png"), without_classes(train=["a.png", "edited/a.png"])),
-    "one class": (("cat/1.png", "cat/2.png"), {"train": {"cat/1.png": "cat", "cat/2.png": "cat"}}),
-    "one folder that only holds": (("images/1.png",), without_classes(train=["images/1.png"])),
-    "splits": ((*IN_TRAIN, *IN_TEST), BY_SPLIT),
-    "splits in other letters": (
-        ("Train/1.png", "TEST/2.png"),
-        without_classes(train=["Train/1.png"], test=["TEST/2.png"]),
-    ),
-    "splits and a picture": ((*IN_TRAIN, *IN_TEST, "cover.png"), BY_SPLIT),
     "splits and a folder": (
-        (*IN_TRAIN, *IN_TEST, "unlabeled/9.png"),
-        BY_SPLIT | without_classes(unlabeled=["unlabeled/9.png"]),
+        "train: train/cat/1.png = cat, train/dog/1.png = dog; test: test/cat/1.png = cat, "
+        "test/dog/1.png = dog; unlabeled: unlabeled/9.png"
     ),
     "splits in a folder": (
-        tuple(f"data/{name}" for name in (*IN_TRAIN, *IN_TEST)),
-        {split: {f"data/{name}": label for name, label in files.items()} for split, files in BY_SPLIT.items()},
+        "train: data/train/cat/1.png = cat, data/train/dog/1.png = dog; test: data/test/cat/1.png = cat, "
+        "data/test/dog/1.png = dog"
     ),
     "splits in a folder, and a picture": (
-        (*(f"data/{name}" for name in (*IN_TRAIN, *IN_TEST)), "cover.png"),
-        {split: {f"data/{name}": label for name, label in files.items()} for split, files in BY_SPLIT.items()},
+        "train: data/train/cat/1.png = cat, data/train/dog/1.png = dog; test: data/test/cat/1.png = cat, "
+        "data/test/dog/1.png = dog; left out: cover.png"
     ),
     "splits in each class": (
-        ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"),
-        {
-            "train": {"cat/train/1.png": "cat", "dog/train/3.png": "dog"},
-            "test": {"cat/test/2.png": "cat", "dog/test/4.png": "dog"},
-        },
+        "train: cat/train/1.png = cat, dog/train/3.png = dog; test: cat/test/2.png = cat, dog/test/4.png = dog"
     ),
     "splits by a part of the name, twice": (
-        (
-            "seg_train/seg_train/sea/1.png",
-            "seg_train/seg_train/street/2.png",
-            "seg_test/seg_test/sea/3.png",
-            "seg_pred/4.png",
-        ),
-        {
-            "train": {"seg_train/seg_train/sea/1.png": "sea", "seg_train/seg_train/street/2.png": "street"},
-            "test": {"seg_test/seg_test/sea/3.png": "sea"},
-            "seg_pred": {"seg_pred/4.png": None},
-        },
+        "train: seg_train/seg_train/sea/1.png = sea, seg_train/seg_train/street/2.png = street; "
+        "test: seg_test/seg_test/sea/3.png = sea; seg_pred: seg_pred/4.png"
     ),
     "a class named train in splits": (
-        ("train/bus/1.png", "train/train/2.png", "test/bus/3.png", "test/train/4.png"),
-        {
-            "train": {"train/bus/1.png": "bus", "train/train/2.png": "train"},
-            "test": {"test/bus/3.png": "bus", "test/train/4.png": "train"},
-        },
+        "train: train/bus/1.png = bus, train/train/2.png = train; test: test/bus/3.png = bus, test/train/4.png = train"
     ),
-    "two data sets": ((*(f"a/{name}" for name in (*IN_TRAIN, *IN_TEST)), "b/images/1.png"), "b/images/1.png"),
-    "test images without classes": (
-        (*IN_TRAIN, "test/1.png"),
-        {"train": BY_SPLIT["train"]} | without_classes(test=["test/1.png"]),
+    "two data sets": (
+        "!b/images/1.png: a/train/cat/1.png, a/train/dog/1.png, a/test/cat/1.png, a/test/dog/1.png, b/images/1.png"
     ),
-    "a class named train": (
-        ("bus/1.png", "train/2.png", "car/3.png"),
-        {"train": {"bus/1.png": "bus", "train/2.png": "train", "car/3.png": "car"}},
-    ),
-    "classes that hold split words": (
-        ("bullet_train/1.png", "test_tube/2.png"),
-        {"train": {"bullet_train/1.png": "bullet_train", "test_tube/2.png": "test_tube"}},
-    ),
-    "train alone": (IN_TRAIN, {"train": BY_SPLIT["train"]}),
-    "train and a picture": ((*IN_TRAIN, "cover.png"), "cover.png"),
-    "test within other images": (("1.png", "2.png", "test/3.png"), "1.png"),
-    "test beside classes": ((*CAT_DOG, "test/cat/3.png", "test/dog/4.png"), "cat/1.png"),
-    "class folders in a folder": (
-        ("flowers/rose/1.png", "flowers/tulip/2.png"),
-        {"train": {"flowers/rose/1.png": "rose", "flowers/tulip/2.png": "tulip"}},
-    ),
-    "classes and containers": (
-        ("n1/images/1.png", "n2/images/2.png"),
-        {"train": {"n1/images/1.png": "n1", "n2/images/2.png": "n2"}},
-    ),
-    "kinds of classes": (
-        ("animal/cat/1.png", "animal/dog/2.png", "vehicle/car/3.png"),
-        {"train": {"animal/cat/1.png": "cat", "animal/dog/2.png": "dog", "vehicle/car/3.png": "car"}},
-    ),
+    "test images without classes": "train: train/cat/1.png = cat, train/dog/1.png = dog; test: test/1.png",
+    "a class named train": "train: bus/1.png = bus, train/2.png = train, car/3.png = car",
+    "classes that hold split words": "train: bullet_train/1.png = bullet_train, test_tube/2.png = test_tube",
+    "train alone": "train: train/cat/1.png = cat, train/dog/1.png = dog",
+    "train and a picture": "!cover.png: train/cat/1.png, train/dog/1.png, cover.png",
+    "test within other images": "!1.png: 1.png, 2.png, test/3.png",
+    "test beside classes": "!cat/1.png: cat/1.png, dog/1.png, test/cat/3.png, test/dog/4.png",
+    "class folders in a folder": "train: flowers/rose/1.png = rose, flowers/tulip/2.png = tulip",
+    "classes and containers": "train: n1/images/1.png = n1, n2/images/2.png = n2",
+    "kinds of classes": "train: animal/cat/1.png = cat, animal/dog/2.png = dog, vehicle/car/3.png = car",
     "kinds of WordNet ids": (
-        ("animals/n01443537/1.png", "animals/n01641577/2.png", "things/n02699494/3.png"),
-        {
-            "train": {
-                "animals/n01443537/1.png": "n01443537",
-                "animals/n01641577/2.png": "n01641577",
-                "things/n02699494/3.png": "n02699494",
-            }
-        },
+        "train: animals/n01443537/1.png = n01443537, animals/n01641577/2.png = n01641577, "
+        "things/n02699494/3.png = n02699494"
     ),
     "years of classes": (
-        ("2019/cat/1.png", "2019/dog/2.png", "2020/cat/3.png", "2020/dog/4.png"),
-        {
-            "train": {
-                "2019/cat/1.png": "cat",
-                "2019/dog/2.png": "dog",
-                "2020/cat/3.png": "cat",
-                "2020/dog/4.png": "dog",
-            }
-        },
+        "train: 2019/cat/1.png = cat, 2019/dog/2.png = dog, 2020/cat/3.png = cat, 2020/dog/4.png = dog"
     ),
     "parts of classes": (
-        ("class X/sub 0/1.png", "class X/sub 1/2.png", "class Y/sub 0/3.png"),
-        {
-            "train": {
-                "class X/sub 0/1.png": "class X",
-                "class X/sub 1/2.png": "class X",
-                "class Y/sub 0/3.png": "class Y",
-            }
-        },
+        "train: class X/sub 0/1.png = class X, class X/sub 1/2.png = class X, class Y/sub 0/3.png = class Y"
     ),
     "numbered parts of numbered classes": (
-        ("class 0/sub 0/1.png", "class 0/sub 1/2.png", "class 1/sub 0/3.png"),
-        {
-            "train": {
-                "class 0/sub 0/1.png": "class 0",
-                "class 0/sub 1/2.png": "class 0",
-                "class 1/sub 0/3.png": "class 1",
-            }
-        },
+        "train: class 0/sub 0/1.png = class 0, class 0/sub 1/2.png = class 0, class 1/sub 0/3.png = class 1"
     ),
-    "more of a class in a folder of it": (
-        ("cat/1.png", "cat/more/2.png", "dog/3.png"),
-        {"train": {"cat/1.png": "cat", "cat/more/2.png": "cat", "dog/3.png": "dog"}},
-    ),
-    "classes at two depths": (
-        ("animal/cat/1.png", "animal/dog/2.png", "car/3.png"),
-        {"train": {"animal/cat/1.png": "cat", "animal/dog/2.png": "dog", "car/3.png": "car"}},
-    ),
-    "a name under two parents": (
-        ("fruit/orange/1.png", "fruit/apple/2.png", "colour/orange/3.png", "colour/red/4.png"),
-        without_classes(
-            train=["colour/orange/3.png", "colour/red/4.png", "fruit/apple/2.png", "fruit/orange/1.png"],
-        ),
-    ),
-    "years of months": (
-        ("2019/01/1.png", "2019/02/2.png", "2020/01/3.png"),
-        without_classes(train=["2019/01/1.png", "2019/02/2.png", "2020/01/3.png"]),
-    ),
+    "more of a class in a folder of it": "train: cat/1.png = cat, cat/more/2.png = cat, dog/3.png = dog",
+    "classes at two depths": "train: animal/cat/1.png = cat, animal/dog/2.png = dog, car/3.png = car",
+    "a name under two parents": "train: colour/orange/3.png, colour/red/4.png, fruit/apple/2.png, fruit/orange/1.png",
+    "years of months": "train: 2019/01/1.png, 2019/02/2.png, 2020/01/3.png",
 }
+
+
+def meaning(layout: str) -> tuple[list[str], dict[str, dict[str, str | None]]]:
+    """The files, and what [`found`] tells of them."""
+    splits = {}
+    for part in layout.split("; "):
+        split, files = part.split(": ")
+        pairs = [file.partition(" = ") for file in files.split(", ")]
+        splits[split] = {file: label or None for file, _, label in pairs}
+    files = [file for split in splits.values() for file in split]
+    splits.pop("left out", None)
+    return files, splits
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_means_what_a_person_would_say(name, tmp_path, said):
     """Splits that are mixed train on test images; classes that are not those of the folders measure nonsense."""
-    files, expected = LAYOUTS[name]
+    files, expected = meaning(LAYOUTS[name])
     root = put(tmp_path / "root", *files)
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
+    if LAYOUTS[name].startswith("!"):
+        (message,) = expected
+        with pytest.raises(ValueError, match=message[1:]):
             load_images(root)
         return
     assert found(root) == expected
@@ -285,98 +206,6 @@ def test_tiny_imagenet_as_it_is_published(tmp_path, said):
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def as_people_have_it(tmp_path, monkeypatch) -> Path:
-    """Two images of each of two classes, in ways that people and systems keep them, and what is no image of theirs, on
-    a machine without pillow-heif."""
-    monkeypatch.setattr("hf_vs2.data.folders.listing.heif_is_readable", lambda: False)
-    root = put(tmp_path / "photos", "cat/1.png", "cat/album.jpg/2.JPG", "dog/3")
-    far = put(tmp_path / "far", "4.png", "deeper/5.png")
-    for name in (".DS_Store", "cat/._1.png", "__MACOSX/cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png())
-    for name in ("cat/@eaDir/1.png", "Thumbs.db", "dog/Thumbs.db"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png())
-    (root / "notes.txt").write_text("not an image")
-    (root / "dog/LICENSE").write_text("no image either")
-    (root / "dog/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    (root / "dog/IMG_2.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    (root / "dog/linked").symlink_to(far)
-    (root / "cat/linked too").symlink_to(far)
-    (far / "up").symlink_to(tmp_path)
-    (root / "dog/again").symlink_to(root / "dog")
-    (root / "dog/gone.png").symlink_to(tmp_path / "nowhere.png")
-    os.mkfifo(root / "dog/pipe.png")
-    return root
-
-
-READ = [
-    *("cat/1.png", "cat/album.jpg/2.JPG", "cat/linked too/4.png", "cat/linked too/deeper/5.png", "dog/3"),
-    *("dog/gone.png", "dog/linked/4.png", "dog/linked/deeper/5.png"),
-]
-
-
-def test_all_doors_read_the_same_files(as_people_have_it, tmp_path, capsys, said, checkpoint, clip_path):
-    """What one command counts and another leaves out makes their figures incomparable; a pipe makes one hang."""
-    root = as_people_have_it
-    files = [str(root / name) for name in READ]
-    rows = load_images(root)
-    assert [row["image"]["path"] for row in rows] == files
-    assert [rows.features["label"].int2str(label)[:3] for label in rows["label"]] == [name[:3] for name in READ]
-    assert said.messages[-1].startswith(f"{root}: not read are 2 .heic files (pip install pillow-heif), ")
-    for part in (
-        "3 links to a folder around it",
-        "1 special file",
-        "7 hidden files",
-        "1 .txt file",
-        "1 file without suffix",
-    ):
-        assert part in said.messages[-1]
-    assert [row["image"]["path"] for row in load_images(root, streaming=True)] == files
-    assert [row["image"]["path"] for row in dataset_info({"name": "mine", "path": str(root)}).load("train")] == files
-    # Commands. Those that extract find what the first has extracted: of the same images, in the same order.
-    there = [name for name in files if not name.endswith("gone.png")]
-    out = run(
-        capsys, "classify", root, "--checkpoint", checkpoint, "--labels", "cat", "dog", "--json", "--on_error", "skip"
-    )
-    assert [answer["image"] for answer in json.loads(out)] == there
-    cache = tmp_path / "cache"
-    data = ["--dataset", root, "--label_column", "label", "--on_error", "skip", "--disable_tqdm"]
-    run(capsys, "extract", "--model", clip_path, *data, "--output_dir", cache)
-    (store,) = cache.glob("*/index.json")
-    index = json.loads(store.read_text())
-    assert (index["num_images"], index["num_rows"]) == (len(files), len(there))
-    assert index["skipped"][0]["path"] == str(root / "dog/gone.png")
-    with_sae = ["--checkpoint", checkpoint, *data, "--activations_dir", cache]
-    few = ["--top_k=8", "--max_steps=2", "--per_device_train_batch_size=4"]
-    run(
-        capsys,
-        "train",
-        "--model",
-        clip_path,
-        *data,
-        "--activations_dir",
-        cache,
-        "--output_dir",
-        tmp_path / "sae",
-        *few,
-    )
-    run(
-        capsys,
-        "evaluate",
-        *with_sae,
-        "--templates",
-        "single",
-        "--method",
-        "vs2",
-        "--output",
-        tmp_path / "results.json",
-    )
-    run(capsys, "atlas", *with_sae, "--output", tmp_path / "atlas")
-    assert list(cache.glob("*/index.json")) == [store]
 
 
 def test_an_unreadable_folder_stops_or_is_left_out(tmp_path, said):

@@ -1,9 +1,8 @@
-"""One image is one image: at every door, turned or not, from every place that people name, and however thin it is."""
+"""One image is one image: turned or not, from every place that people name, and however thin it is. That it is the same at every
+door is tested in tests/test_every_door.py."""
 
 import base64
 import contextlib
-import io
-import json
 import os
 import threading
 import time
@@ -16,37 +15,24 @@ import numpy as np
 import pytest
 import torch
 from commands import run
+from pictures import encoded, exif, picture
 from PIL import Image, PngImagePlugin
 from transformers import CLIPImageProcessorPil, CLIPModel
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_vs2
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, extract_activations, load_images
-from hf_vs2.atlas.writing import thumbnail, write_thumbnails
+from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, extract_activations
 from hf_vs2.data import UnreadableImageError, open_image
 from hf_vs2.data.images import heif_is_readable
 from hf_vs2.data.pixels import pixels_needed, reading_fast, reads_fast, uint8_pixels
 from hf_vs2.data.web import read_url
 from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.processing import load_processing
-from hf_vs2.steering.retrieval import embed_images
 
 
 CLIP_PATH = Path(hf_vs2.__file__).parent / "demo_assets"
 SPACE = Path(__file__).parents[2] / "examples" / "space"
 LABELS = ["three", "nine"]
-
-
-def picture(width: int = 36, height: int = 24, seed: int = 0) -> np.ndarray:
-    """(height, width, 3) uint8: smooth, and different in every corner."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(image: Image.Image, file_format: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -68,12 +54,6 @@ XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{}"/></rdf:RDF></x:xmpmeta>'
 )
-
-
-def exif(orientation: int) -> Image.Exif:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
 
 
 def turned(file_format: str, orientation: int) -> bytes:
@@ -120,46 +100,6 @@ def test_an_opened_image_belongs_to_the_caller():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    return np.asarray(
-        Image.alpha_composite(
-            Image.new("RGBA", alpha.shape[::-1], "white"), Image.fromarray(np.dstack([colours, alpha]))
-        ).convert("RGB")
-    )
-
-
-def strange_files(folder: Path) -> dict[Path, np.ndarray]:
-    """Files that two ways of opening read differently, and what is to be seen on them."""
-    colours = picture(40, 30)
-    alpha = np.linspace(0, 255, 40 * 30).reshape(30, 40).astype(np.uint8)
-    grey = colours[..., 0]
-    sixteen = grey.astype(np.uint16) * 257
-    palette = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) // 10, (30, 1)), "P")
-    palette.putpalette([255, 0, 0, 0, 99, 0, 0, 0, 255, 9, 9, 9])
-    seen = np.array([(255, 255, 255), (0, 99, 0), (0, 0, 255), (9, 9, 9)], dtype=np.uint8)[np.asarray(palette)]
-    thread = picture(4000, 1, seed=1)
-    standing = picture(1, 4000, seed=2)
-    files = {
-        "turned.webp": (
-            encoded(Image.fromarray(colours), "WEBP", lossless=True, exif=exif(5)),
-            colours.swapaxes(0, 1),
-        ),
-        "turned.tiff": (encoded(Image.fromarray(colours), "TIFF", exif=exif(8)), np.rot90(colours)),
-        "clear.png": (encoded(Image.fromarray(np.dstack([colours, alpha])), "PNG"), on_white(colours, alpha)),
-        "clear grey.png": (
-            encoded(Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha))), "PNG"),
-            on_white(np.repeat(grey[..., None], 3, -1), alpha),
-        ),
-        "palette.gif": (encoded(palette, "GIF", transparency=0), seen),
-        "deep.png": (encoded(Image.fromarray(sixteen), "PNG"), np.repeat(grey[..., None], 3, -1)),
-        "thread.png": (encoded(Image.fromarray(thread), "PNG"), thread),
-        "standing thread.png": (encoded(Image.fromarray(standing), "PNG"), standing),
-    }
-    for name, (content, _) in files.items():
-        (folder / name).write_bytes(content)
-    return {folder / name: shown for name, (_, shown) in sorted(files.items())}
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -176,89 +116,6 @@ def checkpoint(model, tmp_path_factory) -> Path:
     for part in load_processing(CLIP_PATH):
         part.save_pretrained(folder)
     return folder
-
-
-@torch.no_grad()
-def test_the_same_file_has_the_same_pixels_at_every_door(model, checkpoint, tmp_path, capsys, monkeypatch):
-    """Training saw upright images on white while `classify` saw them lying on black: its answers were of other images.
-    The FVU tells: it is a number of the pixels alone, and every door gives it, or the rows to work it out."""
-    (tmp_path / "images").mkdir()
-    files = strange_files(tmp_path / "images")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)  # so that the threads are cut before they are resized
-    tokenizer, processor = load_processing(CLIP_PATH)
-    pixels = processor([Image.fromarray(shown) for shown in files.values()], return_tensors="pt")["pixel_values"]
-    expected = model.image_features(pixels, with_plain=True)
-    assert len({round(fvu, 6) for fvu in expected.fvu.tolist()}) == len(files), "the files must be told apart"
-
-    paths, names = list(files), list(map(str, files))
-    contents = [path.read_bytes() for path in paths]
-    columns = datasets.Dataset.from_dict({"image": names}).cast_column("image", datasets.Image())
-    rows = load_images(tmp_path / "images")
-    classifier = hf_vs2.zero_shot_classifier(model, tokenizer=tokenizer, image_processor=processor, device="cpu")
-
-    def classified(images) -> list[float]:
-        return [answer["fvu"] for answer in classifier(images, LABELS, return_details=True)]
-
-    def of_rows(store) -> torch.Tensor:
-        return model.image_features_from_cls(store.tensor()).fvu
-
-    def explained(images) -> torch.Tensor:
-        return model.explain(images, LABELS, processor=(tokenizer, processor)).fvu
-
-    def in_the_space() -> list[float]:
-        monkeypatch.syspath_prepend(str(SPACE))
-        from playground import Playground
-
-        page = Playground(checkpoint)
-        return [page.explain(content, tuple(LABELS), 1.5, 2.0, False).fvu.item() for content in contents]
-
-    def commanded(command: str, *given: object) -> list[float]:
-        flags = ["--checkpoint", checkpoint, "--labels", *LABELS, "--json"]
-        answers = json.loads(run(capsys, command, *given, *flags))
-        return [answer["fvu"] for answer in (answers if isinstance(answers, list) else [answers])]
-
-    doors = {
-        "pipeline: paths": lambda: classified(paths),
-        "pipeline: one after another": lambda: [
-            classifier(path, LABELS, return_details=True)["fvu"] for path in names
-        ],
-        "pipeline: stream": lambda: classified(iter(names)),
-        "pipeline: bytes": lambda: classified(contents),
-        "pipeline: base64": lambda: classified([base64.b64encode(content).decode() for content in contents]),
-        "pipeline: file addresses": lambda: classified([path.as_uri() for path in paths]),
-        "pipeline: rows of a data set": lambda: classified(rows["image"]),
-        "pipeline: column of a data set": lambda: classified(columns["image"]),
-        "pipeline: KeyDataset": lambda: classified(KeyDataset(columns, "image")),
-        "pipeline: PIL": lambda: classified([Image.open(path) for path in paths]),
-        "pipeline: opened before": lambda: classified([open_image(path) for path in paths]),
-        "pipeline: arrays": lambda: classified([np.asarray(open_image(path)) for path in paths]),
-        "explain: paths": lambda: explained(names),
-        "explain: column of a data set": lambda: explained(columns["image"]),
-        "explain: opened before": lambda: explained([open_image(path) for path in paths]),
-        "classify, files": lambda: commanded("classify", *paths),
-        "classify, folder": lambda: commanded("classify", tmp_path / "images"),
-        "extract": lambda: of_rows(extract_activations(model.clip, rows, tmp_path / "a", image_processor=processor)),
-        "extract, stream": lambda: of_rows(
-            extract_activations(
-                model.clip, rows.to_iterable_dataset(), tmp_path / "b", image_processor=processor, num_workers=1
-            )
-        ),
-        "the Space": in_the_space,
-    }
-    for door, read in doors.items():
-        assert torch.as_tensor(read()).tolist() == pytest.approx(expected.fvu.tolist(), rel=1e-3), door
-
-    embeddings = embed_images(model.clip, rows, image_processor=processor)
-    plain = torch.nn.functional.normalize(expected.plain_features, dim=-1)
-    assert torch.allclose(embeddings, plain, atol=1e-4), "embed_images"
-    write_thumbnails(tmp_path / "atlas", rows, "image", range(len(files)), progress=False)
-    for shown, small in zip(files.values(), sorted((tmp_path / "atlas").rglob("*.jpg")), strict=True):
-        assert small.read_bytes() == thumbnail(Image.fromarray(shown)), "atlas"
-    if pytest.importorskip("matplotlib"):
-        explained_by_command = [
-            commanded("explain", path, "--output", tmp_path / "why.png", "--gate", "none") for path in paths[:2]
-        ]
-        assert sum(explained_by_command, []) == pytest.approx(expected.fvu[:2].tolist(), rel=1e-3), "explain, files"
 
 
 def test_an_image_is_one_line_of_the_table(checkpoint, tmp_path, capsys):

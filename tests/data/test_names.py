@@ -1,6 +1,5 @@
 """Names of labels: one list means the same to every command and function that takes it."""
 
-import json
 import shutil
 import unicodedata
 
@@ -12,7 +11,6 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 import hf_vs2
-from hf_vs2.atlas.material import truth_of
 from hf_vs2.data.labels.lists import names_in
 from hf_vs2.data.labels.names import (
     clean_class_names,
@@ -22,7 +20,6 @@ from hf_vs2.data.labels.names import (
     sorted_names,
     with_numbered_labels,
 )
-from hf_vs2.data.registry import dataset_info
 from hf_vs2.evaluation.comparison import evaluate
 
 
@@ -209,58 +206,7 @@ def test_names_that_are_one_to_clip_are_refused(one, other, lit):
     assert len(hf_vs2.class_embeddings(*lit, [one, "tree"])) == 2
 
 
-# The same list, the same names
-
-
-def test_every_door_reads_a_list_alike(checkpoint, images_path, tmp_path, capsys):
-    """`classify` must give the scores that `evaluate` measured, whatever the door and however names are spelled."""
-    names = {"blue": "001.Navy_blue", "green": "lime", "red": "scarlet_red"}
-    plain, given = ["Navy blue", "lime", "scarlet red"], list(names.values())
-    labels = tmp_path / "labels.json"
-    labels.write_text(json.dumps(names))
-    classifier = hf_vs2.zero_shot_classifier(str(checkpoint), device="cpu", templates="single")
-    model, tokenizer, image = classifier.model, classifier.tokenizer, str(images_path / "test/red/00.png")
-    processor = (tokenizer, classifier.image_processor)
-
-    def pipeline(names, **options):
-        return [{one["label"]: one["score"] for one in classifier(image, names, **options)}[name] for name in names]
-
-    def explain(names, **options):
-        found = model.explain(image, names, processor=processor, templates="single", **options)
-        return found.steered_scores[0].softmax(-1).tolist()
-
-    def fitted(names, **options):
-        with model.steering(method="prototypes"):
-            return (
-                model.fit_label_set(names, processor=processor, templates="single", **options)
-                .class_embeds.flatten()
-                .tolist()
-            )
-
-    def embedded(names, **options):
-        return hf_vs2.class_embeddings(model.clip, tokenizer, names, **options).flatten().tolist()
-
-    def command(names, **options):
-        flags = ["--checkpoint", checkpoint, "--labels", *names, *(["--names_as_given"] if options else [])]
-        (found,) = json.loads(run(capsys, "classify", image, *flags, "--top_k", 3, "--json"))
-        return [{one["label"]: one["score"] for one in found["predictions"]}[name] for name in names]
-
-    for door in (pipeline, explain, fitted, embedded, command):
-        assert door(given) == pytest.approx(door(plain), abs=1e-5), door.__name__
-        assert door(given, clean=False) != pytest.approx(door(plain), abs=1e-5), door.__name__
-        with pytest.raises((ValueError, AssertionError)):
-            door(["Lime", "lime"])
-
-    rows = hf_vs2.extract_activations(
-        model.clip, hf_vs2.load_images(images_path, "test"), tmp_path, label_column="label", progress=False
-    )
-    info = dataset_info({"name": "colours", "path": str(images_path), "classes": names})
-    assert info.class_names(info.load("test")) == truth_of(rows, None, names, clean=True).class_names == plain
-    measured = evaluate(model, rows, None, names, tokenizer, templates="single", methods=["vs2"])
-    assert measured.per_class["class_names"] == plain
-    folder = run(capsys, "classify", images_path / "test", "--checkpoint", checkpoint, "--labels", labels, "--json")
-    answers = [given.index(one["predictions"][0]["label"]) for one in json.loads(folder)]
-    assert answers == measured.samples[measured.index("vs2", "single")].predictions.tolist()
+# The names of a data set
 
 
 def test_labels_of_a_store_are_matched_by_name(checkpoint, images_path, tmp_path, capsys):
@@ -321,8 +267,7 @@ def test_a_column_of_names_is_read_as_labels(checkpoint, images_path, tmp_path, 
         checkpoint,
         "--dataset",
         folder,
-        "--label_column",
-        "colour",
+        "--label_column=colour",
         "--disable_tqdm",
     ]
     out = run(capsys, *arguments, "--labels", "red", "green", "blue", "--activations_dir", tmp_path / "rows")
@@ -343,21 +288,6 @@ def test_numbering_is_cleaned_or_named(caplog):
     assert clean_class_names(["747_400", "8-ball"]) == ["747 400", "8-ball"]
     logging.disable_propagation()
     assert "begin with a number ('747 400', '8-ball'" in caplog.text
-
-
-def test_templates_come_from_json_too(tmp_path):
-    """A JSON list of prompts must not be read as lines."""
-    from hf_vs2.data.labels.prompts import resolve_templates
-
-    file = tmp_path / "t.json"
-    file.write_text('["a {}.", "the {}."]')
-    assert resolve_templates(file) == ("a {}.", "the {}.")
-    with pytest.raises(ValueError, match="nope.json.*nor a file of prompts"):
-        resolve_templates(tmp_path / "nope.json")
-    table = tmp_path / "t.csv"
-    table.write_text('template\n"a {}, small"\nthe cat\n')
-    with pytest.raises(ValueError, match="t.csv holds 'the cat', which has no {}"):
-        resolve_templates(table)
 
 
 def test_datasets_keep_their_split_and_order(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
@@ -11,7 +11,6 @@ from toy import make_sae
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_vs2 import VS2CLIPForZeroShot, extract_activations
-from hf_vs2.data.images import UnreadableImageError
 from hf_vs2.steering.retrieval import (
     RetrievalCorpus,
     contrastive_embedding_steer,
@@ -109,17 +108,8 @@ def test_a_corpus_from_a_real_store_is_its_rows(tiny_clip, images, tmp_path):
         RetrievalCorpus.from_store(make((1,)))
 
 
-def test_images_that_cannot_be_embedded_are_named(tiny_clip, images, tmp_path):
-    """A corpus with an image left out would shift every embedding against its row."""
+def test_what_cannot_be_embedded_is_named(images, tmp_path):
     model, _ = dinov2(tmp_path)
-    rows = [
-        {"image": {"bytes": row["image"]["bytes"], "path": None}}
-        for row in images.cast_column("image", Image(decode=False))
-    ]
-    rows[4]["image"]["bytes"] = rows[4]["image"]["bytes"][:60]
-    broken = Dataset.from_list(rows, features=Features({"image": Image()}))
-    with pytest.raises(UnreadableImageError, match="image 4"):
-        embed_images(model, broken)
     with pytest.raises(ValueError, match="is empty"):
         embed_images(model, images.select([]))
     with pytest.raises(ValueError, match="already loaded"):

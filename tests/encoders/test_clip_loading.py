@@ -7,12 +7,13 @@ import re
 import shutil
 import warnings
 
+import harms
 import pytest
 import safetensors.torch
 import torch
 from commands import complaint, image_commands
 from hub_models import CLIP_FILES, make_sae, upload_clip
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import BlipConfig, BlipModel, CLIPModel
 from transformers.integrations import hub_kernels
 
@@ -37,43 +38,10 @@ LOST = "vision_model.encoder.layers.1.mlp.fc1.weight"
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def weights(change):
-    def harm(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return harm
-
-
-def entry(name, value):
-    return weights(lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
-
-
-def config(part=None, **fields):
-    def harm(folder):
-        path = folder / "config.json"
-        content = json.loads(path.read_text())
-        (content if part is None else content[part]).update(fields)
-        path.write_text(json.dumps(content))
-
-    return harm
-
-
-class Evil:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return (open, (self.marker, "w"))
-
-
 def evil_pickle(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({**tensors, "x": Evil(folder / "was-here")}, folder / "pytorch_model.bin")
+    torch.save({**tensors, "x": harms.Code(folder / "was-here")}, folder / "pytorch_model.bin")
 
 
 def adapter(folder):
@@ -89,30 +57,36 @@ def cut(folder):
 
 CODE = "asks for other files or code"
 BAD = {
-    "lacks a weight": (weights(lambda tensors: tensors.pop(LOST)), f"is damaged: it has no {LOST}"),
-    "lacks its temperature": (weights(lambda tensors: tensors.pop("logit_scale")), "it has no logit_scale"),
-    "NaN": (entry(LOST, float("nan")), f"{LOST} holds NaN"),
-    "NaN in the text tower": (entry("text_projection.weight", float("nan")), "text_projection.weight holds NaN"),
-    "infinity": (entry(LOST, float("inf")), f"{LOST} holds .* inf"),
-    "temperature": (weights(lambda tensors: tensors["logit_scale"].fill_(1000)), "logit_scale is 1000"),
+    "lacks a weight": (harms.without(LOST), f"is damaged: it has no {LOST}"),
+    "lacks its temperature": (harms.without("logit_scale"), "it has no logit_scale"),
+    "NaN": (harms.tensor(LOST, harms.at(-1, float("nan"))), f"{LOST} holds NaN"),
+    "NaN in the text tower": (
+        harms.tensor("text_projection.weight", harms.at(-1, float("nan"))),
+        "text_projection.weight holds NaN",
+    ),
+    "infinity": (harms.tensor(LOST, harms.at(-1, float("inf"))), f"{LOST} holds .* inf"),
+    "temperature": (harms.tensor("logit_scale", lambda one: one.fill_(1000)), "logit_scale is 1000"),
     "cut off": (cut, "model.safetensors is damaged"),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         "no model.safetensors and no pytorch_model.bin",
     ),
     "a pickle with code": (evil_pickle, "pytorch_model.bin is a pickle with more in it than tensors"),
-    "a kernel": (config(attn_implementation="kernels-community/flash-attn3"), CODE),
-    "a kernel for a part": (config("vision_config", _attn_implementation="evil/kernel"), CODE),
-    "a kernel in disguise": (config(_attn_implementation_internal="evil/kernel"), CODE),
-    "a kernel by its short name": (config(attn_implementation={"text_config": "flash_attention_2"}), CODE),
-    "another file": (config(transformers_weights="other.safetensors"), CODE),
-    "a million layers": (config("vision_config", num_hidden_layers=10**6), "num_hidden_layers.* nothing in a CLIP"),
-    "a billion labels": (config(num_labels=10**9), "num_labels.* nothing in a CLIP"),
-    "too many layers": (config("vision_config", num_hidden_layers=400), "says num_hidden_layers=400"),
-    "too few layers": (config("text_config", num_hidden_layers=1), "says num_hidden_layers=1"),
-    "another width": (config("vision_config", hidden_size=192), r"vision_model.* by config.json it is \(192"),
-    "another family": (config(model_type="blip"), "holds a model of type 'blip'; expected a"),
-    "no type": (config(model_type=None), "holds a model of type None; expected a"),
+    "a kernel": (harms.config(attn_implementation="kernels-community/flash-attn3"), CODE),
+    "a kernel for a part": (harms.config("vision_config", _attn_implementation="evil/kernel"), CODE),
+    "a kernel in disguise": (harms.config(_attn_implementation_internal="evil/kernel"), CODE),
+    "a kernel by its short name": (harms.config(attn_implementation={"text_config": "flash_attention_2"}), CODE),
+    "another file": (harms.config(transformers_weights="other.safetensors"), CODE),
+    "a million layers": (
+        harms.config("vision_config", num_hidden_layers=10**6),
+        "num_hidden_layers.* nothing in a CLIP",
+    ),
+    "a billion labels": (harms.config(num_labels=10**9), "num_labels.* nothing in a CLIP"),
+    "too many layers": (harms.config("vision_config", num_hidden_layers=400), "says num_hidden_layers=400"),
+    "too few layers": (harms.config("text_config", num_hidden_layers=1), "says num_hidden_layers=1"),
+    "another width": (harms.config("vision_config", hidden_size=192), r"vision_model.* by config.json it is \(192"),
+    "another family": (harms.config(model_type="blip"), "holds a model of type 'blip'; expected a"),
+    "no type": (harms.config(model_type=None), "holds a model of type None; expected a"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.* is not a valid JSON"),
     "an adapter": (adapter, "holds an adapter .*merge_and_unload"),
     "nothing": (shutil.rmtree, "There is no folder"),
@@ -143,7 +117,7 @@ def named(sae_folder, clip):
     """The SAE checkpoint with another CLIP's name in it."""
     folder = clip.with_name("sae-of-bad-clip")
     shutil.copytree(sae_folder, folder)
-    config(base_model_name_or_path=str(clip))(folder)
+    harms.config(base_model_name_or_path=str(clip))(folder)
     return folder
 
 
@@ -207,7 +181,7 @@ def test_no_kernel_is_fetched(bad_clip, sae_folder, images_path, monkeypatch):
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *_, **__: True)
     monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda *_, **__: True)
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *arguments, **_: fetched.append(arguments))
-    clip = bad_clip(config(attn_implementation="flash_attention_2"))
+    clip = bad_clip(harms.config(attn_implementation="flash_attention_2"))
     with pytest.raises((ImportError, ValueError)):
         CLIPModel.from_pretrained(clip)
     assert fetched, "transformers does not fetch it any more: the test proves nothing"
@@ -327,7 +301,7 @@ def test_safetensors_are_taken_where_there_are_any(bad_clip, caplog):
     """Whole or in parts, also beside a pickle, which then is not opened, whatever is in it."""
     folder = bad_clip(lambda folder: None)
     tensors = load_file(folder / "model.safetensors")
-    torch.save({"x": Evil(folder / "was-here")}, folder / "pytorch_model.bin")
+    torch.save({"x": harms.Code(folder / "was-here")}, folder / "pytorch_model.bin")
     load_clip(folder)
     (folder / "model.safetensors").unlink()
     CLIPModel.from_pretrained(CLIP_FILES).save_pretrained(folder, max_shard_size="200KB")
@@ -404,8 +378,7 @@ def test_a_readme_model_that_is_a_pickle_classifies(hub, images_path, caplog):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [("dtype", "bfloat16"), ("torch_dtype", torch.bfloat16)])
 def test_the_older_name_of_dtype_is_the_same(name, dtype, sae_folder, tmp_path):
     """transformers takes both. Here one half of a model followed it and the other did not, or neither did."""
     model = VS2CLIPForZeroShot.from_pretrained(sae_folder)
@@ -500,13 +473,20 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def vs2_folder(sae_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vs2") / "vs2"
+    VS2CLIPForZeroShot.from_pretrained(sae_folder, clip=CLIP_FILES).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("harm", DAMAGE)
-def test_a_damaged_tokenizer_or_processor_is_refused_by_the_name_of_its_file(harm, bad_clip, sae_folder, tmp_path):
+def test_a_damaged_tokenizer_or_processor_is_refused_by_the_name_of_its_file(harm, bad_clip, vs2_folder, tmp_path):
     """ "Expecting value: line 1 column 1", "red nan", or no end: and in a checkpoint of ours the CLIP's own came in
     their place, which need not be those that it was made with."""
     file, damage = DAMAGE[harm]
     clip = bad_clip(lambda folder: None)
-    VS2CLIPForZeroShot.from_pretrained(sae_folder, clip=clip).save_pretrained(tmp_path / "vs2")
+    shutil.copytree(vs2_folder, tmp_path / "vs2")
     for folder in (clip, tmp_path / "vs2"):
         damage(folder / file)
         for load in (hf_vs2.zero_shot_classifier, load_processing):

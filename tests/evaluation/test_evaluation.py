@@ -119,20 +119,8 @@ def test_gains_are_paired_with_plain_clip(labels, result):
 def test_schema(result, tmp_path):
     """The result file's fields are a contract: tables, cards and other people's scripts read them."""
     content = json.loads(result.to_json(tmp_path / "results.json").read_text())
-    fields = {
-        "method",
-        "prompts",
-        "top1",
-        "top5",
-        "gain",
-        "gain_ci",
-        "coverage",
-        "mean_fvu",
-        "n",
-        "gamma",
-        "lambda",
-        "tau",
-    }
+    fields = {"method", "prompts", "top1", "top5", "gain", "gain_ci", "coverage", "mean_fvu", "n", "tau"}
+    fields |= {"gamma", "lambda"}
     assert all(fields | {"seconds"} <= set(row) for row in content["rows"])
     names = [(row["method"], row["prompts"], row.get("coefficient")) for row in content["rows"]]
     one_set = [(m, 0.25 if m == "distribution_norm" else None) for m in evaluation_methods()]
@@ -348,39 +336,15 @@ def test_bootstrap_is_fast_and_seeded():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": torch.zeros(N, 16)}, "rows have width 16, but the CLIP of this model has hidden size 32"),
-        ({"rows": torch.zeros(32)}, r"rows: Activations must be a \(rows, hidden_size\) tensor"),
         ({"rows": np.zeros((N, 32))}, "must be a tensor .* not ndarray"),
-        ({"rows": torch.zeros(0, 32), "labels": []}, "rows are empty"),
-        ({"reference_rows": torch.zeros(4, 16)}, "reference_rows have width 16"),
-        (
-            {"labels": torch.zeros(N - 1, dtype=torch.int64)},
-            r"one integer a row, \(50,\), not torch.int64 of shape \(49,\)",
-        ),
-        ({"labels": None}, "labels are missing"),
-        ({"labels": torch.zeros(N)}, "labels must be one integer a row"),
-        ({"labels": [7] + [0] * (N - 1)}, "label 7 of row 0 is out of range: it must be 0 to 6, for 7 class names"),
-        ({"labels": [0, -1] + [0] * (N - 2)}, "label -1 of row 1 .* hidden labels"),
         ({"class_names": None}, "class_names are missing"),
-        ({"class_names": ["dog"] * 7}, "'dog' twice"),
         ({"methods": ("vs3",)}, "'vs3' is no row of a comparison. Use some of"),
-        ({"templates": ["single", "a photo"]}, "neither one of"),
     ],
 )
 def test_bad_input_says_what_is_wrong(rows, labels, tokenizer, change, message):
     arguments = {"rows": rows, "labels": labels, "class_names": NAMES, "tokenizer": tokenizer} | change
     with pytest.raises((ValueError, TypeError), match=message):
         evaluate(compared_model(rows), **arguments)
-
-
-def test_a_broken_row_is_named(rows, labels, tokenizer):
-    """One NaN would be argmaxed to class 0 and quietly counted."""
-    broken = rows.clone()
-    broken[37, 3] = float("nan")
-    with pytest.raises(ValueError, match="Row 37 of rows holds NaN"):
-        evaluate(compared_model(rows), broken, labels, NAMES, tokenizer, batch_size=16)
-    with pytest.raises(ValueError, match="Row 37 of reference_rows holds NaN"):
-        evaluate(compared_model(rows), rows, labels, NAMES, tokenizer, batch_size=16, reference_rows=broken)
 
 
 def test_inner_layers_are_refused(rows, labels, tokenizer):

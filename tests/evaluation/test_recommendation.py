@@ -270,21 +270,6 @@ def test_a_sure_loss_keeps_plain_clip(rows, classes):
     assert recommend(model, rows, classes, plain).method == "none"
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0] * 59, r"one integer a row, \(60,\), not torch.int64 of shape \(59,\)"),
-        ([0.5] * 60, "one integer a row"),
-        ([7] * 60, "label 7 of row 0 is out of range"),
-        ([-2] * 60, r"it must be -1 \(unknown\) to 6, for 7 classes"),
-    ],
-)
-def test_impossible_labels_are_refused(rows, classes, labels, message):
-    """A shifted label column would recommend the wrong method with confidence."""
-    with pytest.raises(ValueError, match=message):
-        recommend(compared_model(rows, statistics=True), rows, classes[:7], labels)
-
-
 def test_a_store_is_read_where_it_is_looked_at(rows, classes, tmp_path, monkeypatch):
     """A million rows in memory, to look at 4,096 of them, is a crash on the machines that people have."""
     from trainings import make_store

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_saes import LATENTS, LIBRARIES, WIDTH, K, assert_same, dense, reference, weights, write
+from harms import Code
 from hub_models import serve
 from loopback_hub import File
 from safetensors.torch import load_file
 from toy import clip_like_rows, make_rows, make_sae
 
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, calibrate
+from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate
 from hf_vs2.cli import main
 from hf_vs2.data.stores.rows import rows_of
 from hf_vs2.files.foreign import checkpoint, detect
@@ -191,16 +192,6 @@ def test_a_zero_decoder_row_is_refused_where_its_length_divides(tmp_path):
         SAEModel.from_sae_lens(tmp_path)
 
 
-class Evil:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
-
-
 def test_a_pickle_of_prisma_is_opened_only_where_it_holds_tensors_alone(tmp_path):
     """ViT-Prisma saves pickles. Plain tensors are read by torch's reader that runs nothing; the rest is refused, with a way out."""
     source, marker = write(tmp_path / "sae", "prisma"), tmp_path / "was here"
@@ -211,12 +202,12 @@ def test_a_pickle_of_prisma_is_opened_only_where_it_holds_tensors_alone(tmp_path
         torch.save(content, source / "weights.pt")
         assert_same(dense(SAEModel.from_prisma(source), x), reference(x, weights()))
     for dump in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
-        dump({"cfg": Evil(marker), "state_dict": tensors}, source / "weights.pt")
+        dump({"cfg": Code(marker), "state_dict": tensors}, source / "weights.pt")
         with pytest.raises(ValueError, match=r"weights.pt is a pickle.*not opened.*save_file") as refused:
             SAEModel.from_prisma(source)
         assert not marker.exists()
     # What the message says to do, as somebody who trusts the file would.
-    torch.save({"cfg": Evil(marker), "state_dict": tensors}, source / "weights.pt")
+    torch.save({"cfg": Code(marker), "state_dict": tensors}, source / "weights.pt")
     command = str(refused.value).split("is installed: ")[1].split(". Then")[0]
     names = {"torch": torch, "safetensors": __import__("safetensors.torch"), "path": source / "weights.pt"}
     with pytest.MonkeyPatch.context() as patch:
@@ -545,18 +536,6 @@ def test_prisma_itself_agrees(tmp_path, real_rows, activation, options):
     theirs.save_model(str(tmp_path / "weights.pt"))
     with pytest.raises(ValueError, match="is a pickle with more in it than tensors"):
         SAEModel.from_prisma(tmp_path)
-
-
-def test_a_plain_relu_sae_trains_and_steers(tmp_path, tiny_clip):
-    """All latents at once is the edge of a top-k: encode, gradient and steering must stand it."""
-    sae = SAEModel(SAEConfig(hidden_size=32, num_latents=96, top_k=96))
-    out = sae(make_rows(8, 32))
-    out.loss.backward()
-    code = torch.relu((make_rows(8, 32) - sae.b_pre) @ sae.W_enc.T + sae.b_enc)
-    assert_same([out.reconstruction.detach()], [(code @ sae.W_dec + sae.b_pre).detach()])
-    assert sae.W_enc.grad.abs().sum() > 0
-    model = VS2CLIPForZeroShot(tiny_clip, sae.eval())
-    assert model.image_features_from_cls(make_rows(4, 32)).features.isfinite().all()
 
 
 def test_every_block_of_the_document_runs(tmp_path, monkeypatch, capsys):

@@ -176,16 +176,6 @@ def test_commit_of_the_clip_is_on_record_however_it_was_loaded(hub, clip, pixels
         repository.branches["main"] = first
 
 
-def test_dtype_and_device_map_reach_clip_and_sae(clip):
-    make_vs2(clip).push_to_hub("ada/vs2-dtype")
-    make_vs2(clip).push_to_hub("ada/vs2-dtype-full", full=True)
-    for name in ("ada/vs2-dtype", "ada/vs2-dtype-full"):
-        loaded = VS2CLIPForZeroShot.from_pretrained(name, dtype=torch.bfloat16, device_map="cpu")
-        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-        assert loaded.sae.mean.dtype == torch.float32
-        assert loaded.device == torch.device("cpu")
-
-
 def test_save_pretrained_can_push(hub, clip, tmp_path):
     """transformers' `save_pretrained(push_to_hub=True)` must push what ours pushes, tokenizer and card included."""
     make_vs2(clip).save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="lab/vs2", token=hub.org, private=True)
@@ -420,16 +410,6 @@ def test_server_gone_but_cache_warm(hub, clip, tmp_path, pixels):
             VS2CLIPForZeroShot.from_pretrained("ada/offline", cache_dir=tmp_path / "empty", local_files_only=True)
     assert float(offline) == sum_of(warm.model)
     assert not requests
-
-
-@pytest.mark.slow
-def test_two_processes_load_the_same_id_at_once(hub, clip, tmp_path):
-    """The two workers of one machine, with one cold cache between them."""
-    model = make_vs2(clip)
-    model.push_to_hub("ada/shared")
-    hub.cut("GET /lfs/.*/model.safetensors", after=3000)
-    workers = [run_python(LOAD_AND_SUM, HF_HOME=str(tmp_path), CHECKPOINT="ada/shared") for _ in range(2)]
-    assert [float(output_of(worker)) for worker in workers] == [sum_of(model)] * 2
 
 
 # Without the package

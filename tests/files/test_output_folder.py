@@ -102,14 +102,25 @@ def test_another_training_takes_the_place_only_when_told(rows, finished, folder)
     """Other settings, other rows, another model to start from: refused, naming what differs; with overwrite_output_dir the old SAE
     stays until the new one is there, and an interrupted one goes on, told again or not."""
     start = SAEModel.from_pretrained(finished)
-    for other, change, what in (
-        (rows, {"learning_rate": 1e-4}, "learning_rate=0.003, now it is 0.0001"),
-        (rows, {"sketch_rows": 0}, "sketch_rows=4096, now it is 0"),
-        (rows, {"model": start}, "start=None"),
-        (sparse_rows(600, seed=3), {}, "total_variance="),
+    for change, what in (
+        ({"learning_rate": 1e-4}, "learning_rate=0.003, now it is 0.0001"),
+        ({"sketch_rows": 0}, "sketch_rows=4096, now it is 0"),
+        ({"model": start}, "start=None"),
+        ({"rows": sparse_rows(600, seed=3)}, "total_variance="),
+        ({"seed": 1}, "seed=42, now it is 1"),
+        ({"max_steps": 40}, "steps=8, now it is 40"),
+        ({"warmup_ratio": 0.5}, "warmup_ratio=0.05, now it is 0.5"),
+        ({"per_device_train_batch_size": 32}, "global_batch_size=64, now it is 32"),
+        ({"dead_latent_threshold": 9}, "dead_latent_threshold=8, now it is 9"),
+        ({"calibration_share": 0.15}, "calibration_share=0.05, now it is 0.15"),
+        ({"config": {"top_k": 4}}, "top_k=3, now it is 4"),
+        ({"config": {"num_latents": 100}}, "num_latents=96, now it is 100"),
+        ({"config": {"activation": "absolute"}}, "activation=relu, now it is absolute"),
     ):
-        with pytest.raises(ValueError, match=f"holds the SAE of another training .*{what}.*overwrite_output_dir"):
-            make_trainer(folder, other, **{**STEPS, **change}).train()
+        for resume in (None, "latest"):
+            settings = {"rows": rows, "resume_from_checkpoint": resume, **STEPS, **change}
+            with pytest.raises(ValueError, match=f"holds the SAE of another training .*{what}.*another output_dir"):
+                make_trainer(folder, **settings).train()
     assert weights(folder) == weights(finished) and (folder / "checkpoint-4").is_dir()
 
     settings = {**STEPS, "learning_rate": 1e-4}

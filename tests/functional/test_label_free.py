@@ -4,22 +4,18 @@ import numpy_label_free as reference
 import pytest
 import torch
 from drawn import close, draw, drawn_classes, images_of
-from numpy_reference import ReferenceSAE
-from numpy_reference import steer as reference_steer
 from torch.nn.functional import normalize
-from toy import clip_like_rows, make_rows, make_sae
+from toy import clip_like_rows, make_sae
 
 from hf_vs2.functional.anchored import anchored_scores, fit_anchored_prototypes
 from hf_vs2.functional.label_free import (
     RowStatistics,
     balanced_mean,
     centred_classes,
-    corrected_steer,
     distribution_norm_scores,
     fit_balanced_prototypes,
     fit_prototypes,
     label_scores,
-    latent_view,
     norm_fit,
     pca_view,
     row_distance,
@@ -39,18 +35,7 @@ def embeds(classes):
     return images_of(classes, torch.tensor([0] * 40 + [1] * 25 + [2] * 15 + [3] * 8 + [4] * 2))
 
 
-# The equations
-
-
-def test_distribution_norm_agrees_with_numpy(classes, embeds):
-    """The published baseline: what every other method here is compared with."""
-    mean = embeds.mean(0)
-    found = label_scores(embeds, norm_fit(classes, mean))
-    expected = [reference.distribution_norm(e, classes.numpy(), mean.numpy()) for e in embeds.numpy()]
-    close(found, expected)
-    # The coefficient 1 and the cosine of the published code, up to a factor that is the same for all.
-    cosines = distribution_norm_scores(embeds, classes, mean, classes.mean(0), 1.0, "cosine")
-    torch.testing.assert_close(found, cosines * score_scale(mean, classes))
+# The equations: whole methods are held against numpy in tests/methods/test_every_method.py
 
 
 def test_distribution_norm_scores_are_zhou_et_als(classes, embeds):
@@ -76,63 +61,6 @@ def test_balanced_mean_does_not_depend_on_its_blocks(classes, embeds, monkeypatc
     whole = balanced_mean(embeds, classes)
     monkeypatch.setattr("hf_vs2.functional.label_free._BLOCK", 7 * len(classes))
     torch.testing.assert_close(balanced_mean(embeds, classes), whole)
-
-
-@pytest.mark.parametrize("num_views", [0, 1, 2])
-def test_prototypes_agree_with_numpy(classes, embeds, num_views):
-    """Eight steps of an iteration in which an error of one constant is invisible but for the accuracy."""
-    views = [normalize(draw(90, width, seed=3) + 1, dim=-1) for width in (7, 30)][:num_views]
-    mean = embeds.mean(0)
-    fit = fit_prototypes(embeds, classes, mean, views)
-    expected = reference.prototypes(embeds.numpy(), classes.numpy(), mean.numpy(), [view.numpy() for view in views])
-    close(fit.prototypes, expected["P"])
-    close(fit.weights, expected["w"])
-    for found, theirs in zip(fit.views, expected["M"], strict=True):
-        close(found, theirs)
-    fresh = images_of(classes, torch.arange(5), seed=7)
-    seen = [normalize(draw(5, view.shape[1], seed=8), dim=-1) for view in views]
-    scores = [
-        reference.prototype_scores(e, expected, [a[i].numpy() for a in seen]) for i, e in enumerate(fresh.numpy())
-    ]
-    close(label_scores(fresh, fit, seen), scores)
-    close(fit.received, expected["n"])
-    assert fit.received.sum().item() == pytest.approx(90), "every row is dealt out once"
-    with pytest.raises(ValueError):
-        label_scores(fresh, fit, [*seen, fresh])  # a view that the fit has not seen must not be dropped
-
-
-def test_balanced_prototypes_agree_with_numpy(classes, embeds):
-    """The same without the balance assumption; no label may count for more rows than it received."""
-    fit, expected = (
-        fit_balanced_prototypes(embeds, classes),
-        reference.balanced_prototypes(embeds.numpy(), classes.numpy()),
-    )
-    for found, name in ((fit.mean, "mean"), (fit.prototypes, "P"), (fit.weights, "w"), (fit.received, "n")):
-        close(found, expected[name])
-    close(label_scores(embeds, fit), [reference.prototype_scores(e, expected) for e in embeds.numpy()])
-    assert fit.received.sum() < 85, "the commonest label's rows count less"
-
-
-@pytest.mark.parametrize("activation", ["relu", "absolute"])
-def test_views_and_corrected_step_agree_with_numpy(activation):
-    """What prototypes see of a row beside its embedding, the gate's distance, and the step without the SAE's error."""
-    sae = make_sae(activation=activation)
-    rows = make_rows(60)
-    known = measure_statistics(sae, rows)
-    plain = ReferenceSAE.of(sae)
-    with torch.no_grad():
-        values, indices = sae.encode(rows)
-        pca = pca_view(rows, known.of_rows)
-        distances = row_distance(rows, known.of_rows)
-        latent = latent_view(values, indices, known.latent_mean, known.latent_frequency)
-        moved = corrected_steer(rows, known.mean, values, indices, known.latent_mean, sae.W_dec, 1.3)
-    parts = [part.double().numpy() for part in known.of_rows]
-    share, z_mean = known.latent_frequency.double().numpy(), known.latent_mean.double().numpy()
-    for i, x in enumerate(rows.double().numpy()):
-        close(pca[i], reference.pca_view(x, *parts), 1e-5)
-        assert distances[i].item() == pytest.approx(reference.distance(x, *parts), rel=1e-4)
-        close(latent[i], reference.latent_view(plain.encode(x), z_mean, share), 1e-5)
-        close(moved[i], reference_steer(plain, x, "corrected", 2.3, 1.0, None, known), 1e-4)
 
 
 def test_distance_is_below_one_at_home_and_grows_abroad():
@@ -264,6 +192,10 @@ def test_nothing_given_is_changed(classes, embeds):
     views = [normalize(draw(90, 7), dim=-1)]
     given = [tensor.clone() for tensor in (classes, embeds, *views)]
     mean = balanced_mean(embeds, classes)
-    label_scores(embeds, fit_prototypes(embeds, classes, mean, views), views)
-    fit_balanced_prototypes(embeds, classes)
+    fit = fit_prototypes(embeds, classes, mean, views)
+    label_scores(embeds, fit, views)
+    with pytest.raises(ValueError):
+        label_scores(embeds, fit, [*views, embeds])  # a view that the fit has not seen must not be dropped
+    assert fit.received.sum().item() == pytest.approx(90), "every row is dealt out once"
+    assert fit_balanced_prototypes(embeds, classes).received.sum() < 85, "the commonest label's rows count less"
     assert all(torch.equal(a, b) for a, b in zip(given, (classes, embeds, *views), strict=True))

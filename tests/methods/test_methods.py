@@ -132,10 +132,3 @@ def test_blocks_of_several_threads_and_tasks_keep_apart(model, tiny_clip):
         return await asyncio.gather(*map(task, range(len(gammas))))
 
     assert all(asyncio.run(everyone())) and model.steering_settings == before
-
-
-def test_a_block_that_an_error_leaves_leaves_nothing_behind(model):
-    before = model.steering_settings
-    with pytest.raises(RuntimeError), model.steering(gamma=3.0):
-        raise RuntimeError
-    assert model.steering_settings == before and model.steerer is model._steerer

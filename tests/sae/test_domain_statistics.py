@@ -6,6 +6,7 @@ import logging
 import math
 import pickle
 
+import harms
 import pytest
 import torch
 from safetensors import safe_open
@@ -135,25 +136,12 @@ def test_they_go_to_the_hub_and_come_from_it(hub, monkeypatch):
 # Files of strangers, and damage
 
 
-def rewritten(folder, change=lambda tensors: tensors, **about):
-    """The file with other tensors or another header."""
-    path = folder / NAME
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["hf_vs2"]) | about
-    header = {name: value for name, value in header.items() if value is not ...}
-    save_file(change(load_file(path)), path, metadata={"hf_vs2": json.dumps(header)})
-
-
-def tensor(name, change):
-    return lambda folder: rewritten(folder, lambda found: found | {name: change(found[name]).contiguous()})
-
-
 def header(**about):
-    return lambda folder: rewritten(folder, **about)
+    return harms.tensors(name=NAME, **about)
 
 
-def without(name):
-    return lambda folder: rewritten(folder, lambda found: {key: value for key, value in found.items() if key != name})
+def tensor(key, change):
+    return harms.tensor(key, change, NAME)
 
 
 def without_header(folder):
@@ -163,10 +151,6 @@ def without_header(folder):
 def of_another_sae(folder):
     wide = make_sae(24)
     measured(wide).save(folder)
-
-
-def first(value):
-    return lambda found: found.index_fill(0, torch.tensor([0]), value)
 
 
 HARMS = {
@@ -181,14 +165,14 @@ HARMS = {
     "NaN for a quantile": (header(distance_quantiles={"0.9": math.nan}), "is not what this version"),
     "number no float holds": (header(distance_quantiles={"0.9": 10**400}), "is not what this version"),
     "falling quantiles": (header(distance_quantiles={"0.5": 2.0, "0.9": 1.0}), "is not what this version"),
-    "a tensor less": (without("variances"), "variances"),
-    "a tensor more": (lambda folder: rewritten(folder, lambda found: found | {"label": torch.ones(2)}), "label"),
-    "NaN": (tensor("mean", first(math.nan)), "mean holds NaN"),
-    "NaN in a row": (tensor("rows", first(math.nan)), "rows holds NaN"),
-    "huge": (tensor("components", first(1e30)), "components holds numbers from"),
-    "negative variance": (tensor("variances", first(-1.0)), "variances"),
-    "latent always off": (tensor("latent_frequency", first(0.0)), "latent_frequency"),
-    "latent more than always on": (tensor("latent_frequency", first(1.5)), "latent_frequency"),
+    "a tensor less": (harms.without("variances", NAME), "variances"),
+    "a tensor more": (harms.tensors(lambda found: found | {"label": torch.ones(2)}, NAME), "label"),
+    "NaN": (tensor("mean", harms.at(0, math.nan)), "mean holds NaN"),
+    "NaN in a row": (tensor("rows", harms.at(0, math.nan)), "rows holds NaN"),
+    "huge": (tensor("components", harms.at(0, 1e30)), "components holds numbers from"),
+    "negative variance": (tensor("variances", harms.at(0, -1.0)), "variances"),
+    "latent always off": (tensor("latent_frequency", harms.at(0, 0.0)), "latent_frequency"),
+    "latent more than always on": (tensor("latent_frequency", harms.at(0, 1.5)), "latent_frequency"),
     "whole numbers": (tensor("mean", lambda found: found.long()), "mean"),
     "another width": (tensor("mean", lambda found: found[:8]), "components of statistics of width 8"),
     "half the components": (tensor("components", lambda found: found[:8]), "components of statistics of width 16"),

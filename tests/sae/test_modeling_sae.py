@@ -354,24 +354,6 @@ def test_round_trip_is_bit_exact(tmp_path, dtype, auto):
     assert torch.equal(loaded(x).reconstruction, sae(x).reconstruction)
 
 
-def test_loading_in_another_precision_keeps_the_mean(tmp_path):
-    """`from_pretrained(dtype=torch.bfloat16)` is how people save memory."""
-    sae = make_sae()
-    sae.save_pretrained(tmp_path)
-    loaded = SAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(loaded.W_dec, sae.W_dec.bfloat16())
-    assert loaded.mean.dtype == torch.float32 and torch.equal(loaded.mean, sae.mean)
-
-
-def test_several_saes_in_one_repository(tmp_path):
-    """`subfolder="layer_11"`: the layout of SAE collections."""
-    for layer in (10, 11):
-        make_sae(seed=layer, layer=layer).save_pretrained(tmp_path / f"layer_{layer}")
-    for auto in (SAEModel, AutoModel):
-        loaded = auto.from_pretrained(tmp_path, subfolder="layer_11")
-        assert loaded.config.layer == 11 and torch.equal(loaded.W_enc, make_sae(seed=11).W_enc)
-
-
 @pytest.mark.parametrize("missing", ["mean", "b_enc", "W_enc"])
 def test_a_missing_tensor_leaves_no_garbage(missing):
     """from_pretrained builds on the meta device: what `state_dict=` lacks must be initialised, and nothing else touched."""

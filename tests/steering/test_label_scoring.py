@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import harms
 import numpy as np
 import pytest
 import torch
@@ -578,13 +579,6 @@ def test_naming_what_is_not_fitted_is_refused(named):
     assert named.fitted_label_sets == ()
 
 
-@pytest.mark.parametrize("labels", [[], [""], ["cat", "cat"]], ids=["none", "empty", "twice"])
-def test_labels_that_are_none_are_refused(named, labels):
-    """A list that was read from a broken file must not become a fit."""
-    with pytest.raises(ValueError, match="empty|twice"):
-        named.fit_label_set(labels)
-
-
 def test_copies(named, images):
     """`copy.deepcopy(model)`, multiprocessing: what was fitted by name comes along, and what a copy does is its own."""
     fitted = named.fit_label_set(LABELS)
@@ -648,38 +642,16 @@ def test_statistics_and_label_sets_go_to_the_hub_and_leave_it(hub, named):
 # Files of strangers, and damage
 
 
-def rewritten(folder, change=lambda tensors: tensors, name=LABEL_SETS, **about):
-    path = folder / name
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["hf_vs2"]) | about
-    save_file(change(load_file(path)), path, metadata={"hf_vs2": json.dumps(header)})
-
-
-def tensor(name, change):
-    return lambda folder: rewritten(folder, lambda found: found | {name: change(found[name]).contiguous()})
-
-
-def less(name):
-    return lambda folder: rewritten(folder, lambda found: {key: value for key, value in found.items() if key != name})
+def tensor(key, change):
+    return harms.tensor(key, change, LABEL_SETS)
 
 
 def listed(**changes):
     known = {"method": FITTED, "settings": [], "labels": LABELS}
-    return lambda folder: rewritten(folder, label_sets=[known | changes])
+    return harms.tensors(name=LABEL_SETS, label_sets=[known | changes])
 
 
-def first(value):
-    return lambda found: found.flatten().index_fill(0, torch.tensor([0]), value).view_as(found)
-
-
-def config(**changes):
-    def harm(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return harm
-
-
+OF_THE_CLIP = ("0.class_embeds", "0.prototypes", "0.mean")
 HARMS = {
     "no header": (
         lambda folder: save_file(load_file(folder / LABEL_SETS), folder / LABEL_SETS),
@@ -689,18 +661,18 @@ HARMS = {
         lambda folder: (folder / LABEL_SETS).write_bytes((folder / STATISTICS).read_bytes()),
         "hf_vs2.statistics",
     ),
-    "of the future": (lambda folder: rewritten(folder, format_version=2), "version 2.*Save the model again"),
-    "no list": (lambda folder: rewritten(folder, label_sets=None), "is not what this version"),
+    "of the future": (harms.tensors(name=LABEL_SETS, format_version=2), "version 2.*Save the model again"),
+    "no list": (harms.tensors(name=LABEL_SETS, label_sets=None), "is not what this version"),
     "no labels": (listed(labels=None), "is not what this version"),
     "a label more": (listed(labels=[*LABELS, "cat"]), "for these labels and this model it is"),
     "no known method": (listed(method="magic"), "magic"),
     "a method that fits nothing": (listed(method="vs2"), "vs2"),
     "fewer views": (listed(method="prototypes+pca"), "is not what this version"),
     "number no float holds": (listed(settings=[10**400]), "is not what this version"),
-    "NaN": (tensor("0.prototypes", first(math.nan)), "0.prototypes holds NaN"),
-    "huge": (tensor("0.view_1", first(1e30)), "0.view_1 holds numbers from"),
-    "a tensor less": (less("0.weights"), "weights"),
-    "a view less": (less("0.view_0"), "view_0"),
+    "NaN": (tensor("0.prototypes", harms.at(0, math.nan)), "0.prototypes holds NaN"),
+    "huge": (tensor("0.view_1", harms.at(0, 1e30)), "0.view_1 holds numbers from"),
+    "a tensor less": (harms.without("0.weights", LABEL_SETS), "weights"),
+    "a view less": (harms.without("0.view_0", LABEL_SETS), "view_0"),
     "prototypes of fewer classes": (
         tensor("0.prototypes", lambda found: found[:3]),
         "for these labels and this model it is",
@@ -720,22 +692,16 @@ HARMS = {
         "view_. is .*, for these labels and this model it is",
     ),
     "classes of another CLIP": (
-        lambda folder: rewritten(
-            folder,
-            lambda found: {
-                name: part[..., :7].contiguous() if name in ("0.class_embeds", "0.prototypes", "0.mean") else part
-                for name, part in found.items()
-            },
-        ),
+        harms.tensors(lambda found: found | {name: found[name][..., :7] for name in OF_THE_CLIP}, LABEL_SETS),
         r"class_embeds is \(4, 7\), for these labels and this model it is \(4, ",
     ),
     "statistics missing": (lambda folder: (folder / STATISTICS).unlink(), "needs statistics.*hf-vs2 calibrate"),
-    "statistics denied": (config(holds_statistics=False), "needs statistics.*hf-vs2 calibrate"),
+    "statistics denied": (harms.config(holds_statistics=False), "needs statistics.*hf-vs2 calibrate"),
     "statistics of another SAE": (
         lambda folder: measure_statistics(make_sae(24), torch.randn(9, 24)).save(folder),
         "width 24 and 96 latents; the SAE has",
     ),
-    "unknown method in force": (config(method="prototypes+magic"), "prototypes\\+magic"),
+    "unknown method in force": (harms.config(method="prototypes+magic"), "prototypes\\+magic"),
 }
 
 

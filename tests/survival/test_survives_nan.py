@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import complaint, strictly, with_checkpoint
+from commands import complaint, image_commands, strictly
 from toy import make_sae
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -246,34 +246,18 @@ def half(clip_path, tmp_path):
 
 
 def commands(folder: Path, sae: Path, images: Path, out: Path) -> dict[str, list[object]]:
-    used = ["--clip", folder, "--activations_dir", out / "rows"]
-    picture = images / "test" / "red" / "00.png"
-    asked = [picture, "--checkpoint", sae, "--clip", folder, "--labels", *LABELS]
-    made = ["--model", folder, "--dataset", images, "--split", "test", "--disable_tqdm", "--output_dir"]
-    return {
-        "classify": ["classify", *asked, "--json", "--output", out / "c.json"],
-        "explain": ["explain", *asked, "--json", "--output", out / "e.png"],
-        "evaluate": [*with_checkpoint("evaluate", sae, images), *used, "--output", out / "r.json"],
-        "recommend": [
-            *with_checkpoint("recommend", sae, images),
-            *used,
-            "--labels",
-            *LABELS,
-            "--output",
-            out / "a.json",
-        ],
-        "atlas": [*with_checkpoint("atlas", sae, images), *used, "--output", out / "atlas"],
-        "calibrate": [*with_checkpoint("calibrate", sae, images), *used, "--output_dir", out / "calibrated"],
-        "extract": ["extract", *made, out / "rows2"],
-        "train": ["train", *made, out / "sae", "--max_steps", 2, "--top_k", 4],
-    }
+    data = ["--dataset", images, "--split", "test"]
+    found = image_commands(folder, sae, data, out, images / "test" / "red" / "00.png")
+    for name, file in (("classify", "c.json"), ("explain", "e.png"), ("recommend", "a.json")):
+        found[name] += ["--output", out / file]
+    return {name: [*words, *(["--clip", folder] if "--checkpoint" in words else [])] for name, words in found.items()}
 
 
 @pytest.mark.parametrize("harm", [harm_tower, harm_text, harm_temperature])
 def test_classify_names_the_image_or_the_prompt(harm, half, checkpoint, images_path, tmp_path, capsys):
     """Exit status 0 and `red nan` went on into other people's programs."""
     words = commands(half(harm), checkpoint, images_path, tmp_path)["classify"]
-    expected = {harm_tower: "00.png", harm_text: "a photo of a red", harm_temperature: "logit_scale"}[harm]
+    expected = {harm_tower: "00.png", harm_text: "a photo of a blue", harm_temperature: "logit_scale"}[harm]
     assert expected in complaint(capsys, *words)
     assert not (tmp_path / "c.json").exists()
 
@@ -300,5 +284,5 @@ def test_every_command_refuses_or_is_right(harm, half, checkpoint, images_path, 
         if "tokenizer" not in path.name:
             strictly(path.read_text())
     written = {path.name for path in tmp_path.iterdir()}
-    assert not written & {"c.json", "e.png", "r.json", "a.json", "atlas"}, written
+    assert not written & {"c.json", "e.png", "results.json", "a.json", "atlas"}, written
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "vs2_sae"

@@ -333,17 +333,6 @@ def test_one_latent_and_all_latents_are_the_formula(sizes, activation):
     torch.testing.assert_close(out.reconstruction, code @ sae.W_dec + sae.b_pre)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_a_batch_of_no_rows_gives_none(method):
-    """The last batch of a filtered stream may be empty."""
-    model = VS2CLIPForZeroShot(clip_in(torch.float32), make_sae(HIDDEN), method=method, num_neighbors=4)
-    model.set_corpus(corpus())
-    found = model.image_features_from_cls(torch.empty(0, HIDDEN), class_embeds=CLASSES)
-    assert found.features.shape == (0, 24) and found.fvu.shape == found.steered.shape == (0,)
-    assert found.latent_indices.shape == (0, 5)
-
-
 @pytest.mark.parametrize("total_variance", [None, 4.0])
 def test_the_loss_of_no_rows_is_zero(total_variance):
     """A process whose part of the last batch is empty: a mean over nothing would turn its gradients, and everybody's, into NaN."""

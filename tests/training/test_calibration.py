@@ -165,31 +165,6 @@ def test_held_out_rows_are_few_random_and_disjoint(num_rows, expected):
     assert len(split_rows(num_rows, 0.0, seed=0)[1]) == 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_row_is_named(value):
-    """One NaN among 50,000 rows: the user needs to know which image."""
-    rows = make_rows(9000)
-    rows[8123, 5] = value
-    with pytest.raises(
-        ValueError, match="Row 8123 of the activations holds NaN or infinite values. Extract the activations again"
-    ):
-        calibrate(make_sae(), rows)
-    with pytest.raises(ValueError, match="Row 8123"):
-        list(rows_of(rows).batches(indices=torch.tensor([3, 8123, 4])))
-
-
-def test_rows_that_cannot_calibrate_are_refused():
-    """None at all, another width, or not a table of rows."""
-    with pytest.raises(ValueError, match="There are no rows to calibrate on"):
-        calibrate(make_sae(), torch.zeros(0, 16))
-    with pytest.raises(ValueError, match="no rows to calibrate on"):
-        calibrate(make_sae(), make_rows(5), torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match="rows of width 16"):
-        calibrate(make_sae(), make_rows(5, 17))
-    with pytest.raises(ValueError, match=r"\(rows, hidden_size\) tensor, not \(16,\)"):
-        calibrate(make_sae(), torch.zeros(16))
-
-
 def test_a_held_out_row_on_the_mean_leaves_a_checkpoint_that_loads(tmp_path):
     """Its FVU is infinite: as a threshold it would be a gate that is none, in a config.json that is refused."""
     sae, rows = make_sae(), make_rows(300)

@@ -156,18 +156,6 @@ def test_held_out_rows_are_not_measured_by_default():
     assert found.distance_quantiles == expected.distance_quantiles and subset_of(found.rows, rows[others])
 
 
-def test_rows_that_cannot_be_measured_are_named():
-    """One NaN row would make every statistic NaN, and a list that is empty by mistake gives no mean."""
-    sae, rows = make_sae(16), make_rows(50)
-    with pytest.raises(ValueError, match="no rows to measure statistics on"):
-        measure_statistics(sae, rows, torch.arange(0))
-    rows[17, 2] = float("nan")
-    with pytest.raises(ValueError, match="Row 17 of the activations holds NaN"):
-        measure_statistics(sae, rows)
-    with pytest.raises(ValueError, match="Row 17 of the activations holds NaN"):
-        measure_statistics(sae, rows, torch.arange(10), torch.arange(15, 30))
-
-
 def test_measuring_changes_nothing():
     """The SAE is somebody's: its numbers and settings stay, and it keeps no statistics that were not given to it."""
     sae, rows = make_sae(16), make_rows(80)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import clip_like_rows, make_sae, sparse_rows
+from toy import clip_like_rows, sparse_rows
 from trainings import HIDDEN, assert_close_weights, assert_same_weights, make_store, make_trainer
 
 from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
@@ -256,38 +256,6 @@ def test_training_checkpoints_hold_no_pickle_of_ours(interrupted):
     assert state["step"] == 10 and state["plan"]["seed"] == 42
 
 
-def test_resuming_from_a_path(rows, interrupted, tmp_path):
-    """`--resume_from_checkpoint PATH`, into another output_dir: the same end."""
-    resumed = make_trainer(tmp_path, rows, resume_from_checkpoint=str(interrupted / "checkpoint-5"))
-    resumed.train()
-    assert_same_weights(resumed.model, SAEModel.from_pretrained(interrupted))
-
-
-@pytest.mark.parametrize(
-    ("changed", "name"),
-    [
-        ({"seed": 1}, "seed=42, now it is 1"),
-        ({"learning_rate": 1e-3}, "learning_rate=0.003, now it is 0.001"),
-        ({"max_steps": 40}, "steps=20, now it is 40"),
-        ({"warmup_ratio": 0.5}, "warmup_ratio=0.05, now it is 0.5"),
-        ({"per_device_train_batch_size": 32}, "global_batch_size=64, now it is 32"),
-        ({"dead_latent_threshold": 9}, "dead_latent_threshold=8, now it is 9"),
-        ({"calibration_share": 0.15}, "calibration_share=0.05, now it is 0.15"),
-        ({"config": {"top_k": 4}}, "top_k=3, now it is 4"),
-        ({"config": {"num_latents": 100}}, "num_latents=96, now it is 100"),
-        ({"config": {"activation": "absolute"}}, "activation=relu, now it is absolute"),
-    ],
-)
-def test_changed_settings_are_not_continued(rows, interrupted, changed, name):
-    """Half a run with one setting and half with another is neither; the message says which one changed."""
-    for resume in (None, "latest"):
-        trainer = make_trainer(interrupted, rows, resume_from_checkpoint=resume, **changed)
-        with pytest.raises(
-            ValueError, match=f"holds the SAE of another training .*({name}).*train in another output_dir"
-        ):
-            trainer.train()
-
-
 def test_other_rows_are_not_continued(interrupted):
     """As many rows, but of another data set."""
     trainer = make_trainer(interrupted, sparse_rows(2000, seed=5), resume_from_checkpoint="latest")
@@ -517,22 +485,6 @@ def test_labels_come_from_the_stores(labelled, tmp_path):
         make_trainer(tmp_path / "x", bare, label_loss=PrototypeAlignment())
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (torch.zeros(1999, dtype=torch.int64), r"one integer a row, \(2000,\), not torch.int64 of shape \(1999,\)"),
-        (torch.zeros(2000), "not torch.float32 of shape"),
-        (torch.full((2000,), -2), r"label -2 of row 0 is out of range: it must be -1 \(unknown\) or a class"),
-        (torch.full((2000,), -1), r"All labels are -1 \(unknown\)"),
-        (None, "label_loss needs labels, and the rows have none"),
-    ],
-)
-def test_impossible_labels_are_refused(rows, tmp_path, labels, message):
-    """One-hot or shifted labels must be an error before the training, not a wrong SAE."""
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, rows, labels=labels, label_loss=PrototypeAlignment())
-
-
 def test_labels_without_a_use_are_refused(rows, tmp_path):
     """Whoever passes labels thinks that they are used; and a negative weight would drive classes apart."""
     with pytest.raises(ValueError, match="labels are given, but no label_loss"):
@@ -683,20 +635,6 @@ def test_broken_rows_are_refused_before_training(rows, tmp_path, part):
     with pytest.raises(ValueError, match=f"Row {number} of the activations holds NaN"):
         make_trainer(tmp_path, broken, save_steps=1).train()
     assert [path.name for path in tmp_path.iterdir()] in ([], [".training.lock"])
-
-
-def test_unusable_rows_are_refused(rows, tmp_path):
-    """Each message says what is wrong with which rows."""
-    with pytest.raises(
-        ValueError, match=r"activations are 24 wide, the SAE reads 32. Use SAEConfig\(hidden_size=24\)"
-    ):
-        make_trainer(tmp_path, rows, model=make_sae(32))
-    with pytest.raises(ValueError, match="1 activation rows are too few"):
-        make_trainer(tmp_path, rows[:1])
-    with pytest.raises(ValueError, match="All training rows are the same"):
-        make_trainer(tmp_path, rows[:1].expand(300, -1)).train()
-    with pytest.raises(ValueError, match=r"must be a \(rows, hidden_size\) tensor"):
-        make_trainer(tmp_path, rows[0])
 
 
 def test_a_diverging_run_stops(rows, tmp_path):

@@ -18,6 +18,7 @@ from ..clip.classifier import zero_shot_classifier
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
 from ..config.sae import SAEConfig
+from ..data.labels.lists import names_in
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings, resolve_templates
 from ..data.pixels import reading_fast
@@ -118,7 +119,7 @@ def adapt(
             holds something else; before any image is read where that can be told.
     """
     folder = Path(output_dir)
-    labels = [str(label) for label in labels]
+    labels = names_in(labels, "labels")
     if len(clean_class_names(labels, clean, "labels")) < 2:
         raise ValueError(f"There is one label, {labels[0]!r}, and so one answer: give two or more to choose from.")
     templates = resolve_templates(templates)

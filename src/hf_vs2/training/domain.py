@@ -50,7 +50,7 @@ def measure_statistics(
         sketch_rows (`int`): how many rows are kept, at random; 0 keeps none, and then `clip` is needed.
 
     Raises:
-        `ValueError`: on no rows, rows that are not finite, or nothing to take the mean image from.
+        `ValueError`: on no rows, rows of another width or that are not finite, or nothing to take the mean image from.
     """
     rows = rows_of(rows)
     if indices is None:
@@ -96,11 +96,11 @@ class _Sums:
         self.active = torch.zeros(num_latents, dtype=torch.float64, device=sae.device)
 
     def add(self, block: torch.Tensor, numbers: torch.Tensor) -> None:
+        code = self.sae.encode(block.to(self.sae.device))  # which refuses rows of another width
+        refuse_overflow(code[0], numbers)
         moved = block.double() - self.origin
         self.first += moved.sum(0)
         self.second += moved.T @ moved
-        code = self.sae.encode(block.to(self.sae.device))
-        refuse_overflow(code[0], numbers)
         values, indices = (part.flatten() for part in code)
         self.values.index_put_((indices,), values.double(), accumulate=True)
         self.active.index_put_((indices,), (values != 0).double(), accumulate=True)

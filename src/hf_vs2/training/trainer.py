@@ -127,17 +127,17 @@ class SAETrainer:
         self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model
         self._start = None if self._is_new else [tensor_digest(part.cpu()) for part in self.model.parameters()]
         self.rows = rows_of(train_rows, layer)
+        self.indices = chosen_rows(indices, len(self.rows))
+        train, held_out = split_rows(len(self.indices), args.calibration_share, args.seed)
+        if len(train) < 2:
+            raise ValueError(f"{len(self.indices)} activation rows are too few to train an SAE on.")
+        self.train_indices, self.held_out_indices = self.indices[train], self.indices[held_out]
         width = self.rows.take(torch.zeros(1, dtype=torch.int64)).shape[1]
         if width != self.model.config.hidden_size:
             raise ValueError(
                 f"The activations are {width} wide, the SAE reads {self.model.config.hidden_size}. Use "
                 f"SAEConfig(hidden_size={width})."
             )
-        self.indices = chosen_rows(indices, len(self.rows))
-        train, held_out = split_rows(len(self.indices), args.calibration_share, args.seed)
-        if len(train) < 2:
-            raise ValueError(f"{len(self.indices)} activation rows are too few to train an SAE on.")
-        self.train_indices, self.held_out_indices = self.indices[train], self.indices[held_out]
         if labels is not None and label_loss is None:
             raise ValueError(
                 "labels are given, but no label_loss that would use them. Training is label-free without one."

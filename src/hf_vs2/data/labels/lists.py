@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,8 +27,11 @@ _KEY_HEADERS = (
 )
 
 
-def names_in(given: Names) -> list[str]:
-    """The names of a list or mapping, in its order."""
+def names_in(given: Names | Iterable[str], what: str = "class_names") -> list[str]:
+    """The names of a list or mapping, in its order. One text would be a list of its letters: a `TypeError`."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        hint = " For text with commas: labels.split(',')." if isinstance(given, str) else ""
+        raise TypeError(f"{what} must be a list of strings, not {given!r}.{hint}")
     return list(given.values() if isinstance(given, Mapping) else given)
 
 

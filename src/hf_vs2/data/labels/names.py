@@ -54,11 +54,8 @@ def clean_class_names(class_names: Iterable[str], clean: bool = True, what: str 
         ValueError: no name, an empty one, or one that occurs twice (its two classes could not be told apart).
         TypeError: one string in place of a list, or a name that is not a string.
     """
-    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
-        hint = " For text with commas: labels.split(',')." if isinstance(class_names, str) else ""
-        raise TypeError(f"{what} must be a list of strings, not {class_names!r}.{hint}")
     first: dict[str, tuple[int, str]] = {}
-    for index, name in enumerate(class_names):
+    for index, name in enumerate(names_in(class_names, what)):
         if not isinstance(name, str):
             raise TypeError(f"{what}[{index}] is {name!r}, a {type(name).__name__}: every name must be a string.")
         cleaned = clean_name(name) if clean else name
@@ -163,7 +160,7 @@ def names_by_place(given: Names) -> list[str]:
             f"The labels of the data set are numbers without names, and those given are for {_listed(list(given))}: "
             f"give names for 0 to {len(given) - 1}, or a list in that order."
         )
-    return [given[str(place)] for place in range(len(given))] if isinstance(given, Mapping) else list(given)
+    return [given[str(place)] for place in range(len(given))] if isinstance(given, Mapping) else names_in(given)
 
 
 def find_names(
