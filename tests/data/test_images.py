@@ -3,6 +3,7 @@ door is tested in tests/test_every_door.py."""
 
 import base64
 import contextlib
+import io
 import os
 import threading
 import time
