@@ -80,10 +80,10 @@ def description(clip: Path, images: Path, folder: Path) -> dict:
         "views": 1,
         "ablations": {
             "top_k": [2, 4],
-            "expansion_factor": [2, 3],
+            "expansion_factor": [2],
             "share": [0.5, 1],
             "num_neighbors": [3],
-            "pass_weight": [0.5],
+            "pass_weight": [0.8],
         },
         "grid": {"gamma": [1.5, 2.0], "lambda": [0.0, 0.9, 1.8]},
         "gate_shift": {"trained_on": ["colours", "half"], "quantiles": [0.5]},

@@ -199,7 +199,7 @@ def asked(world, images_path, tmp_path_factory):
         return [scores[label] for label in labels]
 
     top = ["--top_k", 3]
-    used = ["--checkpoint", world.checkpoint, *data, "--activations_dir", out / "rows"]
+    used = ["--checkpoint", world.checkpoint, *data, "--activations_dir", out / "no rows"]
     explain = lambda labels, **options: model.explain(image, labels, processor=processor, **options)  # noqa: E731
     return rows, {
         "pipeline": pipeline,
