@@ -1,6 +1,7 @@
 """Data sets of images, and the stores that are made of them."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,16 @@ def make_dataset(count: int = 23, broken: tuple[int, ...] = (), modes: tuple[str
 
 def make_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def put_tar(path: Path, members: dict[str, bytes]) -> None:
+    """An archive of files by name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,13 +13,16 @@ import time
 import datasets
 import pytest
 import torch
-from image_stores import contents, make_dataset, make_processor
+from datasets.distributed import split_dataset_by_node
+from image_stores import contents, make_dataset, make_processor, put_tar
 
+from hf_vs2.data import load_images
 from hf_vs2.data.batches import Columns, ImageReader, read_batches
 from hf_vs2.data.stores.activations import ActivationStore, extract_activations
 from hf_vs2.data.stores.extraction import Extraction, even_shard_size
+from hf_vs2.data.stores.parts import num_parts, shard_files
 from hf_vs2.data.stores.sharing import WholeJob
-from hf_vs2.data.stores.store_format import read_index, write_shard
+from hf_vs2.data.stores.store_format import read_index, read_shard_header, write_shard
 from hf_vs2.encoders.vision_tower import VisionTower
 
 
@@ -133,10 +136,10 @@ def test_progress_is_that_of_all_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", shown)
 
     def made(number):
-        write_shard(tmp_path, number, {"image_index": torch.arange(8)}, {})
+        write_shard(tmp_path, number, {"image_index": torch.arange(8)}, {"start": 8 * number, "stop": 8 * number + 8})
 
     made(0)  # by an earlier run
-    with WholeJob(tmp_path, 8, 20, shown=True) as job:
+    with WholeJob(tmp_path, 20, shown=True) as job:
         job.add(4)
         assert job.bar.n == 4
         made(1)
@@ -147,13 +150,54 @@ def test_progress_is_that_of_all_processes(tmp_path, monkeypatch):
     assert job.bar.n == 20
 
 
+def tar_files(folder, counts, broken=()):
+    """A stream of webdataset's archives, each of so many images."""
+    rows = make_dataset(sum(counts), broken).cast_column("image", datasets.Image(decode=False))
+    numbers = iter(range(len(rows)))
+    for name, count in enumerate(counts):
+        members = {}
+        for number, row in ((number, rows[number]) for number in itertools.islice(numbers, count)):
+            members[f"{number:04d}.png"] = row["image"]["bytes"]
+            members[f"{number:04d}.cls"] = str(row["label"]).encode()
+        put_tar(folder / f"{name:03d}.tar", members)
+    return load_images(folder, streaming=True, image_column="png")
+
+
+def test_what_reads_other_rows_in_parts_is_not_read_in_parts(tmp_path):
+    """Parts must hold the rows of the whole, in its order."""
+    stream = tar_files(tmp_path / "tars", [3, 1, 4, 2])
+    assert num_parts(stream, 1) == 1
+    by_row = [
+        stream,
+        stream.filter(lambda row: row["label"] != 1),
+        stream.map(lambda row: {"n": 1}).select_columns("png"),
+    ]
+    for one in by_row:
+        assert num_parts(one, 2) == num_parts(one, 4) == 4
+        rows = [
+            row["png"]["path"] for part in range(3) for row in one.shard(num_shards=3, index=part, contiguous=True)
+        ]
+        assert rows == [row["png"]["path"] for row in one]
+        assert num_parts(one, 5) == 1, "fewer files than processes"
+    for other in (
+        stream.take(5),
+        stream.skip(2),
+        stream.shuffle(seed=0, buffer_size=2),
+        stream.map(lambda row, number: {"number": number}, with_indices=True),
+        stream.map(lambda rows: {"first": [rows["png"][0]] * len(rows["png"])}, batched=True),
+        datasets.interleave_datasets([stream, stream]),
+        split_dataset_by_node(stream, 0, 2),
+    ):
+        assert num_parts(other, 2) == 1
+
+
 WORKER = """
 import sys, time
 import torch
 from conftest import make_tiny_clip
 from image_stores import make_dataset, make_processor
 from hf_vs2.activations import extract_activations
-from hf_vs2.data import batches, open_image
+from hf_vs2.data import batches, load_images, open_image
 
 rank, folder, count, streaming, shard_size, seconds = sys.argv[1:]
 torch.set_num_threads(1)
@@ -166,11 +210,22 @@ def slow(value, name, **options):
     return open_image(value, name, **options)
 
 batches.open_image = slow
-dataset = make_dataset(int(count)).to_iterable_dataset() if streaming else make_dataset(int(count))
+def note(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(".tar"):
+        with open(f"{folder}.tars{rank}", "a") as file:
+            file.write(str(arguments[0]) + chr(10))
+
+sys.addaudithook(note)
+columns = {"label_column": "label"}
+if not count.isdigit():
+    dataset = load_images(count, streaming=True, image_column="png")
+    columns = {"image_column": "png", "label_column": "label", "on_error": "skip"}
+elif streaming:
+    dataset = make_dataset(int(count)).to_iterable_dataset()
+else:
+    dataset = make_dataset(int(count))
 options = {"image_processor": make_processor(), "batch_size": 4, "shard_size": int(shard_size), "num_workers": 0}
-extract_activations(
-    make_tiny_clip(), dataset, folder, dataset_fingerprint="x", progress=False, label_column="label", **options
-)
+extract_activations(make_tiny_clip(), dataset, folder, dataset_fingerprint="x", progress=False, **columns, **options)
 """
 
 
@@ -268,3 +323,40 @@ def test_an_error_ends_the_work_of_all(tmp_path):
     assert "Invalid value NaN" in messages[1]
     assert "StoreError: The extraction failed on another process: see its message" in messages[0]
     assert opened(folder)[0] < 300
+
+
+@pytest.mark.slow
+def test_each_process_reads_archives_of_its_own(tiny_clip, one_thread, tmp_path):
+    """Of a stream of several files none is read by two processes, but the first, which shows what the columns are. The
+    rows are those of one process, and what a process that died had made of them isn't made again."""
+    folder, tars, images = tmp_path / "two", tmp_path / "tars", [9, 0, 14, 1, 5, 17]
+    stream = tar_files(tars, images, broken=(3, 40))
+    victim, other = start(folder, tars, True, 4, seconds=(0.5, 0.05))
+    while opened(folder)[0] < 9:  # the first shards are there
+        assert victim.poll() is None
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert "Another process of this job has died" in other.communicate(timeout=300)[1]
+    victim.communicate()
+    read = [set(folder.with_name(f"{folder.name}.tars{rank}").read_text().split()) for rank in range(2)]
+    assert read[0] & read[1] <= {str(tars / "000.tar")}
+    assert read[0] | read[1] == {str(path) for path in tars.iterdir()}
+    store = next(folder.glob("*/index.json")).parent
+    headers = [read_shard_header(path.parent, int(path.stem[6:])) for path in shard_files(store)]
+    there = sum(header["stop"] - header["start"] for header in headers)
+    for log in folder.parent.glob("*.log*"):
+        log.unlink()
+    assert [process.wait(timeout=300) for process in start(folder, tars, True, 4)] == [0, 0]
+    assert sum(opened(folder)) == sum(images) - there > 0
+
+    one = extract_activations(
+        tiny_clip, stream, tmp_path / "one", image_column="png", label_column="label", dataset_fingerprint="x",
+        image_processor=make_processor(), batch_size=4, shard_size=4, on_error="skip", progress=False,
+    )  # fmt: skip
+    two = ActivationStore.open(folder)
+    assert two.image_indices.tolist() == one.image_indices.tolist() == [n for n in range(46) if n not in (3, 40)]
+    assert torch.equal(one.labels, two.labels)
+    torch.testing.assert_close(one.tensor(), two.tensor(), atol=1e-5, rtol=1e-5)  # in other batches
+    assert [item["index"] for item in two.metadata["skipped"]] == [3, 40]
+    assert "image 3 of part 0" in two.metadata["skipped"][0]["error"]
+    assert sorted(path.name for path in two.path.iterdir()) == sorted(path.name for path in one.path.iterdir())

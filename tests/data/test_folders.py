@@ -2,11 +2,11 @@
 
 import io
 import os
-import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
+from image_stores import put_tar
 from PIL import Image
 
 from hf_vs2.data import load_images, open_image
@@ -239,15 +239,6 @@ def make_rows(*labels: str | int, first: int = 0) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "label": list(labels)}).cast_column("image", datasets.Image())
 
 
-def put_tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
 def reds(rows) -> list[int]:
     return [open_image(row["image"]).getpixel((0, 0))[0] for row in rows]
 
@@ -363,6 +354,7 @@ def test_webdataset_as_clip_benchmark_writes_it(streaming, tmp_path):
         rows = load_images(source, split, streaming=streaming)
         assert rows.features["label"].names == ["cat", "hot dog"]
         expected = [50, 51] if source.suffix else [50, 51, 52, 53]
+        assert [row["image"]["bytes"] for row in rows] == [png(n) for n in expected], "as they are in the archive"
         assert reds(rows) == expected and [row["label"] for row in rows] == [n % 2 for n in expected]
     with pytest.raises(ValueError, match=r"several splits \(test, train\)"):
         load_images(tmp_path, streaming=streaming)

@@ -75,10 +75,11 @@ class _Row(NamedTuple):
 class ImageReader(TorchDataset):
     """`reader[span]` is the [`ImageBatch`] of a [`Span`]."""
 
-    def __init__(self, dataset: Any, columns: Columns, processor: Any):
+    def __init__(self, dataset: Any, columns: Columns, processor: Any, of_part: str = ""):
         self.dataset = dataset
         self.columns = columns
         self.processor = processor
+        self.of_part = of_part  # of the data set, in the names of images
 
     def __getitem__(self, span: Span) -> ImageBatch:
         rows = self.rows(span)
@@ -94,7 +95,10 @@ class ImageReader(TorchDataset):
             values = columns[self.columns.image]
             labels = [None] * len(values) if self.columns.label is None else columns[self.columns.label]
         numbered = enumerate(zip(values, labels, strict=True), span.start)
-        return [_Row(place, value, image_name(f"image {place}", value), label) for place, (value, label) in numbered]
+        return [
+            _Row(place, value, image_name(f"image {place}{self.of_part}", value), label)
+            for place, (value, label) in numbered
+        ]
 
     def read(self, row: _Row) -> torch.Tensor | UnreadableImageError:
         """The image's pixels, or why there are none."""

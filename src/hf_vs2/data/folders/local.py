@@ -135,6 +135,9 @@ def _open_archives(
         renamed["cls"] = "label"
     names = [file for file in (root / "classnames.txt", root.parent / "classnames.txt") if file.is_file()]
     for split, part in splits.items():
+        if streaming:  # renames by a function, for which `datasets` would decode images, and encode them once more
+            for name in images:
+                part = part.cast_column(name, datasets.Image(mode=features[name].mode, decode=False))
         splits[split] = part = part.rename_columns(renamed)
         if names and "cls" in features:
             lines = names[0].read_text(encoding="utf-8-sig").splitlines()

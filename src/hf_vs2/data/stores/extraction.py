@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from ...encoders.vision_tower import VisionTower, best_device
 from ..batches import ImageBatch, ImageReader, Span, StreamSpans, read_batches, spans_of_dataset
 from ..images import UnreadableImageError
 from ..pixels import Normalizer
+from .parts import PARTS, Parts, num_parts, part_folder
 from .sharing import Claims, WholeJob
 from .store import ActivationStore
 from .store_format import (
     INDEX_NAME,
     ROW_DTYPES,
+    Shard,
     StoreError,
     differences,
     read_index,
@@ -51,9 +53,11 @@ class Extraction:
     num_workers: int | None
     skip_unreadable: bool
     progress: bool
+    is_part: bool = False
+    """Of a stream that several processes read: one of them makes a store of the part's rows, on its way to the whole."""
 
     def __post_init__(self) -> None:
-        together = distributed.is_available() and distributed.is_initialized()
+        together = not self.is_part and distributed.is_available() and distributed.is_initialized()
         self.rank, self.world_size = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
         self.normalize = Normalizer(self.reader.processor, self.tower.device)
         self.num_images = _length(self.reader.dataset)
@@ -70,16 +74,21 @@ class Extraction:
         """
         with self._lock():
             self._together(lambda: None)  # nobody looks before the main process holds the lock
-            self._together(self._look)
-            if self.store is None:
-                self._together(self._begin, main_only=True)
-                self.index["shard_size"] = read_index(self.folder)["shard_size"]
-                self._together(self._plan)  # everybody counts what is missing before anybody adds to it
-                shown = self.progress and self.rank == 0
-                with WholeJob(self.folder, self.index["shard_size"], self.total, shown=shown) as self.done:
-                    self._together(self._extract)
-                self._together(self._finish, main_only=True)
-                self.store = ActivationStore.open(self.folder, request_of(self.index))
+            return self._made()
+
+    def _made(self, job: WholeJob | None = None) -> ActivationStore:
+        self._together(self._look)
+        if self.store is None:
+            self._together(self._begin, main_only=True)
+            self.index |= _layout(read_index(self.folder))
+            self._together(self._plan)  # everybody counts what is missing before anybody adds to it
+            shown = self.progress and self.rank == 0
+            with contextlib.nullcontext(job) if job else WholeJob(self.folder, self.total, shown=shown) as self.job:
+                self._together(self._extract_parts if PARTS in self.index else self._extract)
+            if PARTS in self.index:
+                self._together(self._join)
+            self._together(self._finish, main_only=True)
+            self.store = ActivationStore.open(self.folder, request_of(self.index))
         return self.store
 
     # -- agreement between processes ---------------------------------------------------------------------------------
@@ -107,8 +116,11 @@ class Extraction:
         if self.world_size > 1:
             device = "cpu" if distributed.get_backend() == "gloo" else best_device()
             failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
-            with naming_lost_partners():
-                distributed.all_reduce(failed)
+            try:
+                with naming_lost_partners():
+                    distributed.all_reduce(failed)
+            except OSError as lost:
+                raise failure or lost from None
             if failure is None and failed.item():
                 raise StoreError("The extraction failed on another process: see its message")
         if failure is not None:
@@ -134,10 +146,13 @@ class Extraction:
             raise ValueError("The data set is empty: there is nothing to extract")
         self.folder.mkdir(exist_ok=True)
         if (self.folder / INDEX_NAME).exists():
-            self.index["shard_size"] = read_index(self.folder)["shard_size"]
+            self.index |= _layout(read_index(self.folder))
         else:
             self._log_nearest()
-            if self.num_images is not None:
+            if self.num_images is None:
+                parts, files = num_parts(self.reader.dataset, self.world_size), self.reader.dataset.num_shards
+                self.index |= {PARTS: [parts, files]} if parts > 1 else {}
+            else:
                 self.index["shard_size"] = even_shard_size(
                     self.num_images, self.index["shard_size"], self.batch_size, self.world_size
                 )
@@ -158,22 +173,22 @@ class Extraction:
         """The batches of what is missing, as this process takes them, and how many images all lack where that is
         known."""
         size = self.index["shard_size"]
-        if self.num_images is None:
-            stream, self.reader.dataset = self.reader.dataset, None  # its rows travel with the spans
-            # The length being unknown, the last, shorter shard is always made again.
-            self.spans = StreamSpans(
-                stream,
-                self.reader.columns,
-                self.batch_size,
-                size,
-                lambda n: self._is_missing(n) and self.claims.take(n),
+        if PARTS in self.index and self.index[PARTS][1] != getattr(self.reader.dataset, "num_shards", None):
+            raise StoreError(
+                f"{self.folder} was begun with a stream of {self.index[PARTS][1]} files, which this data set isn't: "
+                "give that stream, or remove the folder to begin again"
             )
-            return
-        missing = {number for number in range(-(-self.num_images // size)) if self._is_missing(number)}
-        self.total = sum(min(size, self.num_images - number * size) for number in missing)
-        self.spans = spans_of_dataset(
-            self.num_images, self.batch_size, size, lambda n: n in missing and self.claims.take(n)
-        )
+
+        def takes(number: int) -> bool:
+            return self._is_missing(number) and self.claims.take(number)
+
+        if self.num_images is None:  # the last, shorter shard is then always made again
+            self.stream, self.reader.dataset = self.reader.dataset, None  # its rows travel with the spans
+            self.spans = StreamSpans(self.stream, self.reader.columns, self.batch_size, size, takes)
+        else:
+            self.spans = spans_of_dataset(self.num_images, self.batch_size, size, takes)
+            missing = filter(self._is_missing, range(-(-self.num_images // size)))
+            self.total = sum(min(size, self.num_images - number * size) for number in missing)
 
     def _is_missing(self, number: int) -> bool:
         start, size = number * self.index["shard_size"], self.index["shard_size"]
@@ -182,7 +197,7 @@ class Extraction:
         return header is None or (header["start"], header["stop"], header["store"]) != (start, stop, self.folder.name)
 
     def _extract(self) -> None:
-        shard: _Shard | None = None
+        shard: Shard | None = None
         batches = read_batches(self.reader, self.spans, self.num_workers, self.tower.device)
         with self.claims.given_up_on_error(), self.tower.inference(), contextlib.closing(batches):
             for batch in batches:
@@ -190,15 +205,39 @@ class Extraction:
                 if shard is not None and shard.number != number:
                     self._write(shard)
                     shard = None
-                shard = shard or _Shard(number, self.index["layers"])
+                shard = shard or Shard(number, self.index["layers"])
                 self._add(shard, batch)
-                self.done.add(batch.stop - batch.start)
+                self.job.add(batch.stop - batch.start)
             if shard is not None:
                 self._write(shard)
         if isinstance(self.spans, StreamSpans):
             self.num_images = self.spans.num_images
 
-    def _add(self, shard: _Shard, batch: ImageBatch) -> None:
+    def _extract_parts(self) -> None:
+        """Takes the parts of a stream that nobody has taken."""
+        with self.claims.given_up_on_error():
+            for number in range(self.index[PARTS][0]):
+                if not self.claims.take(number):
+                    continue
+                stream = self.stream.shard(num_shards=self.index[PARTS][0], index=number, contiguous=True)
+                reader = ImageReader(stream, self.reader.columns, self.reader.processor, f" of part {number}")
+                index = {name: value for name, value in self.index.items() if name != PARTS}
+                folder = part_folder(self.folder, number)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                replace(self, reader=reader, index=index, folder=folder, is_part=True)._made(self.job)
+
+    def _join(self) -> None:
+        """The shards, of the parts' rows: only now is known at which image each part begins."""
+        parts, size = Parts(self.folder, self.index[PARTS][0]), self.index["shard_size"]
+        self.num_images = parts.num_images
+        for number in range(self.rank, -(-self.num_images // size), self.world_size):
+            if self._is_missing(number):
+                shard = Shard(number, self.index["layers"])
+                shard.stop = min((number + 1) * size, self.num_images)
+                parts.fill(shard, number * size, ROW_DTYPES[self.index["dtype"]])
+                self._write(shard)
+
+    def _add(self, shard: Shard, batch: ImageBatch) -> None:
         for item in batch.unreadable:
             if not self.skip_unreadable:
                 raise UnreadableImageError(
@@ -214,7 +253,7 @@ class Extraction:
         shard.skipped += batch.unreadable
         shard.stop = batch.stop
 
-    def _write(self, shard: _Shard) -> None:
+    def _write(self, shard: Shard) -> None:
         empty = torch.empty(0, self.tower.hidden_size, dtype=ROW_DTYPES[self.index["dtype"]])
         tensors = {f"layer_{layer}": torch.cat([empty, *rows]) for layer, rows in shard.rows.items()}
         tensors["image_index"] = torch.tensor(shard.indices, dtype=torch.int64)
@@ -223,25 +262,28 @@ class Extraction:
         start = shard.number * self.index["shard_size"]
         header = {"store": self.folder.name, "start": start, "stop": shard.stop, "skipped": shard.skipped}
         write_shard(self.folder, shard.number, tensors, header)
-        self.done.count()
+        self.job.count()
 
     def _finish(self) -> None:
         """Gathers what the shards say and declares the store complete."""
-        if not self.num_images:
+        if not self.num_images and not self.is_part:
             raise ValueError("The data set is empty: there is nothing to extract")
         headers = []
-        for number in range(-(-self.num_images // self.index["shard_size"])):
+        for number in range(-(-(self.num_images or 0) // self.index["shard_size"])):
             header = read_shard_header(self.folder, number)
             if header is None:
                 raise StoreError(f"Shard {number} of {self.folder} disappeared during the extraction: run it again")
             headers.append(header)
         skipped = [item for header in headers for item in header["skipped"]]
         num_rows = sum(header["rows"] for header in headers)
-        if num_rows == 0:
+        if num_rows == 0 and not self.is_part:
             raise ValueError(f"None of the {self.num_images} images can be read; the first: {skipped[0]['error']}")
-        if skipped:
+        if skipped and not self.is_part:
             logger.warning(f"{len(skipped)} of {self.num_images} images could not be read and were skipped.")
         self.claims.end()
+        if self.index.pop(PARTS, None):
+            write_index(self.folder, self.index)  # from here on it is a store like others, without its last line
+            Parts.remove(self.folder)
         self.index |= {
             "num_images": self.num_images,
             "num_rows": num_rows,
@@ -281,18 +323,6 @@ def even_shard_size(num_images: int, shard_size: int, batch_size: int, world_siz
     return min(shard_size, size + -size % batch_size)
 
 
-class _Shard:
-    """The rows of a shard while they come in."""
-
-    def __init__(self, number: int, layers: Sequence[int]):
-        self.number = number
-        self.stop = 0
-        self.rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-        self.indices: list[int] = []
-        self.labels: list[int] = []
-        self.skipped: list[dict[str, Any]] = []
-
-
 def _checked(values: torch.Tensor, dtype: torch.dtype, layer: int, names: Sequence[str]) -> torch.Tensor:
     """`values` (n, hidden) on the CPU in the store's dtype; raises where a row is not finite, naming its image."""
     rows = values.to(dtype)
@@ -309,6 +339,11 @@ def _checked(values: torch.Tensor, dtype: torch.dtype, layer: int, names: Sequen
                 )
         raise ValueError(f"The CLS activation of {names[bad]} after layer {layer} {reason}")
     return rows.cpu()
+
+
+def _layout(index: dict[str, Any]) -> dict[str, Any]:
+    """How the rows of an unfinished store are cut into files, whoever began it."""
+    return {name: index[name] for name in ("shard_size", PARTS) if name in index}
 
 
 def _length(dataset: Any) -> int | None:

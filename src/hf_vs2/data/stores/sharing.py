@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...files.progress import progress_bar
+from .parts import shard_files
+from .store_format import read_shard_header
 
 
 class Claims:
@@ -48,10 +50,10 @@ class Claims:
 class WholeJob:
     """The main process's bar, of what all processes make: its own batches, and the shards of the others."""
 
-    def __init__(self, store: Path, shard_size: int, total: int | None, *, shown: bool):
-        self.store, self.shard_size, self.total = store, shard_size, total
+    def __init__(self, store: Path, total: int | None, *, shown: bool):
+        self.store, self.total = store, total
         self.bar = progress_bar(shown=shown, total=total, unit=" images", desc="CLS activations")
-        self.before = self._num_shards()
+        self.images = dict.fromkeys(self._shards(), 0)  # of each shard, made by this run
 
     def __enter__(self) -> WholeJob:
         return self
@@ -61,14 +63,16 @@ class WholeJob:
             self.bar.update(self.total - self.bar.n)
         self.bar.close()
 
-    def _num_shards(self) -> int:
-        return 0 if self.bar.disable else sum(1 for _ in self.store.glob("shard-*.safetensors"))
+    def _shards(self) -> Iterator[Path]:
+        return iter(()) if self.bar.disable else shard_files(self.store)
 
     def add(self, num_images: int) -> None:
         """This process has made so many."""
         self.bar.update(num_images)
 
     def count(self) -> None:
-        """Counts the shards on disk, of all processes."""
-        made = (self._num_shards() - self.before) * self.shard_size
-        self.bar.update(max(0, min(made, self.total or made) - self.bar.n))
+        """Counts the images of all shards that are there by now."""
+        for path in self._shards():
+            if path not in self.images and (header := read_shard_header(path.parent, int(path.stem[6:]))):
+                self.images[path] = header["stop"] - header["start"]
+        self.bar.update(max(0, sum(self.images.values()) - self.bar.n))

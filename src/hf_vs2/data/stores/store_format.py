@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,18 @@ _COMPLETE_CHECKS: dict[str, Callable[[Any], bool]] = {
         and all(isinstance(x, dict) and _is_count(x.get("rows")) and _is_count(x.get("bytes")) for x in value)
     ),
 }
+
+
+class Shard:
+    """The rows of a shard while they come in."""
+
+    def __init__(self, number: int, layers: Sequence[int]):
+        self.number = number
+        self.stop = 0
+        self.rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        self.indices: list[int] = []
+        self.labels: list[int] = []
+        self.skipped: list[dict[str, Any]] = []
 
 
 def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
