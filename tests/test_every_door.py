@@ -269,6 +269,7 @@ OF_PYTHON = (
     "evaluate, the function",
     "adapt, the function",
 )
+CALLED = {"pipeline": "candidate_labels", "class_embeddings": "class_names", "evaluate, the function": "class_names"}
 DOORS_OF_NAMES = (*OF_PYTHON, "classify", "explain, the command", "evaluate", "recommend", "atlas", "adapt")
 
 
@@ -278,8 +279,9 @@ def test_bad_names_are_refused_before_the_first_image(door, asked, no_image):
     for kind, (names, message) in BAD_NAMES.items():
         if door not in OF_PYTHON and kind in ("a number", "one text"):  # not to be said on a command line
             continue
-        with pytest.raises((ValueError, TypeError, Failed), match=message):
+        with pytest.raises((ValueError, TypeError, Failed), match=message) as caught:
             asked[1][door](names)
+        assert CALLED.get(door, "labels") in str(caught.value), "as whoever gave them calls them"
 
 
 BAD_TEMPLATES = {
