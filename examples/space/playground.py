@@ -115,12 +115,14 @@ class Playground:
         """Whether latents can be switched off in it: in those alone whose scores are sums over latents."""
         return METHODS[method or next(iter(self.methods))].explains
 
-    def name(self, latent: int) -> str:
-        """A latent's name, with the word that is nearest where no word is a name."""
+    def name(self, latent: int, with_nearest: bool = True) -> str:
+        """A latent's name; where no word is its name, the word that is nearest."""
         if self._names is None:
             return ""
         (word, score), name = self._names.of(latent)[0], self._names.name(latent)
-        return f"unnamed (nearest: {word} {score:.2f})" if name is None else name
+        if name is None:
+            return f"unnamed (nearest: {word} {score:.2f})" if with_nearest else "unnamed"
+        return name
 
     def threshold(self, method: str) -> float | None:
         """The gate's, where the method's gate goes by FVU."""
