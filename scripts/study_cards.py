@@ -54,6 +54,8 @@ def write_card(bench: Bench, encoder: str, trained_on: tuple[str, ...], evaluate
     model.set_steering(gamma=steering.gamma, lambda_=steering.lambda_, gate=steering.gate)
     rows = bench.rows(encoder, evaluated_on, "test")
     names = bench.class_names(evaluated_on)
+    if rows.class_names:  # what prompts call the data set's own classes
+        names = dict(zip(rows.class_names, names, strict=True))
     reference = bench.rows(encoder, evaluated_on, "train")
     result = evaluate(model, rows, bench.labels(encoder, evaluated_on), names, tokenizer, reference_rows=reference)
     name = f"sae-{encoder}-{'-'.join(trained_on)}-k{spec.top_k}"

@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[2]
 ENCODER = "clip-vit-tiny-lit"
 DATASETS = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet", "cub100": "CUB, 100 classes"}
 METHODS = {
+    "anchored_prototypes": "anchored prototypes",
     "centroid": "centroid",
-    "distribution_norm_1": "distribution norm",
-    "full_distribution_norm+gate": "distribution norm, gated",
+    "distribution_norm": "distribution norm (both means x 0.25)",
+    "distribution_norm_1": "full distribution norm",
+    "full_distribution_norm": "full distribution norm, gated",
     "balanced_norm": "balanced norm",
     "balanced_prototypes": "balanced prototypes",
     "prototypes": "prototypes",
@@ -28,11 +30,9 @@ METHODS = {
     "vs2_random": "VS2's rule, random directions",
     "vs2_pca": "VS2's rule, principal components",
     "vs2++": "VS2++, pseudo-labels",
-    "vs2+distribution_norm": "VS2, then distribution norm",
-    "corrected+distribution_norm": "corrected VS2, then distribution norm",
+    "corrected+distribution_norm": "corrected VS2, then full distribution norm",
     "prototypes+sae": "prototypes + SAE view",
     "prototypes+random": "prototypes + view of random directions",
-    "prototypes+pca+sae": "prototypes + PCA and SAE views",
 }
 
 
