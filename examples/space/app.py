@@ -101,7 +101,10 @@ class Page:
         if not self.playground.has_latents(settings.method):
             return gr.CheckboxGroup(visible=False)
         listed = {latent["latent"] for latent in found.top(likeliest(found), SHOWN_LATENTS)} | {*settings.off}
-        choices = [(f"#{latent} {self.playground.name(latent, with_nearest=False)}".strip(), latent) for latent in sorted(listed)]
+        choices = [
+            (f"#{latent} {self.playground.name(latent, with_nearest=False)}".strip(), latent)
+            for latent in sorted(listed)
+        ]
         # No value: a switch that was pressed while this was computed stays as it is.
         return gr.CheckboxGroup(choices, visible=bool(choices))
 
