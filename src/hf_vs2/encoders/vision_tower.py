@@ -65,8 +65,8 @@ class VisionTower:
 
         Raises:
             TypeError: no model. ValueError: a model of a family that nothing can steer yet, or with weights that can't
-                be used; a revision or dtype together with a model that is already loaded. OSError: files of a model given by
-                name are missing.
+                be used; a revision or dtype together with a model that is already loaded. OSError: files of a model
+                given by name are missing.
         """
         if isinstance(model, (str, os.PathLike)):
             model = load_clip(os.fspath(model), {"revision": revision}, dtype=dtype)

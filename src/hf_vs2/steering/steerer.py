@@ -373,14 +373,9 @@ class Steerer:
     def class_logits(
         self, images: VS2ImageFeatures, class_embeds: torch.Tensor, name: Callable[[int], str] = "row {}".format
     ) -> torch.Tensor:
-        """Logits of images for classes, float32 `(batch, num_classes)`; see [`VS2CLIPForZeroShot.class_logits`].
-        `name`: how a message names a row."""
-        return logits_of_images(
-            self.clip,
-            cast(torch.Tensor, images.features),
-            lambda embeds: self.scores(images, embeds.to(class_embeds.device), class_embeds),
-            name,
-        )
+        """Float32 `(batch, num_classes)`; see [`VS2CLIPForZeroShot.class_logits`]. `name`: of a row in a message."""
+        score = lambda embeds: self.scores(images, embeds.to(class_embeds.device), class_embeds)  # noqa: E731
+        return logits_of_images(self.clip, cast(torch.Tensor, images.features), score, name)
 
     def scores(
         self,

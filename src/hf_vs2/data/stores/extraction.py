@@ -54,7 +54,7 @@ class Extraction:
     skip_unreadable: bool
     progress: bool
     is_part: bool = False
-    """Of a stream that several processes read: one of them makes a store of the part's rows, on its way to the whole."""
+    """Of a stream that several processes read: one of them makes a store of its rows, on its way to the whole."""
 
     def __post_init__(self) -> None:
         together = not self.is_part and distributed.is_available() and distributed.is_initialized()

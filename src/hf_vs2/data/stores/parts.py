@@ -30,7 +30,7 @@ def num_parts(stream: Any, world_size: int) -> int:
         return min(stream.num_shards, _PARTS_A_PROCESS * world_size)
     logger.warning(
         f"Each of the {world_size} processes reads the whole stream, and decodes its own images: it is of "
-        f"{stream.num_shards} file(s), which is fewer than processes, or is cut, shuffled, joined or mapped in batches."
+        f"{stream.num_shards} file(s), fewer than processes, or is cut, shuffled, joined or mapped in batches."
     )
     return 1
 
