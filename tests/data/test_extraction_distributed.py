@@ -27,7 +27,7 @@ from hf_vs2.encoders.vision_tower import VisionTower
 
 
 def planned(tower, folder, dataset, batch_size, shard_size, world_size, done=()):
-    """The `world_size` extractions of one job, ready to take shards, and the shard size they agree on."""
+    """The extractions of a job of so many processes, ready to take shards, and the shard size they agree on."""
     folder.mkdir(exist_ok=True)
     processes = []
     for rank in range(world_size):

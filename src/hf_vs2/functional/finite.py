@@ -10,8 +10,8 @@ def first_broken_row(*parts: torch.Tensor) -> int | None:
     and under `torch.compile`, which can't look at numbers. A GPU is waited for once."""
     if torch.compiler.is_compiling():
         return None
-    finite = torch.stack([part.reshape(len(part), -1).isfinite().all(-1).to(parts[0].device) for part in parts])
-    finite = finite.all(0)
+    flat = [(part.unsqueeze(-1) if part.ndim == 1 else part.flatten(1)).isfinite() for part in parts]
+    finite = torch.stack([part.all(-1).to(parts[0].device) for part in flat]).all(0)
     return None if finite.all() else int((~finite).nonzero()[0])
 
 
