@@ -213,11 +213,16 @@ def test_classify_gives_the_models_own_answer_beside_clips(checkpoint, images_pa
     assert printed[0]["plain"][0]["score"] == pytest.approx(plain.logits_per_image.softmax(-1).max().item(), abs=1e-5)
     assert printed[0]["fvu"] == pytest.approx(out.fvu.item(), rel=1e-4) and printed[0]["steered"] is out.steered.item()
     monkeypatch.setenv("COLUMNS", "80")
-    table = run(capsys, *arguments).splitlines()
+    assert main([*map(str, arguments)]) == 0
+    table, summary = (text.splitlines() for text in capsys.readouterr())
     assert table[0].split()[:3] == ["image", "label", "score"] and table[2].startswith(os.path.join("blue", "00.png"))
     changed = sum(row["changed"] for row in printed)
-    assert sum(line.endswith("*") for line in table[1:10]) == changed
-    assert table[11].startswith(f"9 images: {changed} changed") and all(len(line) <= 80 for line in table)
+    assert len(table) == 10 and sum(line.endswith("*") for line in table) == changed
+    assert f"9 images: {changed} changed" in summary[1] and all(len(line) <= 80 for line in table + summary)
+    further = run(capsys, *arguments, "--top_k", 2).splitlines()
+    assert len(further) == 10 and all(len(line) <= 80 for line in further)
+    for line, row in zip(further[1:], printed, strict=True):
+        assert [item["label"] in line.split() for item in row["predictions"]] == [True, True]
 
 
 def test_classify_by_other_methods(checkpoint, images_path, tmp_path, capsys):
@@ -399,9 +404,10 @@ def test_classify_continues_a_file_of_rows(suffix, checkpoint, images_path, tmp_
     with cut.open("ab") as file:
         file.write(whole.read_bytes().splitlines(keepends=True)[-1][:-9])  # as if killed while it wrote
     before = len(opened)
-    out = run(capsys, *arguments, "--output", cut)
+    assert main([*map(str, arguments), "--output", str(cut)]) == 0
+    counted = capsys.readouterr().err
     assert cut.read_bytes() == whole.read_bytes() and len(opened) - before < 24 <= len(opened)
-    assert "24 images: " in out and "from an earlier run" in out
+    assert "24 images: " in counted and "from an earlier run" in counted
     for other in (["--method", "none"], ["--labels", "red", "green"], ["--names_as_given"]):
         assert f"{cut} holds rows made with other settings" in complaint(capsys, *arguments, "--output", cut, *other)
     (tmp_path / f"cut{suffix}.settings.json").unlink()

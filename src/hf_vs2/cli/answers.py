@@ -100,34 +100,43 @@ class Table:
         self.started = False
 
     def lines(self, name: str, answer: Mapping[str, Any]) -> Iterator[str]:
-        """The line of an image, and one for each further label that was asked for; before the first, the header."""
+        """The line of an image, with the next labels that were asked for at its end; before the first, the header."""
         distances = answer.get("distance")
         what, measured = ("FVU", answer["fvu"]) if distances is None else ("distance", distances)
         numbers = [_numbers(measured, "{:.3f}") or "-", " ".join(map(_yes_or_no, _each(answer["steered"])))]
+        first, *others = ((item["label"], f"{item['score']:.3f}") for item in answer["predictions"])
         if not self.started:
             self.started = True
             self.widths = [max(len(what), len(numbers[0])), max(len("steered"), len(numbers[1]))]
-            self._fit()
-            yield self._line("image", ("label", "score"), ("plain CLIP", "score"), [what, "steered"])
-        first, *others = ((item["label"], f"{item['score']:.3f}") for item in answer["predictions"])
+            self._fit(len(others))
+            heads = ["next labels"] if others else []
+            yield self._line("image", ("label", "score"), ("plain CLIP", "score"), [what, "steered"], " ", heads)
         plain = answer["plain"][0]["label"], f"{answer['plain'][0]['score']:.3f}"
-        yield self._line(name, first, plain, numbers) + (f"{_GAP}*" if answer["changed"] else "")
-        for label in others:
-            yield self._line("", label, ("", ""), ["", ""]).rstrip()
+        further = [f"{_cut(label, self.label)} {score}" for label, score in others]
+        yield self._line(name, first, plain, numbers, "*" if answer["changed"] else " ", further)
 
-    def _fit(self) -> None:
+    def _fit(self, further: int) -> None:
         room = _terminal_width()
         if room is None:
             return
-        room -= sum(self.widths) + 2 * len("0.000") + 6 * len(_GAP) + len(f"{_GAP}*")
-        self.label = min(self.label, max(room * 3 // 10, 10))
-        self.image = min(self.image, max(room - 2 * self.label, 10))
+        room -= sum(self.widths) + 2 * len("0.000") + 6 * len(_GAP) + len(f"{_GAP}*") + further * len("  0.000 ")
+        self.label = min(self.label, max(room * 3 // (10 + 3 * further), 10))
+        self.image = min(self.image, max(room - (2 + further) * self.label, 10))
 
-    def _line(self, name: str, label: Sequence[str], plain: Sequence[str], numbers: Sequence[str]) -> str:
+    def _line(
+        self,
+        name: str,
+        label: Sequence[str],
+        plain: Sequence[str],
+        numbers: Sequence[str],
+        mark: str,
+        further: Sequence[str],
+    ) -> str:
         cells = [_cut(name, self.image, at_end=False).ljust(self.image)]
         for text, score in (label, plain):
             cells += [_cut(text, self.label).ljust(self.label), score.rjust(5)]
-        return _GAP.join([*cells, *(cell.rjust(width) for cell, width in zip(numbers, self.widths, strict=True))])
+        cells += (cell.rjust(width) for cell, width in zip(numbers, self.widths, strict=True))
+        return _GAP.join([*cells, mark, ", ".join(further)]).rstrip()
 
 
 def shown_names(names: Sequence[str], given: Sequence[str]) -> list[str]:

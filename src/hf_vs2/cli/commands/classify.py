@@ -24,9 +24,7 @@ from ..common import (
     labels_and_prompts,
     load_classifier,
     local_or_id,
-    say,
     say_json,
-    say_written,
     steering_from,
 )
 from ..parsing import Parser
@@ -37,7 +35,8 @@ USAGE = "IMAGE... --checkpoint O [--labels NAME...] [options]"
 DESCRIPTION = """\
 Labels images with a steered CLIP. Prints for each image the label and its score, plain CLIP's label, how badly the
 SAE reconstructs the image (FVU; for methods that do not read it, the distance to the training images), whether it
-was steered, and * where the label is another than plain CLIP's. Images in a folder are named relative to it."""
+was steered, and * where the label is another than plain CLIP's; one line an image, with --top_k the next labels at
+its end. Images in a folder are named relative to it. What was counted follows on the error stream."""
 EXAMPLES = """\
 examples:
   hf-vs2 classify photo.jpg photos/ --checkpoint outputs/sae-cifar100 \\
@@ -148,12 +147,9 @@ def run(args: Namespace) -> None:
     finally:  # shown in any case
         if args.json:
             say_json(results if file is None else list(file.rows()))
-    if not args.json:
-        say("", *summary.lines(len(images.unreadable)))
-        if args.output is not None:
-            say_written({"results": args.output})
-    elif images.unreadable:
-        print(*summary.lines(len(images.unreadable)), file=sys.stderr)
+    print("", *summary.lines(len(images.unreadable)), sep="\n", file=sys.stderr)  # the table alone is the output
+    if args.output is not None:
+        print(f"The answers are written to {args.output}.", file=sys.stderr)
     if others := familiarity.sentence():
         print(others, file=sys.stderr)
 
