@@ -45,10 +45,10 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
     if method.seeded and "inner" not in method.settings:
         sae = bench.sae(cell.encoder, bench.spec(cell))  # now, so that its training is not part of the method's time
     started = time.perf_counter()
-    outputs, right5 = _collect(run_of(cell.method)(bench, cell), labels)
-    outputs.images = chosen
+    samples, right5 = _collect(run_of(cell.method)(bench, cell), labels)
     seconds = time.perf_counter() - started
-    figures = _figures(outputs, right5, outputs if plain is None else plain)
+    outputs = Outputs(labels, samples.predictions, samples.fvu, samples.steered, chosen)
+    figures = row_figures(samples, right5, labels, (outputs if plain is None else plain).right)
     figures["mean_per_class"] = round(
         mean_per_class(outputs.predictions, labels, len(bench.class_names(cell.dataset))), 4
     )
@@ -60,21 +60,14 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
     return figures, outputs
 
 
-def _collect(scored: Iterator[Scored], labels: torch.Tensor) -> tuple[Outputs, int | None]:
+def _collect(scored: Iterator[Scored], labels: torch.Tensor) -> tuple[SampleOutputs, int | None]:
     """Outcomes of all batches, and how many images have their class among the top five."""
     tally, start = Tally(), 0
     for batch in scored:
         target = labels[start : start + len(batch.scores)]
         start += len(batch.scores)
         tally.add(batch.scores, target, batch.fvu, batch.steered)
-    samples = tally.samples()
-    return Outputs(labels, samples.predictions, samples.fvu, samples.steered), tally.right5
-
-
-def _figures(outputs: Outputs, right5: int | None, plain: Outputs) -> dict[str, Any]:
-    assert outputs.steered is not None
-    samples = SampleOutputs(outputs.predictions, outputs.fvu, outputs.steered)
-    return row_figures(samples, right5, outputs.labels, plain.right)
+    return tally.samples(), tally.right5
 
 
 def _grid(bench: Bench, cell: Cell) -> dict[str, Any]:

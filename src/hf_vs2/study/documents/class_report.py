@@ -23,10 +23,10 @@ SHOWN_CONFUSIONS = 5
 def classes(view: ResultView) -> Iterator[str]:
     """For each encoder and data set, with the first prompts: the classes and confusions that VS2 changed most."""
     for encoder, dataset, prompts in _first_prompts(view):
-        runs, plain = _runs(view, encoder, dataset, prompts)
-        if not runs or plain is None:
+        runs = view.pairs(view.seeds_of(encoder, dataset, prompts, "vs2"))
+        if not runs:
             continue
-        steered, repeated = _joined(runs), _joined([plain] * len(runs))
+        steered, repeated = map(_joined, zip(*runs, strict=True))
         names = view.meta["datasets"][dataset]["class_names"]
         found = [row for row in per_class(steered, repeated, names) if row["support"]]
         gains = published.class_gains(view.encoder_id(encoder), view.registry(dataset), prompts)
@@ -54,10 +54,10 @@ def seeds(view: ResultView) -> Iterator[str]:
     """How far VS2 with SAEs of different seeds decides alike."""
     rows = []
     for encoder, dataset, prompts in _first_prompts(view):
-        runs, plain = _runs(view, encoder, dataset, prompts)
-        if len(runs) < 2 or plain is None:
+        runs = view.pairs(view.seeds_of(encoder, dataset, prompts, "vs2"))
+        if len(runs) < 2:
             continue
-        found = agreement(runs, plain)
+        found = agreement([steered for steered, _ in runs], runs[0][1])
         keys = ("same_prediction_mean", "same_prediction_min", "fixed_jaccard_mean", "fixed_jaccard_min")
         rows.append([f"{encoder}, {prompts}", view.title(dataset), *(f"{found[key]:.1f}" for key in keys)])
     if rows:
@@ -88,15 +88,6 @@ def _first_prompts(view: ResultView) -> list[tuple[str, str, str]]:
         if one.cell.method == "vs2":
             first.setdefault((one.cell.encoder, one.cell.dataset), one.cell.prompts)
     return [(encoder, dataset, prompts) for (encoder, dataset), prompts in first.items()]
-
-
-def _runs(view: ResultView, encoder: str, dataset: str, prompts: str) -> tuple[list[Outputs], Outputs | None]:
-    """VS2's outcomes, one a seed, and plain CLIP's; empty when a file is gone."""
-    cells = view.seeds_of(encoder, dataset, prompts, "vs2")
-    found = [view.outputs(one) for one in cells]
-    plain = view.result.plain(encoder, dataset, prompts)
-    present = [one for one in found if one is not None]
-    return (present if len(present) == len(found) else []), None if plain is None else view.outputs(plain)
 
 
 def _class_table(found: Sequence[dict[str, Any]], theirs: dict[str, float]) -> str:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ..results.analysis import agreement, fixed_confusions, fvu_deciles, per_class, risk_coverage
 from ..results.cells import CellResult, Outputs, StudyResult
+from ..results.view import StudyView
 
 
 REPORTS_NAME = "reports.json"
@@ -20,26 +22,24 @@ def reports(result: StudyResult) -> list[dict[str, Any]]:
     Each names its cell (`encoder`, `dataset`, `prompts`, `seed` or `seeds`, `trained_on`) and holds `fvu_deciles`,
     `risk_coverage`, `per_class` and `confusions`, or `agreement` of the seeds.
     """
-    found = []
+    view, found = StudyView(result), []
     for cell in result.select(method="vs2"):
         if "table" in cell.sections or "gate_shift" in cell.sections:
-            plain = _plain(result, cell)
-            if plain is not None:
-                found.append(_place(cell) | {"seed": cell.cell.seed} | _of_one(result, cell, plain))
+            names = view.about(cell.cell.dataset)["class_names"]
+            about = _place(cell) | {"seed": cell.cell.seed}
+            found += [about | _of_one(outputs, plain, names) for outputs, plain in view.pairs([cell])]
     groups: dict[tuple[str, str, str], list[CellResult]] = {}
     for cell in result.select("table", method="vs2"):
         groups.setdefault((cell.cell.encoder, cell.cell.dataset, cell.cell.prompts), []).append(cell)
     for cells in groups.values():
-        plain = _plain(result, cells[0])
-        if plain is not None and len(cells) > 1:
-            alike = agreement([cell.outputs() for cell in cells], plain)
+        pairs = view.pairs(cells)
+        if len(pairs) > 1:
+            alike = agreement([outputs for outputs, _ in pairs], pairs[0][1])
             found.append(_place(cells[0]) | {"seeds": [cell.cell.seed for cell in cells], "agreement": alike})
     return found
 
 
-def _of_one(result: StudyResult, cell: CellResult, plain: Outputs) -> dict[str, Any]:
-    outputs = cell.outputs()
-    names = result.meta["datasets"][cell.cell.dataset]["class_names"]
+def _of_one(outputs: Outputs, plain: Outputs, names: Sequence[str]) -> dict[str, Any]:
     bins = min(10, len(outputs.labels))
     return {
         "fvu_deciles": [_finite(one) for one in fvu_deciles(outputs.fvu, outputs.right, plain.right, bins)],
@@ -47,11 +47,6 @@ def _of_one(result: StudyResult, cell: CellResult, plain: Outputs) -> dict[str, 
         "per_class": per_class(outputs, plain, names),
         "confusions": fixed_confusions(outputs, plain, names),
     }
-
-
-def _plain(result: StudyResult, cell: CellResult) -> Outputs | None:
-    plain = result.plain(cell.cell.encoder, cell.cell.dataset, cell.cell.prompts)
-    return None if plain is None else plain.outputs()
 
 
 def _place(cell: CellResult) -> dict[str, Any]:

@@ -4,11 +4,10 @@ make."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 from ...files.markdown import escaped
-from ..results.cells import CellResult, Outputs, StudyResult
+from ..results.cells import CellResult, StudyResult
 from ..results.view import StudyView
 from . import published
 from .markdown import mean, spread
@@ -24,8 +23,6 @@ class ResultView(StudyView):
         for one in self.table_cells:
             key = (one.cell.encoder, one.cell.dataset, one.cell.prompts, one.cell.method)
             self._rows.setdefault(key, []).append(one)
-        self._numbers = {id(one): number for number, one in enumerate(result.cells)}
-        self._read = lru_cache(maxsize=256)(self._outputs_of)  # read again rather than held: a study has thousands
 
     # Names
 
@@ -50,16 +47,6 @@ class ResultView(StudyView):
         return f'{where}, prompts "{prompts}"' if prompts else where
 
     # Cells
-
-    def outputs(self, one: CellResult) -> Outputs | None:
-        """The outcomes of the images of a cell; `None` where they are gone."""
-        return self._read(self._numbers[id(one)])
-
-    def _outputs_of(self, number: int) -> Outputs | None:
-        try:
-            return self.result.cells[number].outputs()
-        except FileNotFoundError:
-            return None
 
     def seeds_of(self, encoder: str, dataset: str, prompts: str, method: str) -> list[CellResult]:
         """A row of the table on one data set, one cell a seed."""

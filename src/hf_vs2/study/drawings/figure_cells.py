@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...files.figure_style import COLUMN, GRID_LINES, PAGE, STYLES, draw_cells, frame_cell
+from ...files.figure_style import GRID_LINES, STYLES, draw_cells, frame_cell
 from ..results.catalog import GROUPS
 from ..results.cells import CellResult
 from ..results.view import distinct
-from .figure_sheets import COLUMNS, StudyReader, in_sheets, sentence
+from .figure_sheets import StudyReader, in_sheets, sentence
 
 
 if TYPE_CHECKING:
@@ -139,18 +138,9 @@ def grid(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
     )
     wide = max(len(one.figures["lambda"]) for one in cells) * 0.3 + 0.9
     tall = max(len(one.figures["gamma"]) for one in cells) * 0.22 + 0.8
-    columns = max(1, min(int(PAGE / wide), COLUMNS))
-    for suffix, datasets in in_sheets(study.datasets(cells), 3 * columns):
-        rows = math.ceil(len(datasets) / columns)
-        sheet = study.sheet(
-            f"Gain over plain CLIP for each gamma and lambda: {encoder}",
-            notes,
-            (rows, min(columns, len(datasets))),
-            tall,
-            wide=wide > COLUMN,
-            foot=0.1,
-        )
-        for axes, dataset in zip(sheet.panels(len(datasets)), datasets, strict=True):
+    title = f"Gain over plain CLIP for each gamma and lambda: {encoder}"
+    for suffix, sheet, panels in study.heat_maps(cells, title, notes, wide, tall):
+        for axes, dataset in panels:
             here = [one.figures for one in cells if one.cell.dataset == dataset]
             gammas, lambdas = here[0]["gamma"], here[0]["lambda"]
             gain = np.mean([np.array(one["top1"]) - one["plain"] for one in here], axis=0)
@@ -162,15 +152,13 @@ def grid(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             axes.set_xlabel("lambda")
             axes.set_ylabel("gamma")
             plain = np.mean([one["plain"] for one in here])
-            title = study.headline(dataset).replace("\n", ", ")
-            lines = [f"{title}; plain CLIP {plain:.1f} %"]
+            headline = study.headline(dataset).replace("\n", ", ")
+            lines = [f"{headline}; plain CLIP {plain:.1f} %"]
             lines += [f"the default, {named}, is not on this grid"] if not framed else []
             sheet.title(axes, *lines, beside=1.2)
             beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
             ends = beyond[bool(gain.min() < -limit), bool(gain.max() > limit)]
-            bar = sheet.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=25, extend=ends)
-            bar.set_label("gain, points")
-            bar.outline.set_visible(False)
+            sheet.colour_bar(axes, mesh, "gain, points", extend=ends)
         yield suffix, sheet.figure
 
 

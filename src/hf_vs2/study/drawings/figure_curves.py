@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...files.figure_style import COLUMN, GRID_LINES, PAGE
+from ...files.figure_style import GRID_LINES
 from ..results.cells import CellResult
 from ..results.view import distinct
 from .figure_sheets import (
-    COLUMNS,
     METHOD_STYLES,
     OTHER,
     PLAIN,
@@ -262,17 +261,14 @@ def agreement(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
         return
     size = max(len(one.figures["names"]) for one in cells)
     wide, tall = 0.3 * size + 1.1, 0.22 * size + 1.0
-    columns = max(1, min(int(PAGE / wide), COLUMNS))
     notes = (
         "Mean cosine, over the test images, between the steering vectors that two SAEs of the same data set give an "
         "image; centroid: the image minus the mean of the training images, without an SAE."
     )
-    for suffix, datasets in in_sheets(study.datasets(cells), 3 * columns):
-        shape = (math.ceil(len(datasets) / columns), min(columns, len(datasets)))
-        sheet = study.sheet(
-            f"Agreement of steering vectors: {encoder}", notes, shape, tall, wide=wide > COLUMN, foot=0.1
-        )
-        for axes, dataset in zip(sheet.panels(len(datasets)), datasets, strict=True):
+    for suffix, sheet, panels in study.heat_maps(
+        cells, f"Agreement of steering vectors: {encoder}", notes, wide, tall
+    ):
+        for axes, dataset in panels:
             figures = next(one.figures for one in cells if one.cell.dataset == dataset)
             names, cosine = figures["names"], np.array(figures["cosine"])
             low = min(0.0, float(cosine.min()))
@@ -286,7 +282,5 @@ def agreement(study: StudyReader, encoder: str) -> Iterator[tuple[str, Figure]]:
             axes.set_ylim(len(names), 0)
             axes.tick_params(length=0)
             sheet.title(axes, study.headline(dataset), beside=1.2)
-            bar = sheet.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=25)
-            bar.set_label("cosine")
-            bar.outline.set_visible(False)
+            sheet.colour_bar(axes, mesh, "cosine")
         yield suffix, sheet.figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +40,17 @@ class StudyReader(StudyView):
     def sheet(self, title: str, notes: str, shape: tuple[int, int], tall: float, **options: Any) -> Sheet:
         """A [`Sheet`], with a title and notes unless a caption is to say them."""
         return Sheet(*((title, notes) if self.notes else ("", "")), shape, tall, **options)
+
+    def heat_maps(
+        self, cells: Sequence[CellResult], title: str, notes: str, wide: float, tall: float
+    ) -> Iterator[tuple[str, Sheet, list[tuple[Axes, str]]]]:
+        """Sheets of panels of `wide` by `tall` inches, one a data set: what tells a sheet's name apart, the sheet, and
+        its panels with their data sets."""
+        columns = max(1, min(int(PAGE / wide), COLUMNS))
+        for suffix, datasets in in_sheets(self.datasets(cells), 3 * columns):
+            shape = math.ceil(len(datasets) / columns), min(columns, len(datasets))
+            sheet = self.sheet(title, notes, shape, tall, wide=wide > COLUMN, foot=0.1)
+            yield suffix, sheet, list(zip(sheet.panels(len(datasets)), datasets, strict=True))
 
     def said(self, cells: Sequence[CellResult]) -> str:
         """Seeds and prompts, for the line below a title."""
@@ -117,6 +128,11 @@ class Sheet:
         width = max(12, int(16 * (self.panel_width - beside)))
         parts = [part for line in lines for part in line.split("\n")]
         axes.set_title("\n".join(textwrap.fill(part, width) for part in parts), loc="left")
+
+    def colour_bar(self, axes: Axes, mesh: Any, label: str, **options: Any) -> None:
+        bar = self.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=25, **options)
+        bar.set_label(label)
+        bar.outline.set_visible(False)
 
     def legend(self) -> None:
         """One entry a label, from all panels."""

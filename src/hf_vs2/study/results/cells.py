@@ -124,7 +124,7 @@ class Outputs:
         return Outputs(self.labels[images], self.predictions[images], fvu, steered, images)
 
 
-@dataclass
+@dataclass(eq=False)
 class CellResult:
     """A measured cell.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from .catalog import GROUPS, group_of, label_of
@@ -15,6 +16,7 @@ class StudyView:
     def __init__(self, result: StudyResult):
         self.result, self.meta = result, result.meta
         self.defaults: Mapping[str, Any] = result.meta.get("defaults", {})
+        self._read = lru_cache(maxsize=256)(CellResult.outputs)  # read again rather than held: a study has thousands
 
     def encoders(self) -> list[str]:
         return distinct(one.cell.encoder for one in self.result)
@@ -42,16 +44,23 @@ class StudyView:
         """The one of [`GROUPS`] that a method belongs to."""
         return GROUPS[-1] if self.uses_labels(method) else group_of(method)
 
+    def outputs(self, one: CellResult | None) -> Outputs | None:
+        """The outcomes of the images of a cell; `None` where they are gone."""
+        try:
+            return None if one is None else self._read(one)
+        except FileNotFoundError:
+            return None
+
     def pairs(self, cells: Iterable[CellResult]) -> list[tuple[Outputs, Outputs]]:
-        """The outcomes of each cell with plain CLIP's; none at all when a file is gone."""
+        """The outcomes of each cell with plain CLIP's; none at all when one of them is gone."""
         pairs = []
         for one in cells:
-            plain = self.result.plain(one.cell.encoder, one.cell.dataset, one.cell.prompts)
-            try:
-                pairs.append((one.outputs(), plain.outputs()) if plain is not None else None)
-            except FileNotFoundError:
+            plain = self.outputs(self.result.plain(one.cell.encoder, one.cell.dataset, one.cell.prompts))
+            outputs = self.outputs(one)
+            if outputs is None or plain is None:
                 return []
-        return [pair for pair in pairs if pair is not None]
+            pairs.append((outputs, plain))
+        return pairs
 
     def first_prompts(self, section: str, encoder: str, **wanted: Any) -> list[CellResult]:
         """Cells with the prompt set that comes first among them: one curve of a figure is about one prompt set."""
