@@ -81,7 +81,7 @@ def whole_model(seed: int) -> VS2CLIPForZeroShot:
     """Everything that a checkpoint can hold."""
     model = steered(whole_sae(seed), gate=0.9, gamma=1.5 + seed)
     model.set_corpus(RetrievalCorpus.from_store(make_rows(30, 32, seed=seed), clip=model.clip))
-    with model.steering(method="prototypes+sae"):
+    with model.steering(method="prototypes+pca+sae"):
         model.steerer.fit_classes(make_rows(2, 24, seed=seed), ("one", "two"))
     return model
 

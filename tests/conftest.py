@@ -156,3 +156,30 @@ def checkpoint(tmp_path_factory, clip_path, images_path) -> Path:
     path = tmp_path_factory.mktemp("outputs") / "sae"
     assert main(["train", *source(clip_path, images_path), "--output_dir", str(path), *TRAIN]) == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Callable[..., Path]:
+    """The root of an artefact of a seed (see `artefacts`), made once: nobody changes it."""
+    from artefacts import put  # which imports this file
+
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(kind: str, seed: int = 0) -> Path:
+        if (kind, seed) not in made:
+            made[kind, seed] = tmp_path_factory.mktemp("saved")
+            put(kind, made[kind, seed], seed)
+        return made[kind, seed]
+
+    return make
+
+
+@pytest.fixture()
+def copied(saved, tmp_path) -> Callable[..., Path]:
+    """The folder `out` in a fresh copy of an artefact's root."""
+
+    def make(kind: str, seed: int = 0) -> Path:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        return shutil.copytree(saved(kind, seed), tmp_path / "copy") / "out"
+
+    return make

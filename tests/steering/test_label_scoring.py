@@ -1,17 +1,15 @@
 """Methods that score by a label set: what they need, what is kept, when it is dropped, and what of it is saved. Their
-equations and the gate's promise stand in tests/methods/test_every_method.py."""
+equations and the gate's promise stand in tests/methods/test_every_method.py, damaged files in
+tests/survival/test_every_damage.py."""
 
 import copy
 import json
-import math
 import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
-import harms
 import numpy as np
 import pytest
 import torch
@@ -637,115 +635,3 @@ def test_statistics_and_label_sets_go_to_the_hub_and_leave_it(hub, named):
     named.set_domain_statistics(None)
     push_to_hub(named, "ada/prototypes")
     assert not hub["ada/prototypes"].head.files.keys() & {STATISTICS, LABEL_SETS}
-
-
-# Files of strangers, and damage
-
-
-def tensor(key, change):
-    return harms.tensor(key, change, LABEL_SETS)
-
-
-def listed(**changes):
-    known = {"method": FITTED, "settings": [], "labels": LABELS}
-    return harms.tensors(name=LABEL_SETS, label_sets=[known | changes])
-
-
-OF_THE_CLIP = ("0.class_embeds", "0.prototypes", "0.mean")
-HARMS = {
-    "no header": (
-        lambda folder: save_file(load_file(folder / LABEL_SETS), folder / LABEL_SETS),
-        "is not what this version",
-    ),
-    "another file": (
-        lambda folder: (folder / LABEL_SETS).write_bytes((folder / STATISTICS).read_bytes()),
-        "hf_vs2.statistics",
-    ),
-    "of the future": (harms.tensors(name=LABEL_SETS, format_version=2), "version 2.*Save the model again"),
-    "no list": (harms.tensors(name=LABEL_SETS, label_sets=None), "is not what this version"),
-    "no labels": (listed(labels=None), "is not what this version"),
-    "a label more": (listed(labels=[*LABELS, "cat"]), "for these labels and this model it is"),
-    "no known method": (listed(method="magic"), "magic"),
-    "a method that fits nothing": (listed(method="vs2"), "vs2"),
-    "fewer views": (listed(method="prototypes+pca"), "is not what this version"),
-    "number no float holds": (listed(settings=[10**400]), "is not what this version"),
-    "NaN": (tensor("0.prototypes", harms.at(0, math.nan)), "0.prototypes holds NaN"),
-    "huge": (tensor("0.view_1", harms.at(0, 1e30)), "0.view_1 holds numbers from"),
-    "a tensor less": (harms.without("0.weights", LABEL_SETS), "weights"),
-    "a view less": (harms.without("0.view_0", LABEL_SETS), "view_0"),
-    "prototypes of fewer classes": (
-        tensor("0.prototypes", lambda found: found[:3]),
-        "for these labels and this model it is",
-    ),
-    "another width": (tensor("0.mean", lambda found: found[:5]), "for these labels and this model it is"),
-    "a list for the scale": (
-        tensor("0.scale", lambda found: found.expand(4)),
-        "for these labels and this model it is",
-    ),
-    "flat views": (tensor("0.view_0", lambda found: found[:, 0]), "view_0 is"),
-    "a view of another SAE": (
-        tensor("0.view_1", lambda found: found[:, :50]),
-        "view_. is .*, for these labels and this model it is",
-    ),
-    "a view of another width": (
-        tensor("0.view_0", lambda found: found[:, :50]),
-        "view_. is .*, for these labels and this model it is",
-    ),
-    "classes of another CLIP": (
-        harms.tensors(lambda found: found | {name: found[name][..., :7] for name in OF_THE_CLIP}, LABEL_SETS),
-        r"class_embeds is \(4, 7\), for these labels and this model it is \(4, ",
-    ),
-    "statistics missing": (lambda folder: (folder / STATISTICS).unlink(), "needs statistics.*hf-vs2 calibrate"),
-    "statistics denied": (harms.config(holds_statistics=False), "needs statistics.*hf-vs2 calibrate"),
-    "statistics of another SAE": (
-        lambda folder: measure_statistics(make_sae(24), torch.randn(9, 24)).save(folder),
-        "width 24 and 96 latents; the SAE has",
-    ),
-    "unknown method in force": (harms.config(method="prototypes+magic"), "prototypes\\+magic"),
-}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The files of a checkpoint with statistics and one label set."""
-    clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32).eval()
-    pixels = torch.randn(60, 3, 28, 28, generator=torch.Generator().manual_seed(3))
-    model = scored_model(clip, cls_rows(clip, pixels), method=FITTED)
-    model.fit_label_set(LABELS)
-    folder = tmp_path_factory.mktemp("labels") / "vs2"
-    model.save_pretrained(folder)
-    forget_digests(folder)  # which would tell of any damage
-    return SimpleNamespace(clip=clip, files={path.name: path.read_bytes() for path in folder.iterdir()})
-
-
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_checkpoint_is_refused_in_one_message(whole, tmp_path, harm):
-    """A bad disk or a stranger's file must not become NaN scores, or a shape error in the middle of a run."""
-    for name, content in whole.files.items():
-        (tmp_path / name).write_bytes(content)
-    damage, message = HARMS[harm]
-    damage(tmp_path)
-    with pytest.raises((ValueError, OSError), match=message) as caught:
-        VS2CLIPForZeroShot.from_pretrained(tmp_path, clip=whole.clip)
-    text = str(caught.value)
-    assert str(tmp_path) in text, f"names no place: {text}"
-    assert type(caught.value) in (ValueError, OSError)
-
-
-def test_missing_files_are_not_pushed(whole, tmp_path):
-    """A folder whose config promises files that are not there would be broken for whoever loads it from the Hub."""
-    for missing in (STATISTICS, LABEL_SETS):
-        for name, content in whole.files.items():
-            (tmp_path / name).write_bytes(content)
-        (tmp_path / missing).unlink()
-        with pytest.raises(ValueError, match=f"should hold {missing}"):
-            CheckpointFolder.open(tmp_path)
-
-
-def test_what_statistics_are_missing_for_vs2_does_without(whole, tmp_path):
-    """Asked for by another method, the checkpoint whose statistics were left out still serves."""
-    for name, content in whole.files.items():
-        if name != STATISTICS:
-            (tmp_path / name).write_bytes(content)
-    found = VS2CLIPForZeroShot.from_pretrained(tmp_path, clip=whole.clip, method="vs2")
-    assert found.domain_statistics is None and found.steering_settings.method == "vs2"

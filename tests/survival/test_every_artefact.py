@@ -43,31 +43,6 @@ PAIRS = [
 DIGESTED = ["SAE", "SAE in shards", "light", "full in shards", "corpus"]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Callable[[str, int], Path]:
-    """The root of an artefact of a seed, made once."""
-    made: dict[tuple[str, int], Path] = {}
-
-    def make(kind: str, seed: int = 0) -> Path:
-        if (kind, seed) not in made:
-            made[kind, seed] = tmp_path_factory.mktemp("saved")
-            put(kind, made[kind, seed], seed)
-        return made[kind, seed]
-
-    return make
-
-
-@pytest.fixture()
-def copied(saved, tmp_path) -> Callable[[str, int], Path]:
-    """The folder `out` in a fresh copy of it."""
-
-    def make(kind: str, seed: int = 0) -> Path:
-        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-        return shutil.copytree(saved(kind, seed), tmp_path / "copy") / "out"
-
-    return make
-
-
 # Saved over an earlier one
 
 
