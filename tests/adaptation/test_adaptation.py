@@ -75,7 +75,7 @@ def test_from_a_folder_to_a_checkpoint_that_labels_decide_on(digits, tmp_path, m
 
     page = (output / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"<script|http:|https:|onerror=alert\(1\) <b>|src=\"(?!data:)", page)
-    assert "nine&quot; onerror=alert(1) &lt;b&gt;" in page
+    assert "nine&#34; onerror=alert(1) &lt;b&gt;" in page
 
     classifier = hf_vs2.zero_shot_classifier(str(output))
     files = sorted(path for path in folder.iterdir())
