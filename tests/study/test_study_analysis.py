@@ -14,7 +14,6 @@ from hf_vs2.study.results.analysis import (
     fvu_deciles,
     per_class,
     risk_coverage,
-    summary,
 )
 from hf_vs2.study.results.cells import Outputs
 
@@ -130,9 +129,3 @@ def test_agreement_of_seeds() -> None:
     # Fixed: {0, 2}, {0}, {3}
     assert found["fixed_jaccard_mean"] == pytest.approx((50 + 0 + 0) / 3) and found["fixed_jaccard_min"] == 0
     assert agreement([plain, plain], plain)["fixed_jaccard_mean"] == 100
-
-
-def test_summary_is_that_of_a_sample() -> None:
-    """Few seeds: dividing by n instead of n - 1 would understate the spread."""
-    assert summary([1.0, 2.0, 4.0]) == pytest.approx({"mean": 7 / 3, "std": np.std([1, 2, 4], ddof=1), "n": 3})
-    assert summary([5.0]) == {"mean": 5.0, "std": None, "n": 1}

@@ -10,7 +10,7 @@ import torch
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.stores.rows import Rows
-from ..encoders.tail import logits_of, probabilities, unit_embeds
+from ..encoders.tail import probabilities
 from ..functional.equations import keep_norm
 
 
@@ -47,7 +47,9 @@ def effect_of(
     value = torch.where(code.latent_indices == latent, code.latent_values, 0).sum(-1, keepdim=True).float()
     moved = keep_norm(x + now.lambda_ * (gamma - 1) * value * sae.W_dec[latent].float(), x)
     with model.steering(enabled=False):
-        before, after = (_probabilities(model, some, class_embeds) for some in (x, moved))
+        features = [model.image_features_from_cls(some) for some in (x, moved)]
+        logits = [model.class_logits(one, class_embeds.to(x.device).float()) for one in features]
+    before, after = (probabilities(one, model.clip) for one in logits)
     change = 100 * (after - before).mean(0).cpu()
     order = change.argsort(descending=True).tolist()
     most = [one for one in order[:NUM_MOVED] if change[one] > 0]
@@ -56,10 +58,3 @@ def effect_of(
     changes = Counter(pair for pair in answers if pair[0] != pair[1]).most_common(NUM_MOVED)
     moved_classes = [(one, change[one].item()) for one in [*most, *least]]
     return Effect(len(x), moved_classes, [(*pair, number) for pair, number in changes])
-
-
-def _probabilities(model: VS2CLIPForZeroShot, rows: torch.Tensor, class_embeds: torch.Tensor) -> torch.Tensor:
-    features = model.image_features_from_cls(rows).features
-    assert features is not None
-    cosines = unit_embeds(features) @ class_embeds.to(features.device).float().T
-    return probabilities(logits_of(model.clip, cosines), model.clip)

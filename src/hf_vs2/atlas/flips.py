@@ -10,7 +10,7 @@ import torch
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.stores.rows import Rows
 from ..encoders.tail import unit_embeds
-from ..evaluation.metrics import accuracy_by_class, count_by_class, few_of_each
+from ..evaluation.metrics import class_changes, few_of_each
 from ..explain.explanation import explain_rows
 from .statistics import blocks
 
@@ -62,16 +62,9 @@ def predict(
 def class_gains(predictions: Predictions, labels: torch.Tensor, num_classes: int) -> list[dict[str, Any]]:
     """Accuracy of each class that has images, with plain and with steered CLIP, in %: `index`, `support`, `plain`,
     `steered`."""
-    columns = (
-        count_by_class(labels, num_classes),
-        accuracy_by_class(predictions.plain, labels, num_classes),
-        accuracy_by_class(predictions.steered, labels, num_classes),
-    )
-    return [
-        {"index": index, "support": support, "plain": plain, "steered": steered}
-        for index, (support, plain, steered) in enumerate(zip(*columns, strict=True))
-        if support
-    ]
+    found = class_changes(predictions.plain, predictions.steered, labels, num_classes)
+    names = ("support", "plain", "steered")
+    return [{"index": i} | {name: one[name] for name in names} for i, one in enumerate(found) if one["support"]]
 
 
 def clearest_changes(

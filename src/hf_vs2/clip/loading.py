@@ -22,7 +22,7 @@ from ..encoders.loading import check_clip, load_clip, spread
 from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
 from ..encoders.wrapped import is_quantised, unwrapped
 from ..files.checkpoint_folder import CORPUS_FILES, CORPUS_FOLDER
-from ..files.place import HUB_ARGUMENTS, refuse_variant
+from ..files.place import refuse_variant
 from ..files.weight_files import WeightFiles, in_one_message
 from ..sae.modeling import SAEModel
 from ..steering.corpus import RetrievalCorpus
@@ -345,22 +345,3 @@ def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> d
             raise ValueError(f"The SAE given for layer {index} was trained on layer {one.config.layer}.")
         saes[index] = one
     return saes
-
-
-__all__ = [
-    "HUB_ARGUMENTS",
-    "at_layer",
-    "check_widths",
-    "clip_of",
-    "find_processing",
-    "layer_of",
-    "load_corpus",
-    "load_full",
-    "load_saes",
-    "options_of",
-    "processing_of",
-    "refuse_adapters",
-    "refuse_quantised",
-    "saes_by_layer",
-    "saved_full",
-]

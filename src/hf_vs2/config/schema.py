@@ -178,6 +178,13 @@ def check_fields(made: Any, where: str = "") -> None:
         object.__setattr__(made, name, kind.read(getattr(made, name), where + name))
 
 
+class Checked:
+    """A base of dataclasses whose fields are read by their kinds, and by nothing else."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def part_of(cls: Any) -> Kind:
     """[`part`] for a dataclass."""
     required = [

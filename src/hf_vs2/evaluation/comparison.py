@@ -25,7 +25,7 @@ from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
 from ..data.stores.rows import Rows, RowSource, StoreRows
 from ..encoders.tail import mean_embed, plain_embeds, temperature, unit_embeds
-from ..files.report import EvaluationResult, SampleOutputs
+from ..files.report import EvaluationResult
 from ..training.domain import measure_statistics
 from ..version import __version__
 from .controls import control_model
@@ -305,10 +305,3 @@ def _meta(
         meta["dataset"] = {"id": made_from["dataset_id"], **made_from["dataset"], **skipped}
         meta["activations_model"] = made_from["model"]
     return meta
-
-
-__all__ = [
-    "EvaluationResult",
-    "SampleOutputs",
-    "evaluate",
-]

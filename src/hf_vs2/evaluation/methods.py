@@ -41,12 +41,9 @@ class Variant:
 
     method: str
     settings: tuple[tuple[str, Any], ...]
-    gamma: float | None = None
-    lambda_: float | None = None
-    tau: float | None = None
-    gate: float | None = None
-    coefficient: float | None = None
     dictionary: str | None = None
+    shown: tuple[tuple[str, Any], ...] = ()
+    """What the settings are called in a result file."""
 
     @property
     def scores_by_labels(self) -> bool:
@@ -63,14 +60,8 @@ class Variant:
     @property
     def facts(self) -> dict[str, Any]:
         """What a result file says about the settings."""
-        facts: dict[str, Any] = {"gamma": self.gamma, "lambda": self.lambda_, "tau": self.tau}
-        if self.method.endswith(GATE):
-            facts["gate"] = self.gate
-        if self.coefficient is not None:
-            facts["coefficient"] = self.coefficient
-        if self.dictionary is not None:
-            facts["dictionary"] = self.dictionary
-        return facts
+        facts: dict[str, Any] = {"gamma": None, "lambda": None, "tau": None} | dict(self.shown)
+        return facts if self.dictionary is None else facts | {"dictionary": self.dictionary}
 
 
 CLIP = Variant("clip", _OFF)
@@ -136,15 +127,14 @@ def _variants(model: VS2CLIPForZeroShot, name: str) -> list[Variant]:
         logger.warning(f"No {name!r} row: it needs one gamma, and this model has one a latent.")
         return []
     settings: dict[str, Any] = {"enabled": True, "gate": None, "fvu_threshold": None, "method": method}
-    shown = {"gamma": ("gamma", gamma), "lambda": ("lambda_", now.lambda_)}
-    shown["coefficient"] = ("coefficient", now.coefficient)
-    facts: dict[str, Any] = {"dictionary": dictionary} | dict(shown[name] for name in rule.shows)
+    values = {"gamma": gamma, "lambda": now.lambda_, "coefficient": now.coefficient}
+    shown = {name: values[name] for name in rule.shows}
     if name.endswith(GATE):
         gate = _gate(model, method, name)
         if gate is None:
             return []
-        settings, facts = settings | gate[0], facts | gate[1]
-    return [Variant(name, tuple(sorted(settings.items())), **facts)]
+        settings, shown = settings | gate[0], shown | gate[1]
+    return [Variant(name, tuple(sorted(settings.items())), dictionary, tuple(shown.items()))]
 
 
 def _gate(model: VS2CLIPForZeroShot, method: str, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -150,6 +150,18 @@ def accuracy_by_class(predictions: torch.Tensor, target: torch.Tensor, num_class
     return [100 * hit / n if n else None for hit, n in zip(hits, support, strict=True)]
 
 
+def class_changes(
+    plain: torch.Tensor, steered: torch.Tensor, target: torch.Tensor, num_classes: int
+) -> list[dict[str, Any]]:
+    """Of each class, in label order: `support` (its images), accuracy `plain` and `steered` (%), `gain` (points); the
+    last three are `None` for a class without images."""
+    columns = (accuracy_by_class(predictions, target, num_classes) for predictions in (plain, steered))
+    return [
+        {"support": n, "plain": before, "steered": after, "gain": None if None in (before, after) else after - before}
+        for n, before, after in zip(count_by_class(target, num_classes), *columns, strict=True)
+    ]
+
+
 def mean_per_class(predictions: torch.Tensor, target: torch.Tensor, num_classes: int) -> float:
     """Accuracy of each class that has images, averaged over those classes (%): the metric of CLIP's paper for some
     data sets."""

@@ -16,6 +16,7 @@ from ..config.schema import (
     LARGEST_EXPANSION,
     LARGEST_SEED,
     TEXT,
+    Checked,
     Kind,
     check_fields,
     kinds_of,
@@ -100,7 +101,7 @@ class SAESettings:
 
 
 @dataclass(frozen=True)
-class RetrievalSettings:
+class RetrievalSettings(Checked):
     """VS2++ and its baselines. Neighbours are found by `encoder` (a Hub id or path; by default the CLIP itself)."""
 
     num_neighbors: int = setting(whole(1), default=50)
@@ -109,9 +110,6 @@ class RetrievalSettings:
     rag_weight: float = setting(number(0, 1), default=0.5)
     """The `a` of weighted RAG, `E = a q + (1 - a) sum_j w_j r_j`."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     @property
     def source(self) -> str | None:
         """The encoder, with its revision if one is asked for."""
@@ -119,18 +117,15 @@ class RetrievalSettings:
 
 
 @dataclass(frozen=True)
-class InnerLayers:
+class InnerLayers(Checked):
     """Methods that steer inner layers run the whole model on images; these limit how many, drawn at random."""
 
     train_limit: int | None = setting(optional(whole(2)), default=None)
     test_limit: int | None = setting(optional(whole(1)), default=None)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class Ablations:
+class Ablations(Checked):
     """Settings to vary one at a time around the table's; an empty list leaves that ablation out."""
 
     top_k: tuple[int, ...] = setting(many(whole(1)), default=())
@@ -142,31 +137,22 @@ class Ablations:
     sketch_rows: tuple[int, ...] = setting(many(whole(1, 10_000_000)), default=())
     """How many unlabelled training rows prototypes are fitted to."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Checked):
     """gamma x lambda of the heat map. It is shown, never chosen from."""
 
     gamma: tuple[float, ...] = setting(many(number(), least=1))
     lambda_: tuple[float, ...] = setting(many(number(), least=1))
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class GateShift:
+class GateShift(Checked):
     """Table 3: one SAE trained on the union of `trained_on`, applied to each of `apply_to`."""
 
     trained_on: tuple[str, ...] = setting(many(TEXT, least=1))
     apply_to: tuple[str, ...] = setting(many(TEXT), default=())
     quantiles: tuple[float, ...] = setting(many(QUANTILE, least=1), default=(0.9, 0.95, 0.99, 0.995))
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def _steering(**given: Any) -> Steering:

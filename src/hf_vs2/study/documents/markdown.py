@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 
 from ...evaluation.table import WIDTH
-from ..results.analysis import summary
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,11 +26,10 @@ def wrapped(document: str) -> str:
 
 
 def mean(values: Iterable[float]) -> float:
-    return summary(list(values))["mean"]
+    return statistics.fmean(values)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± standard deviation (n - 1); the mean alone of one value."""
-    found = summary(values)
-    deviation = "" if found["std"] is None else f" ± {found['std']:.{digits}f}"
-    return f"{found['mean']:.{digits}f}{deviation}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"

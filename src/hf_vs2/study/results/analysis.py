@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...evaluation.metrics import accuracy_by_class, count_by_class, paired_bootstrap
+from ...evaluation.metrics import class_changes, paired_bootstrap
 from .cells import Outputs
 
 
@@ -86,27 +86,9 @@ def risk_coverage(fvu: Any, right_steered: Any, right_plain: Any) -> dict[str, l
 
 
 def per_class(outputs: Outputs, plain_outputs: Outputs, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """
-    Accuracy of each class with a method and with plain CLIP, in label order.
-
-    Returns:
-        One dict a class: `name`, `support` (its images), `plain` and `steered` (%), `gain` (points); the last three
-            are
-        `None` for a class without images.
-    """
-    labels, number = outputs.labels, len(class_names)
-    support = count_by_class(labels, number)
-    plain, steered = (accuracy_by_class(one.predictions, labels, number) for one in (plain_outputs, outputs))
-    return [
-        {
-            "name": name,
-            "support": n,
-            "plain": before,
-            "steered": after,
-            "gain": None if before is None or after is None else after - before,
-        }
-        for name, n, before, after in zip(class_names, support, plain, steered, strict=True)
-    ]
+    """Accuracy of each class with a method and with plain CLIP: its `name`, and what [`class_changes`] says of it."""
+    found = class_changes(plain_outputs.predictions, outputs.predictions, outputs.labels, len(class_names))
+    return [{"name": name} | one for name, one in zip(class_names, found, strict=True)]
 
 
 def fixed_confusions(
@@ -156,14 +138,4 @@ def agreement(outputs: Sequence[Outputs], plain_outputs: Outputs) -> dict[str, A
         "same_prediction_min": min(same),
         "fixed_jaccard_mean": sum(jaccard) / len(jaccard),
         "fixed_jaccard_min": min(jaccard),
-    }
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """`mean`, `std` (of a sample, n - 1; `None` for one value) and `n` of a figure over seeds."""
-    array = np.asarray(values, dtype=np.float64)
-    return {
-        "mean": float(array.mean()),
-        "std": float(array.std(ddof=1)) if len(array) > 1 else None,
-        "n": len(array),
     }
