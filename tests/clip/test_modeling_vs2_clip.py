@@ -139,17 +139,11 @@ def test_several_layers_equal_a_hand_written_forward(tiny_clip, layers):
         assert [values.shape for values in out.latent_values] == [(4, 8)] * len(layers)
     with pytest.raises(ValueError, match="Layers .* are steered too; only the last layer's steering can be replayed"):
         model.image_features_from_cls(torch.zeros(1, HIDDEN))
-    with torch.no_grad(), model.steering(enabled=False):
-        plain = tiny_clip.get_image_features(inputs["pixel_values"]).pooler_output
-        assert torch.equal(model.get_image_features(inputs["pixel_values"]).pooler_output, plain)
-
-
-def test_inner_layer_gated_out_is_plain_clip(tiny_clip):
-    """The gate's promise holds for the layer study too."""
-    model = VS2CLIPForZeroShot(tiny_clip, {0: fitted_sae(layer=0), 1: fitted_sae(layer=1)}, fvu_threshold=0.0)
-    inputs = make_inputs()
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits_per_image, tiny_clip(**inputs).logits_per_image)
+        plain = tiny_clip.get_image_features(inputs["pixel_values"]).pooler_output
+        for settings in ({"enabled": False}, {"fvu_threshold": 0.0}):  # off, and gated out at every layer
+            with model.steering(**settings):
+                assert torch.equal(model.get_image_features(inputs["pixel_values"]).pooler_output, plain)
 
 
 @pytest.mark.parametrize("asked", [True, 1, [0, LAST + 1]])
@@ -254,17 +248,13 @@ def test_vs2pp_says_what_it_lacks(searching, tiny_clip, sae):
 
 
 @pytest.mark.slow
-def test_vs2pp_in_bfloat16_copied_compiled_and_trained(searching):
-    """What people do with any model: none of it may lose the corpus or the gradient."""
+def test_vs2pp_compiled_and_trained(searching):
+    """What people do with any model: neither may lose the corpus or the gradient."""
     inputs = make_inputs()
     with torch.no_grad():
         expected = searching(**inputs).logits_per_image
-        assert torch.equal(copy.deepcopy(searching)(**inputs).logits_per_image, expected)
         compiled = torch.compile(searching, backend="eager")
         torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
-        half = copy.deepcopy(searching).to(torch.bfloat16)
-        pixels = inputs["pixel_values"].bfloat16()
-        assert half(**{**inputs, "pixel_values": pixels}).logits_per_image.isfinite().all()
     searching(**inputs).logits_per_image.sum().backward()
     for weight in (searching.clip.vision_model.embeddings.class_embedding, searching.sae.W_dec):
         assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
@@ -314,10 +304,20 @@ def test_overrides_are_nested_and_survive_exceptions(model):
         ({"gate": 0.9999}, ValueError, "gate=0.9999 lies outside the calibrated quantiles"),
         ({"gate": 0.9, "fvu_threshold": 0.1}, ValueError, "exclude each other"),
         ({"method": "centroid", "gamma": [1.5] * LATENTS}, ValueError, "gamma must be one number"),
+        ({"edits": {"suppress": [LATENTS]}}, ValueError, f"edits names the latent {LATENTS}; the SAE has {LATENTS}"),
+        ({"edits": {"suppress": [-1]}}, ValueError, "counted from 0"),
+        ({"edits": {"suppress": "17"}}, TypeError, "suppress must be a list of latents"),
+        ({"edits": {"suppress": 17}}, TypeError, "suppress must be a list of latents"),
+        ({"edits": {"amplify": [17]}}, TypeError, "amplify must map latents to numbers"),
+        ({"edits": {"amplify": {3: float("nan")}}}, ValueError, "amplify of latent 3 must be a finite number"),
+        ({"edits": {"amplify": {3: 2.0}, "suppress": [3]}}, ValueError, "Latent 3 has two edits"),
+        ({"edits": {"set": {1.5: 2.0}}}, TypeError, "set names the latent 1.5"),
+        ({"edits": {"silence": [4]}}, ValueError, "edits has 'silence'"),
+        ({"edits": [4]}, TypeError, "edits must be LatentEdits or a dict"),
     ],
 )
 def test_refused_settings_leave_the_model_as_it_was(model, settings, error, message):
-    """A typo in a notebook must not half-apply."""
+    """A typo in a notebook must not half-apply; an edit that was ignored would look like a latent without effect."""
     inputs, before, config = make_inputs(), model.steering_settings, model.config.to_dict()
     with torch.no_grad():
         logits = model(**inputs).logits_per_image

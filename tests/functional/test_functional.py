@@ -67,42 +67,6 @@ def test_no_nan_from_rows_of_zero_length():
     assert x.grad[2].isfinite().all()
 
 
-def test_gamma_one_and_lambda_zero_do_nothing(sae, x):
-    """The neutral settings of a sweep must be plain CLIP."""
-    code = sae.encode(x)
-    for gamma, lambda_ in ((1.0, LAMBDA), (GAMMA, 0.0)):
-        moved = functional.steer(x, functional.steering_vector(*code, sae.W_dec, gamma), lambda_)
-        torch.testing.assert_close(moved, x, rtol=1e-14, atol=0)
-
-
-def test_perfect_reconstruction_makes_vs2_the_centroid_control():
-    """With an SAE that reconstructs exactly, the two methods of the comparison are one."""
-    sae = make_sae(hidden_size=8, num_latents=16, top_k=8, activation="relu").double()
-    with torch.no_grad():  # each axis and its opposite: relu codes that reconstruct anything
-        sae.W_enc.copy_(torch.cat([torch.eye(8), -torch.eye(8)]))
-        sae.W_dec.copy_(sae.W_enc)
-        sae.b_enc.zero_()
-    x = make_rows(6, 8).double()
-    v = functional.steering_vector(*sae.encode(x), sae.W_dec, GAMMA)
-    expected = functional.centroid_steer(x, sae.b_pre, LAMBDA * (GAMMA - 1))
-    torch.testing.assert_close(functional.steer(x, v, LAMBDA), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_one_gamma_a_latent_reaches_its_latent_only(sae, x):
-    """Selective amplification: a factor of 1 must switch a latent off, and equal factors must be the scalar."""
-    values, indices = sae.encode(x)
-    same = torch.full((sae.config.num_latents,), GAMMA, dtype=x.dtype)
-    scalar = functional.steering_vector(values, indices, sae.W_dec, GAMMA)
-    torch.testing.assert_close(functional.steering_vector(values, indices, sae.W_dec, same), scalar)
-
-    chosen = int(indices[0, 0])
-    only = torch.ones_like(same)
-    only[chosen] = GAMMA
-    v = functional.steering_vector(values, indices, sae.W_dec, only)
-    weight = (values * (indices == chosen)).sum(-1, keepdim=True)
-    torch.testing.assert_close(v, (GAMMA - 1) * weight * sae.W_dec[chosen])
-
-
 def test_top_k_follows_its_sign_rule():
     """The two rules of eq. 1 choose different latents; a checkpoint trained with one is wrong under the other."""
     pre = torch.tensor([[0.5, -3.0, 2.0, -0.1]])

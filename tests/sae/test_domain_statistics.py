@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from toy import make_rows, make_sae
 
-from hf_vs2 import SAEModel, calibrate, measure_statistics, push_to_hub
+from hf_vs2 import SAEModel, calibrate, measure_statistics
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
-from hf_vs2.files.sharing import hub_push
 
 
 NAME = "statistics.safetensors"
@@ -76,17 +75,6 @@ def test_an_sae_made_from_a_config_promises_no_statistics(tmp_path):
     assert not SAEModel.from_pretrained(tmp_path).config.holds_statistics
 
 
-def test_an_older_checkpoint_has_none(tmp_path):
-    """Those that were saved before there were statistics say nothing of them."""
-    sae = with_statistics()
-    sae.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    content = json.loads(path.read_text())
-    del content["holds_statistics"]
-    path.write_text(json.dumps(content))
-    assert SAEModel.from_pretrained(tmp_path).domain_statistics is None
-
-
 def test_a_file_that_was_left_out_is_missed_not_needed(tmp_path, caplog):
     """Who downloads weights and config alone can still use VS2, and is told what can't be used."""
     with_statistics().save_pretrained(tmp_path)
@@ -112,22 +100,6 @@ def test_statistics_stay_float32_in_half_precision():
     """`.to(torch.bfloat16)` must not round what the gate hangs on."""
     sae = with_statistics().to(torch.bfloat16)
     assert sae.domain_statistics.mean.dtype == torch.float32
-
-
-def test_they_go_to_the_hub_and_come_from_it(hub, monkeypatch):
-    """A push of the model or of its folder that forgot the file would be found out by strangers; one that gives activations of images
-    away must say so."""
-    said = []
-    monkeypatch.setattr(hub_push.logger, "warning", said.append)
-    sae = with_statistics()
-    push_to_hub(sae, "ada/sae-with-statistics")
-    assert len([one for one in said if f"activations of {len(sae.domain_statistics.rows)} of" in one]) == 1
-    assert NAME in hub["ada/sae-with-statistics"].head.files
-    same(SAEModel.from_pretrained("ada/sae-with-statistics").domain_statistics, sae.domain_statistics)
-    sae.set_domain_statistics(None)
-    push_to_hub(sae, "ada/sae-with-statistics")
-    assert NAME not in hub["ada/sae-with-statistics"].head.files
-    assert len([one for one in said if "activations" in one]) == 1
 
 
 def test_statistics_of_another_sae_are_refused():

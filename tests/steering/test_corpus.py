@@ -10,7 +10,7 @@ from conftest import make_tiny_clip
 from toy import make_sae
 from transformers import CLIPModel
 
-from hf_vs2 import VS2CLIPForZeroShot, push_to_hub
+from hf_vs2 import VS2CLIPForZeroShot
 from hf_vs2.encoders.fingerprints import vision_fingerprint
 from hf_vs2.functional import equations as functional
 from hf_vs2.functional.neighbors import nearest_neighbors, pseudo_labels, select_positives
@@ -207,31 +207,3 @@ def test_what_inference_mode_kept_can_be_trained_with(tiny_clip):
 
 
 # The Hub
-
-
-def test_a_corpus_goes_with_its_checkpoint_to_the_hub(hub, named_clip, tmp_path, caplog):
-    """`pipeline(model=id)` must find it there; and after it is taken away, the next push must not leave it lying."""
-    torch.manual_seed(0)
-    model = VS2CLIPForZeroShot(named_clip, make_sae(HIDDEN), method="vs2++", num_neighbors=5, positives="query")
-    encoder = str(tmp_path / "clip")
-    corpus = RetrievalCorpus.from_store(
-        draw(20, HIDDEN), clip=named_clip, embeddings=draw(20, 3), encoder=encoder, encoder_revision="abc"
-    )
-    model.set_corpus(corpus)
-    push_to_hub(model, "ada/with-corpus")
-    found = VS2CLIPForZeroShot.from_pretrained("ada/with-corpus")
-    same_corpus(found.corpus, corpus)
-    same_corpus(RetrievalCorpus.from_pretrained("ada/with-corpus", subfolder="corpus"), corpus)
-    assert found.steering_settings == model.steering_settings
-    assert "places on this machine" in caplog.text
-
-    model.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / "corpus" / "corpus.safetensors").unlink()
-    with pytest.raises(ValueError, match="should hold corpus/corpus.safetensors"):
-        push_to_hub(tmp_path / "saved", "ada/with-corpus")
-
-    model.set_corpus(None)
-    push_to_hub(model, "ada/with-corpus")
-    assert VS2CLIPForZeroShot.from_pretrained("ada/with-corpus").corpus is None
-    with pytest.raises(OSError):
-        RetrievalCorpus.from_pretrained("ada/with-corpus", subfolder="corpus")

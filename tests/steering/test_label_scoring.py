@@ -22,10 +22,11 @@ from toy import forget_digests, make_sae
 from transformers import CLIPModel, pipeline
 
 import hf_vs2
-from hf_vs2 import VS2CLIPForZeroShot, measure_statistics, push_to_hub, zero_shot_classifier
+from hf_vs2 import RetrievalCorpus, VS2CLIPForZeroShot, measure_statistics, push_to_hub, zero_shot_classifier
 from hf_vs2.config.latent_edits import LatentEdits
 from hf_vs2.data.labels.prompts import class_embeddings
 from hf_vs2.files.checkpoint_folder import CheckpointFolder
+from hf_vs2.files.sharing import hub_push
 from hf_vs2.methods import METHODS, prototypes
 from hf_vs2.steering import label_sets as label_scoring
 
@@ -170,14 +171,6 @@ def test_a_mean_image_of_another_clip_is_refused(model):
     with pytest.raises(ValueError, match=r"mean image.*\(7,\).*24"):
         model.set_steering(method="distribution_norm")
         model.set_domain_statistics(other)
-
-
-def test_inner_layers_are_refused(tiny_clip, model):
-    """The statistics are of the last layer's rows."""
-    inner = make_sae(32, layer=1)
-    inner.set_domain_statistics(model.domain_statistics)
-    with pytest.raises(ValueError, match="steers the last layer alone"):
-        VS2CLIPForZeroShot(tiny_clip, inner, method="prototypes")
 
 
 @pytest.mark.parametrize("method", SCORING)
@@ -593,20 +586,6 @@ def test_copies(named, images):
 # Checkpoints
 
 
-def test_a_checkpoint_of_before_loads(named, tmp_path):
-    """Those that were saved before there were statistics hold no word of them."""
-    named.set_steering(method="vs2")
-    named.set_domain_statistics(None)
-    named.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    content = json.loads(path.read_text())
-    for name in ("holds_statistics", "holds_label_sets"):
-        assert content.pop(name) is False
-    path.write_text(json.dumps(content))
-    found = VS2CLIPForZeroShot.from_pretrained(tmp_path)
-    assert found.domain_statistics is None and found.fitted_label_sets == ()
-
-
 def test_an_sae_checkpoint_is_enough(named, images, tmp_path):
     """What training and calibration leave is an SAE: `zero_shot_classifier(folder)` with a method beyond VS2 works on it."""
     named.sae.config.base_model_name_or_path = CLIP_PATH
@@ -623,15 +602,34 @@ def test_an_sae_checkpoint_is_enough(named, images, tmp_path):
     assert model.steering_settings.method == "prototypes"
 
 
-def test_statistics_and_label_sets_go_to_the_hub_and_leave_it(hub, named):
-    """`pipeline(model=id)` must find them there; after they are taken away, the next push must not leave them lying."""
+def test_what_lies_beside_the_weights_goes_to_the_hub_and_leaves_it(hub, named, tmp_path, monkeypatch, caplog):
+    """`pipeline(model=id)` must find it there, whoever gives activations of images away must be told, and after it is
+    taken away the next push must not leave it lying."""
+    said, beside = [], {STATISTICS, LABEL_SETS, "corpus/corpus.safetensors"}
+    monkeypatch.setattr(hub_push.logger, "warning", said.append)
     named.fit_label_set(LABELS)
-    push_to_hub(named, "ada/prototypes")
-    assert hub["ada/prototypes"].head.files.keys() >= {STATISTICS, LABEL_SETS}
-    found = VS2CLIPForZeroShot.from_pretrained("ada/prototypes")
+    rows, other = torch.randn(20, 96), torch.randn(20, 3)
+    named.set_corpus(RetrievalCorpus.from_store(rows, clip=named.clip, embeddings=other, encoder=str(tmp_path)))
+    for what, repository in ((named, "ada/vs2"), (named.sae, "ada/sae")):
+        push_to_hub(what, repository)
+        kept = {name for name in beside if name == STATISTICS or what is named}
+        assert hub[repository].head.files.keys() & beside == kept
+        assert sum(f"activations of {len(named.domain_statistics.rows)} of" in one for one in said) == 1
+        said.clear()
+    found = VS2CLIPForZeroShot.from_pretrained("ada/vs2")
     assert [one.labels for one in found.fitted_label_sets] == [tuple(LABELS)]
     assert found.domain_statistics.distance_quantiles == named.domain_statistics.distance_quantiles
+    for corpus in (found.corpus, RetrievalCorpus.from_pretrained("ada/vs2", subfolder="corpus")):
+        assert torch.equal(corpus.rows, rows) and corpus.encoder == str(tmp_path)
+    named.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "corpus" / "corpus.safetensors").unlink()
+    with pytest.raises(ValueError, match="should hold corpus/corpus.safetensors"):
+        push_to_hub(tmp_path / "saved", "ada/vs2")
     named.set_steering(method="vs2")
     named.set_domain_statistics(None)
-    push_to_hub(named, "ada/prototypes")
-    assert not hub["ada/prototypes"].head.files.keys() & {STATISTICS, LABEL_SETS}
+    named.set_corpus(None)
+    for what, repository in ((named, "ada/vs2"), (named.sae, "ada/sae")):
+        push_to_hub(what, repository)
+        assert not hub[repository].head.files.keys() & beside and "activations" not in str(said)
+    with pytest.raises(OSError):
+        RetrievalCorpus.from_pretrained("ada/vs2", subfolder="corpus")
