@@ -45,7 +45,7 @@ from .output_folder import (
 )
 from .progress import TrainingProgress
 from .sharding import apply_fsdp, refuse_unfit_fsdp, whole_model
-from .step import GraphedTrainingStep, Meter, TrainingStep
+from .step import Batch, GraphedTrainingStep, Meter, TrainingStep
 from .trackers import check_tracker
 
 
@@ -293,7 +293,7 @@ class SAETrainer:
         with self._bar(progress.step, steps) as bar, contextlib.closing(batches):
             for step in range(progress.step, steps):
                 can_be_dead = step >= args.dead_latent_threshold
-                parts = (to_device(batch, accelerator.device) for batch in itertools.islice(batches, micro))
+                parts = map(self._batch, itertools.islice(batches, micro))
                 take_step(parts, revive=can_be_dead)
                 schedule.step()
                 progress.step = step + 1
@@ -326,6 +326,10 @@ class SAETrainer:
         # Last, so that a changed setting is named first: it stands for the rows themselves.
         plan["total_variance"] = config.total_variance
         return plan
+
+    def _batch(self, batch: Batch) -> Batch:
+        """A batch on this process's device."""
+        return to_device(batch, self.accelerator.device)
 
     def _label_term(self, out: SAEOutput, labels: torch.Tensor) -> torch.Tensor:
         """What the labels of this process's part add to its loss, in units of the FVU."""
