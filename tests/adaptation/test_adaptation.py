@@ -99,6 +99,10 @@ def test_from_a_folder_to_a_checkpoint_that_labels_decide_on(digits, tmp_path, m
     assert {path: path.stat().st_mtime_ns for path in output.glob("*.*")} == before
     assert pipeline(str(files[3]))[0]["label"] == found[3]["predictions"][0]["label"]
 
+    # Trained again, or left by a run that was killed: the report must not pass for that of another checkpoint.
+    assert adapt(folder, output, "--overwrite_output_dir") == 0
+    assert hf_vs2.SAEModel.from_pretrained(output).config.method == report["chosen"]["method"] != "vs2"
+
     rows = list(csv.DictReader((output / "to_label.csv").open(encoding="utf-8")))
     assert {row["file"] for row in rows} == set(truth) and not any(row["label"] for row in rows)
     filled = output / "to_label.csv"

@@ -357,10 +357,11 @@ def test_an_atlas_replaces_an_atlas_and_nothing_else(made, tmp_path):
     build_atlas(*arguments, made.dataset, folder, top_images=2)
     assert max(len(one["top_images"]) for one in json.loads((folder / "latents.json").read_text())["latents"]) == 2
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OSError, match="no atlas"):
-        build_atlas(*arguments, made.dataset, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    for place in (folder, tmp_path / "mine"):  # also beside the pages of an earlier atlas
+        (place / "thesis.txt").write_text("years of work")
+        with pytest.raises(OSError, match=r"no atlas \(thesis.txt\)"):
+            build_atlas(*arguments, made.dataset, place)
+        assert (place / "thesis.txt").read_text() == "years of work"
 
 
 def test_images_are_those_that_the_rows_were_made_from(made, tmp_path):

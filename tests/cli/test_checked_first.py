@@ -121,6 +121,12 @@ REFUSED = {
         ("--fvu_threshold -1", "--fvu_threshold must be a number (at least 0)"),
     ],
     "calibrate": [("--split train", "trained on")],
+    "atlas": [
+        ("--results {folder}/none.json", "none.json"),
+        ("--results {file}", "is not a result file"),
+        ("--vocabulary {folder}/none.txt", "none.txt"),
+    ],
+    "explain": [("--names {folder}/none.json", "none.json"), ("--names {file}", "is not a JSON file")],
 }
 
 
@@ -134,10 +140,13 @@ def test_a_request_that_cannot_be_met_gets_one_line(
     start = with_checkpoint(command, checkpoint, images_path)
     if command == "train":
         start = ["train", *source(clip_path, images_path), *TRAIN, "--output_dir", tmp_path / "sae"]
-    elif command == "evaluate":
-        start += ["--activations_dir", tmp_path]
+    elif command == "explain":
+        start = ["explain", "photo.jpg", "--checkpoint", checkpoint, "--labels", "red", "blue"]
+    elif command in ("evaluate", "atlas"):
+        start += ["--activations_dir", tmp_path] + (["--output", tmp_path / "atlas"] if command == "atlas" else [])
     if command != "calibrate":
-        monkeypatch.setattr("hf_vs2.data.batches.open_image", lambda *_, **__: pytest.fail("an image was read"))
+        for module in ("batches", "images"):
+            monkeypatch.setattr(f"hf_vs2.data.{module}.open_image", lambda *_, **__: pytest.fail("an image was read"))
     for flags, message in REFUSED[command]:
         if "fp16" in flags and os.environ.get("CUDA_VISIBLE_DEVICES", "") != "":  # there is a GPU
             continue

@@ -53,7 +53,10 @@ def weights(folder):
 
 
 def test_the_same_training_again_says_that_it_is_finished(rows, folder, caplog):
-    """Figures and model are those that are there; nothing is computed or written."""
+    """Figures and model are those that are there; nothing is computed or written, and what a kill left beside it
+    goes."""
+    leftover = folder / ".training_log.json.0a1b2c3d.tmp"
+    leftover.mkdir()
     before = {
         path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and "lock" not in path.name
     }
@@ -62,7 +65,7 @@ def test_the_same_training_again_says_that_it_is_finished(rows, folder, caplog):
     assert "finished: there is nothing to do" in caplog.text
     assert metrics == json.loads((folder / "training_log.json").read_text())["metrics"]
     assert torch.equal(trainer.model.W_enc, SAEModel.from_pretrained(folder).W_enc)
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert before == {path: path.stat().st_mtime_ns for path in before} and not leftover.exists()
 
 
 @pytest.mark.parametrize("step", [2, 6])

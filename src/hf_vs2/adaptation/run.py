@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CLIPModel
+from transformers.utils import CONFIG_NAME
 
 from ..clip.classifier import zero_shot_classifier
 from ..clip.modeling import VS2CLIPForZeroShot
@@ -188,7 +189,7 @@ def adapt(
     write_json(folder / LABELS_NAME, labels)
     again = command or _command(clip, where, folder)
     report = report_of(
-        request | {"digest": digest},
+        request | {"digest": digest, "checkpoint": file_digest(folder / CONFIG_NAME)},
         found=found,
         few_shot=_few_shot(plain.model, store, truth, classes),
         sae={
@@ -302,9 +303,12 @@ def _few_shot(
 
 
 def _is_done(folder: Path, digest: str) -> bool:
+    """Whether the report is of this request and of the checkpoint as it is: a run over it that was killed, or a new
+    training, leaves another method in the checkpoint."""
     try:
-        report = read_json(folder / REPORT_NAME)
-        return report["request"]["digest"] == digest and (folder / PAGE_NAME).is_file()
+        asked = read_json(folder / REPORT_NAME)["request"]
+        is_of_checkpoint = asked["checkpoint"] == file_digest(folder / CONFIG_NAME)
+        return asked["digest"] == digest and is_of_checkpoint and (folder / PAGE_NAME).is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

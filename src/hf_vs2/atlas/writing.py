@@ -27,6 +27,7 @@ from .pages import thumbnail_path
 FORMAT = "hf_vs2.atlas"
 FORMAT_VERSION = 1
 MANIFEST = "latents.json"
+_NAMES = {MANIFEST, "index.html", "assets", "data", "thumbs"}
 THUMBNAIL_SIZE = 112
 """Longest side in pixels; smaller images stay as they are."""
 JPEG_QUALITY = 84
@@ -42,16 +43,17 @@ def check_output(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise OSError(f"{folder} is a file: an atlas is a folder. Give another --output.")
-    if not any(folder.iterdir()):
+    names = {path.name for path in folder.iterdir()} - {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems
+    if not names:
         return
     try:
-        known = read_json(folder / MANIFEST)["format"] == FORMAT
+        others = names - _NAMES if read_json(folder / MANIFEST)["format"] == FORMAT else names
     except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
+        others = names
+    if others:
         raise OSError(
-            f"{folder} holds files that are no atlas, and an atlas replaces the whole folder: give --output a new or "
-            "empty one."
+            f"{folder} holds files that are no atlas ({min(others)}), and an atlas replaces the whole folder: move "
+            "them, or give --output a new or empty one."
         )
 
 

@@ -39,7 +39,7 @@ class LatentEdits:
         set (mapping `int -> float`): make it this value, whether or not it is active.
 
     Raises:
-        `TypeError`, `ValueError`: on a latent that is no whole number of at least 0 or is named twice, and on a value
+        `ValueError`: on a latent that is no whole number of at least 0 or is named twice, and on a value
             that is not finite.
     """
 
@@ -52,7 +52,7 @@ class LatentEdits:
         object.__setattr__(self, "amplify", _pairs("amplify", self.amplify))
         object.__setattr__(self, "set", _pairs("set", self.set))
         if isinstance(self.suppress, (str, Mapping)) or not isinstance(self.suppress, Iterable):
-            raise TypeError(f"suppress must be a list of latents, such as [4, 9]; it is {self.suppress!r}.")
+            raise ValueError(f"suppress must be a list of latents, such as [4, 9]; it is {self.suppress!r}.")
         latents = tuple(sorted(_latent("suppress", latent) for latent in self.suppress))
         object.__setattr__(self, "suppress", latents)
         everyone = self.latents
@@ -69,7 +69,7 @@ class LatentEdits:
         if edits is None or isinstance(edits, LatentEdits):
             return edits or None
         if not isinstance(edits, Mapping):
-            raise TypeError(f"edits must be LatentEdits or a dict of its fields, not {edits!r}.")
+            raise ValueError(f"edits must be LatentEdits or a dict of its fields, not {edits!r}.")
         known = [field.name for field in fields(cls)]
         for name in edits:
             if name not in known:
@@ -111,7 +111,7 @@ def _pairs(name: str, given: Any) -> tuple[tuple[int, float], ...]:
     try:
         found = dict(given)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must map latents to numbers, such as {{17: 3.0}}; it is {given!r}.") from error
+        raise ValueError(f"{name} must map latents to numbers, such as {{17: 3.0}}; it is {given!r}.") from error
     if isinstance(given, Sequence) and len(found) < len(given):
         raise ValueError(f"{name} names a latent twice: {given!r}.")
     pairs = []
@@ -129,7 +129,7 @@ def _latent(name: str, latent: Any) -> int:
     try:
         index = -1 if isinstance(latent, bool) else operator.index(latent)
     except TypeError as error:
-        raise TypeError(f"{name} names the latent {latent!r}; expected its number.") from error
+        raise ValueError(f"{name} names the latent {latent!r}; expected its number.") from error
     if index < 0:
         raise ValueError(f"{name} names the latent {latent!r}; latents are counted from 0.")
     return index

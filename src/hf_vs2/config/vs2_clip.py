@@ -83,10 +83,7 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
             SAEConfig(**sae) if isinstance(sae, dict) else copy.deepcopy(sae) for sae in self.sae_configs
         ]
         super().__post_init__(**kwargs)
-        try:
-            self.steering()  # refuses settings that exclude each other
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        self.steering()  # refuses settings that exclude each other
 
     @property
     def vision_config(self) -> Any:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from ..config.sae import SAEConfig
-from ..files.atomic import failing_as, remove_folder, replace_folder
+from ..files.atomic import failing_as, remove_folder, remove_leftovers, replace_folder
 from ..files.checkpoint_folder import TRAINING_LOG_NAME
 from ..files.json_files import read_json, write_json
 from .arguments import SAETrainingArguments
@@ -90,6 +90,7 @@ def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 held.enter_context(WeakFileLock(folder / _LOCK_NAME, timeout=0.1))
+                remove_leftovers(folder)
                 for partial in folder.glob(f".{CHECKPOINT_PREFIX}*.partial"):
                     shutil.rmtree(partial)
             except TimeoutError:

@@ -90,16 +90,21 @@ keeps = activations_beside
 
 def run(args: Namespace) -> None:
     from ...atlas import build_atlas
+    from ...atlas.material import training_curves
     from ...atlas.writing import check_output
     from ...data.labels.prompts import resolve_templates
     from ...explain.latent_names import read_vocabulary
     from ...files.checkpoint_folder import RESULTS_NAME, TRAINING_LOG_NAME
+    from ...files.report import EvaluationResult
 
     # Mistakes are refused before anything long begins.
     check_output(args.output)
     resolve_templates(args.templates)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
     labels_from(args)
+    results, training_log = args.results or _beside(args, RESULTS_NAME), _beside(args, TRAINING_LOG_NAME)
+    measured = None if results is None else EvaluationResult.from_json(results)
+    training_curves(training_log)
     model, tokenizer, image_processor = load_steered_clip(args, texts=False)
     model.set_steering(**steering_from(args))
     dataset = open_dataset(args)
@@ -119,8 +124,8 @@ def run(args: Namespace) -> None:
         class_names=labels,
         vocabulary=vocabulary,
         templates=args.templates,
-        results=args.results or _beside(args, RESULTS_NAME),
-        training_log=_beside(args, TRAINING_LOG_NAME),
+        results=measured,
+        training_log=training_log,
         top_images=args.top_images,
         meta={"checkpoint": args.checkpoint, "dataset": _dataset_name(args)},
         clean=not args.names_as_given,

@@ -79,6 +79,7 @@ def run(args: Namespace) -> None:
 
     from ...data.images import open_image
     from ...explain.figure import as_clip_sees, draw_explanation, leading_labels
+    from ...explain.inputs import resolve_names
     from ...explain.latent_names import read_vocabulary
     from ...files.figure_style import check_drawing
 
@@ -87,6 +88,7 @@ def run(args: Namespace) -> None:
     labels, templates, clean = labels_and_prompts(args)
     edits = _edits(args)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
+    names = None if args.names is None else resolve_names(args.names)
     drawn = args.output
     if drawn is None and not args.json and find_spec("matplotlib") is not None:
         drawn = Path("explanation.png")
@@ -101,7 +103,7 @@ def run(args: Namespace) -> None:
         labels,
         processor=processor,
         templates=templates,
-        names=args.names,
+        names=names,
         vocabulary=vocabulary,
         clean=clean,
     )
