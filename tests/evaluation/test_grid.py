@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import make_tiny_clip
+from recorders import Recorder
 from torch import nn
 from torch.nn.functional import normalize
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy import make_rows, make_sae
 
 from hf_vs2 import VS2CLIPForZeroShot
@@ -114,28 +114,15 @@ def test_equal_steps_are_one_cell(monkeypatch) -> None:
     assert model.steering_settings == before
 
 
-class LargestTensor(TorchDispatchMode):
-    """Numbers in the largest floating-point tensor that an operation gave back."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self.size = max(self.size, tensor.numel())
-        return out
-
-
 def test_memory_is_that_of_a_block(monkeypatch) -> None:
     """A million rows from a store must not need a million rows of scores, nor a block those of all steps at once."""
     monkeypatch.setattr(grid, "SCORES_AT_ONCE", 2000)
     model, sizes = make_model(), []
     for num_rows in (128, 512):
         rows, labels, classes = material(num_rows=num_rows)
-        with LargestTensor() as largest:
+        with Recorder() as made:
             steering_grid(model, rows, labels, classes, GAMMAS, LAMBDAS, batch_size=64)
-        sizes.append(largest.size)
+        sizes.append(made.largest)
     assert sizes == [64 * 64] * 2  # a block's pre-activations
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorders import Recorder
 
 from hf_vs2.functional import neighbors
 from hf_vs2.functional.neighbors import NeighborIndex, nearest_neighbors, pseudo_labels, select_positives
@@ -67,26 +67,14 @@ def test_bits_do_not_depend_on_blocks_or_threads():
         assert torch.equal(similarity, found[0][0]) and torch.equal(indices, found[0][1])
 
 
-class LargestTensor(TorchDispatchMode):
-    """How many numbers the largest tensor made inside has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        made = result if isinstance(result, (tuple, list)) else [result]
-        self.numel = max(self.numel, *(one.numel() for one in made if isinstance(one, torch.Tensor)), 0)
-        return result
-
-
 def test_no_tensor_is_larger_than_a_block(monkeypatch):
     """30,000 queries and a million images would be 120 GB of similarities, whichever of the two is the long one."""
     monkeypatch.setattr(neighbors, "_use_faiss", lambda device: False)
     for q, n in ((1000, 60), (60, 1000)):
         queries, corpus = torch.ones(q, 2), torch.ones(n, 2)
-        with LargestTensor() as largest:
+        with Recorder() as made:
             nearest_neighbors(queries, corpus, 3, block_rows=50, exclude=torch.arange(q))
-        assert largest.numel <= max(50 * 50, 3 * q)
+        assert made.largest <= max(50 * 50, 3 * q)
 
 
 def test_half_precision_zero_and_broken_rows():

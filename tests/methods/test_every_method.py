@@ -11,9 +11,9 @@ import torch
 from conftest import make_tiny_clip
 from numpy_reference import ReferenceSAE, contrastive_direction, keep_norm
 from numpy_reference import steer as reference_steer
+from recorders import Recorder
 from steered import LATENTS, assert_same_output, cls_rows, own_methods, scored_model
 from torch.nn.functional import cosine_similarity, normalize
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPModel
 
 from hf_vs2 import VS2CLIPForZeroShot, measure_statistics
@@ -252,32 +252,17 @@ def test_gated_out_images_are_plain_clip_whatever_else_is_in_the_batch(world, me
                 assert model(**world.inputs).steered.all()
 
 
-class Waits(TorchDispatchMode):
-    """Counts what a GPU would have to be waited for: numbers and shapes that Python asks a tensor for."""
-
-    ASKING = ("aten.is_nonzero", "aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if str(function).startswith(self.ASKING):
-            self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("method", ALL)
 def test_a_batch_waits_for_its_answer_once(world, method):
     """On a GPU each question to a tensor stops the queue of work. One is left: whether the answers are finite. Methods
     that look for neighbours ask the corpus besides."""
     with torch.no_grad(), world.model.steering(method=method):
         steerer = world.model.steerer.for_one_call()
-        for waits in (Waits(), Waits()):  # the first batch of a call fits the labels and asks for the weights
-            with waits:
+        for asked in (Recorder(), Recorder()):  # the first batch of a call fits the labels and asks for the weights
+            with asked:
                 images = steerer.features(world.inputs["pixel_values"], True, {"class_embeds": world.classes})
                 steerer.class_logits(images, world.classes)
-    assert len(waits.seen) <= 1 or RULES[method].needs_corpus, waits.seen
+    assert len(asked.waits) <= 1 or RULES[method].needs_corpus, asked.waits
 
 
 @pytest.mark.parametrize("method", ALL)

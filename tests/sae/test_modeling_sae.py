@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy_reference import ReferenceSAE
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorders import Recorder
 from toy import make_rows, make_sae, sparse_rows
 from transformers import AutoModel, Trainer, TrainingArguments
 
@@ -163,35 +163,19 @@ def test_aux_k_trains_dead_latents_only(dead_latents_counted):
     torch.testing.assert_close(with_aux["b_pre"], without["b_pre"])
 
 
-class HostReads(TorchDispatchMode):
-    """Operations that make the host wait for the device: reading a value, or a result whose size depends on values."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal", "is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in self.WAITING or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_training_step_never_makes_the_host_wait(monkeypatch, backward):
     """On a GPU each such wait drains the queue of kernels, at every step; a CPU is allowed to count the dead."""
     sae, x = make_sae(num_latents=64, aux_k=6, total_variance=2.0), make_rows(8)
     dead = torch.arange(64) < 10
-    with HostReads() as reads:
+    with Recorder() as reads:
         sae(x, dead_latents=dead).loss.backward()
-    assert reads.found == ["nonzero"], "the recorder must see what happens on a CPU"
+    assert reads.waits == ["nonzero"], "the recorder must see what happens on a CPU"
     monkeypatch.setattr(modeling_sae, "_counting_is_free", lambda device: False)
-    with HostReads() as reads:
+    with Recorder() as reads:
         sae(x, dead_latents=dead).loss.backward()
         sae.remove_parallel_decoder_gradient()
         sae.normalize_decoder()
-    assert reads.found == []
+    assert reads.waits == []
 
 
 @pytest.mark.parametrize("dead", ["none", "all", "fewer than aux_k"])
@@ -264,22 +248,6 @@ def test_decoder_norm_and_parallel_gradient(monkeypatch, rows_at_once):
     torch.testing.assert_close(sae.W_dec.detach(), directions)
 
 
-class Sizes(TorchDispatchMode):
-    """Numbers of elements of every tensor that an operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.operations = 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.operations.add(str(func))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
 def test_decode_never_makes_a_batch_by_latents_tensor():
     """At 49,152 latents such a tensor is 800 MB for a batch of 4,096; nor one of (batch, top_k, hidden)."""
     batch, hidden, latents, k = 64, 32, 800, 20
@@ -287,11 +255,11 @@ def test_decode_never_makes_a_batch_by_latents_tensor():
     values, indices = (tensor.detach() for tensor in sae.encode(make_rows(batch, hidden)))
     values.requires_grad_()
     assert batch * hidden < latents * hidden < batch * k * hidden < batch * latents
-    with Sizes() as forward:
+    with Recorder() as forward:
         reconstruction = sae.decode(values, indices)
-    with Sizes() as backward:
+    with Recorder() as backward:
         reconstruction.square().sum().backward()
-    with Sizes() as inference, torch.no_grad():
+    with Recorder() as inference, torch.no_grad():
         sae.decode(values, indices)
     assert values.grad is not None and sae.W_dec.grad.any()
     assert "aten._embedding_bag_per_sample_weights_backward.default" in backward.operations, (

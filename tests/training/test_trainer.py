@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorders import Recorder
 from toy import clip_like_rows, sparse_rows
 from trainings import HIDDEN, assert_close_weights, assert_same_weights, make_store, make_trainer
 
@@ -715,22 +715,6 @@ def test_memory_mapped_store_and_tensor_give_the_same(tiny_clip, tmp_path):
         SAETrainer(SAEConfig(hidden_size=32, top_k=4), arguments, store)
 
 
-class HostQuestions(TorchDispatchMode):
-    """Counts the operations whose result, or its size, the host must wait for."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0].lstrip("_")
-        if name in {each.lstrip("_") for each in self.NAMES}:
-            self.asked.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}])
 def test_the_host_waits_for_the_device_at_log_entries_only(rows, tmp_path, monkeypatch, settings):
     """Asked for one number a step, a GPU finishes all its work before it gets more: half its time it would stand idle."""
@@ -741,10 +725,10 @@ def test_the_host_waits_for_the_device_at_log_entries_only(rows, tmp_path, monke
         options |= {"per_device_train_batch_size": 16, "config": {"aux_k": 20}}
         trainer = make_trainer(tmp_path / f"{steps}-{logging_steps}", rows, **options)
         trainer._set_statistics()
-        with HostQuestions() as questions:
+        with Recorder() as asked:
             progress = trainer._optimize(trainer._plan(), None)
         assert progress.log[-1]["dead_share"] > 0, "AuxK is at work"
-        return len(questions.asked)
+        return len(asked.waits)
 
     at_one_entry = questions(10, 10)
     assert questions(30, 30) == at_one_entry > 0
