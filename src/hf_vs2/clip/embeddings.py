@@ -144,7 +144,7 @@ class EmbeddingMixin(SteeringMixin):
         shown, found = len(batches) > 1 if show_progress_bar is None else show_progress_bar, []
         names = iter(given)
         with torch.no_grad():
-            for ids, mask in progress_bar(batches, shown=shown, desc="Texts", unit=" batches"):
+            for _, ids, mask in progress_bar(batches, shown=shown, desc="Texts", unit=" batches"):
                 features = text_features(self.clip, ids, mask)
                 named = [f"the text {text!r}" for text in islice(names, len(ids))]
                 found.append(_checked(features, normalize_embeddings, named.__getitem__))

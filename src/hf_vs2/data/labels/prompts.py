@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -114,8 +114,8 @@ def class_embeddings(
         clean: read names by [`clean_class_names`]; `False` puts them into the templates as they are.
         refuse_same: refuse names that are the same to this CLIP; a vocabulary may have such.
         tokenizer_kwargs: further arguments of the tokenizer.
-        by_length: batches of prompts of about the same length, which pad less: the same to float rounding, and the
-            same bits where there is one batch.
+        by_length: batches of prompts of as many tokens, without padding: the same to float rounding, and the same bits
+            where there is one batch.
 
     Raises:
         ValueError, TypeError: see [`resolve_templates`] and [`clean_class_names`]; and for two names whose prompts are
@@ -128,12 +128,15 @@ def class_embeddings(
     refuse_without_texts(clip)
     # str.replace, not str.format: names and templates may hold braces of their own.
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    distinct = {prompt: row for row, prompt in enumerate(_in_order(prompts, batch_size if by_length else None))}
-    batches = tokenized(clip, tokenizer, list(distinct), batch_size, tokenizer_kwargs or {})
-    rows = torch.tensor([distinct[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
+    distinct = list(dict.fromkeys(prompts))
+    by_length = by_length and len(distinct) > batch_size
+    batches = tokenized(clip, tokenizer, distinct, batch_size, tokenizer_kwargs or {}, by_length)
+    encoded_as = [distinct[number] for batch in batches for number in batch.numbers]
+    row_of = {prompt: row for row, prompt in enumerate(encoded_as)}
+    rows = torch.tensor([row_of[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
     if refuse_same:
         _refuse_same(names, rows.tolist(), _read_tokens(clip, batches))
-    encoded = _encode(clip, list(distinct), batches, progress)
+    encoded = _encode(clip, encoded_as, batches, progress)
     return normalize(encoded[rows.to(encoded.device)].mean(1), dim=-1)
 
 
@@ -151,10 +154,12 @@ def _given_embeddings(
     return unit_embeds(torch.stack(found).to(device_of(clip)), lambda row: f"the label {names[row]!r}")
 
 
-def _in_order(prompts: list[str], batch_size: int | None) -> list[str]:
-    """Distinct prompts as they are encoded: the short ones first, where they are more than one batch of a size."""
-    distinct = list(dict.fromkeys(prompts))
-    return sorted(distinct, key=len) if batch_size is not None and len(distinct) > batch_size else distinct
+class TokenBatch(NamedTuple):
+    """Which of the prompts these are, and their token ids and attention mask, `(batch, length)` each."""
+
+    numbers: Sequence[int]
+    ids: torch.Tensor
+    mask: torch.Tensor
 
 
 def tokenized(
@@ -163,28 +168,47 @@ def tokenized(
     prompts: list[str],
     batch_size: int,
     options: Mapping[str, Any],
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and attention mask of each batch of prompts, `(batch, length)` each."""
+    by_length: bool = False,
+) -> list[TokenBatch]:
+    """The batches of prompts, in their order; `by_length` each of prompts of as many tokens, the short ones first."""
     refuse_without_texts(clip)
-    vocabulary, positions = clip.config.text_config.vocab_size, _num_positions(clip)
-    batches, full = [], []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        given = {"padding": family_of(clip).padding, "truncation": True, "max_length": positions, **options}
-        tokens = tokenizer(batch, **given, return_attention_mask=True, return_tensors="pt")
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        if ids.max() >= vocabulary:
+    positions = _num_positions(clip)
+    given = {"padding": family_of(clip).padding, "truncation": True, "max_length": positions, **options}
+    if by_length and given["padding"] is True:
+        batches = _by_length(tokenizer(prompts, **given | {"padding": False}, return_attention_mask=True), batch_size)
+    else:
+        batches = []
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            tokens = tokenizer(batch, **given, return_attention_mask=True, return_tensors="pt")
+            batches.append(TokenBatch(range(start, start + len(batch)), tokens["input_ids"], tokens["attention_mask"]))
+    full = []
+    for numbers, ids, mask in batches:
+        if ids.max() >= clip.config.text_config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {int(ids.max())}, but the text tower knows {vocabulary}: this is not the "
-                "tokenizer of this CLIP."
+                f"the tokenizer gives token {int(ids.max())}, but the text tower knows "
+                f"{clip.config.text_config.vocab_size}: this is not the tokenizer of this CLIP."
             )
-        full += [prompt for prompt, used in zip(batch, mask.sum(-1).tolist(), strict=True) if used == positions]
-        batches.append((ids, mask))
+        used = mask.sum(-1).tolist()
+        full += [prompts[number] for number, count in zip(numbers, used, strict=True) if count == positions]
     if full:
         logger.warning(
             f"{len(full)} of {len(prompts)} prompts fill all {positions} positions of the text tower; "
             f"what goes beyond was cut. The first: {full[0]!r}"
         )
+    return batches
+
+
+def _by_length(tokens: Mapping[str, list[list[int]]], batch_size: int) -> list[TokenBatch]:
+    ids, masks = tokens["input_ids"], tokens["attention_mask"]
+    batches = []
+    for _, group in groupby(sorted(range(len(ids)), key=lambda row: len(ids[row])), key=lambda row: len(ids[row])):
+        same = list(group)
+        for start in range(0, len(same), batch_size):
+            rows = same[start : start + batch_size]
+            batches.append(
+                TokenBatch(rows, torch.tensor([ids[row] for row in rows]), torch.tensor([masks[row] for row in rows]))
+            )
     return batches
 
 
@@ -197,20 +221,20 @@ def _num_positions(clip: CLIPModel) -> int:
     return clip.config.text_config.max_position_embeddings
 
 
-def _read_tokens(clip: CLIPModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
+def _read_tokens(clip: CLIPModel, batches: list[TokenBatch]) -> list[bytes]:
     """What of each prompt decides its embedding: of a CLIP the tokens up to the one that is pooled, which sees none
     behind it."""
     if not family_of(clip).reads_mask:  # all positions are seen
-        return [row.numpy().tobytes() for ids, _ in batches for row in ids]
+        return [row.numpy().tobytes() for batch in batches for row in batch.ids]
     if not family_of(clip).reads_to_end:
-        pairs = ((row, seen) for ids, mask in batches for row, seen in zip(ids, mask.bool(), strict=True))
+        pairs = ((row, seen) for batch in batches for row, seen in zip(batch.ids, batch.mask.bool(), strict=True))
         return [row[seen].numpy().tobytes() for row, seen in pairs]
     end = clip.config.text_config.eos_token_id
     # As CLIP's text model has it: in old checkpoints the token of the highest number, else the first end token.
-    pooled = [(ids if end == 2 else (ids == end).int()).argmax(-1).tolist() for ids, _ in batches]
+    pooled = [(ids if end == 2 else (ids == end).int()).argmax(-1).tolist() for _, ids, _ in batches]
     return [
         ids[row, : place + 1].numpy().tobytes()
-        for (ids, _), places in zip(batches, pooled, strict=True)
+        for (_, ids, _), places in zip(batches, pooled, strict=True)
         for row, place in enumerate(places)
     ]
 
@@ -232,13 +256,11 @@ def _short(name: str) -> str:
     return repr(name if len(name) <= 80 else f"{name[:30]} ... {name[-40:]}")
 
 
-def _encode(
-    clip: CLIPModel, prompts: list[str], batches: list[tuple[torch.Tensor, torch.Tensor]], progress: bool
-) -> torch.Tensor:
+def _encode(clip: CLIPModel, prompts: list[str], batches: list[TokenBatch], progress: bool) -> torch.Tensor:
     """Unit text embeddings, float32 `(number of prompts, projection_dim)`."""
     embeddings: list[torch.Tensor] = []
     named = iter(prompts)
-    for ids, mask in progress_bar(batches, shown=progress and len(batches) > 1, desc="Encoding prompts"):
+    for _, ids, mask in progress_bar(batches, shown=progress and len(batches) > 1, desc="Encoding prompts"):
         names = [f"the prompt {prompt!r}" for prompt in islice(named, len(ids))]
         embeddings.append(unit_embeds(text_features(clip, ids, mask), names.__getitem__))
     return torch.cat(embeddings)
