@@ -2,6 +2,7 @@
 somebody registers from outside the package."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -263,6 +264,26 @@ def test_a_batch_waits_for_its_answer_once(world, method):
                 images = steerer.features(world.inputs["pixel_values"], True, {"class_embeds": world.classes})
                 steerer.class_logits(images, world.classes)
     assert len(asked.waits) <= 1 or RULES[method].needs_corpus, asked.waits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts what a GPU is waited for")
+@pytest.mark.parametrize("method", [name for name in ALL if not RULES[name].needs_corpus])
+def test_a_batch_waits_for_a_gpu_once(world, method):
+    """The same by CUDA's own count, which sees waits inside operations, too."""
+    model, classes = copy.deepcopy(world.model).to("cuda"), world.classes.to("cuda")
+    pixels = world.inputs["pixel_values"].to("cuda")
+    with torch.no_grad(), model.steering(method=method):
+        steerer = model.steerer.for_one_call()
+        for mode in ("default", "warn"):  # the first batch of a call fits the labels and asks for the weights
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode(mode)
+                try:
+                    images = steerer.features(pixels, True, {"class_embeds": classes})
+                    steerer.class_logits(images, classes)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= 1, [str(wait.message) for wait in waits]
 
 
 @pytest.mark.parametrize("method", ALL)
