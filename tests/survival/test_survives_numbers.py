@@ -4,11 +4,11 @@ docs/numbers.md says what the results are; each line of it is tested here or whe
 """
 
 import functools
-import json
 import math
 
 import pytest
 import torch
+from commands import strictly
 from conftest import make_tiny_clip
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -319,7 +319,7 @@ def test_tables_of_degenerate_sets_hold_numbers(kind, tmp_path):
     tokenizer = make_word_tokenizer()
     result = evaluate(model, rows, labels, names, tokenizer, templates="single", num_resamples=50)
     text = result.to_json(tmp_path / "results.json").read_text(encoding="utf-8")
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the result file"))
+    strictly(text)
     for line in result.rows:
         assert 0 <= line["top1"] <= 100 and 0 <= line["coverage"] <= 1
         assert all(map(math.isfinite, [line["gain"], *line["gain_ci"]]))

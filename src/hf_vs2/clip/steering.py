@@ -188,8 +188,6 @@ class SteeringMixin:
         """
         return self.steerer.steer(rows, layer, **retrieval)
 
-    # Checkpoints
-
     # Label sets
 
     def fit_label_set(
