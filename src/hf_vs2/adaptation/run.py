@@ -21,7 +21,7 @@ from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
 from ..config.sae import SAEConfig
 from ..data.labels.lists import names_in
 from ..data.labels.names import clean_class_names
-from ..data.labels.prompts import class_embeddings, resolve_templates
+from ..data.labels.prompts import check_prompts, class_embeddings, resolve_templates
 from ..data.pixels import reading_fast
 from ..data.stores.activations import ActivationStore, extract_activations
 from ..data.stores.rows import rows_of
@@ -134,6 +134,7 @@ def adapt(
 
     say(1, f"CLIP reads {len(dataset):,} images")
     plain = _plain(clip, tokenizer, image_processor, revision, model_dtype)
+    check_prompts(plain.model, plain.tokenizer, labels, templates, clean)
     if fast_decode:
         plain.image_processor = reading_fast(plain.image_processor)
     store = extract_activations(

@@ -265,12 +265,12 @@ def extract(
 
 
 def open_rows(
-    args: argparse.Namespace, model: VS2CLIPForZeroShot, image_processor: Any, *, named: bool = False, **options: Any
+    args: argparse.Namespace, model: VS2CLIPForZeroShot, image_processor: Any, *, tokenizer: Any = None, **options: Any
 ) -> tuple[Any, Names | None, ActivationStore]:
-    """The data set of the flags, the labels that they give for it (with `named`, it must have some), and its rows, in
-    the cache of [`activations_beside`] from then on."""
+    """The data set of the flags, the labels that they give for it (with a tokenizer, it must have some, that this CLIP
+    tells apart), and its rows, in the cache of [`activations_beside`] from then on."""
     dataset = open_dataset(args)
-    labels = labels_from(args, dataset, required=named) if hasattr(args, "labels") else None
+    labels = None if tokenizer is None else labels_from(args, dataset, model, tokenizer, required=True)
     options = {"label_column": getattr(args, "label_column", None), "image_processor": image_processor} | options
     return dataset, labels, extract(args, model.clip, dataset, activations_beside(args), **options)
 
@@ -365,23 +365,34 @@ def labels_and_prompts(args: argparse.Namespace) -> tuple[list[str], Any, bool]:
     return labels, templates, clean and not args.names_as_given
 
 
-def labels_from(args: argparse.Namespace, dataset: Any = None, required: bool = False) -> Names | None:
+def labels_from(
+    args: argparse.Namespace,
+    dataset: Any = None,
+    model: VS2CLIPForZeroShot | None = None,
+    tokenizer: Any = None,
+    required: bool = False,
+) -> Names | None:
     """What `--labels` stands for. With the data set it is refused before anything long begins where it does not fit
-    the classes of `--label_column`, and, if `required`, where neither has names."""
+    the classes of `--label_column`, and, if `required`, where neither has names; with a model and its tokenizer, where
+    names are one to this CLIP, given or the data set's."""
     from transformers.utils import logging
 
     from ..data.labels.lists import names_in
     from ..data.labels.names import check_names, class_names_of, clean_class_names, read_labels
+    from ..data.labels.prompts import check_prompts
 
     column = None if dataset is None else args.label_column
-    if args.labels is None:
-        if required and column in (dataset.features or {}) and class_names_of(dataset, column) is None:
-            raise UsageError(f"column {column!r} has no class names: give them in label order with --labels")
-        return None
-    labels = read_labels(args.labels)
-    clean_class_names(names_in(labels), not args.names_as_given, "--labels")
-    if column is not None:
-        matched = check_names(dataset, column, labels)
+    own = None if column is None else class_names_of(dataset, column)
+    labels = None if args.labels is None else read_labels(args.labels)
+    if labels is not None:
+        clean_class_names(names_in(labels), not args.names_as_given, "--labels")
+        matched = None if column is None else check_names(dataset, column, labels)
         if matched is not None and logging.get_verbosity() > logging.WARNING:  # which the evaluation's warning tells
             print(matched, file=sys.stderr)
+    elif required and own is None and column in (dataset.features or {}):
+        raise UsageError(f"column {column!r} has no class names: give them in label order with --labels")
+    names = own if labels is None else names_in(labels)
+    if model is not None and tokenizer is not None and names:
+        for templates in [args.templates] if isinstance(args.templates, str) else args.templates:
+            check_prompts(model.clip, tokenizer, names, templates, not args.names_as_given)
     return labels

@@ -110,7 +110,7 @@ def run(args: Namespace) -> None:
     dataset = open_dataset(args)
     if args.label_column is None and "label" in (dataset.features or {}):
         args.label_column = "label"
-    labels = labels_from(args, dataset)
+    labels = labels_from(args, dataset, model, tokenizer)
     store = _activations(args, model.clip, dataset, image_processor)
     if not join_processes().is_main_process:  # they have shared the extraction
         return

@@ -83,7 +83,7 @@ def run(args: Namespace) -> None:
     labels_from(args)
     resolve_templates(args.templates)
     model, tokenizer, image_processor = load_steered_clip(args)
-    _, labels, store = open_rows(args, model, image_processor, named=True)
+    _, labels, store = open_rows(args, model, image_processor, tokenizer=tokenizer)
     if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     names = store.class_names if labels is None else labels

@@ -121,23 +121,54 @@ def class_embeddings(
         ValueError, TypeError: see [`resolve_templates`] and [`clean_class_names`]; and for two names whose prompts are
             the same to this CLIP, such as `Cat` and `cat`.
     """
-    templates = resolve_templates(templates)
     names = clean_class_names(class_names, clean)
     if isinstance(tokenizer, Mapping):
         return _given_embeddings(clip, tokenizer, class_names, names)
+    options = (batch_size, refuse_same, tokenizer_kwargs, by_length)
+    prompts, batches, rows = _read_prompts(clip, tokenizer, names, resolve_templates(templates), *options)
+    encoded = _encode(clip, prompts, batches, progress)
+    return normalize(encoded[rows.to(encoded.device)].mean(1), dim=-1)
+
+
+def check_prompts(
+    clip: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase | Mapping[str, torch.Tensor],
+    class_names: Sequence[str],
+    templates: str | Path | Sequence[str] = "single",
+    clean: bool = True,
+) -> None:
+    """Refuse what [`class_embeddings`] refuses, without encoding a text: for use before images are read."""
+    names = clean_class_names(class_names, clean)
+    if isinstance(tokenizer, Mapping):
+        _given_embeddings(clip, tokenizer, class_names, names)
+    else:
+        _read_prompts(clip, tokenizer, names, resolve_templates(templates))
+
+
+def _read_prompts(
+    clip: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    templates: Sequence[str],
+    batch_size: int = 256,
+    refuse_same: bool = True,
+    options: Mapping[str, Any] | None = None,
+    by_length: bool = False,
+) -> tuple[list[str], list[TokenBatch], torch.Tensor]:
+    """Distinct prompts in the order of their batches of tokens, and the place of each name's prompts among them,
+    `(number of names, number of templates)`."""
     refuse_without_texts(clip)
     # str.replace, not str.format: names and templates may hold braces of their own.
     prompts = [template.replace("{}", name) for name in names for template in templates]
     distinct = list(dict.fromkeys(prompts))
     by_length = by_length and len(distinct) > batch_size
-    batches = tokenized(clip, tokenizer, distinct, batch_size, tokenizer_kwargs or {}, by_length)
+    batches = tokenized(clip, tokenizer, distinct, batch_size, options or {}, by_length)
     encoded_as = [distinct[number] for batch in batches for number in batch.numbers]
     row_of = {prompt: row for row, prompt in enumerate(encoded_as)}
     rows = torch.tensor([row_of[prompt] for prompt in prompts]).unflatten(0, (len(names), len(templates)))
     if refuse_same:
         _refuse_same(names, rows.tolist(), _read_tokens(clip, batches))
-    encoded = _encode(clip, encoded_as, batches, progress)
-    return normalize(encoded[rows.to(encoded.device)].mean(1), dim=-1)
+    return encoded_as, batches, rows
 
 
 def _given_embeddings(
@@ -192,7 +223,7 @@ def tokenized(
         used = mask.sum(-1).tolist()
         full += [prompts[number] for number, count in zip(numbers, used, strict=True) if count == positions]
     if full:
-        logger.warning(
+        logger.warning_once(
             f"{len(full)} of {len(prompts)} prompts fill all {positions} positions of the text tower; "
             f"what goes beyond was cut. The first: {full[0]!r}"
         )
