@@ -160,6 +160,11 @@ OF_FILES = {
     "pipeline, PIL": Door(lambda w, paths: classified()(w, [Image.open(one) for one in paths])),
     "pipeline, opened before": Door(lambda w, paths: classified()(w, [open_image(one) for one in paths])),
     "pipeline, arrays": Door(lambda w, paths: classified()(w, [np.asarray(open_image(one)) for one in paths])),
+    "pipeline, tensors": Door(
+        lambda w, paths: classified()(
+            w, [torch.tensor(np.asarray(open_image(one)) / 255, requires_grad=True) for one in paths]
+        )
+    ),
     "explain, paths": Door(lambda w, paths: explained(w, list(map(str, paths)))),
     "explain, a column": Door(lambda w, paths: explained(w, column(paths)["image"])),
     "encode_images, paths": Door(encoded_images, "steered"),

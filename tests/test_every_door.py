@@ -78,7 +78,7 @@ def test_pages_show_the_same_pictures(world, photos, whole, tmp_path):
         assert small.read_bytes() == thumbnail(Image.fromarray(pixels))
 
 
-READ_BY_CALLER = ("pipeline, PIL", "pipeline, opened before", "pipeline, arrays")
+READ_BY_CALLER = ("pipeline, PIL", "pipeline, opened before", "pipeline, arrays", "pipeline, tensors")
 NAMELESS = ("pipeline, bytes", "pipeline, memory", "the Space")
 
 

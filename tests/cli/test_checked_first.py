@@ -119,6 +119,9 @@ REFUSED = {
         ("--reference_dataset {folder}/none", "none"),
         ("--gamma nan", "--gamma must be a finite number"),
         ("--fvu_threshold -1", "--fvu_threshold must be a number (at least 0)"),
+        ("--dataset {folder}/twins --split train", "the names 'Cat' and 'cat' are one to this CLIP"),
+        ("--dataset {folder}/hidden --split train --labels a b", "Images have no label in column 'label'"),
+        ("--dataset {folder}/lists --split train --labels a b", "Column 'label' holds List"),
     ],
     "calibrate": [("--split train", "trained on")],
     "atlas": [
@@ -136,6 +139,14 @@ def test_a_request_that_cannot_be_met_gets_one_line(
 ):
     """The library's own messages reach the user whole, before the first image is read."""
     (tmp_path / "file").touch()
+    for name, text in {
+        "twins/metadata.csv": "file_name,label\n1.png,Cat\n2.png,cat\n",
+        "hidden/metadata.csv": "file_name,label\n1.png,1\n2.png,\n",
+        "lists/metadata.jsonl": '{"file_name": "1.png", "label": ["a", "b"]}\n',
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).with_name("1.png").touch()
     places = {"file": tmp_path / "file", "folder": tmp_path, "checkpoint": checkpoint}
     start = with_checkpoint(command, checkpoint, images_path)
     if command == "train":

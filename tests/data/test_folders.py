@@ -91,6 +91,11 @@ LAYOUTS = {
         "!b/images/1.png: a/train/cat/1.png, a/train/dog/1.png, a/test/cat/1.png, a/test/dog/1.png, b/images/1.png"
     ),
     "test images without classes": "train: train/cat/1.png = cat, train/dog/1.png = dog; test: test/1.png",
+    "the same in a folder of a folder": (
+        "train: ILSVRC/CLS-LOC/train/cat/1.png = cat, ILSVRC/CLS-LOC/train/dog/1.png = dog; "
+        "validation: ILSVRC/CLS-LOC/val/1.png; test: ILSVRC/CLS-LOC/test/1.png"
+    ),
+    "splits called sets": "train: trainset/cat/1.png = cat, trainset/dog/2.png = dog; test: testset/cat/3.png = cat",
     "a class named train": "train: bus/1.png = bus, train/2.png = train, car/3.png = car",
     "classes that hold split words": "train: bullet_train/1.png = bullet_train, test_tube/2.png = test_tube",
     "train alone": "train: train/cat/1.png = cat, train/dog/1.png = dog",
@@ -264,6 +269,7 @@ LISTS = {
     "bom.csv": "\ufefffile_name,label\ncat/1.png,cat\ndog/2.png,None\n",
     "excel.csv": 'Path;Label;label\ncat/1.png;"a;b";cat\n./dog/2.png;x;None\n',
     "clip.csv": "filepath\ttitle\tlabel\ncat/1.png\ta cat, asleep\tcat\ndog/2.png\ta dog, running\tNone\n",
+    "blanks.csv": "file_name, label\ncat/1.png, cat\ndog/2.png, None\n",
     "b.tsv": "label\tfilename\ncat\tcat/1.png\nNone\tdog/2.png\n",
     "c.jsonl": '{"image_path": "cat/1.png", "label": "cat"}\n{"image_path": "dog/2.png", "label": "None"}\n',
     "d.json": '[{"img": "cat/1.png", "label": "cat"}, {"img": "dog/2.png", "label": "None"}]',
@@ -306,6 +312,8 @@ def test_a_list_may_name_images_elsewhere_but_metadata_may_not(tmp_path):
     [
         ("a.csv", "cat/1.png,cat\ncat/1.png,cat\n", "no column of paths.*it has cat/1.png, cat"),
         ("a.csv", "image,label\n", "a.csv cannot be opened: it holds no rows"),
+        ("a.csv", "image,label\ncat/1.png,tabby, grey\n", "a.csv: its rows have more fields than its first line"),
+        ("a.tar", "no archive" * 99, "a.tar cannot be opened"),
         (
             "a.csv",
             "image,label\nelsewhere/1.png,cat\n",

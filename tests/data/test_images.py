@@ -94,6 +94,8 @@ def test_an_opened_image_belongs_to_the_caller():
     mine.info["note"] = "mine"
     open_image(mine).thumbnail((4, 4))
     assert mine.size == (36, 24) and mine.info == {"note": "mine"}
+    ones = torch.ones(3, 4, 5, dtype=torch.bfloat16, requires_grad=True)  # which numpy can't take
+    assert (np.asarray(open_image(ones)) == 255).all()
 
 
 # --------------------------------------------------------------------------------------------------------------------

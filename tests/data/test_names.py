@@ -118,6 +118,7 @@ def test_numbers_without_names_count_places():
         ("l.csv", "cat\ndog\n", "name its columns in the first line.*'cat'.*txt"),
         ("l.csv", "name\ntench, Tinca tinca\n", "row 1 is.*in quotes"),
         ("l.csv", "id,name\n0,\n", "row 1 is"),
+        ("l.csv", 'name\n"cat\ndog\n', "is not a table"),
         ("l.json", '{"cat": 0}', "a list of texts"),
         ("l.json", "cat\n", "is not JSON"),
         ("l.yaml", "- cat\n", r"expected .txt, .csv, .tsv, .json"),

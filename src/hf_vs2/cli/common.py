@@ -265,11 +265,22 @@ def extract(
 
 
 def open_rows(
-    args: argparse.Namespace, model: VS2CLIPForZeroShot, image_processor: Any, *, tokenizer: Any = None, **options: Any
+    args: argparse.Namespace,
+    model: VS2CLIPForZeroShot,
+    image_processor: Any,
+    *,
+    tokenizer: Any = None,
+    all_labelled: bool = False,
+    **options: Any,
 ) -> tuple[Any, Names | None, ActivationStore]:
     """The data set of the flags, the labels that they give for it (with a tokenizer, it must have some, that this CLIP
-    tells apart), and its rows, in the cache of [`activations_beside`] from then on."""
+    tells apart; with `all_labelled`, each image one of them), and its rows, in the cache of [`activations_beside`] from
+    then on."""
+    from ..data.labels.names import check_labelled
+
     dataset = open_dataset(args)
+    if all_labelled:
+        check_labelled(dataset, args.label_column)
     labels = None if tokenizer is None else labels_from(args, dataset, model, tokenizer, required=True)
     options = {"label_column": getattr(args, "label_column", None), "image_processor": image_processor} | options
     return dataset, labels, extract(args, model.clip, dataset, activations_beside(args), **options)

@@ -143,6 +143,9 @@ def _decode(value: Any, timeout: float | None, at_least: int | None) -> Image.Im
             _decode_smaller(value, at_least)
         value.load()
         return value
+    if hasattr(value, "detach"):  # a tensor, on whatever device; numpy has no bfloat16
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
     return _from_array(np.asarray(value))
 
 

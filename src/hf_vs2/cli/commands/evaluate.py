@@ -115,7 +115,7 @@ def run(args: Namespace) -> None:
         model.image_features_from_cls(torch.zeros(1, model.sae.config.hidden_size))
     reference_args = _reference_args(args)
     reference_images = None if reference_args is None else open_dataset(reference_args)
-    _, labels, store = open_rows(args, model, image_processor, tokenizer=tokenizer)
+    _, labels, store = open_rows(args, model, image_processor, tokenizer=tokenizer, all_labelled=True)
     reference = None
     if reference_args is not None:
         cache = activations_beside(args)

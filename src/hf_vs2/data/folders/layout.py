@@ -16,11 +16,11 @@ from .listing import composed
 
 logger = logging.get_logger(__name__)
 
-# Folder and file names that mean a split; the same words as the `datasets` library.
+# Folder and file names that mean a split: the words of the `datasets` library, and with `set` behind them.
 SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "valset", "devset"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "testset"), "test"),
 }
 # Folders beside a single `train` that are no classes.
 _BESIDE_SPLITS = frozenset({"unlabeled", "unlabelled", "extra", "additional"})
@@ -49,7 +49,7 @@ class Part:
     rows: list[int] = field(default_factory=list)
     """Places of the files among those of all splits."""
     folders: list[tuple[str, ...]] = field(default_factory=list)
-    """Of each file, without the folder that means the split."""
+    """Of each file, without the folder that means the split and those around all splits."""
     means_split: set[str] = field(default_factory=set)
     """Names of that folder, in small letters."""
     classes: list[str | None] | None = None
@@ -71,6 +71,7 @@ def split_by_folder(root: str, files: Sequence[str], left_out: Counter[str]) -> 
     split_of = _split_folders(ways)
     depth = len(next(iter(split_of), ()))
     parents = {folder[:-1] for folder in split_of}
+    around = len(os.path.commonprefix(sorted(parents)))
     parts: dict[str, Part] = defaultdict(Part)
     beside: list[str] = []
     stray: list[str] = []
@@ -87,7 +88,7 @@ def split_by_folder(root: str, files: Sequence[str], left_out: Counter[str]) -> 
             continue
         parts[split].files.append(file)
         parts[split].rows.append(row)
-        parts[split].folders.append(folder[:-1] + way[depth:])
+        parts[split].folders.append(folder[around:-1] + way[depth:])
         parts[split].means_split.update(name.lower() for name in folder[-1:])
     alone = len(set(split_of.values())) == 1
     names = {file.split("/")[depth - 1].lower() for file in beside}

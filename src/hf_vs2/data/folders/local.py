@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -183,6 +184,11 @@ def _read_lists(files: Sequence[Path], image_column: str) -> _Rows:
     together = _Rows({image_column: []}, {image_column: datasets.Image(decode=False)})
     for file in files:
         rows = load_dataset(file, data_files={"train": [escape(str(file))]}, **_reader_of_list(file))["train"]
+        if "__index_level_0__" in rows.features and suffix_of(file.name) != ".parquet":  # pandas shifts the columns
+            raise ValueError(
+                f"{file}: its rows have more fields than its first line names. Give each column a name, and put a text "
+                "with commas in quotes"
+            )
         paths = _path_column(file, rows.features, image_column)
         num_rows = len(together.columns[image_column])
         for name, values in rows[:].items():
@@ -204,7 +210,8 @@ def _reader_of_list(file: Path) -> dict[str, Any]:
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         header = lines.readline()
     # A class may be called "None" or "NA".
-    return {"path": "csv", "sep": max(",;\t", key=header.count), "keep_default_na": False, "na_values": [""]}
+    options = {"keep_default_na": False, "na_values": [""], "skipinitialspace": True}
+    return {"path": "csv", "sep": max(",;\t", key=header.count), **options}
 
 
 def _path_column(file: Path, features: Mapping[str, Any], image_column: str) -> str:
@@ -263,7 +270,7 @@ def load_dataset(source: str | Path, path: str | None = None, **options: Any) ->
         raise OSError(
             f"{str(source)!r} is neither a path on this machine nor a data set that the Hub gives: {error}"
         ) from error
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, datasets.exceptions.DatasetsError, tarfile.TarError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         if "corresponds to no data" in reason:
             reason = "it holds no rows"

@@ -114,7 +114,7 @@ def _table(text: str, name: str, delimiter: str | None) -> tuple[list[str], list
     """The header as columns are found by, the rows, and the first line as it is."""
     first = text.lstrip("\n\r").partition("\n")[0]
     try:
-        table = list(csv.reader(io.StringIO(text), delimiter=delimiter or max(",;\t", key=first.count)))
+        table = list(csv.reader(io.StringIO(text), delimiter=delimiter or max(",;\t", key=first.count), strict=True))
     except csv.Error as error:
         raise ValueError(f"{name} is not a table: {error}.") from error
     rows = [[cell.strip() for cell in row] for row in table if any(cell.strip() for cell in row)]

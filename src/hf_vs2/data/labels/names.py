@@ -74,7 +74,7 @@ def clean_class_names(class_names: Iterable[str], clean: bool = True, what: str 
     names = list(first)
     if clean and len(names) > 1 and all(name[0].isdigit() for name in names):
         logger.warning_once(
-            f"All {len(names)} names in {what} begin with a number ({names[0]!r}, {names[1]!r}, ...), which CLIP "
+            f"All {len(names)} names begin with a number ({names[0]!r}, {names[1]!r}, ...), which CLIP "
             "reads as part of the name. If it only counts the classes, give names without it."
         )
     return names
@@ -260,13 +260,17 @@ def with_numbered_labels(dataset: Dataset, label_column: str) -> Dataset:
 
 
 def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any]:
-    """Splits whose column of names, if they have one, is one of class labels, the same in all of them. Streams are
-    read once."""
+    """Splits whose column of names, if they have one, is one of class labels, the same in all of them; and whole
+    numbers that came as fractions, as tables with empty cells have them, are integers. Streams are read once."""
     import datasets
 
     found: dict[str, list[str | None]] = {}
+    splits = dict(splits)
     for split, part in splits.items():
-        if getattr((part.features or {}).get(label_column), "dtype", "") not in ("string", "large_string"):
+        kind = getattr((part.features or {}).get(label_column), "dtype", "")
+        if kind == "float64" and isinstance(part, datasets.Dataset):
+            splits[split] = _with_whole_labels(part, label_column)
+        if kind not in ("string", "large_string"):
             continue
         column = part.select_columns([label_column])
         labels = (
@@ -274,7 +278,7 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
         )
         found[split] = [None if label is None else label.strip() for label in labels]
     if not found:
-        return dict(splits)
+        return splits
     names = sorted_names(name for labels in found.values() for name in labels if name is not None)
     number: dict[str | None, int | None] = {None: None} | {name: place for place, name in enumerate(names)}
     feature = datasets.ClassLabel(names=names)
@@ -289,6 +293,17 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
     return numbered
 
 
+def _with_whole_labels(dataset: Dataset, label_column: str) -> Dataset:
+    import datasets
+
+    labels = dataset.select_columns([label_column])[label_column][:]
+    if not all(label is None or float(label).is_integer() for label in labels):
+        return dataset
+    numbers = [None if label is None else int(label) for label in labels]
+    whole = datasets.Value("int64")
+    return dataset.remove_columns(label_column).add_column(label_column, numbers, feature=whole)
+
+
 def check_names(dataset: Any, label_column: str | None, given: Names) -> str | None:
     """Refuse names that do not fit the labels of a data set, before anything is made of its images (a stream shows too
     late), and tell what was matched with what.
@@ -296,20 +311,40 @@ def check_names(dataset: Any, label_column: str | None, given: Names) -> str | N
     Raises:
         ValueError: they do not; the message shows both sides.
     """
-    import datasets
-
     own = class_names_of(dataset, label_column)
     if own is not None:
         return match_names(own, given).told
-    if isinstance(dataset, datasets.Dataset) and label_column in dataset.column_names:
-        labels = [label for label in dataset.unique(label_column) if isinstance(label, int)]
+    if labels := _numbers_in(dataset, label_column):
         names = names_by_place(given)
-        if labels and max(labels) >= len(names):
+        if max(labels) >= len(names):
             raise ValueError(
                 f"The labels in column {label_column!r} are numbers without names, up to {max(labels)}; the "
                 f"{len(names)} labels given ({_listed(names)}) are for 0 to {len(names) - 1}."
             )
     return None
+
+
+def check_labelled(dataset: Any, label_column: str) -> None:
+    """Refuse labels that are hidden (-1, or empty) where each image needs one; a stream shows too late.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    if -1 in _numbers_in(dataset, label_column):
+        raise ValueError(
+            f"Images have no label in column {label_column!r} (it is -1 or empty), and accuracy needs that of each: "
+            "give a split with labels, or leave these images out."
+        )
+
+
+def _numbers_in(dataset: Any, label_column: str | None) -> set[int]:
+    """The different labels of a column of integers, -1 for none; empty for other columns and for streams."""
+    import datasets
+
+    kind = str(getattr((dataset.features or {}).get(label_column), "dtype", ""))
+    if not isinstance(dataset, datasets.Dataset) or not kind.startswith(("int", "uint", "bool")):
+        return set()
+    return {-1 if label is None else int(label) for label in dataset.unique(label_column)}
 
 
 # Files and command lines
