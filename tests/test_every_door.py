@@ -258,6 +258,7 @@ BAD_NAMES = {
     "twice but for what is cleaned": ([*COLOURS, "night_bird", "night bird"], "'night bird' twice"),
     "one to this CLIP": ([*COLOURS, "Red"], "the names 'red' and 'Red' are one to this CLIP"),
     "blank": ([*COLOURS, " "], r"\[3\] is empty"),
+    "of other bytes": ([*COLOURS, "caf\udce9"], "which is not UTF-8 text"),
     "none": ([], "is empty|expected at least one argument"),
     "a number": ([*COLOURS, 3], r"\[3\] is 3, a int"),
     "one text": ("cat, dog", "must be a list of strings, not 'cat, dog'.*split"),

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
-from commands import source
+from commands import complaint, source
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
@@ -110,6 +110,12 @@ def test_a_fault_is_one_line_with_what_helps_and_what_is_kept(name, tmp_path, mo
     message = capsys.readouterr().err
     assert said in message and helps in message and "kept in" in message
     assert len(message.splitlines()) == 1 and "Traceback" not in message
+
+
+def test_an_image_of_the_web_that_does_not_come_is_named_alone(checkpoint, capsys):
+    """No files have arrived that "are not sent twice"."""
+    message = complaint(capsys, "classify", "http://127.0.0.1:1/a.png", "--checkpoint", checkpoint, "--labels", "a")
+    assert message.startswith("the image (http://127.0.0.1:1/a.png) cannot be read (ConnectError")
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 
 def say(*lines: str) -> None:
-    """Print results, on the main process only. Letters that the terminal has not got are shown as `?`."""
+    """Print results, on the main process only. Letters that the terminal has not got are shown by number, as
+    `\\xe9`."""
     if os.environ.get("RANK", "0") == "0":
         encoding = sys.stdout.encoding or "utf-8"
-        print("\n".join(lines).encode(encoding, "replace").decode(encoding), flush=True)
+        print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def say_json(value: Any) -> None:

@@ -36,6 +36,8 @@ def fault_of(error: BaseException, args: Namespace | None) -> str | None:
     if not kinds:
         return None
     one, kind = kinds[0]
+    if kind in ("network", "archive") and type(error).__name__ == "UnreadableImageError":
+        return None  # it names the image, and no other file was asked for
     place, number = getattr(one, "filename", None), getattr(one, "errno", None)
     if kind == "full":
         return f"the disk is full ({said}). Make room, or give another place{_flags(args, _PLACES)}."

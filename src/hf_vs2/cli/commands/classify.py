@@ -160,7 +160,7 @@ def _naming_the_flag(answers: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from answers
     except UnreadableImageError as error:
-        raise ValueError(f"{error}; leave such images out with --on_error skip") from error
+        raise UnreadableImageError(f"{error}; leave such images out with --on_error skip") from error
 
 
 def _grows(args: Namespace) -> bool:

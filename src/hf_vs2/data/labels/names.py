@@ -58,6 +58,8 @@ def clean_class_names(class_names: Iterable[str], clean: bool = True, what: str 
     for index, name in enumerate(names_in(class_names, what)):
         if not isinstance(name, str):
             raise TypeError(f"{what}[{index}] is {name!r}, a {type(name).__name__}: every name must be a string.")
+        if re.search("[\ud800-\udfff]", name):  # other bytes on the command line or in the name of a file
+            raise ValueError(f"{what}[{index}] is {name!r}, which is not UTF-8 text: write it in UTF-8.")
         cleaned = clean_name(name) if clean else name
         if not cleaned.strip():
             raise ValueError(f"{what}[{index}] is empty: every class needs a name to make a prompt of.")
