@@ -17,6 +17,7 @@ from hf_vs2 import extract_activations, load_images
 from hf_vs2.atlas.material import truth_of
 from hf_vs2.atlas.writing import thumbnail, write_thumbnails
 from hf_vs2.data import UnreadableImageError
+from hf_vs2.data.labels.lists import names_in
 from hf_vs2.data.registry import dataset_info
 from hf_vs2.evaluation.comparison import evaluate
 
@@ -178,7 +179,7 @@ def asked(world, images_path, tmp_path_factory):
 
     def pipeline(labels, **options):
         found = {one["label"]: one["score"] for one in world.classifier(image, labels, **options)}
-        return [found[label] for label in labels]
+        return [found[label] for label in names_in(labels)]
 
     def fitted(labels, **options):
         with model.steering(method="distribution_norm"):
@@ -232,6 +233,10 @@ def test_a_list_of_names_means_the_same_at_every_door(world, asked, images_path,
     for door in ("pipeline", "explain", "fit_label_set", "class_embeddings", "classify"):
         found = doors[door](plain, templates="single")
         assert doors[door](given, templates="single") == pytest.approx(found, abs=1e-5), door
+        if door != "classify":  # which reads them from a file
+            assert doors[door](names, templates={"a photo": "a photo of a {}."}) == pytest.approx(found, abs=1e-5), (
+                door
+            )
         assert doors[door](given, templates="single", clean=False) != pytest.approx(found, abs=1e-5), door
         with pytest.raises((ValueError, Failed), match="are one to this CLIP|'lime' twice"):
             doors[door](["Lime", "lime"])

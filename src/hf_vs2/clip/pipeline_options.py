@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..config.schema import COUNT, optional
 from ..config.steering import Steering, excluding
+from ..data.labels.lists import names_in
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import resolve_templates
 from ..encoders.families import refuse_without_texts
@@ -61,7 +62,7 @@ class OptionsMixin:
             if not isinstance(self.tokenizer, Mapping):
                 refuse_without_texts(getattr(self.core, "clip", self.core))
             labels, clean = options["candidate_labels"], options.get("clean", self._given("clean", True))
-            labels = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else tuple(labels)
+            labels = tuple(names_in(labels, "candidate_labels"))
             clean_class_names(labels, clean, "candidate_labels")
             forward["candidate_labels"] = postprocess["candidate_labels"] = labels
         if options.get("templates") is not None or options.get("hypothesis_template") is not None:

@@ -19,6 +19,7 @@ from ..config.latent_edits import LatentEdits
 from ..config.steering import Steering
 from ..config.vs2_clip import VS2CLIPConfig
 from ..data.inputs import DEFAULT_TEMPLATES
+from ..data.labels.lists import names_in
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings
 from ..encoders.families import family_of, tower_of
@@ -218,6 +219,7 @@ class SteeringMixin:
             `ValueError`: if the method fits nothing, or labels are missing, empty, given twice or the same to this
             CLIP.
         """
+        labels = names_in(labels, "labels")
         clean_class_names(labels, clean, "labels")
         tokenizer, _ = processing_of(self, processor)
         templates = DEFAULT_TEMPLATES if templates is None else templates

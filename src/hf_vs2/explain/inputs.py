@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..data.batches import read_pixels
-from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages
+from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, describe_type
+from ..data.labels.lists import names_in
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings
 from ..data.pixels import Normalizer
@@ -47,6 +48,7 @@ def explain_images(
     if isinstance(labels, torch.Tensor):
         embeds, words = labels, None
     else:
+        labels = names_in(labels, "labels")
         clean_class_names(labels, clean, "labels")
         embeds, words = class_embeddings(clip, tokenizer, labels, templates, clean=clean), labels
     if vocabulary is not None:
@@ -126,6 +128,8 @@ def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Te
     """Pixel values `(batch, channels, height, width)`, as the pipeline makes them."""
     if isinstance(images, SINGLE_IMAGE):
         named = [NamedImage(images)]
+    elif not isinstance(images, Iterable) and not hasattr(images, "__getitem__"):
+        raise TypeError(f"images must be one image or several, not {describe_type(images)}.")
     else:
         several = NamedImages(images if hasattr(images, "__getitem__") else list(images))
         named = [several[number] for number in range(len(several))]

@@ -72,7 +72,7 @@ def resolve_templates(templates: str | Path | Sequence[str]) -> tuple[str, ...]:
         source = f"the template file {name}"
         found = names_in(read_list(name, "the template file"))
     else:
-        source, found = "the list of templates", list(templates)
+        source, found = "the list of templates", names_in(templates, "templates")
     if not found:
         raise ValueError(f"{source} is empty: give at least one prompt with {{}} where the class name goes.")
     for template in found:
