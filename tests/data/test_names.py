@@ -302,3 +302,6 @@ def test_datasets_keep_their_split_and_order(tmp_path):
     chosen = with_numbered_labels(whole.select([3, 0, 1]), "label")
     assert chosen.features["label"].names == ["2", "9", "10"] and chosen["label"][:] == [0, 2, 1]
     assert chosen.split == whole.split
+    for fractions, labels in (([1.0, None, float("nan")], [1, None, None]), ([0.5, 1.0], [0.5, 1.0])):  # empty cells
+        rows = datasets.Dataset.from_dict({"image": ["a.png"] * len(labels), "label": fractions})
+        assert with_numbered_labels(rows, "label")["label"][:] == labels

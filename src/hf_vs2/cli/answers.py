@@ -172,6 +172,9 @@ def _images(number: int) -> str:
 
 
 def _cut(text: str, width: int, at_end: bool = True) -> str:
+    from ..data.images import one_line
+
+    text = one_line(text)
     if len(text) <= width:
         return text
     head = width - 1 if at_end else (width - 1) // 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import shlex
@@ -270,7 +271,7 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
     splits = dict(splits)
     for split, part in splits.items():
         kind = getattr((part.features or {}).get(label_column), "dtype", "")
-        if kind == "float64" and isinstance(part, datasets.Dataset):
+        if kind in ("float32", "float64") and isinstance(part, datasets.Dataset):
             splits[split] = _with_whole_labels(part, label_column)
         if kind not in ("string", "large_string"):
             continue
@@ -298,8 +299,9 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
 def _with_whole_labels(dataset: Dataset, label_column: str) -> Dataset:
     import datasets
 
-    labels = dataset.select_columns([label_column])[label_column][:]
-    if not all(label is None or float(label).is_integer() for label in labels):
+    labels = dataset.select_columns([label_column]).with_format(None)[label_column][:]
+    labels = [None if label is None or math.isnan(label) else label for label in labels]
+    if not all(label is None or label.is_integer() for label in labels):
         return dataset
     numbers = [None if label is None else int(label) for label in labels]
     whole = datasets.Value("int64")
