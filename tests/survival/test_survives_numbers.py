@@ -156,6 +156,16 @@ def test_no_nan_leaves_for_finite_rows(case):
     check_no_nan(case)
 
 
+@pytest.mark.parametrize("method", ["vs2", "centroid"])
+def test_a_row_that_overflows_once_moved_stays_as_it_was(method):
+    """Rescaled from an infinite length to its own it was 0, and the answer that of no image: "steered", 0.500."""
+    sae = sae_of((48, 5), "relu", 1.0, torch.float32)
+    model = VS2CLIPForZeroShot(clip_in(torch.float32), sae, method=method, gamma=1e30, gate=None)
+    rows = 3 * torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
+    moved = model.steer_cls(rows)
+    assert not moved.steered.any() and torch.equal(moved.rows, rows)
+
+
 @pytest.mark.slow
 @tries(MANY)
 @given(case=cases)

@@ -211,7 +211,8 @@ def keep_norm(moved: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     1.8e19 gives what is not finite. [`VS2CLIPForZeroShot`] leaves such a row as it was.
     """
     moved_norm = moved.norm(dim=-1, keepdim=True)
-    scale = x.norm(dim=-1, keepdim=True) / moved_norm
+    # Divided by infinity, the row would be 0: finite, and wrong.
+    scale = (x.norm(dim=-1, keepdim=True) / moved_norm).masked_fill(moved_norm.isinf(), torch.nan)
     return moved * torch.where(moved_norm > 0, scale, torch.zeros_like(scale))
 
 
