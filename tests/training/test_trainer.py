@@ -26,6 +26,7 @@ from hf_vs2.sae import modeling as modeling_sae
 from hf_vs2.training.batches import BatchPlan
 from hf_vs2.training.calibration import activation_statistics
 from hf_vs2.training.label_losses import PrototypeAlignment
+from hf_vs2.training.output_folder import checkpoints
 
 
 @pytest.fixture(scope="module")
