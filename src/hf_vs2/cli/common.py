@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ..clip.modeling import VS2CLIPForZeroShot
     from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
-    from ..config.sae import SAEConfig
     from ..data.labels.lists import Names
     from ..data.stores.activations import ActivationStore
 
@@ -52,20 +51,6 @@ def say_json(value: Any) -> None:
 def say_written(places: Mapping[str, Any]) -> None:
     """Print what was written, and where."""
     say("", "Written:", *(f"  {what:<15} {place}" for what, place in places.items()))
-
-
-def sae_lines(where: str, config: SAEConfig, metrics: Mapping[str, float]) -> list[str]:
-    """How well an SAE does on some rows, and the gate that it got there."""
-    worse = ["That is worse than the mean: train on more images."] if metrics["fvu"] > 1 else []
-    lines = [
-        f"{where}: FVU {metrics['fvu']:.4f} (0: nothing is missed, 1: no better than the mean).",
-        *worse,
-        f"An image has {metrics['l0']:.1f} active latents (L0).",
-    ]
-    if config.gate is None:
-        return [*lines, "Default gate: none."]
-    threshold = config.fvu_threshold(config.gate)
-    return [*lines, f"Default gate: images of FVU up to {threshold:.4f} (quantile {config.gate}) are steered."]
 
 
 # Flags
@@ -275,8 +260,8 @@ def open_rows(
     **options: Any,
 ) -> tuple[Any, Names | None, ActivationStore]:
     """The data set of the flags, the labels that they give for it (with a tokenizer, it must have some, that this CLIP
-    tells apart; with `all_labelled`, each image one of them), and its rows, in the cache of [`activations_beside`] from
-    then on."""
+    tells apart; with `all_labelled`, each image one of them), and its rows, in the cache of [`activations_beside`]
+    from then on."""
     from ..data.labels.names import check_labelled
 
     dataset = open_dataset(args)

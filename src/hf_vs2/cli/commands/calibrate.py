@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...config.schema import whole
 from ..common import (
@@ -16,11 +18,14 @@ from ..common import (
     join_processes,
     load_steered_clip,
     open_rows,
-    sae_lines,
     say,
     say_written,
 )
 from ..parsing import Parser, UsageError
+
+
+if TYPE_CHECKING:
+    from ...config.sae import SAEConfig
 
 
 USAGE = "--checkpoint O --dataset D [--split S] [options]"
@@ -106,3 +111,17 @@ def run(args: Namespace) -> None:
         *([] if sae.domain_statistics is None else [f"{sae.domain_statistics}."]),
     )
     say_written({"checkpoint": target, "activations": store.path})
+
+
+def sae_lines(where: str, config: SAEConfig, metrics: Mapping[str, float]) -> list[str]:
+    """How well an SAE does on some rows, and the gate that it got there."""
+    worse = ["That is worse than the mean: train on more images."] if metrics["fvu"] > 1 else []
+    lines = [
+        f"{where}: FVU {metrics['fvu']:.4f} (0: nothing is missed, 1: no better than the mean).",
+        *worse,
+        f"An image has {metrics['l0']:.1f} active latents (L0).",
+    ]
+    if config.gate is None:
+        return [*lines, "Default gate: none."]
+    threshold = config.fvu_threshold(config.gate)
+    return [*lines, f"Default gate: images of FVU up to {threshold:.4f} (quantile {config.gate}) are steered."]

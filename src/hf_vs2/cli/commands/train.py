@@ -18,13 +18,13 @@ from ..common import (
     join_processes,
     local_or_id,
     open_dataset,
-    sae_lines,
     say,
     say_written,
 )
 from ..next_steps import after_training
 from ..parsing import Parser, UsageError, dataclass_from
 from ..places import check_writable
+from .calibrate import sae_lines
 
 
 if TYPE_CHECKING:

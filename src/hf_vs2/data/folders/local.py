@@ -186,8 +186,8 @@ def _read_lists(files: Sequence[Path], image_column: str) -> _Rows:
         rows = load_dataset(file, data_files={"train": [escape(str(file))]}, **_reader_of_list(file))["train"]
         if "__index_level_0__" in rows.features and suffix_of(file.name) != ".parquet":  # pandas shifts the columns
             raise ValueError(
-                f"{file}: its rows have more fields than its first line names. Give each column a name, and put a text "
-                "with commas in quotes"
+                f"{file}: its rows have more fields than its first line names. Give each column a name, and put a "
+                "text with commas in quotes"
             )
         paths = _path_column(file, rows.features, image_column)
         num_rows = len(together.columns[image_column])
