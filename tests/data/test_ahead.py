@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -131,3 +132,20 @@ def test_processors_are_those_that_this_process_may_keep_busy(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert num_processors(tmp_path) == processors
+
+
+@pytest.mark.parametrize("place", ["torch.set_num_threads", "hf_vs2.data.ahead._settle"])
+def test_a_thread_without_memory_is_an_error_and_no_endless_wait(monkeypatch, place):
+    """Where memory is short a thread may end outside the reading of an image: nobody would ever read that one."""
+    module, _, name = place.rpartition(".")
+    real = getattr(sys.modules[module], name)
+
+    def full(*arguments):
+        if threading.current_thread().name == THREAD_NAME:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(MemoryError, match="could not go on"):
+        list(map_ahead(abs, [[1, 2]], as_it_is, num_threads=2))
+    assert not readers()

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -71,8 +71,9 @@ def map_ahead(
     `gather(group, [function(item) for item in group])` of each group, in order. While the caller works on one, threads
     make the next.
 
-    What is raised for a group is raised where it was due, and of several items by the first. Close the iterator
-    (`contextlib.closing`) to end the threads, which finish the items that they are at.
+    What is raised for a group is raised where it was due, and of several items by the first; a thread that ran out of
+    memory is a `MemoryError`. Close the iterator (`contextlib.closing`) to end the threads, which finish the items
+    that they are at.
 
     Args:
         function: called by several threads at once, as is `gather`; both have one processor for tensors.
@@ -88,17 +89,22 @@ def map_ahead(
     begun: SimpleQueue[_Group[T, R, B] | BaseException | None] = SimpleQueue()
     tasks: SimpleQueue[tuple[_Group[T, R, B], int] | None] = SimpleQueue()
     all_there = threading.Barrier(num_threads + 1)
+    lost: list[BaseException] = []  # what ended a thread beside the errors of its items
 
     def work() -> None:
-        # A team of processors of its own would get in the way of the caller's. The setting is a thread's own, but
-        # threads to come begin with the last one made.
-        torch.set_num_threads(1)
-        with contextlib.suppress(threading.BrokenBarrierError):
-            all_there.wait()
-        while (task := tasks.get()) is not None:
-            if not stopped.is_set():
-                task[0].make(function, task[1])
-            del task  # a thread that waits holds no image
+        try:
+            # A team of processors of its own would get in the way of the caller's. The setting is a thread's own, but
+            # threads to come begin with the last one made.
+            torch.set_num_threads(1)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                all_there.wait()
+            while (task := tasks.get()) is not None:
+                if not stopped.is_set():
+                    task[0].make(function, task[1])
+                del task  # a thread that waits holds no image
+        except BaseException as error:
+            lost.append(error)
+            all_there.abort()
 
     def feed() -> None:
         upcoming = iter(groups)
@@ -120,12 +126,16 @@ def map_ahead(
     try:
         for thread in threads[:-1]:
             thread.start()
-        all_there.wait()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            all_there.wait()
         torch.set_num_threads(processors)
         threads[-1].start()
         while (group := begun.get()) is not None:
             if isinstance(group, BaseException):
                 raise group
+            while not wait([group.future], timeout=0.2).done:
+                if lost:  # nobody else would make what it was at
+                    raise MemoryError("a thread that reads ahead could not go on") from lost[0]
             batch = group.future.result()
             room.release()
             del group
