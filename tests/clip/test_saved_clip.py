@@ -52,7 +52,7 @@ def test_a_fine_tuned_clip_is_saved_by_default_again_and_again(model, tmp_path, 
         assert holds_clip(tmp_path / name)
         model = VS2CLIPForZeroShot.from_pretrained(tmp_path / name)
     assert torch.equal(logits(model), logits(VS2CLIPForZeroShot.from_pretrained(tmp_path / "first")))
-    assert "The CLIP's weights are not those of" in caplog.text and "They are saved too" in caplog.text
+    assert "The CLIP's weights and settings are not those of" in caplog.text and "They are saved too" in caplog.text
 
 
 def test_a_light_checkpoint_that_would_lose_weights_is_refused(model, tmp_path):
@@ -64,6 +64,18 @@ def test_a_light_checkpoint_that_would_lose_weights_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"not those of .*clip.*logit_scale is one.*save it with full=True"):
         model.save_pretrained(tmp_path / "vs2", full=False)
     assert (tmp_path / "vs2" / "config.json").read_bytes() == before
+
+
+def test_a_clip_of_other_settings_is_saved_by_default(model, tmp_path):
+    """As people correct a CLIP that was converted with the wrong activation: under its name lies the one with other
+    scores."""
+    for part in (model.config.clip_config.text_config, model.config.clip_config.vision_config):
+        assert part.hidden_act != "relu"
+        part.hidden_act = "relu"
+    clip = CLIPModel.from_pretrained(tmp_path / "clip", config=model.config.clip_config)
+    model = VS2CLIPForZeroShot(clip, model.sae).eval()
+    model.save_pretrained(tmp_path / "vs2")
+    assert torch.equal(logits(model), logits(VS2CLIPForZeroShot.from_pretrained(tmp_path / "vs2")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -222,19 +222,30 @@ def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: b
         )
     try:
         place = {"local_files_only": True, "revision": config.base_model_revision}
-        named = load_clip(name, place, dtype="auto").state_dict()
+        named = load_clip(name, place, dtype="auto")
     except (OSError, ValueError):
         return full is None and config.holds_clip
-    other = next((key for key, weight in named.items() if not _is_same(state.get(f"clip.{key}"), weight)), None)
-    if other is None:
+    others = [key for key, weight in named.state_dict().items() if not _is_same(state.get(f"clip.{key}"), weight)]
+    others += _other_settings(config.clip_config, named.config)
+    if not others:
         return False
     differs = (
-        f"The CLIP's weights are not those of {name}, which the checkpoint names ({other} is one): it was fine-tuned."
+        f"The CLIP's weights and settings are not those of {name}, which the checkpoint names ({others[0]} is one): it "
+        "was fine-tuned."
     )
     if full is False:
         raise ValueError(f"{differs} A light checkpoint would lose them: save it with full=True.")
     logger.warning(f"{differs} They are saved too (full=True).")
     return True
+
+
+def _other_settings(ours: Any, named: Any) -> Iterator[str]:
+    """What two configurations of CLIPs with the same weights differ in that changes what they compute."""
+    for part in ("text_config", "vision_config"):
+        for name in ("hidden_act", "layer_norm_eps", "eos_token_id"):
+            left, right = (getattr(getattr(config, part, None), name, None) for config in (ours, named))
+            if left != right:
+                yield f"{part}.{name}"
 
 
 def _is_same(weight: torch.Tensor | None, named: torch.Tensor) -> bool:

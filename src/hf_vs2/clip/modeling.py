@@ -239,7 +239,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
 
         Args:
             full (`bool`, *optional*): by default a light checkpoint, unless the CLIP came from nowhere that could be
-                named, its weights are not those of the one that it names (it was fine-tuned), or it came from a full
+                named, its weights or settings are not those of the one that it names, or it came from a full
                 checkpoint and the one that it names is not on this machine.
 
         Raises:
