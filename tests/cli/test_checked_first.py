@@ -109,6 +109,7 @@ REFUSED = {
     ],
     "evaluate": [
         ("--label_column class", "no column 'class'"),
+        ("--subfolder sea", "There is no folder"),
         ("--gate 2", "--gate must be a quantile above 0 and below 1, or none, not 2.0"),
         ("--gate 0.5 --fvu_threshold 1", "exclude each other"),
         ("--labels a b", "no label for blue, green, red"),
@@ -163,6 +164,28 @@ def test_a_request_that_cannot_be_met_gets_one_line(
             continue
         assert message in complaint(capsys, *start, *flags.format(**places).split()), flags
     assert not (tmp_path / "sae" / "activations").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "flag"),
+    [("calibrate", "", "--output_dir"), ("evaluate", "results.json", "--output"), ("explain", "", "--output")],
+)
+def test_a_default_place_that_is_write_protected_is_refused_first(
+    command, place, flag, checkpoint, images_path, tmp_path, capsys, monkeypatch, no_image
+):
+    """Somebody else's checkpoint, or a read-only folder to work in: hours of extraction would end in nothing."""
+    monkeypatch.chdir(tmp_path)
+    access = os.access  # tests may run as root, who may write anywhere
+    locked = (str(checkpoint), str(tmp_path))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (mode & os.W_OK and str(path) in locked) and access(path, mode)
+    )
+    line = [*with_checkpoint(command, checkpoint, images_path), "--activations_dir", tmp_path.parent / "rows"]
+    if command == "explain":
+        line = ["explain", "photo.jpg", "--checkpoint", checkpoint, "--labels", "red", "blue"]
+    where = "explanation.png" if command == "explain" else checkpoint / place
+    assert complaint(capsys, *line).startswith(f"{where} can't be written to (")
+    assert complaint(capsys, *line).endswith(f"give another place with {flag}")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def at_one_commit(
     check_token(place.get("token"))
     if os.path.isdir(name_or_path):
         folder = Path(name_or_path, place.get("subfolder") or "")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {str(folder)!r} here.")
         for saved in (folder, folder.parent):  # a corpus is saved with the checkpoint around it
             finish_replacement(saved)
         return dict(place)

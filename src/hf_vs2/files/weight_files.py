@@ -156,8 +156,9 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
     """An open safetensors file.
 
     Raises:
-        `ValueError`: if it is none, or damaged.
+        `ValueError`: if it is none, or damaged. `OSError`: if it is not there, or may not be read.
     """
+    open(path, "rb").close()  # safetensors says of one that may not be read that there is none
     try:
         with safe_open(path, framework="pt") as weights:
             yield weights

@@ -22,6 +22,7 @@ from ..common import (
     say_written,
 )
 from ..parsing import Parser, UsageError
+from ..places import check_writable
 
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def run(args: Namespace) -> None:
             f"{local} is no folder here, and a checkpoint on the Hub cannot be written to: say where the calibrated "
             "one goes with --output_dir"
         )
+    target = args.output_dir or local
+    check_writable(target, "--output_dir")
     model, _, image_processor = load_steered_clip(args, texts=False)
     if len(model.saes) != 1:
         raise UsageError(f"{args.checkpoint} holds {len(model.saes)} SAEs: calibrate each one's own checkpoint")
@@ -97,7 +100,6 @@ def run(args: Namespace) -> None:
         sae.set_domain_statistics(
             measure_statistics(sae, store, measured, held_out, clip=model.clip, sketch_rows=args.sketch_rows)
         )
-    target = args.output_dir or local
     place = checkpoint_place(args)
     described, _ = SAEConfig.get_config_dict(args.checkpoint, **place)
     if described["model_type"] == SAEConfig.model_type:

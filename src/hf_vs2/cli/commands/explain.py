@@ -23,6 +23,7 @@ from ..common import (
     steering_from,
 )
 from ..parsing import Parser
+from ..places import check_writable
 
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def run(args: Namespace) -> None:
     if drawn is None and not args.json and find_spec("matplotlib") is not None:
         drawn = Path("explanation.png")
     if drawn is not None:
+        check_writable(drawn, "--output", is_folder=False)
         check_drawing(drawn)
     picture = open_image(args.image)
     model, *processor = load_steered_clip(args)
