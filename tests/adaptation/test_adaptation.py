@@ -174,6 +174,7 @@ def test_five_images_keep_plain_clip(digits, tmp_path):
         ("file,label\nb.png,dog\n", "names 'b.png', which is none of these 2 images"),
         ("file,label\na.png,dig\n", "the label 'dig', which is none of those to choose from: cat, dog"),
         ("file,label\na.png,\n", "has no label yet"),
+        ("file,label\na.png,dog\na.png,cat\n", "has 'a.png' twice, as 'dog' and as 'cat'"),
         ("name;label\na.png;dog\n", "has no column 'file'"),
         ("", "has no column 'file'"),
     ],

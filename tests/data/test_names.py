@@ -121,6 +121,7 @@ def test_numbers_without_names_count_places():
         ("l.csv", 'name\n"cat\ndog\n', "is not a table"),
         ("l.json", '{"cat": 0}', "a list of texts"),
         ("l.json", "cat\n", "is not JSON"),
+        ("l.json", '{"a": "cat", "b": "elk", "a": "dog"}', "is not JSON: 'a' stands twice"),
         ("l.yaml", "- cat\n", r"expected .txt, .csv, .tsv, .json"),
         ("l.txt", "\n\n", "is empty"),
         ("l.txt", "bird, dog\n", "one label, or several.*--labels bird dog.*one a line"),

@@ -44,7 +44,8 @@ def read_checked(path: str | os.PathLike) -> dict[str, str]:
     File -> label, of the rows with a label.
 
     Raises:
-        ValueError: it is no table with the columns `file` and `label`. OSError: it can't be read.
+        ValueError: it is no table with the columns `file` and `label`, or has two labels for a file. OSError: it can't
+            be read.
     """
     header, rows = read_table(path, "the file of checked labels")
     missing = [name for name in ("file", "label") if name not in header]
@@ -54,7 +55,13 @@ def read_checked(path: str | os.PathLike) -> dict[str, str]:
             "'label' of the to_label.csv that adapt wrote, and keep its first line."
         )
     file, label = header.index("file"), header.index("label")
-    return {row[file]: row[label] for row in rows if len(row) > max(file, label) and row[label]}
+    found: dict[str, str] = {}
+    for row in rows:
+        if len(row) > max(file, label) and row[label] and found.setdefault(row[file], row[label]) != row[label]:
+            raise ValueError(
+                f"{path} has {row[file]!r} twice, as {found[row[file]]!r} and as {row[label]!r}: keep one of the rows."
+            )
+    return found
 
 
 def checked_labels(path: str | os.PathLike, names: Sequence[str], labels: Sequence[str]) -> torch.Tensor:

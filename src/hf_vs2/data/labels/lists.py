@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 
 Names: TypeAlias = "Sequence[str] | Mapping[str, str]"
@@ -84,7 +84,7 @@ def _utf8(data: bytes, name: str) -> str:
 
 def _from_json(text: str, name: str) -> Names:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}.") from error
     texts = list(found.values()) if isinstance(found, dict) else found
@@ -95,6 +95,14 @@ def _from_json(text: str, name: str) -> Names:
     if isinstance(found, dict):
         return {key.strip(): one.strip() for key, one in found.items()}
     return [one.strip() for one in texts if one.strip()]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"{twice!r} stands twice in an object")
+    return found
 
 
 def read_table(path: str | os.PathLike, what: str) -> tuple[list[str], list[list[str]]]:
