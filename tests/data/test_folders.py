@@ -55,6 +55,7 @@ def said(caplog):
 LAYOUTS = {
     "images": "train: a.png, b.png",
     "classes": "train: cat/1.png = cat, dog/1.png = dog",
+    "a blank at the end of a class": "train: cat/1.png = cat, hot dog /1.png = hot dog",
     "a picture beside classes": "train: cat/1.png = cat, dog/1.png = dog, cover.png",
     "images and one folder of more": "train: a.png, edited/a.png",
     "one class": "train: cat/1.png = cat, cat/2.png = cat",

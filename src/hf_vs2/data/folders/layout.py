@@ -188,7 +188,7 @@ def add_classes(root: str, splits: Mapping[str, Part], texts: Iterable[str], cla
         )
         return []
     for split, part in splits.items():
-        names: list[str | None] = [way[levels[len(way)]] if way else None for way in tops[split]]
+        names: list[str | None] = [way[levels[len(way)]].strip() if way else None for way in tops[split]]
         if not any(names):
             names = _annotated(root, part, texts)
         if any(names):
