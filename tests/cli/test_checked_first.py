@@ -124,7 +124,10 @@ REFUSED = {
         ("--dataset {folder}/hidden --split train --labels a b", "Images have no label in column 'label'"),
         ("--dataset {folder}/lists --split train --labels a b", "Column 'label' holds List"),
     ],
-    "calibrate": [("--split train", "trained on")],
+    "calibrate": [
+        ("--split train", "trained on"),
+        ("--output_dir {clip}", "holds a model of type 'clip', which is kept: give another place with --output_dir"),
+    ],
     "atlas": [
         ("--results {folder}/none.json", "none.json"),
         ("--results {file}", "is not a result file"),
@@ -148,7 +151,7 @@ def test_a_request_that_cannot_be_met_gets_one_line(
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
         (tmp_path / name).with_name("1.png").touch()
-    places = {"file": tmp_path / "file", "folder": tmp_path, "checkpoint": checkpoint}
+    places = {"file": tmp_path / "file", "folder": tmp_path, "checkpoint": checkpoint, "clip": clip_path}
     start = with_checkpoint(command, checkpoint, images_path)
     if command == "train":
         start = ["train", *source(clip_path, images_path), *TRAIN, "--output_dir", tmp_path / "sae"]

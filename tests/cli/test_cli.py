@@ -410,6 +410,8 @@ def test_classify_continues_a_file_of_rows(suffix, checkpoint, images_path, tmp_
     assert "24 images: " in counted and "from an earlier run" in counted
     for other in (["--method", "none"], ["--labels", "red", "green"], ["--names_as_given"]):
         assert f"{cut} holds rows made with other settings" in complaint(capsys, *arguments, "--output", cut, *other)
+    cut.write_bytes(cut.read_bytes()[3:])
+    assert f"{cut} is damaged: row 1 is none" in complaint(capsys, *arguments, "--output", cut)
     (tmp_path / f"cut{suffix}.settings.json").unlink()
     assert "not beside it" in complaint(capsys, *arguments, "--output", cut)
 

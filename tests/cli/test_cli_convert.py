@@ -14,7 +14,9 @@ from hf_vs2 import SAEModel
 def test_from_a_strangers_sae_to_a_gate(tmp_path, capsys, clip_path, images_path):
     """convert, calibrate, classify: what a user of a downloaded SAE does. The mean that calibration measures must be saved, too."""
     theirs, ours = write(tmp_path / "layers.2", "sparsify", {"d_in": 32}, weights(width=32)), tmp_path / "sae"
-    out = run(capsys, "convert", theirs, "--base_model", clip_path, "--output_dir", ours)
+    convert = ["convert", theirs, "--base_model", clip_path, "--output_dir"]
+    assert "holds a model of type 'clip', which is kept" in complaint(capsys, *convert, clip_path)
+    out = run(capsys, *convert, ours)
     assert f"32 inputs, {LATENTS} latents, top_k 12, relu" in out and str(ours) in out
     converted = SAEModel.from_pretrained(ours)
     assert converted.config.base_model_name_or_path == str(clip_path) and converted.config.layer == 2

@@ -32,3 +32,20 @@ def check_writable(path: str | os.PathLike, flag: str, is_folder: bool = True) -
         else:
             return
     raise UsageError(f"{path} can't be written to ({why}): give another place with {flag}")
+
+
+def refuse_other_model(folder: Path, flag: str) -> None:
+    """Refuse to save a checkpoint into the folder of a model of another kind, such as a CLIP, whose weights would go.
+
+    Raises:
+        `UsageError`: naming the folder, and the flag that gives another one.
+    """
+    from ..files.checkpoint_folder import SAE_TYPE, VS2_TYPE
+    from ..files.json_files import read_json
+
+    try:
+        kind = read_json(folder / "config.json")["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if kind not in (SAE_TYPE, VS2_TYPE):
+        raise UsageError(f"{folder} holds a model of type {kind!r}, which is kept: give another place with {flag}")

@@ -55,7 +55,13 @@ class RowFile:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows in the file, one after another. Those of a `.csv` hold texts."""
         with self.path.open(**_TEXT) as file:
-            yield from csv.DictReader(file) if self.is_csv else map(from_json, file)
+            for number, row in enumerate(csv.DictReader(file) if self.is_csv else map(_object, file), 1):
+                if row is None or "image" not in row:
+                    raise ValueError(
+                        f"{self.path} is damaged: row {number} is none that was written here. Delete the file, or "
+                        "that line of it, and run the command again"
+                    )
+                yield row
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row: it is in the file when this returns."""
@@ -94,6 +100,14 @@ class RowFile:
                 if line.endswith(b"\n") and not within_quotes:
                     end = file.tell()
             file.truncate(end)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        found = from_json(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _brief(value: Any) -> str:

@@ -22,7 +22,7 @@ from ..common import (
     say_written,
 )
 from ..parsing import Parser, UsageError
-from ..places import check_writable
+from ..places import check_writable, refuse_other_model
 
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def run(args: Namespace) -> None:
         )
     target = args.output_dir or local
     check_writable(target, "--output_dir")
+    refuse_other_model(target, "--output_dir")
     model, _, image_processor = load_steered_clip(args, texts=False)
     if len(model.saes) != 1:
         raise UsageError(f"{args.checkpoint} holds {len(model.saes)} SAEs: calibrate each one's own checkpoint")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...config.schema import number, whole
 from ..common import checkpoint_place, local_or_id, say, say_written
 from ..parsing import Parser, UsageError
+from ..places import refuse_other_model
 
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def run(args: Namespace) -> None:
     source_format = args.source_format or _detect(args.source, place)
     if source_format == args.target_format:
         raise UsageError(f"{args.source} is of {source_format} already: name another format with --to")
+    if args.target_format == OWN:
+        refuse_other_model(args.output_dir, "--output_dir")
     sae = _load(args, source_format, place)
     if args.target_format == OWN:
         sae.save_pretrained(args.output_dir)
