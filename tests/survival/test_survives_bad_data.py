@@ -126,6 +126,7 @@ LABEL_JOBS = {
 BAD_LABELS = {
     "too few": ([0] * 299, r"one integer a row, \(300,\), not torch.int64 of shape \(299,\)"),
     "fractions": ([0.5] * 300, "one integer a row"),
+    "names": (["cat"] * 300, "one integer a row, .* not 'cat'"),
     "of no class": ([7] + [0] * 299, "label 7 of row 0 is out of range"),
     "below all classes": ([0, -2] + [0] * 298, "label -2 of row 1"),
     "none known": ([-1] * 300, r"All labels are -1 \(unknown\)|label -1 of row 0"),

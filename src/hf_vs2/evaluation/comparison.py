@@ -50,7 +50,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     templates: str | Path | Sequence[str | Path | Sequence[str]] = ("single", "ensemble"),
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     reference_rows: RowSource | None = None,
     few_shot: int | None = None,
     batch_size: int = 1024,
@@ -93,7 +93,7 @@ def evaluate(
         ValueError, TypeError: on labels that do not match rows or class names, rows of another width or with NaN, an
             unknown method, an inner layer that is steered, or a fault in the class names or templates.
     """
-    methods = evaluation_methods() if methods is None else methods
+    methods = evaluation_methods() if methods is None else [methods] if isinstance(methods, str) else methods
     check_methods(methods)
     check_replayable(model)
     rows = replayable_rows(model, rows, "rows")

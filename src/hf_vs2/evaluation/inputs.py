@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..data.labels.lists import Names
 from ..data.labels.names import match_names, names_by_place
-from ..data.stores.rows import Rows, RowSource, checked_labels, rows_of
+from ..data.stores.rows import Rows, RowSource, as_labels, checked_labels, rows_of
 from ..encoders.base_model import warn_of_relative
 from ..encoders.families import tower_of
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
@@ -93,7 +93,7 @@ def named_labels(rows: Rows, labels: Any, class_names: Names | None) -> tuple[li
 def are_stored(rows: Rows, labels: Any) -> bool:
     """Whether labels are those that a store holds, which count its own classes."""
     stored = None if labels is None else rows.labels
-    given = torch.as_tensor(labels).cpu() if stored is not None else None
+    given = as_labels(labels) if stored is not None else None
     if stored is None or given is None or given.is_floating_point() or given.shape != stored.shape:
         return False
     return bool((given == stored).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
@@ -269,7 +269,7 @@ def checked_labels(
     Raises:
         `ValueError`: on anything but one integer a row in range.
     """
-    target = torch.as_tensor(labels).cpu()
+    target = as_labels(labels)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.shape != (num_rows,):
         raise ValueError(
             f"labels must be one integer a row, ({num_rows},), not {target.dtype} of shape {tuple(target.shape)}."
@@ -285,6 +285,17 @@ def checked_labels(
         end = "or a class number from 0" if num_classes is None else f"to {num_classes - 1}, for {num_classes} {what}"
         raise ValueError(f"label {int(target[row])} of row {row} is out of range: it must be {start} {end}{hint}.")
     return target
+
+
+def as_labels(labels: Any) -> torch.Tensor:
+    """A sequence of numbers as a tensor on the CPU; names are refused."""
+    try:
+        return torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError) as error:  # "too many dimensions 'str'"
+        first = next(iter(labels), None) if isinstance(labels, Iterable) else labels
+        raise ValueError(
+            f"labels must be one integer a row, the place of its class among the names, not {first!r}."
+        ) from error
 
 
 def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> torch.Tensor:
