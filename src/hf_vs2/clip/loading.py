@@ -230,8 +230,8 @@ def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: b
     if not others:
         return False
     differs = (
-        f"The CLIP's weights and settings are not those of {name}, which the checkpoint names ({others[0]} is one): it "
-        "was fine-tuned."
+        f"The CLIP's weights and settings are not those of {name}, which the checkpoint names ({others[0]} is one): "
+        "it was fine-tuned."
     )
     if full is False:
         raise ValueError(f"{differs} A light checkpoint would lose them: save it with full=True.")
