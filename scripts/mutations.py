@@ -125,7 +125,7 @@ MUTATIONS = (
         "pass",
     ),
     of(
-        "config clip steering",
+        "config clip steering methods",
         "config/vs2_clip.py",
         "edits of latents are not saved",
         '"edits": edits and edits.to_dict()',

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 
+from ..config.checks import read_config_dict
 from ..config.sae import SAEConfig
 from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.families import FAMILIES
@@ -75,7 +76,7 @@ def zero_shot_classifier(
 
 
 def _load_model(source: str, place: dict[str, Any], loading: dict[str, Any]) -> PreTrainedModel:
-    config, _ = PreTrainedConfig.get_config_dict(source, **place)
+    config, _ = read_config_dict(PreTrainedConfig.get_config_dict, source, **place)
     model_type = config.get("model_type")
     if model_type in (VS2CLIPConfig.model_type, SAEConfig.model_type):
         return VS2CLIPForZeroShot.from_pretrained(source, **place, **loading)

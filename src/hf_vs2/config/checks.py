@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
@@ -58,6 +58,30 @@ def strict_values(cls: type[_Config]) -> type[_Config]:
     return cls
 
 
+def read_config_dict(
+    read: Callable[..., tuple[dict[str, Any], dict[str, Any]]], name_or_path: str | os.PathLike, **kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What transformers' `get_config_dict` gives, with the message where there is no such file or not a JSON object in
+    it.
+
+    Raises:
+        `OSError`, `ValueError`: see [`CheckpointConfig.get_config_dict`].
+    """
+    try:
+        found = read(name_or_path, **kwargs)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        # What transformers meets where it takes a JSON object for granted.
+        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is not the configuration of a model: {error}.") from error
+    if not found[0]:
+        where = f" in subfolder {kwargs['subfolder']!r}" if kwargs.get("subfolder") else ""
+        raise OSError(
+            f"{name_or_path} has no {CONFIG_NAME}{where}. If it holds several models, name one with subfolder=."
+        )
+    if not isinstance(found[0], dict):
+        raise ValueError(f"{CONFIG_NAME} of {name_or_path} is not a JSON object.")
+    return found
+
+
 class CheckpointConfig(PackagedCode):
     """
     A config class whose files are refused in one message, with the file and the field, before anything is built from
@@ -79,23 +103,7 @@ class CheckpointConfig(PackagedCode):
         Raises:
             `OSError`: if there is no such file, or no JSON in it. `ValueError`: if it is other JSON than an object.
         """
-        subfolder = kwargs.get("subfolder")
-        try:
-            found = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
-            # What transformers meets where it takes a JSON object for granted.
-            raise ValueError(
-                f"{CONFIG_NAME} of {pretrained_model_name_or_path} is not the configuration of a model: {error}."
-            ) from error
-        if not found[0]:
-            where = f" in subfolder {subfolder!r}" if subfolder else ""
-            raise OSError(
-                f"{pretrained_model_name_or_path} has no {CONFIG_NAME}{where}. If it holds several SAEs, name one "
-                "with subfolder=."
-            )
-        if not isinstance(found[0], dict):
-            raise ValueError(f"{CONFIG_NAME} of {pretrained_model_name_or_path} is not a JSON object.")
-        return found
+        return read_config_dict(super().get_config_dict, pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
 
-from ..config.checks import OF_OTHERS, CheckpointConfig, check_clip_config, refuse_requests
+from ..config.checks import OF_OTHERS, CheckpointConfig, check_clip_config, read_config_dict, refuse_requests
 from ..files.place import at_one_commit, commit_note, look_for, note_commit, one_dtype, refuse_variant
 from ..files.progress import without_loading_bars
 from ..files.weight_files import LARGEST, check_numbers, find_files, in_one_message, opened, unpickled
@@ -85,7 +85,8 @@ def load_vision_model(name_or_path: str | os.PathLike, place: Mapping[str, Any] 
 
     def load() -> PreTrainedModel:
         found = at_one_commit(name_or_path, _given(place))
-        refuse_requests(PreTrainedConfig.get_config_dict(name_or_path, **found)[0], OF_OTHERS)
+        described, _ = read_config_dict(PreTrainedConfig.get_config_dict, name_or_path, **found)
+        refuse_requests(described, OF_OTHERS)
         # Said outright, since by default transformers asks on the terminal, and `yes |` would answer.
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **found)
         if isinstance(config, CheckpointConfig):  # ours, which see to themselves
@@ -169,7 +170,7 @@ def _read_config(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> C
             f"{name_or_path} holds an adapter (adapter_config.json), such as a LoRA, which is not applied here. Load "
             "it with peft, take merge_and_unload() of it, and give that model or the folder you save it to."
         )
-    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **place)
+    config, _ = read_config_dict(PreTrainedConfig.get_config_dict, name_or_path, **place)
     refuse_family(config.get("model_type"), str(name_or_path))
 
     def make() -> CLIPConfig:
