@@ -88,7 +88,10 @@ BAD = {
     "another family": (harms.config(model_type="blip"), "holds a model of type 'blip'; expected a"),
     "no type": (harms.config(model_type=None), "holds a model of type None; expected a"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.* is not a valid JSON"),
-    "JSON of another kind": (lambda folder: (folder / "config.json").write_text("[1]"), "config.json of .* JSON object"),
+    "JSON of another kind": (
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        "config.json of .* JSON object",
+    ),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "an adapter": (adapter, "holds an adapter .*merge_and_unload"),
     "nothing": (shutil.rmtree, "There is no folder"),

@@ -158,6 +158,16 @@ def test_it_looks_at_the_rows_that_methods_are_fitted_to(rows, classes):
     assert model.domain_statistics is known and model.steering_settings.method == "vs2"
 
 
+def test_methods_are_compared_with_the_settings_of_the_model(rows, classes):
+    """What is recommended is then used with the model's coefficient, not with the default one."""
+    model = compared_model(rows, statistics=True)
+    model.set_steering(coefficient=0.9)
+    with torch.no_grad(), model.steering(method="distribution_norm"):
+        truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
+    found = {one["method"]: one["top1"] for one in recommend(model, rows, classes, truth).candidates}
+    assert found["distribution_norm"] == 100
+
+
 def test_foreign_images_ask_for_a_calibration_first(rows, classes):
     """Statistics of other images say nothing about these; what is recommended must be about a model that has theirs."""
     model = compared_model(rows, statistics=True)

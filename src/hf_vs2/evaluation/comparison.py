@@ -8,7 +8,6 @@ scoring only.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import platform
 import time
@@ -30,7 +29,7 @@ from ..training.domain import measure_statistics
 from ..version import __version__
 from .controls import control_model
 from .few_shot import FEW_SHOT, draw_shots
-from .inputs import check_replayable, class_labels, named_labels, replayable_rows
+from .inputs import check_replayable, class_labels, named_labels, replayable_rows, with_statistics
 from .methods import CLIP, Variant, check_methods, evaluation_methods, variants_of
 from .metrics import Tally, per_class_table, row_figures
 
@@ -254,12 +253,7 @@ def _with_mean(model: VS2CLIPForZeroShot, reference: Rows, batch_size: int) -> V
         found = measure_statistics(model.sae, reference, clip=model.clip, sketch_rows=0)
     else:
         found = dataclasses.replace(known, image_mean=mean_embed(model.clip, reference.batches(batch_size)))
-    sae = copy.deepcopy(model.sae)
-    sae.set_domain_statistics(found)
-    now = model.steering_settings
-    other = VS2CLIPForZeroShot(model.clip, sae).eval()
-    other.set_steering(gamma=now.gamma, lambda_=now.lambda_, coefficient=now.coefficient)
-    return other
+    return with_statistics(model, found)
 
 
 def _now(model: VS2CLIPForZeroShot) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..encoders.base_model import warn_of_relative
 from ..encoders.families import tower_of
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..encoders.tail import check_temperature
+from ..sae.statistics import DomainStatistics
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +32,15 @@ def check_replayable(model: VS2CLIPForZeroShot) -> None:
             f"only an SAE on the last layer ({last}) can be evaluated on cached rows; this model steers layers "
             f"{sorted(model.fvu_thresholds)}. Run the whole model on the images instead."
         )
+
+
+def with_statistics(model: VS2CLIPForZeroShot, statistics: DomainStatistics | None) -> VS2CLIPForZeroShot:
+    """The model with other statistics, and its own gamma, lambda and coefficient; it steers every row."""
+    sae, now = copy.deepcopy(model.sae), model.steering_settings
+    sae.set_domain_statistics(statistics)
+    other = VS2CLIPForZeroShot(model.clip, sae).eval()
+    other.set_steering(gamma=now.gamma, lambda_=now.lambda_, coefficient=now.coefficient)
+    return other
 
 
 def replayable_rows(model: VS2CLIPForZeroShot, source: RowSource, what: str) -> Rows:

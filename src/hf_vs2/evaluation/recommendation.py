@@ -3,7 +3,6 @@ test."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,7 @@ from .evidence import (
     inside,
     shift_of,
 )
-from .inputs import are_stored, check_replayable, named_labels, replayable_rows
+from .inputs import are_stored, check_replayable, named_labels, replayable_rows, with_statistics
 from .metrics import Gain, gain_text
 from .table import WIDTH
 
@@ -181,12 +180,9 @@ def _counted(number: int, what: str) -> str:
 
 def _trial(model: VS2CLIPForZeroShot, rows: torch.Tensor | None, seed: int) -> VS2CLIPForZeroShot:
     """The model with the statistics that the recommendation is about: fresh ones of the rows given, or its own."""
-    sae = copy.deepcopy(model.sae)
-    if rows is not None:
-        sae.set_domain_statistics(measure_statistics(sae, rows, clip=model.clip, seed=seed))
-    now = model.steering_settings
-    trial = VS2CLIPForZeroShot(model.clip, sae, gamma=now.gamma, lambda_=now.lambda_)  # type: ignore[arg-type]
-    return trial.eval()
+    if rows is None:
+        return with_statistics(model, model.domain_statistics)
+    return with_statistics(model, measure_statistics(model.sae, rows, clip=model.clip, seed=seed))
 
 
 def apply_method(model: VS2CLIPForZeroShot, method: str, folder: Path) -> None:
