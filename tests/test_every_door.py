@@ -328,7 +328,10 @@ def test_bad_templates_are_refused_before_the_first_image(door, asked, no_image,
 BAD_CHECKPOINTS = {
     "nowhere": (lambda folder, good, clip: folder.rmdir(), "nowhere"),
     "a plain CLIP": (lambda folder, good, clip: copied(clip, folder), "is a plain CLIP without SAE|a plain CLIP"),
-    "no configuration": (lambda folder, good, clip: (folder / "config.json").write_text("{}"), "of type None"),
+    "no configuration": (
+        lambda folder, good, clip: (folder / "config.json").write_text("{}"),
+        "has no config.json, or an empty one",
+    ),
     "cut off": (lambda folder, good, clip: cut(copied(good, folder)), "model.safetensors is damaged"),
 }
 

@@ -92,7 +92,7 @@ BAD = {
         lambda folder: (folder / "config.json").write_text("[1]"),
         "config.json of .* JSON object",
     ),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "has no config.json, or an empty one"),
     "an adapter": (adapter, "holds an adapter .*merge_and_unload"),
     "nothing": (shutil.rmtree, "There is no folder"),
 }

@@ -75,7 +75,8 @@ def read_config_dict(
     if not found[0]:
         where = f" in subfolder {kwargs['subfolder']!r}" if kwargs.get("subfolder") else ""
         raise OSError(
-            f"{name_or_path} has no {CONFIG_NAME}{where}. If it holds several models, name one with subfolder=."
+            f"{name_or_path} has no {CONFIG_NAME}{where}, or an empty one. If it holds several models, name one "
+            "with subfolder=."
         )
     if not isinstance(found[0], dict):
         raise ValueError(f"{CONFIG_NAME} of {name_or_path} is not a JSON object.")
