@@ -174,6 +174,72 @@ def test_no_nan_leaves_for_finite_rows_many_times(case):
     check_no_nan(case)
 
 
+# Off and gated out
+
+
+batches = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+        "method": st.sampled_from(METHODS),
+        "size": st.integers(1, 6),
+        "seed": st.integers(0, 10**6),
+        "share": st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]),
+        "broken": st.booleans(),
+        "off": st.sampled_from([{"enabled": False}, {"method": "none"}]),
+    }
+)
+
+
+@torch.no_grad()
+def check_gated_out(case: dict) -> None:
+    clip = clip_in(case["dtype"])
+    sae = sae_of((48, 5), "relu", 1.0, case["dtype"])
+    model = VS2CLIPForZeroShot(clip, sae, method=case["method"], num_neighbors=4)
+    model.set_corpus(corpus())
+    generator = torch.Generator().manual_seed(case["seed"])
+    pixel_values = torch.randn(case["size"], 3, 32, 32, generator=generator).to(case["dtype"])
+    if case["broken"]:
+        pixel_values[0] = torch.nan
+    input_ids = torch.tensor([[0, 7, 98], [0, 8, 98], [0, 9, 98]])
+    plain = clip(input_ids=input_ids, pixel_values=pixel_values)
+    with model.steering(**case["off"]):
+        off = model(input_ids=input_ids, pixel_values=pixel_values)
+    assert same_bits(off.logits_per_image, plain.logits_per_image)
+    assert same_bits(off.image_embeds, plain.image_embeds) and not off.steered.any()
+
+    fvu = model(input_ids=input_ids, pixel_values=pixel_values).fvu
+    assert fvu.isnan().tolist() == [case["broken"] and place == 0 for place in range(case["size"])]
+    tau = 0.0 if case["share"] == 0 else fvu.nan_to_num(fvu.nanmedian().nan_to_num()).quantile(case["share"]).item()
+    model.set_steering(fvu_threshold=tau)
+    found = model(input_ids=input_ids, pixel_values=pixel_values)
+    assert torch.equal(found.steered, fvu <= tau)
+    kept = ~found.steered
+    for name in ("image_embeds", "logits_per_image"):
+        assert same_bits(found[name][kept], plain[name][kept]), name
+        assert found[name][found.steered].isfinite().all()
+    features = model.image_features(pixel_values, class_embeds=CLASSES, with_plain=True)
+    assert same_bits(features.features[~features.steered], features.plain_features[~features.steered])
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@tries(25)
+@given(case=batches)
+def test_off_and_gated_out_are_clip_bit_for_bit(case):
+    """The promise that makes steering safe to switch on: an image that is not steered has CLIP's own answer, whatever lies beside it."""
+    check_gated_out(case)
+
+
+@pytest.mark.slow
+@tries(1000)
+@given(case=batches)
+def test_off_and_gated_out_are_clip_bit_for_bit_many_times(case):
+    """The same on many more batches."""
+    check_gated_out(case)
+
+
 # Neutral settings
 
 
