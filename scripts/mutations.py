@@ -351,11 +351,11 @@ MUTATIONS = (
         "clip files steering",
         "clip/loading.py",
         "a light checkpoint loses a fine-tuned CLIP",
-        "    if other is None:\n        return False\n    differs",
+        "    if not others:\n        return False\n    differs",
         "    return False\n    differs",
     ),
     of(
-        "clip/test_modeling_vs2_clip.py clip",
+        "clip/test_modeling_vs2_clip.py clip methods",
         "clip/modeling.py",
         "steering by the model's forward forgets the gate for label sets",
         "logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)",
@@ -406,7 +406,7 @@ MUTATIONS = (
         "gains = 100 * (draws[:, 0] - draws[:, 2]) / n",
     ),
     of(
-        "evaluation",
+        "evaluation study",
         "evaluation/metrics.py",
         "a class without images counts as 0 %",
         "return [100 * hit / n if n else None for",
@@ -428,7 +428,7 @@ MUTATIONS = (
     ),
     # jobs
     of(
-        "atlas",
+        "atlas evaluation",
         "evaluation/metrics.py",
         "one class fills the list of fixed images",
         "if seen[group(row)] <= per_group and len(chosen) < most:",
@@ -442,7 +442,7 @@ MUTATIONS = (
         "if False:",
     ),
     of(
-        "study",
+        "study survival/test_every_artefact.py",
         "study/results/cells.py",
         "outcomes of a study that were damaged are used",
         'if content.get("outputs_digest") not in (None, file_digest(path)):',

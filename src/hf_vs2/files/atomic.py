@@ -136,9 +136,7 @@ def _move(folder: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """A folder of whole files takes the place of `folder`, or its name if there is none; of a link, the place that it
-    leads to."""
-    folder = folder.resolve()
+    """A folder of whole files takes the place of `folder`, or its name if there is none."""
     for file in (*temporary.iterdir(), temporary):
         _sync(file)
     if folder.exists() and _exchange(temporary, folder):
@@ -152,8 +150,8 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes
-    otherwise."""
+    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes otherwise; of
+    a link, the place that it leads to."""
     folder = folder.resolve()
     with _scratch(folder) as scratch:
         yield scratch
