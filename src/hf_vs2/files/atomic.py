@@ -150,8 +150,8 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes otherwise; of
-    a link, the place that it leads to."""
+    """A temporary folder to write into, which takes the place of `folder` when all went well and vanishes
+    otherwise; of a link, the place that it leads to."""
     folder = folder.resolve()
     with _scratch(folder) as scratch:
         yield scratch
