@@ -80,7 +80,7 @@ _STUDY = {
     "results": "analysis catalog",
     "drawings": "figures figure_cells figure_images figure_sheets",
 }
-_COMMANDS = "atlas calibrate classify convert demo evaluate explain extract push recommend study train"
+_COMMANDS = "adapt atlas calibrate classify convert demo evaluate explain extract push recommend study train"
 MOVED |= {f"cli.{name}": f"cli.commands.{name}" for name in _COMMANDS.split()}
 MOVED |= {f"study.{name}": f"study.{folder}.{name}" for folder, names in _STUDY.items() for name in names.split()}
 
