@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 from image_stores import put_tar
 from PIL import Image
@@ -274,6 +275,7 @@ LISTS = {
     "b.tsv": "label\tfilename\ncat\tcat/1.png\nNone\tdog/2.png\n",
     "c.jsonl": '{"image_path": "cat/1.png", "label": "cat"}\n{"image_path": "dog/2.png", "label": "None"}\n',
     "d.json": '[{"img": "cat/1.png", "label": "cat"}, {"img": "dog/2.png", "label": "None"}]',
+    "e.parquet": "file_name,label\ncat/1.png,cat\ndog/2.png,None\n",
     "metadata.csv": "file_name,label\ncat/1.png,cat\ndog/2.png,None\n",
     "metadata.jsonl": '{"file_name": "cat/1.png", "label": "cat"}\n{"file_name": "dog/2.png", "label": "None"}\n',
 }
@@ -284,7 +286,10 @@ LISTS = {
 def test_a_list_of_paths_is_a_data_set(name, streaming, tmp_path, monkeypatch):
     """People have lists of images from whatever program; a class may be called None."""
     put(tmp_path / "set", "cat/1.png", "dog/2.png")
-    (tmp_path / "set" / name).write_text(LISTS[name], encoding="utf-8")
+    if name.endswith(".parquet"):
+        pandas.read_csv(io.StringIO(LISTS[name]), keep_default_na=False).to_parquet(tmp_path / "set" / name)
+    else:
+        (tmp_path / "set" / name).write_text(LISTS[name], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     metadata = name.startswith("metadata")
     for source in (f"set/{name}", *(["set"] if metadata else [])):

@@ -451,6 +451,18 @@ def test_images_without_labels_are_named(tmp_path, clip_path, images_path):
         run_study(StudyConfig.from_dict(whole), progress=False)
 
 
+def test_names_that_are_one_to_the_encoder_are_refused_before_images_are_read(tmp_path, clip_path, images_path):
+    """The tokenizer reads `Red` and `red` alike: half of their images would never be answered rightly."""
+    root = tmp_path / "images"
+    for split in ("train", "test"):
+        for name, folder in zip(("Red", "red"), sorted((images_path / split).iterdir()), strict=False):
+            shutil.copytree(folder, root / split / name)
+    whole = description(clip_path, root, tmp_path / "out") | {"methods": ["clip"], "gate_shift": None, "ablations": {}}
+    with pytest.raises(ValueError, match="'Red' and 'red' are one to this CLIP"):
+        run_study(StudyConfig.from_dict(whole), progress=False)
+    assert not (tmp_path / "out" / "activations").exists()
+
+
 def test_training_images_without_labels(tmp_path, clip_path, images_path):
     """Unlabelled training images are what VS2 is for; only PASS and the oracles need more, and that is said at once."""
     root = tmp_path / "images"

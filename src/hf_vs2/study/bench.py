@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..config.sae import SAEConfig
-from ..data.labels.prompts import class_embeddings
+from ..data.labels.prompts import check_prompts, class_embeddings
 from ..data.pixels import Normalizer
 from ..data.registry import DatasetInfo
 from ..data.stores.activations import ActivationStore, extract_activations
@@ -180,9 +180,16 @@ class Bench:
         return self.class_matrix(cell.encoder, cell.dataset, cell.prompts)
 
     def _class_matrix(self, encoder: str, dataset: str, prompts: str) -> torch.Tensor:
+        return class_embeddings(*self._prompts(encoder, dataset, prompts))
+
+    def check_prompts(self, encoder: str, dataset: str, prompts: str) -> None:
+        """Refuses classes without names, and names that this encoder can't tell apart."""
+        check_prompts(*self._prompts(encoder, dataset, prompts))
+
+    def _prompts(self, encoder: str, dataset: str, prompts: str) -> tuple[Any, Any, list[str], Any]:
         clip, tokenizer, _ = self.encoder(encoder)
         templates = self.config.dataset(dataset).templates if prompts == "published" else prompts
-        return class_embeddings(clip, tokenizer, self.class_names(dataset), templates)
+        return clip, tokenizer, self.class_names(dataset), templates
 
     # Statistics of the unlabelled training rows
 

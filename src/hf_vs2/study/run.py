@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Collection
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def _with_others(study: StudyResult, path: Path, config: StudyConfig) -> StudyRe
 
 
 def _check_material(bench: Bench, cells: Collection[Cell]) -> None:
-    """Encoders that are not there or too small for the study, and images whose classes have no names: said before
-    anything long begins."""
+    """Encoders that are not there or too small for the study, and images whose classes have no names, or names that an
+    encoder can't tell apart: said before anything long begins."""
     methods = {cell.method for cell in cells}
     for entry in bench.config.encoders:
         config = clip_config(entry.source, {"revision": entry.revision})
@@ -110,7 +111,8 @@ def _check_material(bench: Bench, cells: Collection[Cell]) -> None:
         if deepest > vision.num_hidden_layers:
             raise ValueError(f"{entry.name} has {vision.num_hidden_layers} layers: {deepest} can't be steered.")
     for name in dict.fromkeys(cell.dataset for cell in cells):
-        bench.class_names(name)
+        for entry, prompts in product(bench.config.encoders, bench.config.prompts):
+            bench.check_prompts(entry.name, name, prompts)
 
 
 def _check_labels(bench: Bench, cells: Collection[Cell]) -> None:

@@ -127,9 +127,14 @@ def _open_archives(
     data_files = {split: [escape(str(root / file)) for file in files] for split, files in by_split.items()}
     (only, *others) = chain(*by_split.values())
     splits = load_dataset(root if others else root / only, builder, data_files=data_files, streaming=streaming)
+    features = next(iter(splits.values())).features
+    if builder == "parquet" and _holds_paths(features, image_column):
+        return {
+            split: _streamed(_read_lists([root / file for file in files], image_column).dataset(split), streaming)
+            for split, files in by_split.items()
+        }
     if builder != "webdataset":
         return splits
-    features = next(iter(splits.values())).features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     renamed = {} if image_column in features or not images else {images[0]: image_column}
     if "cls" in features and "label" not in features:
@@ -145,6 +150,15 @@ def _open_archives(
             classes = datasets.ClassLabel(names=[line.strip() for line in lines if line.strip()])
             splits[split] = part.cast_column(renamed.get("cls", "cls"), classes)
     return splits
+
+
+def _holds_paths(features: Mapping[str, Any] | None, image_column: str) -> bool:
+    """Whether a table names its images, in place of holding them."""
+    columns = features or {}
+    kinds = [columns[image_column]] if image_column in columns else list(columns.values())
+    dtypes = {getattr(kind, "dtype", None) for kind in kinds}  # a structure has none
+    images = {None, "binary", "large_binary", "PIL.Image.Image"}
+    return not dtypes & images and bool(dtypes & {"string", "large_string"})
 
 
 def _open_metadata(listing: Listing, tables: Sequence[str], image_column: str) -> dict[str, Dataset]:
