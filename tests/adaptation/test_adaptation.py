@@ -17,6 +17,7 @@ from hf_vs2.adaptation.checked import checked_labels
 from hf_vs2.adaptation.plan import sae_plan, trust
 from hf_vs2.cli import main
 from hf_vs2.cli.common import labels_and_prompts
+from hf_vs2.data.pixels import reads_fast
 from hf_vs2.demo.data import DIGIT_NAMES, load_handwriting
 
 
@@ -157,7 +158,8 @@ def test_in_use_other_images_are_noticed_and_turned_away(digits, tmp_path, capsy
 
 
 def test_five_images_keep_plain_clip(digits, tmp_path):
-    """Nothing can be learned of five images: the answers are plain CLIP's, bit for bit, and the report says why."""
+    """Nothing can be learned of five images: the answers are plain CLIP's, bit for bit, and the report says why. A
+    checkpoint reads images as those that it was adapted to were read."""
     files = sorted(digits[0].iterdir())[:5]
     pipeline = hf_vs2.adapt(CLIP, list(map(str, files)), LABELS, tmp_path / "few", progress=False)
     report = json.loads((tmp_path / "few" / "report.json").read_text(encoding="utf-8"))
@@ -166,6 +168,9 @@ def test_five_images_keep_plain_clip(digits, tmp_path):
     assert pipeline(str(files[0])) == plain(str(files[0]), LABELS, templates="single")
     with pytest.raises(ValueError, match="another training"):
         hf_vs2.adapt(CLIP, digits[0], LABELS, tmp_path / "few", progress=False)
+    assert not reads_fast(hf_vs2.zero_shot_classifier(tmp_path / "few").image_processor)
+    hf_vs2.adapt(CLIP, list(map(str, files)), LABELS, tmp_path / "fast", fast_decode=True, progress=False)
+    assert reads_fast(hf_vs2.zero_shot_classifier(tmp_path / "fast").image_processor)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,10 +113,12 @@ def test_a_fault_is_one_line_with_what_helps_and_what_is_kept(name, tmp_path, mo
     assert len(message.splitlines()) == 1 and "Traceback" not in message
 
 
-def test_an_image_of_the_web_that_does_not_come_is_named_alone(checkpoint, capsys):
+@pytest.mark.parametrize(("port", "reason"), [(1, "ConnectError"), (65536, "OverflowError: .*port must be 0-65535")])
+def test_an_image_of_the_web_that_does_not_come_is_named_alone(port, reason, checkpoint, capsys):
     """No files have arrived that "are not sent twice"."""
-    message = complaint(capsys, "classify", "http://127.0.0.1:1/a.png", "--checkpoint", checkpoint, "--labels", "a")
-    assert message.startswith("the image (http://127.0.0.1:1/a.png) cannot be read (ConnectError")
+    url = f"http://127.0.0.1:{port}/a.png"
+    message = complaint(capsys, "classify", url, "--checkpoint", checkpoint, "--labels", "a")
+    assert re.match(rf"the image \({url}\) cannot be read \({reason}", message)
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,12 @@ from ..data.pixels import reading_fast
 from ..data.stores.activations import ActivationStore, extract_activations
 from ..data.stores.rows import rows_of
 from ..encoders.families import is_steerable, refuse_without_texts
+from ..encoders.processing import PROCESSOR_FILES
 from ..encoders.tail import is_sigmoid, plain_embeds, temperature
 from ..encoders.vision_tower import best_device
 from ..evaluation.few_shot import cross_answers
 from ..evaluation.recommendation import apply_method, candidates_of, recommend
+from ..files.atomic import replace_text
 from ..files.checkpoint_folder import shown_name
 from ..files.digests import file_digest, json_digest
 from ..files.json_files import read_json, write_json
@@ -103,7 +105,7 @@ def adapt(
         revision (*optional*): of a CLIP on the Hub.
         batch_size: images per forward pass. num_workers: as [`extract_activations`]. dtype: of the
             activations on disk. model_dtype: in which a CLIP given by name runs, "auto" as its file has it.
-        fast_decode: as [`extract_activations`]; the pipeline that is returned reads images so too.
+        fast_decode: as [`extract_activations`]; the checkpoint remembers it with its image processor.
         on_error: `"skip"` leaves out images that can't be read.
         seed: of the training and of the draw of images to label.
         clean: read labels by [`clean_class_names`] before they go into prompts.
@@ -180,6 +182,7 @@ def adapt(
         name for name in candidates_of(None, is_sigmoid(plain.model)) if trusted or not METHODS[name].reads_latents
     ]
     found = recommend(model, store, classes, truth, methods=methods, own_images=True, seed=seed)
+    replace_text(folder / PROCESSOR_FILES[0], plain.image_processor.to_json_string())  # as these rows were read
     apply_method(model, found.method, folder)
 
     say(4, "comparing its answers with plain CLIP's")

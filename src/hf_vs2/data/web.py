@@ -36,7 +36,8 @@ def read_url(url: str, seconds: float | None = None) -> bytes:
         try:
             answers.put(asyncio.run(_download(url, seconds)))
         except Exception as error:
-            answers.put(error)
+            # Of several addresses of a server that were tried at once, say.
+            answers.put(error.exceptions[0] if isinstance(error, ExceptionGroup) else error)
 
     # In a thread of its own: a notebook's has an event loop already, and nothing can cut a name look-up short.
     threading.Thread(target=ask, daemon=True).start()
