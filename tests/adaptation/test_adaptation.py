@@ -16,7 +16,7 @@ from hf_vs2.adaptation.answers import confidence
 from hf_vs2.adaptation.checked import checked_labels
 from hf_vs2.adaptation.plan import sae_plan, trust
 from hf_vs2.cli import main
-from hf_vs2.cli.common import labels_and_prompts
+from hf_vs2.cli.steps import labels_and_prompts
 from hf_vs2.data.pixels import reads_fast
 from hf_vs2.demo.data import DIGIT_NAMES, load_handwriting
 

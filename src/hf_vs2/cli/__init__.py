@@ -19,9 +19,9 @@ from importlib import import_module
 from logging import getLogger
 from typing import Any
 
-from .common import check_places
 from .faults import fault_of, last_line
 from .parsing import Parser, UsageError, nearest
+from .steps import check_places
 
 
 COMMANDS = {
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             _without_command(argv)
         command = import_module(f".commands.{name}", __name__)
-        parser = _parser(prog, command)
+        parser = Parser(prog, command.USAGE, command.DESCRIPTION, command.EXAMPLES)
+        command.add_flags(parser)
+        parser.common_flags()
         args = parser.parse(argv[1:])
         args.argv = argv  # for messages that repeat the command
         check_places(parser, args)
@@ -86,13 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(f"{prog}: error: {_message(error)}")
         return 2
     return 0
-
-
-def _parser(prog: str, command: Any) -> Parser:
-    parser = Parser(prog, command.USAGE, command.DESCRIPTION, command.EXAMPLES)
-    command.add_flags(parser)
-    parser.common_flags()
-    return parser
 
 
 def _without_command(argv: Sequence[str]) -> None:

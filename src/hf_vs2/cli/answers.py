@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .common import say
+from .output import say
 
 
 COLUMNS = ("image", "label", "score", "plain_label", "plain_score", "changed", "steered", "fvu", "distance")

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .steps import opening
+
 
 MANY_LABELS = 30
 """More labels than a line should hold."""
@@ -53,7 +55,7 @@ def after_training(args: Namespace, checkpoint: Path, texts: bool = True) -> str
     column = args.label_column or "label"
     logging.set_verbosity_error()  # what is left out of the folder was said before
     try:
-        splits = open_splits(args.dataset, **_opening(args, column))
+        splits = open_splits(args.dataset, **opening(args) | {"label_column": column})
     finally:
         logging.set_verbosity(verbosity)
     labelled = [name for name, split in splits.items() if class_names_of(split, column) is not None and texts]
@@ -65,20 +67,11 @@ def after_training(args: Namespace, checkpoint: Path, texts: bool = True) -> str
     return command("atlas", **own, output=checkpoint / "atlas")
 
 
-def _opening(args: Namespace, label_column: str) -> dict[str, Any]:
-    return {
-        "image_column": args.image_column,
-        "label_column": label_column,
-        "config_name": args.dataset_config,
-        "revision": args.dataset_revision,
-        "streaming": args.streaming,
-        "on_error": args.on_error,
-    }
-
-
 def after_recommendation(args: Namespace, method: str, calibrate_first: bool, names: Sequence[str]) -> list[str]:
     """Calibrate on these images if that comes first; then label them by the method, or, where they are no folder of
     image files, write the method into the checkpoint."""
+    from ..data.folders.listing import list_images
+
     checkpoint, lines = None, []
     if calibrate_first and method != "none":
         checkpoint = f"{args.checkpoint.rstrip('/')}-calibrated"
@@ -86,7 +79,8 @@ def after_recommendation(args: Namespace, method: str, calibrate_first: bool, na
             f"First: {command('calibrate', **checkpoint_flags(args), **dataset_flags(args), output_dir=checkpoint)}"
         )
     own = checkpoint_flags(args, checkpoint)
-    if _holds_images(args) and len(names) <= MANY_LABELS:
+    holds_images = os.path.isdir(args.dataset) and bool(list_images(args.dataset, "skip").files)
+    if holds_images and len(names) <= MANY_LABELS:
         labels = {"labels": args.labels or list(names), "names_as_given": args.names_as_given}
         templates = None if args.templates == "single" else args.templates
         lines.append(f"Next: {command('classify', args.dataset, **own, method=method, templates=templates, **labels)}")
@@ -94,9 +88,3 @@ def after_recommendation(args: Namespace, method: str, calibrate_first: bool, na
         given = {"labels": args.labels, "label_column": args.label_column, "names_as_given": args.names_as_given}
         lines.append(f"Next: {command('recommend', **own, **dataset_flags(args), **given, apply=True)}")
     return lines
-
-
-def _holds_images(args: Namespace) -> bool:
-    from ..data.folders.listing import list_images
-
-    return os.path.isdir(args.dataset) and bool(list_images(args.dataset, "skip").files)

@@ -11,6 +11,7 @@ import shutil
 import textwrap
 import types
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
             textwrap.fill(f"{prog} {usage}", _width() - len("usage: "), subsequent_indent=" " * 7),
             _laid_out(description),
             _laid_out(epilog),
-            formatter_class=_Formatter,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=_width()),
             add_help=False,
             allow_abbrev=False,
         )
@@ -76,7 +77,8 @@ class Parser(argparse.ArgumentParser):
         """
         if "action" not in options:
             options["default"] = default
-            options.setdefault("metavar", _metavar(options))
+            if "choices" not in options:
+                options.setdefault("metavar", METAVARS.get(options.get("type", str), "VALUE"))
             if default is not None and not options.get("required"):
                 shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
                 help = f"{help} [{shown}]"
@@ -153,14 +155,8 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Lines that can be read on a wide terminal."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28, width=_width())
-
-
 def _width() -> int:
+    """Of the help: lines that can be read on a wide terminal."""
     return min(shutil.get_terminal_size().columns, 100) - 2
 
 
@@ -208,12 +204,6 @@ def _spelled(token: str) -> str:
         return token
     name, equals, value = token[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def _metavar(options: dict[str, Any]) -> str | None:
-    if "choices" in options:
-        return None
-    return METAVARS.get(options.get("type", str), "VALUE")
 
 
 def _without_none(kind: Any) -> Any:

@@ -9,11 +9,7 @@ from .parsing import UsageError
 
 
 def check_writable(path: str | os.PathLike, flag: str, is_folder: bool = True) -> None:
-    """Refuse a place that can't be written to.
-
-    Raises:
-        `UsageError`: naming the place, and the flag that gives another one.
-    """
+    """Refuse, by a [`UsageError`] with the flag that gives another one, a place that can't be written to."""
     place = Path(path).expanduser().absolute()
     if is_folder and place.exists() and not place.is_dir():
         why = "it is a file"
@@ -34,12 +30,9 @@ def check_writable(path: str | os.PathLike, flag: str, is_folder: bool = True) -
     raise UsageError(f"{path} can't be written to ({why}): give another place with {flag}")
 
 
-def refuse_other_model(folder: Path, flag: str) -> None:
-    """Refuse to save a checkpoint into the folder of a model of another kind, such as a CLIP, whose weights would go.
-
-    Raises:
-        `UsageError`: naming the folder, and the flag that gives another one.
-    """
+def refuse_other_model(folder: Path) -> None:
+    """Refuse to save a checkpoint into the folder of a model of another kind, such as a CLIP, whose weights would
+    go."""
     from ..files.checkpoint_folder import SAE_TYPE, VS2_TYPE
     from ..files.json_files import read_json
 
@@ -48,4 +41,6 @@ def refuse_other_model(folder: Path, flag: str) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if kind not in (SAE_TYPE, VS2_TYPE):
-        raise UsageError(f"{folder} holds a model of type {kind!r}, which is kept: give another place with {flag}")
+        raise UsageError(
+            f"{folder} holds a model of type {kind!r}, which is kept: give another place with --output_dir"
+        )

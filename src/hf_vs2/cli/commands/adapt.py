@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
+from operator import attrgetter
 from pathlib import Path
 
 from ...config.schema import LARGEST_SEED, whole
-from ..common import (
-    add_dataset_flags,
-    add_extraction_flags,
-    add_label_flags,
-    add_model_flags,
-    add_progress_flag,
-    add_speed_flags,
-    labels_from,
-    open_dataset,
-    say,
-    say_written,
-)
+from .. import flags, steps
+from ..output import say, say_written
 from ..parsing import Parser, UsageError
 
 
@@ -40,9 +31,9 @@ The second decides by labels: fill in the column `label` of to_label.csv first."
 
 def add_flags(parser: Parser) -> None:
     parser.section("what to adapt to")
-    add_model_flags(parser)
-    add_dataset_flags(parser)
-    add_label_flags(parser)
+    flags.add_model(parser)
+    flags.add_dataset(parser)
+    flags.add_labels(parser)
     parser.flag(
         "--checked",
         type=Path,
@@ -66,10 +57,13 @@ def add_flags(parser: Parser) -> None:
         default=42,
         help="Of the training, and of the draw of images to label.",
     )
-    add_progress_flag(parser)
+    flags.add_progress(parser)
     parser.section("extraction of activations")
-    add_extraction_flags(parser)
-    add_speed_flags(parser)
+    flags.add_extraction(parser)
+    flags.add_speed(parser)
+
+
+keeps = attrgetter("output_dir")
 
 
 def run(args: Namespace) -> None:
@@ -82,11 +76,11 @@ def run(args: Namespace) -> None:
 
     if args.streaming:
         raise UsageError("adapt reads images more than once: leave out --streaming")
-    labels = names_in(labels_from(args) or [])
+    labels = names_in(steps.labels_from(args) or [])
     resolve_templates(args.templates)
     adapt(
         args.model,
-        open_dataset(args),
+        steps.open_dataset(args),
         labels,
         args.output_dir,
         templates=args.templates,
@@ -131,7 +125,3 @@ def _again(argv: list[str]) -> str:
         elif not word.startswith("--checked=") and word != "--overwrite_output_dir":
             words.append(word)
     return shlex.join(words)
-
-
-def keeps(args: Namespace) -> Path:
-    return args.output_dir

@@ -7,24 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.schema import whole
-from ..common import (
-    TEMPLATES,
-    activations_beside,
-    add_checkpoint_flags,
-    add_class_names_flag,
-    add_dataset_flags,
-    add_extraction_flags,
-    add_progress_flag,
-    add_steering_flags,
-    extract,
-    join_processes,
-    labels_from,
-    load_steered_clip,
-    open_dataset,
-    say,
-    say_written,
-    steering_from,
-)
+from .. import flags, steps
+from ..output import say, say_written
 from ..parsing import Parser
 
 
@@ -48,14 +32,13 @@ Open DIR/index.html in a browser; DIR/latents.json holds the same for programs."
 
 def add_flags(parser: Parser) -> None:
     parser.section("what to show")
-    add_checkpoint_flags(parser)
+    flags.add_checkpoint(parser)
     parser.flag(
         "--vocabulary",
         type=Path,
         metavar="FILE",
         help="Words to name latents with, one a line [2,900 common words and the classes].",
     )
-    parser.flag("--templates", default="single", metavar="T", help=TEMPLATES)
     parser.flag(
         "--results",
         type=Path,
@@ -64,10 +47,10 @@ def add_flags(parser: Parser) -> None:
     )
     parser.flag("--top_images", type=int, kind=whole(1, 1000), default=24, help="Images of each latent.")
     parser.section("images")
-    add_dataset_flags(parser)
-    parser.flag("--label_column", metavar="NAME", help="Column of labels, numbers or names [label, if there].")
-    add_class_names_flag(parser)
-    add_steering_flags(parser)
+    flags.add_dataset(parser)
+    flags.add_label_column(parser, " [label, if there].")
+    flags.add_labels(parser, "the data set's")
+    flags.add_steering(parser)
     parser.section("output")
     parser.flag(
         "--output",
@@ -77,15 +60,15 @@ def add_flags(parser: Parser) -> None:
         metavar="DIR",
         help="Folder to write; an earlier atlas is replaced.",
     )
-    add_progress_flag(parser)
+    flags.add_progress(parser)
     parser.section("extraction of activations")
     parser.flag(
         "--activations", type=Path, metavar="STORE", help="Activations of these images that are there already."
     )
-    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+    flags.add_extraction(parser, beside_checkpoint=True)
 
 
-keeps = activations_beside
+keeps = steps.activations_beside
 
 
 def run(args: Namespace) -> None:
@@ -101,18 +84,18 @@ def run(args: Namespace) -> None:
     check_output(args.output)
     resolve_templates(args.templates)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
-    labels_from(args)
+    steps.labels_from(args)
     results, training_log = args.results or _beside(args, RESULTS_NAME), _beside(args, TRAINING_LOG_NAME)
     measured = None if results is None else EvaluationResult.from_json(results)
     training_curves(training_log)
-    model, tokenizer, image_processor = load_steered_clip(args, texts=False)
-    model.set_steering(**steering_from(args))
-    dataset = open_dataset(args)
+    model, tokenizer, image_processor = steps.load_steered_clip(args, texts=False)
+    model.set_steering(**steps.steering_from(args))
+    dataset = steps.open_dataset(args)
     if args.label_column is None and "label" in (dataset.features or {}):
         args.label_column = "label"
-    labels = labels_from(args, dataset, model, tokenizer)
+    labels = steps.labels_from(args, dataset, model, tokenizer)
     store = _activations(args, model.clip, dataset, image_processor)
-    if not join_processes().is_main_process:  # they have shared the extraction
+    if not steps.join_processes().is_main_process:  # they have shared the extraction
         return
     page = build_atlas(
         model,
@@ -143,8 +126,8 @@ def _activations(args: Namespace, clip: Any, dataset: Any, image_processor: Any)
 
     column = args.label_column
     if args.activations is None:
-        cache = activations_beside(args)
-        return extract(args, clip, dataset, cache, label_column=column, image_processor=image_processor)
+        cache = steps.activations_beside(args)
+        return steps.extract(args, clip, dataset, cache, label_column=column, image_processor=image_processor)
     store = ActivationStore.open(args.activations)
     made_from, column = store.metadata["dataset"]["fingerprint"], store.metadata["columns"]["label"]
     dataset = with_numbered_labels(dataset, column)

@@ -8,19 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...config.schema import whole
-from ..common import (
-    activations_beside,
-    add_checkpoint_flags,
-    add_dataset_flags,
-    add_extraction_flags,
-    add_progress_flag,
-    checkpoint_place,
-    join_processes,
-    load_steered_clip,
-    open_rows,
-    say,
-    say_written,
-)
+from .. import flags, steps
+from ..output import say, say_written
 from ..parsing import Parser, UsageError
 from ..places import check_writable, refuse_other_model
 
@@ -42,7 +31,7 @@ examples:
 
 def add_flags(parser: Parser) -> None:
     parser.section("what to calibrate")
-    add_checkpoint_flags(parser)
+    flags.add_checkpoint(parser)
     parser.flag(
         "--output_dir",
         type=Path,
@@ -57,13 +46,13 @@ def add_flags(parser: Parser) -> None:
         help="Rows of activations that the checkpoint keeps for methods that fit prototypes to labels; 0 keeps none.",
     )
     parser.section("images")
-    add_dataset_flags(parser)
+    flags.add_dataset(parser)
     parser.section("extraction of activations")
-    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
-    add_progress_flag(parser)
+    flags.add_extraction(parser, beside_checkpoint=True)
+    flags.add_progress(parser)
 
 
-keeps = activations_beside
+keeps = steps.activations_beside
 
 
 def run(args: Namespace) -> None:
@@ -79,13 +68,13 @@ def run(args: Namespace) -> None:
         )
     target = args.output_dir or local
     check_writable(target, "--output_dir")
-    refuse_other_model(target, "--output_dir")
-    model, _, image_processor = load_steered_clip(args, texts=False)
+    refuse_other_model(target)
+    model, _, image_processor = steps.load_steered_clip(args, texts=False)
     if len(model.saes) != 1:
         raise UsageError(f"{args.checkpoint} holds {len(model.saes)} SAEs: calibrate each one's own checkpoint")
     sae = model.sae
     layers = [int(layer) for layer in model.saes]
-    _, _, store = open_rows(args, model, image_processor, layers=layers)
+    _, store = steps.open_rows(args, model, image_processor, layers=layers)
     trained_on = sae.config.training_data or {}
     parts = trained_on.get("parts") or [trained_on]  # of a union of data sets
     if store.metadata["dataset"]["fingerprint"] in [part.get("fingerprint") for part in parts]:
@@ -93,7 +82,7 @@ def run(args: Namespace) -> None:
             "these are the images that the SAE was trained on, which it reconstructs better than fresh ones: "
             "calibrate on others"
         )
-    if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
+    if not steps.join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     metrics = calibrate(sae, store)
     if layers[0] == model.num_layers - 1:  # what methods beyond VS2 score
@@ -101,7 +90,7 @@ def run(args: Namespace) -> None:
         sae.set_domain_statistics(
             measure_statistics(sae, store, measured, held_out, clip=model.clip, sketch_rows=args.sketch_rows)
         )
-    place = checkpoint_place(args)
+    place = steps.checkpoint_place(args)
     described, _ = SAEConfig.get_config_dict(args.checkpoint, **place)
     if described["model_type"] == SAEConfig.model_type:
         sae.save_pretrained(target)

@@ -11,22 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config.schema import whole
+from .. import flags, steps
 from ..answers import Summary, Table, csv_columns, flat, say_beside_bar, shown_names, with_change
-from ..common import (
-    BATCH,
-    REMEMBERED,
-    add_checkpoint_flags,
-    add_label_flags,
-    add_progress_flag,
-    add_speed_flags,
-    add_steering_flags,
-    checkpoint_place,
-    labels_and_prompts,
-    load_classifier,
-    local_or_id,
-    say_json,
-    steering_from,
-)
+from ..output import say_json
 from ..parsing import Parser
 from ..row_file import ROW_SUFFIXES, RowFile
 
@@ -53,13 +40,13 @@ A .csv or .jsonl file is written as answers come, and continued when the same co
 def add_flags(parser: Parser) -> None:
     parser.section("images")
     parser.flag("images", nargs="+", metavar="IMAGE", help="Files, folders (searched for images) or URLs.")
-    parser.flag("--on_error", choices=("raise", "skip"), default="raise", help="What to do at an unreadable image.")
+    flags.add_on_error(parser)
     parser.section("model and prompts")
-    add_checkpoint_flags(parser)
-    add_label_flags(parser, REMEMBERED)
-    parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass.")
-    add_speed_flags(parser)
-    add_steering_flags(parser, method=True)
+    flags.add_checkpoint(parser)
+    flags.add_labels(parser, flags.REMEMBERED, templates=None)
+    parser.flag("--batch_size", type=int, kind=flags.BATCH, default=64, help="Images per forward pass.")
+    flags.add_speed(parser)
+    flags.add_steering(parser, method=True)
     parser.flag(
         "--reject",
         action="store_true",
@@ -75,7 +62,7 @@ def add_flags(parser: Parser) -> None:
         metavar="FILE",
         help="Write the answers to this file, too: .csv or .jsonl (a row an image, as they come), else a JSON array.",
     )
-    add_progress_flag(parser)
+    flags.add_progress(parser)
 
 
 def run(args: Namespace) -> None:
@@ -86,13 +73,13 @@ def run(args: Namespace) -> None:
     from ...files.json_files import write_json
     from ...files.progress import progress_bar
 
-    labels, asked, clean = labels_and_prompts(args)
+    labels, asked, clean = steps.labels_and_prompts(args)
     templates = resolve_templates(asked)
     names = list(_image_names(args.images, args.on_error))
     threshold = None
     if args.reject:
-        threshold = rejection_threshold(args.checkpoint, checkpoint_place(args), labels, templates, clean)
-    classifier = load_classifier(args)
+        threshold = rejection_threshold(args.checkpoint, steps.checkpoint_place(args), labels, templates, clean)
+    classifier = steps.load_classifier(args)
     familiarity = Familiarity(classifier, labels, templates, clean)
     summary, results = Summary(), []
     with ExitStack() as stack:
@@ -114,7 +101,7 @@ def run(args: Namespace) -> None:
             top_k=args.top_k,
             return_details=True,
             batch_size=args.batch_size,
-            **steering_from(args, method=True),
+            **steps.steering_from(args, method=True),
         )
         bar = progress_bar(
             shown=not args.disable_tqdm and len(names) > args.batch_size,  # one batch is no wait
@@ -171,12 +158,12 @@ def _row_file(args: Namespace, labels: Sequence[str], templates: Sequence[str], 
     """`--output` with the settings that decide its answers."""
     settings = {
         "checkpoint": _checkpoint_state(args),
-        "clip": None if args.clip is None else local_or_id(args.clip),
+        "clip": None if args.clip is None else steps.local_or_id(args.clip),
         "labels": labels,
         "names_as_given": not clean,
         "templates": templates,
         "top_k": args.top_k,
-        "steering": steering_from(args, method=True),
+        "steering": steps.steering_from(args, method=True),
         **({"reject": True} if args.reject else {}),
         **({} if args.model_dtype == "auto" else {"model_dtype": args.model_dtype}),
         **({"fast_decode": True} if args.fast_decode else {}),
@@ -192,7 +179,7 @@ def _checkpoint_state(args: Namespace) -> Any:
 
     folder = Path(args.checkpoint, args.subfolder or "")
     if not folder.is_dir():
-        return at_one_commit(args.checkpoint, checkpoint_place(args))["revision"]
+        return at_one_commit(args.checkpoint, steps.checkpoint_place(args))["revision"]
     paths = [path for pattern in ("config.json", *TENSOR_FILES) for path in sorted(folder.glob(pattern))]
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 

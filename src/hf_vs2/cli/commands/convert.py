@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.schema import number, whole
-from ..common import checkpoint_place, local_or_id, say, say_written
+from .. import steps
+from ..output import say, say_written
 from ..parsing import Parser, UsageError
 from ..places import refuse_other_model
 
@@ -70,12 +71,12 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> None:
-    place = checkpoint_place(args)
+    place = steps.checkpoint_place(args)
     source_format = args.source_format or _detect(args.source, place)
     if source_format == args.target_format:
         raise UsageError(f"{args.source} is of {source_format} already: name another format with --to")
     if args.target_format == OWN:
-        refuse_other_model(args.output_dir, "--output_dir")
+        refuse_other_model(args.output_dir)
     sae = _load(args, source_format, place)
     if args.target_format == OWN:
         sae.save_pretrained(args.output_dir)
@@ -110,5 +111,5 @@ def _load(args: Namespace, source_format: str, place: dict[str, Any]) -> SAEMode
     if source_format == OWN:
         return SAEModel.from_pretrained(args.source, **place)
     if "base_model" in options:
-        options["base_model_name_or_path"] = local_or_id(options.pop("base_model"))
+        options["base_model_name_or_path"] = steps.local_or_id(options.pop("base_model"))
     return getattr(SAEModel, f"from_{source_format}")(args.source, **options, **place)

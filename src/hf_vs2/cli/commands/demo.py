@@ -4,8 +4,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from ...config.schema import LARGEST_SEED, whole
-from ..common import add_progress_flag, say
+from .. import flags
 from ..next_steps import command
+from ..output import say
 from ..parsing import Parser
 
 
@@ -30,7 +31,7 @@ def add_flags(parser: Parser) -> None:
         default=0,
         help="Of the folds, the SAEs and the foreign images.",
     )
-    add_progress_flag(parser)
+    flags.add_progress(parser)
 
 
 def run(args: Namespace) -> None:

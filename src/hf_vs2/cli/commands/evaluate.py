@@ -6,26 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from ...config.schema import whole
-from ..common import (
-    TEMPLATES,
-    activations_beside,
-    add_checkpoint_flags,
-    add_class_names_flag,
-    add_dataset_flags,
-    add_extraction_flags,
-    add_progress_flag,
-    add_speed_flags,
-    add_steering_flags,
-    extract,
-    join_processes,
-    labels_from,
-    load_steered_clip,
-    open_dataset,
-    open_rows,
-    say,
-    say_written,
-    steering_from,
-)
+from .. import flags, steps
+from ..output import say, say_written
 from ..parsing import Parser
 from ..places import check_writable
 
@@ -47,7 +29,7 @@ Activations are extracted once: other templates, methods or steering settings ta
 
 def add_flags(parser: Parser) -> None:
     parser.section("what to compare")
-    add_checkpoint_flags(parser)
+    flags.add_checkpoint(parser)
     parser.flag(
         "--method",
         nargs="+",
@@ -56,18 +38,14 @@ def add_flags(parser: Parser) -> None:
         "[the usual ones].",
     )
     parser.section("images")
-    add_dataset_flags(parser)
-    parser.flag("--label_column", default="label", metavar="NAME", help="Column of labels, numbers or names.")
+    flags.add_dataset(parser)
+    flags.add_label_column(parser, ".", default="label")
     parser.flag(
         "--reference_dataset",
         metavar="D",
         help="Unlabelled images for distribution norm's image mean [the checkpoint's].",
     )
-    parser.flag(
-        "--reference_split",
-        metavar="S",
-        help="Their split. Without both flags: the checkpoint's mean.",
-    )
+    parser.flag("--reference_split", metavar="S", help="Their split. Without both flags: the checkpoint's mean.")
     parser.flag(
         "--few_shot",
         type=int,
@@ -77,25 +55,18 @@ def add_flags(parser: Parser) -> None:
         "measured on the rest.",
     )
     parser.section("prompts")
-    parser.flag(
-        "--templates",
-        nargs="+",
-        default=["single", "ensemble"],
-        metavar="T",
-        help=TEMPLATES,
-    )
-    add_class_names_flag(parser)
-    add_steering_flags(parser)
+    flags.add_labels(parser, "the data set's", templates=["single", "ensemble"])
+    flags.add_steering(parser)
     parser.section("output")
     parser.flag("--all", action="store_true", help="Print the rows of all methods, not of the six that matter most.")
     parser.flag("--output", type=Path, writes="file", metavar="JSON", help="Result file [CHECKPOINT/results.json].")
-    add_progress_flag(parser)
+    flags.add_progress(parser)
     parser.section("extraction of activations")
-    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
-    add_speed_flags(parser)
+    flags.add_extraction(parser, beside_checkpoint=True)
+    flags.add_speed(parser)
 
 
-keeps = activations_beside
+keeps = steps.activations_beside
 
 
 def run(args: Namespace) -> None:
@@ -108,19 +79,19 @@ def run(args: Namespace) -> None:
 
     _check_prompts(args)
     check_writable(_result_path(args), "--output", is_folder=False)
-    model, tokenizer, image_processor = load_steered_clip(args)
-    model.set_steering(**steering_from(args))
+    model, tokenizer, image_processor = steps.load_steered_clip(args)
+    model.set_steering(**steps.steering_from(args))
     # One row through the tail: what cannot be replayed on cached rows is refused before hours of extraction.
     with torch.inference_mode():
         model.image_features_from_cls(torch.zeros(1, model.sae.config.hidden_size))
     reference_args = _reference_args(args)
-    reference_images = None if reference_args is None else open_dataset(reference_args)
-    _, labels, store = open_rows(args, model, image_processor, tokenizer=tokenizer, all_labelled=True)
+    reference_images = None if reference_args is None else steps.open_dataset(reference_args)
+    labels, store = steps.open_rows(args, model, image_processor, tokenizer=tokenizer, all_labelled=True)
     reference = None
     if reference_args is not None:
-        cache = activations_beside(args)
-        reference = extract(reference_args, model.clip, reference_images, cache, image_processor=image_processor)
-    if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
+        cache = steps.activations_beside(args)
+        reference = steps.extract(reference_args, model.clip, reference_images, cache, image_processor=image_processor)
+    if not steps.join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     result = evaluate(
         model,
@@ -153,7 +124,7 @@ def _check_prompts(args: Namespace) -> None:
     check_methods(args.method or ())
     for templates in args.templates:
         resolve_templates(templates)
-    labels_from(args)
+    steps.labels_from(args)
 
 
 def _reference_args(args: Namespace) -> Namespace | None:

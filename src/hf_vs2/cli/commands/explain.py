@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.schema import whole
-from ..common import (
-    REMEMBERED,
-    add_checkpoint_flags,
-    add_label_flags,
-    add_steering_flags,
-    labels_and_prompts,
-    load_steered_clip,
-    say,
-    say_json,
-    say_written,
-    steering_from,
-)
+from .. import flags, steps
+from ..output import say, say_json, say_written
 from ..parsing import Parser
 from ..places import check_writable
 
@@ -47,14 +37,14 @@ def add_flags(parser: Parser) -> None:
     parser.section("image")
     parser.flag("image", metavar="IMAGE", help="File or URL.")
     parser.section("model and prompts")
-    add_checkpoint_flags(parser)
-    add_label_flags(parser, REMEMBERED)
+    flags.add_checkpoint(parser)
+    flags.add_labels(parser, flags.REMEMBERED, templates=None)
     parser.section("names of latents")
     parser.flag("--vocabulary", type=Path, metavar="FILE", help="Words to name them by, one a line.")
     parser.flag(
         "--names", type=Path, metavar="FILE", help="The latents.json of an atlas, or a JSON object of names by latent."
     )
-    add_steering_flags(parser)
+    flags.add_steering(parser)
     parser.section("latents changed by hand")
     parser.flag("--amplify", nargs="+", type=_pair, metavar="LATENT=FACTOR", help="Multiply their values.")
     parser.flag("--suppress", nargs="+", type=int, kind=whole(0), metavar="LATENT", help="Make their values 0.")
@@ -86,7 +76,7 @@ def run(args: Namespace) -> None:
 
     if args.vocabulary is not None and args.names is not None:
         raise ValueError("--vocabulary and --names exclude each other: give one of them")
-    labels, templates, clean = labels_and_prompts(args)
+    labels, templates, clean = steps.labels_and_prompts(args)
     edits = _edits(args)
     vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
     names = None if args.names is None else resolve_names(args.names)
@@ -97,8 +87,8 @@ def run(args: Namespace) -> None:
         check_writable(drawn, "--output", is_folder=False)
         check_drawing(drawn)
     picture = open_image(args.image)
-    model, *processor = load_steered_clip(args)
-    settings = steering_from(args) | ({} if edits is None else {"edits": edits})
+    model, *processor = steps.load_steered_clip(args)
+    settings = steps.steering_from(args) | ({} if edits is None else {"edits": edits})
     model.set_steering(**settings)
     explanation = model.explain(
         picture,

@@ -1,22 +1,11 @@
 """`hf-vs2 extract`."""
 
 from argparse import Namespace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-from ..common import (
-    LAYER,
-    add_dataset_flags,
-    add_extraction_flags,
-    add_model_flags,
-    add_progress_flag,
-    add_speed_flags,
-    extract,
-    local_or_id,
-    open_dataset,
-    say,
-    say_written,
-)
+from .. import flags, steps
+from ..output import say, say_written
 from ..parsing import Parser
 
 
@@ -36,31 +25,32 @@ OUTPUT_DIR holds one folder a request: use the same one for several splits, mode
 
 def add_flags(parser: Parser) -> None:
     parser.section("what to read")
-    add_model_flags(parser)
-    add_dataset_flags(parser)
-    parser.flag(
-        "--label_column", metavar="NAME", help="Column of labels, numbers or names, to keep beside the activations."
-    )
+    flags.add_model(parser)
+    flags.add_dataset(parser)
+    flags.add_label_column(parser, ", to keep beside the activations.")
     parser.section("activations")
     parser.flag("--output_dir", type=Path, writes="folder", required=True, help="Cache root for activations.")
     parser.flag(
         "--layers",
         type=int,
-        kind=LAYER,
+        kind=flags.LAYER,
         nargs="+",
         default=[-1],
         help="Encoder layers from 0; negative ones from the last.",
     )
-    add_extraction_flags(parser)
-    add_speed_flags(parser)
-    add_progress_flag(parser)
+    flags.add_extraction(parser)
+    flags.add_speed(parser)
+    flags.add_progress(parser)
+
+
+keeps = attrgetter("output_dir")
 
 
 def run(args: Namespace) -> None:
-    dataset = open_dataset(args)
-    store = extract(
+    dataset = steps.open_dataset(args)
+    store = steps.extract(
         args,
-        local_or_id(args.model),
+        steps.local_or_id(args.model),
         dataset,
         args.output_dir,
         layers=args.layers,
@@ -76,7 +66,3 @@ def run(args: Namespace) -> None:
     )
     say_written({"activations": store.path})
     say("", f'In Python: hf_vs2.ActivationStore.open("{store.path}")')
-
-
-def keeps(args: Namespace) -> Any:
-    return args.output_dir

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-from ..common import say
+from ..output import say
 from ..parsing import Parser
 
 
@@ -40,6 +40,9 @@ def add_flags(parser: Parser) -> None:
     )
 
 
+keeps = attrgetter("repo_id")
+
+
 def run(args: Namespace) -> None:
     from ...files.sharing.hub import push_to_hub
 
@@ -56,7 +59,3 @@ def run(args: Namespace) -> None:
         license=args.license,
     )
     say(commit.pr_url or commit.commit_url)
-
-
-def keeps(args: Namespace) -> Any:
-    return args.repo_id

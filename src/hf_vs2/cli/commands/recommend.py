@@ -5,21 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from ..common import (
-    activations_beside,
-    add_checkpoint_flags,
-    add_dataset_flags,
-    add_extraction_flags,
-    add_label_flags,
-    add_progress_flag,
-    join_processes,
-    labels_from,
-    load_steered_clip,
-    open_rows,
-    say,
-    say_written,
-)
+from .. import flags, steps
 from ..next_steps import after_recommendation
+from ..output import say, say_written
 from ..parsing import Parser, UsageError
 
 
@@ -41,15 +29,11 @@ How often it is right, and what it costs when it is not: docs/recommend.md."""
 
 def add_flags(parser: Parser) -> None:
     parser.section("what to recommend for")
-    add_checkpoint_flags(parser)
-    add_label_flags(parser, "those of --label_column")
+    flags.add_checkpoint(parser)
+    flags.add_labels(parser, "those of --label_column")
     parser.section("images")
-    add_dataset_flags(parser)
-    parser.flag(
-        "--label_column",
-        metavar="NAME",
-        help="Column of labels, numbers (-1: none) or names. Without it no label is read.",
-    )
+    flags.add_dataset(parser)
+    flags.add_label_column(parser, "; -1 is none. Without it no label is read.")
     parser.section("output")
     parser.flag(
         "--output",
@@ -61,12 +45,12 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--apply", action="store_true", help="Write the method into the checkpoint, which is used from then on."
     )
-    add_progress_flag(parser)
+    flags.add_progress(parser)
     parser.section("extraction of activations")
-    add_extraction_flags(parser, "Cache root [CHECKPOINT/activations].")
+    flags.add_extraction(parser, beside_checkpoint=True)
 
 
-keeps = activations_beside
+keeps = steps.activations_beside
 
 
 def run(args: Namespace) -> None:
@@ -80,14 +64,14 @@ def run(args: Namespace) -> None:
         raise UsageError(
             f"{args.checkpoint} is no folder here, and --apply writes into the checkpoint: download it first"
         )
-    labels_from(args)
+    steps.labels_from(args)
     resolve_templates(args.templates)
-    model, tokenizer, image_processor = load_steered_clip(args)
-    _, labels, store = open_rows(args, model, image_processor, tokenizer=tokenizer)
-    if not join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
+    model, tokenizer, image_processor = steps.load_steered_clip(args)
+    labels, store = steps.open_rows(args, model, image_processor, tokenizer=tokenizer)
+    if not steps.join_processes().is_main_process:  # they have shared the extraction; the rest takes seconds
         return
     names = store.class_names if labels is None else labels
-    assert names is not None  # `labels_from` has looked
+    assert names is not None  # `steps.labels_from` has looked
     classes = class_embeddings(model.clip, tokenizer, names_in(names), args.templates, clean=not args.names_as_given)
     found = recommend(model, store, classes, store.labels, class_names=names)
     places = {"activations": store.path}

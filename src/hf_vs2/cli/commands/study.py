@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config.schema import TEXT
-from ..common import add_progress_flag, say, say_written
+from .. import flags
+from ..output import say, say_written
 from ..parsing import Parser, UsageError
 from ..places import check_writable
 
@@ -37,7 +38,7 @@ def add_flags(parser: Parser) -> None:
     )
     parser.flag("--output_dir", metavar="O", kind=TEXT, help="Folder of the study, instead of the one in CONFIG.")
     parser.flag("--no_figures", action="store_true", help="Tables only; figures need matplotlib.")
-    add_progress_flag(parser)
+    flags.add_progress(parser)
 
 
 def run(args: Namespace) -> None:

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.schema import LARGEST_EXPANSION, number, whole
 from ...training.arguments import SAETrainingArguments
-from ..common import (
-    LAYER,
-    add_dataset_flags,
-    add_extraction_flags,
-    add_model_flags,
-    extract,
-    join_processes,
-    local_or_id,
-    open_dataset,
-    say,
-    say_written,
-)
+from .. import flags, steps
 from ..next_steps import after_training
+from ..output import say, say_written
 from ..parsing import Parser, UsageError, dataclass_from
 from ..places import check_writable
 from .calibrate import sae_lines
@@ -64,12 +55,12 @@ CHECKPOINTS_AND_LOG = (
 
 def add_flags(parser: Parser) -> None:
     parser.section("what to train on")
-    add_model_flags(parser, required=False)
-    add_dataset_flags(parser, required=False)
+    flags.add_model(parser, required=False)
+    flags.add_dataset(parser, required=False)
+    flags.add_label_column(parser, ", to keep beside the activations.")
     parser.flag(
-        "--label_column", metavar="NAME", help="Column of labels, numbers or names, to keep beside the activations."
+        "--layer", type=int, kind=flags.LAYER, default=-1, help="Encoder layer from 0; negative ones from the last."
     )
-    parser.flag("--layer", type=int, kind=LAYER, default=-1, help="Encoder layer from 0; negative ones from the last.")
     parser.section("output and configuration")
     parser.dataclass_flags(SAETrainingArguments, ["output_dir"])
     parser.writes["output_dir"] = ("--output_dir", "folder")
@@ -114,7 +105,10 @@ def add_flags(parser: Parser) -> None:
         help="Cache root, shared by any number of runs [OUTPUT_DIR/activations]. Without --dataset: the activations "
         "to train on; several are trained on as one set.",
     )
-    add_extraction_flags(parser)
+    flags.add_extraction(parser)
+
+
+keeps = attrgetter("output_dir")
 
 
 def run(args: Namespace) -> None:
@@ -126,7 +120,7 @@ def run(args: Namespace) -> None:
     arguments = dataclass_from(SAETrainingArguments, args)
     check_tracker(arguments.report_to)
     label_loss = _label_loss(args)
-    processes = join_processes()
+    processes = steps.join_processes()
     if arguments.mixed_precision == "fp16" and processes.device.type == "cpu":
         raise UsageError("--mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
     stores = _activations(args, arguments)
@@ -167,7 +161,7 @@ def _activations(args: Namespace, arguments: SAETrainingArguments) -> list[Activ
         raise UsageError(
             "--activations_dir with --dataset is one cache root; several are for training without --dataset"
         )
-    model = local_or_id(args.model)
+    model = steps.local_or_id(args.model)
     cache = args.activations_dir[0] if args.activations_dir else Path(args.output_dir) / "activations"
     check_writable(cache, "--activations_dir")
     # Settings that cannot work are refused before hours of extraction.
@@ -175,9 +169,9 @@ def _activations(args: Namespace, arguments: SAETrainingArguments) -> list[Activ
     config, layer = _sae_config(args, vision.hidden_size, vision.num_hidden_layers)
     standing(arguments.output_path, planned_settings(config, arguments), arguments.overwrite_output_dir)
     checkpoint_to_resume(arguments.output_path, args.resume_from_checkpoint)
-    dataset = open_dataset(args)
+    dataset = steps.open_dataset(args)
     options = {"layers": [layer], "label_column": args.label_column, "revision": args.revision}
-    return [extract(args, model, dataset, cache, **options)]
+    return [steps.extract(args, model, dataset, cache, **options)]
 
 
 def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAEConfig, int]:
@@ -218,7 +212,3 @@ def _report(args: Namespace, trainer: SAETrainer, stores: list[ActivationStore],
     following = after_training(args, output, texts=family is None or family.has_texts)
     if following is not None:
         say("", f"Next: {following}")
-
-
-def keeps(args: Namespace) -> Any:
-    return args.output_dir

@@ -1,16 +1,15 @@
-"""Flags and steps that several commands share."""
+"""Steps that several commands share, from the values of their flags to data sets, models and rows."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.schema import LARGEST_BATCH, Kind, whole
-from ..config.steering import QUANTILE, Steering
+from .flags import steering_flags
 from .parsing import Parser, UsageError
 from .places import check_writable
 
@@ -23,169 +22,6 @@ if TYPE_CHECKING:
     from ..clip.pipeline import VS2ZeroShotImageClassificationPipeline
     from ..data.labels.lists import Names
     from ..data.stores.activations import ActivationStore
-
-
-# Output
-
-
-def say(*lines: str) -> None:
-    """Print results, on the main process only. Letters that the terminal has not got are shown by number, as
-    `\\xe9`."""
-    if os.environ.get("RANK", "0") == "0":
-        encoding = sys.stdout.encoding or "utf-8"
-        print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def say_json(value: Any) -> None:
-    """Print JSON. Where the terminal has not got a letter it is all ASCII, so that nothing is lost."""
-    from ..files.json_files import to_json
-
-    text = to_json(value, indent=1)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = to_json(value, indent=1, ensure_ascii=True)
-    say(text)
-
-
-def say_written(places: Mapping[str, Any]) -> None:
-    """Print what was written, and where."""
-    say("", "Written:", *(f"  {what:<15} {place}" for what, place in places.items()))
-
-
-# Flags
-
-BATCH = whole(1, LARGEST_BATCH)
-LAYER = whole(-1000, 1000)
-GATE = Kind("a quantile above 0 and below 1, or none", lambda value: value == "none" or QUANTILE.accepts(value))
-
-TEMPLATES = "single, ensemble or a file of prompts (.txt, .csv, .json)."
-
-
-def add_model_flags(parser: Parser, required: bool = True) -> None:
-    parser.flag("--model", required=required, metavar="M", help="CLIP model: Hub id or folder.")
-    parser.flag("--revision", help="Branch, tag or commit of a model on the Hub.")
-
-
-def add_dataset_flags(parser: Parser, required: bool = True) -> None:
-    parser.flag(
-        "--dataset",
-        required=required,
-        metavar="D",
-        help="Images: Hub id, folder of images or of parquet or .tar files, list of paths (.csv), saved data set.",
-    )
-    parser.flag(
-        "--split", metavar="S", help='Such as train, test or "train[:600]"; may be left out where there is one.'
-    )
-    parser.flag("--image_column", default="image", metavar="NAME", help="Column of the images.")
-    parser.flag("--dataset_config", metavar="NAME", help="Configuration of a data set on the Hub.")
-    parser.flag("--dataset_revision", help="Branch, tag or commit of a data set on the Hub.")
-    parser.flag("--streaming", action="store_true", help="Read the images one after another, without a copy on disk.")
-
-
-def add_extraction_flags(parser: Parser, activations_dir: str | None = None) -> None:
-    """`activations_dir`: help of that flag, for commands that cache activations beside their own output."""
-    if activations_dir is not None:
-        parser.flag("--activations_dir", type=Path, help=activations_dir, writes="folder")
-    parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass of CLIP.")
-    parser.flag(
-        "--num_workers",
-        type=int,
-        kind=whole(0, 1024),
-        help="Processes that decode and resize; 0: the main one does it, when a batch's turn comes "
-        "[threads, as many as there are processors to have].",
-    )
-    parser.flag(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the activations on disk."
-    )
-    parser.flag("--on_error", choices=("raise", "skip"), default="raise", help="What to do at an unreadable image.")
-
-
-def add_speed_flags(parser: Parser) -> None:
-    """What makes reading and computing faster at the price of slightly other numbers."""
-    parser.flag(
-        "--model_dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="Precision that CLIP runs in; SAE and steering stay in float32. auto: that of its file.",
-    )
-    parser.flag(
-        "--fast_decode",
-        action="store_true",
-        help="Decode large JPEGs at a fraction of their size, and resize only what CLIP sees: slightly other pixels.",
-    )
-
-
-def add_checkpoint_flags(parser: Parser) -> None:
-    parser.flag("--checkpoint", required=True, metavar="O", help="Folder or Hub id that `hf-vs2 train` wrote.")
-    parser.flag("--clip", metavar="M", help="CLIP to use instead of the one that the checkpoint names.")
-    parser.flag("--revision", help="Branch, tag or commit of a checkpoint on the Hub.")
-    parser.flag("--subfolder", help="Folder of the checkpoint in its repository.")
-
-
-def add_class_names_flag(parser: Parser) -> None:
-    """What the labels of a data set are called in prompts."""
-    parser.flag(
-        "--labels",
-        nargs="+",
-        metavar="NAME",
-        help="Labels to choose from, matched by name with the data set's classes, or a file of them (.txt, .csv, "
-        ".json) [the data set's].",
-    )
-    _add_names_as_given(parser)
-
-
-REMEMBERED = "those that the checkpoint was adapted to"
-
-
-def add_label_flags(parser: Parser, otherwise: str = "") -> None:
-    """What an image may be, and how CLIP is asked; `otherwise`: where labels come from when none are given. With
-    [`REMEMBERED`], prompts do too: read both by [`labels_and_prompts`]."""
-    parser.flag(
-        "--labels",
-        nargs="+",
-        required=not otherwise,
-        metavar="NAME",
-        help="Labels to choose from, or a file of them (.txt, .csv, .json)"
-        + (f" [{otherwise}]." if otherwise else "."),
-    )
-    default = None if otherwise == REMEMBERED else "single"
-    parser.flag("--templates", default=default, metavar="T", help=TEMPLATES)
-    _add_names_as_given(parser)
-
-
-def _add_names_as_given(parser: Parser) -> None:
-    parser.flag(
-        "--names_as_given",
-        action="store_true",
-        help="Put labels into prompts as they are; else `_` is read as a blank, and numbering such as 001. goes.",
-    )
-
-
-def add_steering_flags(parser: Parser, method: bool = False) -> None:
-    """`method`: for commands that use one method, rather than compare several."""
-    parser.section("steering (by default what the checkpoint says)")
-    for name in _steering_flags(method):
-        if name == "gate":
-            text = Steering.__dataclass_fields__[name].metadata["help"]
-            parser.flag("--gate", type=_gate, kind=GATE, metavar="Q", help=text)
-        else:
-            parser.dataclass_flags(Steering, [name], defaults=False)
-
-
-def _steering_flags(method: bool) -> list[str]:
-    return [*(["method"] if method else []), "gamma", "lambda_", "coefficient", "gate", "fvu_threshold"]
-
-
-def add_progress_flag(parser: Parser) -> None:
-    parser.flag("--disable_tqdm", action="store_true", help="No progress bar.")
-
-
-def _gate(text: str) -> float | str:
-    return text if text == "none" else float(text)
-
-
-# Steps
 
 
 def local_or_id(name: str) -> str:
@@ -210,16 +46,19 @@ def open_dataset(args: argparse.Namespace) -> Any:
 
     if args.disable_tqdm or not join_processes().is_main_process:
         datasets.disable_progress_bars()
-    return load_images(
-        args.dataset,
-        args.split,
-        image_column=args.image_column,
-        config_name=args.dataset_config,
-        revision=args.dataset_revision,
-        streaming=args.streaming,
-        label_column=getattr(args, "label_column", None),
-        on_error=args.on_error,
-    )
+    return load_images(args.dataset, args.split, **opening(args))
+
+
+def opening(args: argparse.Namespace) -> dict[str, Any]:
+    """How the flags say that a data set is opened."""
+    return {
+        "image_column": args.image_column,
+        "config_name": args.dataset_config,
+        "revision": args.dataset_revision,
+        "streaming": args.streaming,
+        "label_column": getattr(args, "label_column", None),
+        "on_error": args.on_error,
+    }
 
 
 def extract(
@@ -231,7 +70,7 @@ def extract(
     layers: Sequence[int] = (-1,),
     **options: Any,
 ) -> ActivationStore:
-    """`extract_activations` with the flags of [`add_extraction_flags`]. Several processes share the work."""
+    """`extract_activations` with the flags of `flags.add_extraction`. Several processes share the work."""
     from ..data.stores.activations import extract_activations
 
     return extract_activations(
@@ -258,10 +97,10 @@ def open_rows(
     tokenizer: Any = None,
     all_labelled: bool = False,
     **options: Any,
-) -> tuple[Any, Names | None, ActivationStore]:
-    """The data set of the flags, the labels that they give for it (with a tokenizer, it must have some, that this CLIP
-    tells apart; with `all_labelled`, each image one of them), and its rows, in the cache of [`activations_beside`]
-    from then on."""
+) -> tuple[Names | None, ActivationStore]:
+    """The labels that the flags give for their data set (with a tokenizer, it must have some, that this CLIP tells
+    apart; with `all_labelled`, each image one of them), and its rows, in the cache of [`activations_beside`] from then
+    on."""
     from ..data.labels.names import check_labelled
 
     dataset = open_dataset(args)
@@ -269,7 +108,7 @@ def open_rows(
         check_labelled(dataset, args.label_column)
     labels = None if tokenizer is None else labels_from(args, dataset, model, tokenizer, required=True)
     options = {"label_column": getattr(args, "label_column", None), "image_processor": image_processor} | options
-    return dataset, labels, extract(args, model.clip, dataset, activations_beside(args), **options)
+    return labels, extract(args, model.clip, dataset, activations_beside(args), **options)
 
 
 def check_places(parser: Parser, args: argparse.Namespace) -> None:
@@ -293,12 +132,12 @@ def activations_beside(args: argparse.Namespace) -> Path:
 
 
 def checkpoint_place(args: argparse.Namespace) -> dict[str, str]:
-    """`revision` and `subfolder` of [`add_checkpoint_flags`], where they were given."""
+    """`revision` and `subfolder` of `flags.add_checkpoint`, where they were given."""
     return {name: getattr(args, name) for name in ("revision", "subfolder") if getattr(args, name) is not None}
 
 
 def load_classifier(args: argparse.Namespace) -> VS2ZeroShotImageClassificationPipeline:
-    """The model of [`add_checkpoint_flags`] with its tokenizer and image processor, on the best device there is."""
+    """The model of `flags.add_checkpoint` with its tokenizer and image processor, on the best device there is."""
     from ..clip.classifier import zero_shot_classifier
 
     options: dict[str, Any] = checkpoint_place(args)
@@ -337,8 +176,8 @@ def load_steered_clip(
 
 
 def steering_from(args: argparse.Namespace, method: bool = False) -> dict[str, Any]:
-    """Settings from [`add_steering_flags`]; what was not given is left to the checkpoint."""
-    settings = {name: getattr(args, name) for name in _steering_flags(method) if getattr(args, name) is not None}
+    """Settings from `flags.add_steering`; what was not given is left to the checkpoint."""
+    settings = {name: getattr(args, name) for name in steering_flags(method) if getattr(args, name) is not None}
     return settings | {"gate": None} if settings.get("gate") == "none" else settings
 
 
