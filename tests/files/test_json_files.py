@@ -9,8 +9,7 @@ import pytest
 from commands import run, source, strictly, with_checkpoint
 
 from hf_vs2 import EvaluationResult, SAEModel, VS2CLIPForZeroShot, zero_shot_classifier
-from hf_vs2.files.json_files import from_json, read_json, to_json, write_json
-from hf_vs2.files.sharing.hub_push import _as_json
+from hf_vs2.files.json_files import as_bytes, from_json, read_json, to_json, write_json
 from hf_vs2.files.sharing.model_card import create_model_card
 
 
@@ -85,7 +84,7 @@ def test_infinite_settings_pass_every_door(checkpoint, clip_path, images_path, t
     model.save_pretrained(tmp_path / "vs2")
     assert read_json(tmp_path / "vs2" / "config.json")["fvu_threshold"] == math.inf
     assert "every image is steered" in str(create_model_card(tmp_path / "vs2"))
-    assert strictly(_as_json(read_json(tmp_path / "vs2" / "config.json")).decode())["fvu_threshold"] == INFINITE
+    assert strictly(as_bytes(read_json(tmp_path / "vs2" / "config.json")).decode())["fvu_threshold"] == INFINITE
     classifier = zero_shot_classifier(tmp_path / "vs2")
     assert classifier.model.fvu_thresholds[2] == math.inf
     (found,) = classifier([str(image)], ["red", "blue"], return_details=True, fvu_threshold=math.inf)

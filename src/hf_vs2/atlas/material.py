@@ -210,7 +210,7 @@ def training_curves(log: str | PathLike | None) -> dict[str, Any]:
         held_out = {
             name: float(metrics[name]) for name in ("fvu", "l0", "dead_share") if metrics.get(name) is not None
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{log} is not a training log of hf_vs2: JSON with a list 'log' of steps was expected."
         ) from error

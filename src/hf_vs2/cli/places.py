@@ -38,7 +38,7 @@ def refuse_other_model(folder: Path) -> None:
 
     try:
         kind = read_json(folder / "config.json")["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
     if kind not in (SAE_TYPE, VS2_TYPE):
         raise UsageError(

@@ -105,7 +105,7 @@ class RowFile:
 def _object(line: str) -> dict[str, Any] | None:
     try:
         found = from_json(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

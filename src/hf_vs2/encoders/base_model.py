@@ -8,12 +8,12 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config.sae import SAEConfig
+from ..files.place import is_hub_id
 from .families import family_of, tower_of
 from .fingerprints import (
     adapter_weight,
@@ -49,12 +49,8 @@ def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> st
         cache_dir (path, *optional*): the cache it was loaded through.
     """
     noted, name = getattr(clip.config, "_commit_hash", None), clip.config._name_or_path
-    if noted is not None or not name or os.path.isdir(name):
+    if noted is not None or not name or os.path.isdir(name) or not is_hub_id(name):
         return noted
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
     folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     main = folder / "refs" / "main"
     newest = main.read_text().strip() if main.is_file() else None

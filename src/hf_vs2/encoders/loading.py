@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, log
 from ..config.checks import OF_OTHERS, CheckpointConfig, check_clip_config, read_config_dict, refuse_requests
 from ..files.place import at_one_commit, commit_note, look_for, note_commit, one_dtype, refuse_variant
 from ..files.progress import without_loading_bars
-from ..files.weight_files import LARGEST, check_numbers, find_files, in_one_message, opened, unpickled
+from ..files.weight_files import LARGEST, check_numbers, find_files, in_one_message, shapes_in, unpickled
 from ..files.weight_state import weights_version
 from .families import FAMILIES, family_of_config, refuse_family
 
@@ -277,8 +277,7 @@ def _shapes(files: list[str], is_safe: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         if is_safe:
-            with opened(path) as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            shapes |= shapes_in(path)
         else:
             found = unpickled(path, "Load that model with transformers where you trust it, and save it again.", "meta")
             if not isinstance(found, Mapping) or not all(isinstance(one, torch.Tensor) for one in found.values()):

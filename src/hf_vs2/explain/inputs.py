@@ -99,7 +99,7 @@ def resolve_names(names: Any) -> dict[int, str]:
 def _read_json(path: str) -> Any:
     try:
         found = read_json(Path(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a JSON file ({error}); expected the latents.json of an atlas, or names by latent."
         ) from error

@@ -80,11 +80,7 @@ def replace_files(folder: Path, write: Callable[[Path], Any], last: str, *stale:
 
 def finish_replacement(folder: Path) -> None:
     """Moves what a process that died in [`replace_files`] had left to move, or waits for one that is at it. Costs a
-    look otherwise.
-
-    Raises:
-        `OSError`: if it can't, as in a folder that this user can't write to.
-    """
+    look otherwise. An `OSError` if it can't, as in a folder that this user can't write to."""
     committed = folder / _COMMITTED
     while committed.is_dir():
         with contextlib.ExitStack() as held:
@@ -219,11 +215,8 @@ def _scratch(place: Path) -> Iterator[Path]:
 
 
 def _hold(path: Path, wait: bool = True) -> int:
-    """A descriptor of a file or folder that this process holds until it closes it or dies.
-
-    Raises:
-        `FileNotFoundError`: if it is gone. `OSError`: if another process holds it, or if the system can't tell.
-    """
+    """A descriptor of a file or folder that this process holds until it closes it or dies. `FileNotFoundError` says
+    that it is gone, another `OSError` that another process holds it, or that the system can't tell."""
     if sys.platform == "win32":
         raise OSError("folders can't be held")
     import fcntl

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .atomic import finish_replacement
-from .json_files import read_json
+from .json_files import read_object
+from .place import is_hub_id
 
 
 SAE_TYPE = "vs2_sae"
@@ -54,18 +54,13 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """
-    A folder that holds one checkpoint, or SAE checkpoints in its subfolders.
-
-    Args:
-        path (`Path`): the folder.
-        model_type (`str`): `"vs2_sae"` or `"vs2_clip"`.
-        configs (`dict[str, dict]`): subfolder -> its `config.json`; the folder itself is `""`.
-    """
+    """A folder that holds one checkpoint, or SAE checkpoints in its subfolders."""
 
     path: Path
     model_type: str
+    """`"vs2_sae"` or `"vs2_clip"`."""
     configs: dict[str, dict[str, Any]]
+    """Subfolder -> its `config.json`; the folder itself is `""`."""
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> CheckpointFolder:
@@ -126,24 +121,19 @@ class CheckpointFolder:
     def training_arguments(self, name: str) -> dict[str, Any]:
         """How the SAE in a subfolder was trained, from the log that training left beside it; empty without one."""
         log = self.path / name / TRAINING_LOG_NAME
-        if not log.is_file():
+        found = read_object(log, "the log of a training") if log.is_file() else {}
+        if found.get("metrics", {}) is None:  # of a training that goes on
             return {}
-        try:
-            found = read_json(log)
-            return (
-                {} if found.get("metrics", {}) is None else dict(found.get("args", {}))
-            )  # of a training that goes on
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(f"{log} is not the log of a training: {error}. Remove it, or train again.") from error
+        arguments = found.get("args", {})
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{log} is not the log of a training: args is {arguments!r}. Remove it, or train again.")
+        return arguments
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    try:
-        config = read_json(path)
-        model_type = config.get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the configuration of a model: {error}.") from error
+    config = read_object(path)
+    model_type = config.get("model_type")
     if model_type not in (SAE_TYPE, VS2_TYPE):
         raise ValueError(
             f"{path} describes a model of type {model_type!r}; expected an SAE ({SAE_TYPE!r}) or a VS2 checkpoint "
@@ -180,15 +170,6 @@ def _parts_of(folder: Path) -> Iterator[Path]:
     return (file for pattern in _PARTS for file in folder.glob(pattern) if file.is_file())
 
 
-def is_hub_id(name: Any) -> bool:
-    """Whether `name` can be the id of a repository: letters, digits, `-`, `_` and `.`, with one `/` at most."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def looks_like_hub_id(name: str | None) -> bool:
     """Whether `name` is `owner/repository` rather than a path of this machine."""
     return isinstance(name, str) and name.count("/") == 1 and not os.path.exists(name) and is_hub_id(name)
@@ -202,10 +183,9 @@ def shown_name(name: str) -> str:
 def local_paths(record: Any) -> list[str]:
     """Every place on this machine that a configuration or result file names, so that it can be told before others read
     it."""
-    if isinstance(record, dict):
-        return [path for value in record.values() for path in local_paths(value)]
-    if isinstance(record, list):
-        return [path for value in record for path in local_paths(value)]
+    if isinstance(record, (dict, list)):
+        inner = record.values() if isinstance(record, dict) else record
+        return [path for value in inner for path in local_paths(value)]
     if not isinstance(record, str) or os.sep not in record or len(record) > 1024:
         return []
     return [record] if os.path.isabs(record) or os.path.exists(record) else []

@@ -19,27 +19,27 @@ from transformers.utils import CONFIG_NAME
 
 def file_digest(path: str | os.PathLike) -> str:
     """32 hexadecimal digits that stand for the bytes of a file (`xxhsum -H2` prints them too)."""
-    from xxhash import xxh3_128_hexdigest
-
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
-            return xxh3_128_hexdigest(b"")
+            return _digest(b"")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return xxh3_128_hexdigest(content)
+            return _digest(content)
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """The same for the numbers of a tensor on the CPU, as they lie in memory and in safetensors files."""
-    from xxhash import xxh3_128_hexdigest
-
-    return xxh3_128_hexdigest(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return _digest(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def json_digest(content: Any) -> str:
     """The same for what a JSON file says, however it is laid out."""
+    return _digest(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
+
+
+def _digest(content: Any) -> str:
     from xxhash import xxh3_128_hexdigest
 
-    return xxh3_128_hexdigest(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
+    return xxh3_128_hexdigest(content)
 
 
 def digests_in(folder: Path) -> dict[str, str]:
@@ -47,19 +47,12 @@ def digests_in(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
-def check_digest(
-    path: str | os.PathLike, digests: Mapping[str, str] | None, name: str | None = None, by: str = CONFIG_NAME
-) -> None:
-    """
-    Refuse a file that is not the one whose digest is in `digests`, under `name` (by default the file's own); without
-    digests, which earlier versions did not write, any is taken.
-
-    Raises:
-        `ValueError`: naming the file.
-    """
+def check_digest(path: str | os.PathLike, digests: Mapping[str, str] | None, by: str = CONFIG_NAME) -> None:
+    """Refuse, by a `ValueError` that names it, a file that is not the one whose digest is in `digests` under its name;
+    without digests, which earlier versions did not write, any is taken."""
     if not digests:
         return
-    expected = digests.get(name or os.path.basename(path))
+    expected = digests.get(os.path.basename(path))
     if expected is None:
         raise ValueError(
             f"{path} is none of the files that {by} was saved with ({', '.join(sorted(digests))}): it is of another "

@@ -54,11 +54,7 @@ RC: dict[Any, Any] = {
 
 
 def style() -> AbstractContextManager[None]:
-    """The settings of matplotlib under which figures are made and saved.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """The settings of matplotlib under which figures are made and saved; an `ImportError` where it is missing."""
     try:
         from matplotlib import rc_context
     except ImportError as error:
@@ -67,11 +63,8 @@ def style() -> AbstractContextManager[None]:
 
 
 def check_drawing(path: str | PathLike) -> None:
-    """Refuse a drawing that can't be saved as the file is called, before long work begins.
-
-    Raises:
-        ValueError: another suffix. ImportError: matplotlib is missing.
-    """
+    """Refuse a drawing that can't be saved, before long work begins: another suffix is a `ValueError`, a missing
+    matplotlib an `ImportError`."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"cannot draw to {path}: its suffix must be one of {', '.join(SUFFIXES)}, not {suffix!r}.")
@@ -126,20 +119,9 @@ def signed(value: float, digits: int = 1) -> str:
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
-def draw_cells(axes: Axes, gain: Any, rows: Any, columns: Any, limit: float, digits: int = 1) -> Any:
-    """
-    A heat map of gains with a number in each cell, coloured by sign.
-
-    Args:
-        axes: where.
-        gain: `(len(rows), len(columns))` points; row 0 is the lowest.
-        rows, columns: values of the two settings.
-        limit: the gain of the deepest colour.
-        digits: decimals of the numbers; none from 10 on.
-
-    Returns:
-        What a colour bar is made for.
-    """
+def draw_cells(axes: Axes, gain: Any, rows: Any, columns: Any, limit: float) -> Any:
+    """A heat map of gains `(len(rows), len(columns))` in points, row 0 the lowest, with a number in each cell, coloured
+    by sign; `limit` is the gain of the deepest colour. Returns what a colour bar is made for."""
     import numpy as np
 
     gain = np.asarray(gain)
@@ -147,7 +129,7 @@ def draw_cells(axes: Axes, gain: Any, rows: Any, columns: Any, limit: float, dig
     for row, column in np.ndindex(*gain.shape):
         value = gain[row, column]
         colour = "white" if abs(value) > 0.42 * limit else "black"
-        text = signed(value, digits if abs(value) < 10 else 0)
+        text = signed(value, 1 if abs(value) < 10 else 0)
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(np.arange(len(columns)) + 0.5, [f"{value:.3g}" for value in columns])
     axes.set_yticks(np.arange(len(rows)) + 0.5, [f"{value:.3g}" for value in rows])
@@ -159,14 +141,14 @@ def frame_cell(axes: Axes, rows: Sequence[float], columns: Sequence[float], cell
     """Frames the cell of [`draw_cells`] that has these values of the two settings; `False` where none has them."""
     from matplotlib.patches import Rectangle
 
-    at = [
+    row, column = (
         next((place for place, value in enumerate(values) if math.isclose(value, wanted)), None)
         for values, wanted in zip((rows, columns), cell, strict=True)
-    ]
-    if at[0] is None or at[1] is None:
+    )
+    if row is None or column is None:
         return False
     for colour, width in (("white", 4.0), ("black", 2.0)):
-        frame = Rectangle((at[1], at[0]), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=5)
+        frame = Rectangle((column, row), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=5)
         frame.set_gid(f"default-{colour}")
         axes.add_patch(frame)
     return True

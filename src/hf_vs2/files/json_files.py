@@ -19,13 +19,12 @@ _INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 def to_json(value: Any, **layout: Any) -> str:
     """
-    JSON text of plain values. An infinite number becomes `{"__float__": "Infinity"}`; letters stay as they are,
-    unless UTF-8 has none for
-    one (a file name of stray bytes), which makes all of the text ASCII.
+    JSON text of plain values. An infinite number becomes `{"__float__": "Infinity"}`; letters stay as they are, unless
+    UTF-8 has none for one (a file name of stray bytes), which makes all of the text ASCII.
 
     Args:
         value: dicts, lists, tuples, strings, numbers, booleans and `None`.
-        layout: `indent`, `sort_keys`, `separators` and `ensure_ascii` of `json.dumps`.
+        layout: `indent`, `sort_keys` and other options of `json.dumps`.
 
     Raises:
         `ValueError`: on NaN, naming where it stands. It stands for no answer, so whoever writes one has to decide
@@ -46,21 +45,21 @@ def to_json(value: Any, **layout: Any) -> str:
 
 def from_json(text: str) -> Any:
     """What [`to_json`] was given, with lists for tuples. The bare `Infinity` and `NaN` of earlier versions are read,
-    too.
+    too. What is no JSON, or nested too deeply, is a `ValueError`."""
+    try:
+        return json.loads(text, object_hook=_decoded)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
-    Raises:
-        `ValueError`: if it is no JSON. `RecursionError`: if it is nested too deeply.
-    """
-    return json.loads(text, object_hook=_decoded)
+
+def as_bytes(value: Any, **layout: Any) -> bytes:
+    """[`to_json`] as a file holds it, one value a line."""
+    return (to_json(value, **{"indent": 1} | layout) + "\n").encode()
 
 
 def write_json(path: Path, value: Any, **layout: Any) -> Path:
-    """[`to_json`] in a file that appears whole or not at all, one value a line.
-
-    Raises:
-        `OSError`: naming the file, if it can't be written.
-    """
-    replace_text(path, to_json(value, **{"indent": 1} | layout) + "\n")
+    """[`as_bytes`] in a file that appears whole or not at all; else an `OSError` that names it."""
+    replace_text(path, as_bytes(value, **layout).decode())
     return path
 
 
@@ -69,18 +68,15 @@ def read_json(path: Path) -> Any:
     return from_json(path.read_text(encoding="utf-8"))
 
 
-def read_object(path: str | os.PathLike) -> dict[str, Any]:
-    """The object that a JSON file of any origin holds.
-
-    Raises:
-        `ValueError`: naming the file, if it holds none.
-    """
+def read_object(path: str | os.PathLike, what: str = "a configuration") -> dict[str, Any]:
+    """The object that a JSON file of any origin holds. Anything else is a `ValueError` that names the file, and `what`
+    it should be."""
     try:
         found = read_json(Path(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error}). Save or download it again.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object, so no configuration.")
+        raise ValueError(f"{path} is no JSON object, so not {what}.")
     return found
 
 

@@ -71,25 +71,29 @@ def at_one_commit(
 
 
 def look_for(name_or_path: str | os.PathLike, name: str, place: Mapping[str, Any]) -> str | None:
-    """A file of a folder, or of a repository on the Hub; `None` if there is no such file in it.
-
-    Raises:
-        `OSError`: if there is no such folder or repository.
-    """
+    """A file of a folder, or of a repository on the Hub; `None` if there is no such file in it. Without such a folder
+    or repository an `OSError`."""
     if not os.path.isdir(name_or_path):
         refuse_missing(name_or_path)
     return cached_file(name_or_path, name, **place, _raise_exceptions_for_missing_entries=False)
 
 
+def is_hub_id(name: Any) -> bool:
+    """Whether `name` can be the id of a repository: letters, digits, `-`, `_` and `.`, with one `/` at most."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def refuse_missing(name_or_path: str | os.PathLike) -> None:
     """Raises `FileNotFoundError` on the path of a folder that is not here, which no repository on the Hub can have as
     its name."""
-    try:
-        validate_repo_id(str(name_or_path))
-    except HFValidationError:
+    if not is_hub_id(str(name_or_path)):
         raise FileNotFoundError(
             f"There is no folder {str(name_or_path)!r} here, and a repository on the Hub has no such name."
-        ) from None
+        )
 
 
 def commit_note(name: str, branch: str, cache_dir: str | os.PathLike | None) -> Path:
@@ -98,8 +102,8 @@ def commit_note(name: str, branch: str, cache_dir: str | os.PathLike | None) -> 
 
 
 def note_commit(name: str, branch: str, commit: str, cache_dir: str | os.PathLike | None) -> None:
-    """Which commit `branch` was last seen at, where huggingface_hub looks it up when there is no network. It notes it
-    down itself only where a file is asked for by branch."""
+    """Which commit `branch` was last seen at, where huggingface_hub looks it up when there is no network. It notes
+    this itself only where a file is asked for by branch."""
     note = commit_note(name, branch, cache_dir)
     if not note.is_file() or note.read_text(encoding="utf-8") != commit:
         with contextlib.suppress(OSError):  # of a read-only cache: whoever fills it has noted a commit
@@ -116,11 +120,8 @@ def refuse_variant(options: Mapping[str, Any]) -> None:
 
 
 def one_dtype(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Loading arguments in which `torch_dtype=`, the older name, has become `dtype=`.
-
-    Raises:
-        `ValueError`: if both are given and differ.
-    """
+    """Loading arguments in which `torch_dtype=`, the older name, has become `dtype=`. Both, of different values, are a
+    `ValueError`."""
     options = dict(options)
     older = options.pop("torch_dtype", None)
     if older is not None:

@@ -7,7 +7,6 @@ is imported when the first one is drawn.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from ..config.schema import Kind, number, optional
 from ..methods import row_label
 from .figure_style import (
     GRID_LINES,
@@ -105,7 +105,12 @@ class EvaluationResult:
 
     def to_json(self, path: str | Path) -> Path:
         """Write the result file, whole or not at all."""
-        return write_json(Path(path), {"meta": self.meta, "rows": self.rows, "per_class": self.per_class})
+        return write_json(Path(path), self.content)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Of the result file."""
+        return {"meta": self.meta, "rows": self.rows, "per_class": self.per_class}
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvaluationResult:
@@ -118,59 +123,32 @@ class EvaluationResult:
             content = read_json(Path(path))
             rows = [dict(row, method=row["method"], prompts=row["prompts"]) for row in content["rows"]]
             result = cls(rows, dict(content["meta"]), dict(content.get("per_class", {})))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a result file of hf_vs2: JSON with 'meta' and 'rows' was expected."
             ) from error
-        for number, row in enumerate(rows):
-            wrong = [name for name, value in row.items() if not _is_usable(name, value)]
-            wrong += [name for name in _needed(row) if name not in row]
+        for place, row in enumerate(rows):
+            needed = ("n", "top1") if row["method"] == "clip" else ("n", "top1", "gain", "gain_ci")
+            wrong = [name for name, value in row.items() if name in _KINDS and not _KINDS[name].accepts(value)]
+            wrong += [name for name in needed if name not in row]
             if wrong:
                 raise ValueError(
-                    f"{path} is not a result file of hf_vs2, or damaged: {wrong[0]} of row {number} is "
+                    f"{path} is not a result file of hf_vs2, or damaged: {wrong[0]} of row {place} is "
                     f"{row.get(wrong[0])!r}."
                 )
         return result
 
 
-_TEXTS = ("method", "prompts")
-_NUMBERS = (
-    "top1",
-    "top5",
-    "gain",
-    "coverage",
-    "mean_fvu",
-    "n",
-    "gamma",
-    "lambda",
-    "tau",
-    "seconds",
-    "coefficient",
-    "fixed",
-    "broken",
+_NUMBER = number()
+_TEXT = Kind("a text", lambda value: isinstance(value, str))
+_INTERVAL = Kind(
+    "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(_NUMBER.accepts, value))
 )
-
-
-def _needed(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the tables and pictures show of every row."""
-    return ("n", "top1") if row["method"] == "clip" else ("n", "top1", "gain", "gain_ci")
-
-
-def _is_usable(name: str, value: Any) -> bool:
-    """Whether a value of a row can be shown; of names that are not ours anything can."""
-    if name in _TEXTS:
-        return isinstance(value, str)
-    if name == "gain_ci":
-        return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-    if name in ("n", "gain") and value is None:
-        return False
-    if name == "tau" and value == math.inf:
-        return True
-    return name not in _NUMBERS or value is None or _is_number(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+_KINDS = {"method": _TEXT, "prompts": _TEXT, "n": _NUMBER, "gain": _NUMBER, "gain_ci": _INTERVAL}
+_KINDS |= dict.fromkeys(("top1", "top5", "coverage", "mean_fvu", "gamma", "lambda", "seconds"), optional(_NUMBER))
+_KINDS |= dict.fromkeys(("coefficient", "fixed", "broken"), optional(_NUMBER))
+_KINDS["tau"] = optional(number(infinite=True))
+"""Of the values of a row; those of names that are not ours can be anything."""
 
 
 Results: TypeAlias = EvaluationResult | str | Path
@@ -178,11 +156,7 @@ Results: TypeAlias = EvaluationResult | str | Path
 
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
-    """The evaluated rows.
-
-    Raises:
-        ValueError: there is no row, or the path is that of something else. OSError: it cannot be read.
-    """
+    """The evaluated rows; a `ValueError` where there are none, or the path is that of something else."""
     result = results if isinstance(results, EvaluationResult) else EvaluationResult.from_json(results)
     if not result.rows:
         raise ValueError("there is no evaluated row to show.")
@@ -215,7 +189,7 @@ def format_table(results: Results) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    def number(key: str, template: str) -> str:
+    def cell(key: str, template: str) -> str:
         value = row.get(key)
         return "-" if value is None else template.format(value)
 
@@ -223,12 +197,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         escaped(method_name(row)),
         escaped(row["prompts"]),
-        number("top1", "{:.2f}"),
-        number("top5", "{:.2f}"),
+        cell("top1", "{:.2f}"),
+        cell("top5", "{:.2f}"),
         gain,
         "-" if row.get("coverage") is None else percent(row["coverage"]),
-        number("mean_fvu", "{:.3f}"),
-        number("seconds", "{:.3f}"),
+        cell("mean_fvu", "{:.3f}"),
+        cell("seconds", "{:.3f}"),
     ]
 
 
@@ -302,8 +276,7 @@ def draw_fvu_histogram(axes: Axes, fvu: Mapping[str, Any], threshold: float | No
     """Per-sample FVU of one or several sets of images (label -> values), and the gate's threshold, on `axes`.
 
     Each set's bars add up to 100 %, so that sets of different size compare. The last bar also counts everything
-    beyond it. An infinite
-    threshold is no gate.
+    beyond it. An infinite threshold is no gate.
     """
     groups = {label: np.asarray(values, dtype=np.float64) for label, values in fvu.items()}
     groups = {label: values[~np.isnan(values)] for label, values in groups.items()}

@@ -32,18 +32,14 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """
-    The weights of a checkpoint, of which so far only the headers are read.
-
-    Args:
-        paths (`dict[str, str]`): tensor -> its file.
-        shapes (`dict[str, tuple[int, ...]]`): tensor -> its shape.
-        source (`str`): the file, or the list of files, for messages.
-    """
+    """The weights of a checkpoint, of which so far only the headers are read."""
 
     paths: dict[str, str]
+    """Tensor -> its file."""
     shapes: dict[str, tuple[int, ...]]
+    """Tensor -> its shape."""
     source: str
+    """The file, or the list of files, for messages."""
 
     @classmethod
     def find(cls, name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> WeightFiles:
@@ -54,7 +50,14 @@ class WeightFiles:
             `OSError`: if there is none, or it can't be reached. `ValueError`: if one is damaged, or holds anything
                 else than floats.
         """
-        source, files = _find(name_or_path, place)
+        found = find_files(name_or_path, place, SAFE_WEIGHTS_NAME)
+        if found is None:
+            raise OSError(
+                f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. Other formats, pickled ones above all "
+                "(pytorch_model.bin, *.pt), are not opened, since they can hold code: save the model again with "
+                "save_pretrained."
+            )
+        source, files = found
         paths: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
@@ -76,11 +79,7 @@ class WeightFiles:
         return WeightFiles(paths, {name: self.shapes[name] for name in paths}, self.source)
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse other tensors than these, and other shapes.
-
-        Raises:
-            `ValueError`: naming the file, the tensor and both shapes.
-        """
+        """Refuse other tensors than these, and other shapes, by a `ValueError` with file, tensor and both shapes."""
         missing, extra = sorted(expected.keys() - self.shapes), sorted(self.shapes.keys() - expected)
         if missing or extra:
             what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}"
@@ -96,34 +95,22 @@ class WeightFiles:
                 )
 
     def read(self, digests: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
-        """
-        All tensors, in memory: nothing follows later changes of the files.
-
-        Args:
-            digests (`dict[str, str]`, *optional*): of the files, as the config has them.
-
-        Raises:
-            `ValueError`: if a file is not the one that was saved, or holds NaN, infinity or other numbers that no
-                weight is.
-        """
-        tensors = {}
+        """All tensors, in memory: nothing follows later changes of the files, whose `digests` the config has. For
+        errors see [`check_content`]."""
+        tensors: dict[str, torch.Tensor] = {}
         for path in dict.fromkeys(self.paths.values()):
             with opened(path) as weights:
-                for name in (name for name, at in self.paths.items() if at == path):
-                    tensors[name] = weights.get_tensor(name).clone()
-            check_content(path, {name: tensors[name] for name, at in self.paths.items() if at == path}, digests)
+                own = {name: weights.get_tensor(name).clone() for name, at in self.paths.items() if at == path}
+            check_content(path, own, digests)
+            tensors |= own
         return tensors
 
 
 def check_content(
     path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], digests: Mapping[str, str] | None
 ) -> None:
-    """Refuse a file, of which these are the tensors, that is not the one that was saved. Without `digests`, as of
-    earlier versions, numbers that no weight is tell of damage.
-
-    Raises:
-        `ValueError`: naming the file.
-    """
+    """Refuse, by a `ValueError` that names it, a file, of which these are the tensors, that is not the one that was
+    saved. Without `digests`, as of earlier versions, numbers that no weight is tell of damage."""
     if not digests or not is_of_digest(path, digests.get(os.path.basename(path), "")):
         check_numbers(tensors.items(), path)
         check_digest(path, digests)
@@ -134,11 +121,8 @@ def check_numbers(
     where: str | os.PathLike,
     remedy: str = "Save or download it again.",
 ) -> None:
-    """Refuse tensors with NaN, infinity, or numbers so large that they would turn into it.
-
-    Raises:
-        `ValueError`: naming the place and the tensor.
-    """
+    """Refuse tensors with NaN, infinity, or numbers so large that they would turn into it, by a `ValueError` with
+    `where` and the tensor."""
     for name, tensor in tensors:
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # not quantised, not dealt out to several processes
         if not plain or tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
@@ -153,17 +137,19 @@ def check_numbers(
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Any]:
-    """An open safetensors file.
-
-    Raises:
-        `ValueError`: if it is none, or damaged. `OSError`: if it is not there, or may not be read.
-    """
+    """An open safetensors file; a `ValueError` if it is none, or damaged."""
     open(path, "rb").close()  # safetensors says of one that may not be read that there is none
     try:
         with safe_open(path, framework="pt") as weights:
             yield weights
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}). Save or download it again.") from error
+
+
+def shapes_in(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a safetensors file, of which nothing else is read."""
+    with opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def write_described(
@@ -175,11 +161,7 @@ def write_described(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Any = None) -> None:
-    """A safetensors file, with `about` as JSON in its header, whole or not at all.
-
-    Raises:
-        `OSError`: naming the file, on a full disk too.
-    """
+    """A safetensors file, with `about` as JSON in its header, whole or not at all; then an `OSError` names it."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry only: safetensors writes several in random order, and equal content should make equal files.
     metadata = None if about is None else {"hf_vs2": to_json(about, sort_keys=True)}
@@ -194,13 +176,8 @@ def read_described(
     remedy: str,
     digests: Mapping[str, str] | None,
 ) -> _Made:
-    """
-    What `make(header, tensors)` makes of a file that [`write_described`] wrote, of a checkpoint whose config has these
-    `digests`.
-
-    Raises:
-        `ValueError`: naming the file, if it is damaged, of another save or kind, or refused by `make`.
-    """
+    """What `make(header, tensors)` makes of a file that [`write_described`] wrote, of a checkpoint whose config has
+    these `digests`. A `ValueError` names a file that is damaged, of another save or kind, or refused by `make`."""
     tensors, header = read_tensors(path)
     check_content(path, tensors, digests)
     try:
@@ -209,17 +186,13 @@ def read_described(
         if found != kind:
             raise ValueError(f"it is of format {found[0]!r}, version {found[1]!r}; expected {kind[0]!r}, {kind[1]}")
         return make(about, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not what this version of hf_vs2 reads ({error}). {remedy}") from error
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str]:
     """All tensors of a safetensors file, and the JSON that [`write_tensors`] put into its header (`"null"` without
-    one).
-
-    Raises:
-        `ValueError`: if it is damaged.
-    """
+    one)."""
     with opened(path) as file:
         header = (file.metadata() or {}).get("hf_vs2", "null")
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
@@ -252,39 +225,22 @@ def is_of_http(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
 
 
-def _find(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> tuple[str, list[str]]:
-    found = find_files(name_or_path, place, SAFE_WEIGHTS_NAME)
-    if found is None:
-        raise OSError(
-            f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. Other formats, pickled ones above all (pytorch_model.bin, "
-            "*.pt), are not opened, since they can hold code: save the model again with save_pretrained."
-        )
-    return found
-
-
 def find_files(name_or_path: str | os.PathLike, place: Mapping[str, Any], whole: str) -> tuple[str, list[str]] | None:
-    """
-    The files of weights of a folder or of the Hub, downloaded where they have to be.
-
-    Args:
-        whole: the name of the file where it is one, `"model.safetensors"`. Where there are several,
-            `"model.safetensors.index.json"` lists them.
-
-    Returns:
-        The file or the list, for messages, and the files; `None` if there are neither.
+    """The files of weights of a folder or of the Hub: the one called `whole` (`"model.safetensors"`), or those that
+    `"model.safetensors.index.json"` lists. First comes the file or the list, for messages; `None` if there are neither.
 
     Raises:
         `OSError`: if one of the files is missing, or can't be reached. `ValueError`: if the list is damaged.
     """
-    one = look_for(name_or_path, whole, place)
-    if one is not None:
-        return one, [one]
+    single = look_for(name_or_path, whole, place)
+    if single is not None:
+        return single, [single]
     index = look_for(name_or_path, f"{whole}.index.json", place)
     if index is None:
         return None
     try:
         names = sorted(set(read_json(Path(index))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error!r}). Save or download it again.") from error
     suffix = os.path.splitext(whole)[1]
     strange = [name for name in names if os.path.basename(name) != name or not name.endswith(suffix)]
@@ -298,11 +254,8 @@ def find_files(name_or_path: str | os.PathLike, place: Mapping[str, Any], whole:
 
 
 def unpickled(path: str | os.PathLike, remedy: str, map_location: str = "cpu") -> Any:
-    """What torch's reader that runs no code makes of a pickle.
-
-    Raises:
-        `ValueError`: if there is more in it than tensors, or it is damaged; `remedy` says what to do.
-    """
+    """What torch's reader that runs no code makes of a pickle. If there is more in it than tensors, or it is damaged,
+    a `ValueError` says that, and `remedy` what to do."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -58,12 +58,10 @@ class Kept(Generic[T]):
             if key not in self._values:
                 self._values[key] = make()
             self._values.move_to_end(key)
-            while len(self) > 1 and self._total() > self.capacity:
+            size = self._size or (lambda _: 1)
+            while len(self) > 1 and sum(map(size, self._values.values())) > self.capacity:
                 self._values.popitem(last=False)
             return self._values[key]
-
-    def _total(self) -> int:
-        return len(self) if self._size is None else sum(map(self._size, self._values.values()))
 
 
 @torch.no_grad()
@@ -84,13 +82,8 @@ def weights_state(parameters: Iterable[nn.Parameter]) -> tuple[Any, ...]:
 
 def weights_version(parameters: Iterable[nn.Parameter]) -> tuple[Any, ...]:
     """The part of [`weights_state`] that costs nothing: it does not see a write through `.data`."""
-    return tuple(_identity(parameter) for parameter in parameters)
-
-
-def _identity(parameter: nn.Parameter) -> tuple[Any, ...]:
     # Tensors made under `inference_mode` have no version counter.
-    version = None if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device
+    return tuple((p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.device) for p in parameters)
 
 
 def _sample(parameters: Iterable[nn.Parameter]) -> tuple[float, ...]:

@@ -23,18 +23,9 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(source: Any, name: Any, as_text: bool = False) -> Any:
-    """
-    The content of YAML.
-
-    Args:
-        source: the YAML itself, or a file on disk or in a package.
-        name: what to call it in messages.
-        as_text (`bool`): whether every single value stays text, as on a command line.
-
-    Raises:
-        `ValueError`: naming it, if it is no YAML, has a key twice, or stands for more values than anybody writes
-            (aliases of aliases).
-    """
+    """The content of YAML, from a text or a file on disk or in a package; with `as_text` every single value stays
+    text, as on a command line. What is no YAML, has a key twice, or stands for more values than anybody writes
+    (aliases of aliases) is a `ValueError`, which calls it `name`."""
     loader: Any = None
     try:
         text = source if isinstance(source, str) else source.read_text(encoding="utf-8")

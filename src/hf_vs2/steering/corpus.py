@@ -270,7 +270,7 @@ class RetrievalCorpus:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = read_json(path)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} does not describe a corpus ({error}): save the corpus again.") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a corpus: it does not say format {FORMAT!r}.")

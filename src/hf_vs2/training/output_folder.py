@@ -182,6 +182,6 @@ def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
         found = read_json(path)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -64,7 +64,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     try:
         index = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise StoreError(f"{folder} is not an activation store: {path.name} cannot be read ({error})") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise StoreError(f"{folder} is not an activation store: {path.name} does not say format {FORMAT!r}")

@@ -23,16 +23,8 @@ FORMATS = ("sparsify", "sae_lens", "prisma")
 
 
 def detect(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> str:
-    """
-    Which library wrote a checkpoint, by its configuration: one of [`FORMATS`], or `"hf_vs2"`.
-
-    Args:
-        name_or_path: folder, or id on the Hub.
-        place (`dict`): `revision`, `subfolder`, `token` and so on, for the Hub.
-
-    Raises:
-        `OSError`: if it can't be reached. `ValueError`: if no format or more than one fits.
-    """
+    """Which library wrote a checkpoint in a folder, or on the Hub at a `place` (`revision`, `subfolder`, ...), by its
+    configuration: one of [`FORMATS`], or `"hf_vs2"`. A `ValueError` if no format or more than one fits."""
     found = []
     cfg, config = (look_for(name_or_path, name, place) for name in (CFG_NAME, CONFIG_NAME))
     if cfg is not None:

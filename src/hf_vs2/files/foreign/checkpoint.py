@@ -13,7 +13,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..json_files import read_object
 from ..place import HUB_ARGUMENTS, at_one_commit, look_for
-from ..weight_files import check_numbers, opened
+from ..weight_files import check_numbers, read_tensors
 
 
 CFG_NAME = "cfg.json"
@@ -33,18 +33,13 @@ class Told:
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """
-    Args:
-        config (`dict`): the configuration.
-        config_path (`str`), weights_path (`str`): the files, for messages.
-        origin (`dict`): what a converted SAE records: format, name, commit, subfolder.
-        told ([`Told`]): what the files may not say.
-    """
+    """A configuration that has been read, the two files, for messages, and what they may not say."""
 
     config: dict[str, Any]
     config_path: str
     weights_path: str
     origin: dict[str, Any]
+    """What a converted SAE records: format, name, commit, subfolder."""
     told: Told
 
     @classmethod
@@ -58,8 +53,8 @@ class ForeignCheckpoint:
             `OSError`: if a file is missing or can't be reached. `ValueError`: if the configuration is no JSON object.
                 `TypeError`: on an option that is neither of a place nor of [`Told`].
         """
-        told = Told(**{name: options[name] for name in options if name in Told.__dataclass_fields__})
-        place = {name: value for name, value in options.items() if name not in Told.__dataclass_fields__}
+        place = dict(options)
+        told = Told(**{name: place.pop(name) for name in Told.__dataclass_fields__ if name in place})
         strange = place.keys() - set(HUB_ARGUMENTS)
         if strange:
             raise TypeError(f"{sorted(strange)[0]}= is not known. Known places: {', '.join(HUB_ARGUMENTS[:-1])}.")
@@ -73,21 +68,21 @@ class ForeignCheckpoint:
                     f"{weights}. If it lies in a folder below, name that (on the Hub with subfolder=)."
                 )
         config_path, weights_path = map(str, paths.values())
+        is_local = os.path.isdir(name_or_path)
         origin = {
             "format": library,
-            "name": _name_of(name_or_path),
-            "revision": None if os.path.isdir(name_or_path) else extract_commit_hash(config_path, None),
+            "name": Path(name_or_path).resolve().name
+            if is_local
+            else str(name_or_path),  # tells no place of this machine
+            "revision": None if is_local else extract_commit_hash(config_path, None),
             "subfolder": place.get("subfolder") or None,
         }
         known = {name: value for name, value in origin.items() if value is not None}
         return cls(read_object(config_path), config_path, weights_path, known, told)
 
     def setting(self, name: str, kind: type, default: Any = None) -> Any:
-        """A value of the configuration; `default` where there is none, or null.
-
-        Raises:
-            `ValueError`: if it is of another kind, or missing without a default.
-        """
+        """A value of the configuration; `default` where there is none, or null. One of another kind, or missing
+        without a default, is a `ValueError`."""
         value = self.config.get(name)
         if value is None:
             if default is None:
@@ -104,22 +99,12 @@ class ForeignCheckpoint:
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the weights file, in memory, float32 or float64: half precision becomes float32, which loses
-        nothing.
-
-        Raises:
-            `ValueError`: if it is no safetensors file, or holds anything else than finite floats.
-        """
-        with opened(self.weights_path) as weights:
-            found = {name: weights.get_tensor(name).clone() for name in weights.keys()}  # noqa: SIM118 (not a dict)
-        return as_weights(found, self.weights_path)
+        """All tensors of the weights file, in memory; see [`as_weights`]."""
+        tensors, _ = read_tensors(self.weights_path)
+        return as_weights({name: tensor.clone() for name, tensor in tensors.items()}, self.weights_path)
 
     def check(self, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse other tensors than these, and other shapes.
-
-        Raises:
-            `ValueError`: naming the file, the tensor and both shapes.
-        """
+        """Refuse other tensors than these, and other shapes, by a `ValueError` with file, tensor and both shapes."""
         missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         if missing or extra:
             what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which has no place in a top-k SAE"
@@ -133,15 +118,11 @@ class ForeignCheckpoint:
 
 
 def as_weights(tensors: Mapping[str, Any], path: str) -> dict[str, torch.Tensor]:
-    """Refuse what is no tensor of finite floats; the others in float32, or float64 where they are that."""
+    """Tensors in float32, or float64 where they are that: half precision loses nothing. What is no tensor of finite
+    floats is a `ValueError`."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _DTYPES:
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{path}: {name} is {kind}; weights are floats of 16, 32 or 64 bits.")
     check_numbers(tensors.items(), path)
     return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
-
-
-def _name_of(name_or_path: str | os.PathLike) -> str:
-    """What may be told of a place: a Hub id, or of a folder here its name alone."""
-    return Path(name_or_path).resolve().name if os.path.isdir(name_or_path) else str(name_or_path)

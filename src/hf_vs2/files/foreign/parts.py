@@ -44,10 +44,7 @@ class Parts:
         cls, checkpoint: ForeignCheckpoint, tensors: dict[str, torch.Tensor], hidden_size: int, num_latents: int
     ) -> Parts:
         """From the names and shapes that SAELens has and ViT-Prisma took over: an encoder with one latent a column.
-
-        Raises:
-            `ValueError`: on other tensors, or other shapes.
-        """
+        Others are a `ValueError`."""
         expected = {
             "W_enc": (hidden_size, num_latents),
             "b_enc": (num_latents,),
@@ -67,11 +64,8 @@ class Parts:
         self.b_enc = (self.b_enc.double() + shift).to(self.b_enc.dtype)
 
     def fold_decoder_norms(self, where: str) -> None:
-        """For pre-activations multiplied by the length of the decoder row, and a decoder of unit rows.
-
-        Raises:
-            `ValueError`: if a row is zero.
-        """
+        """For pre-activations multiplied by the length of the decoder row, and a decoder of unit rows. A row of zeros
+        is a `ValueError`."""
         norms = torch.linalg.vector_norm(self.W_dec, dim=-1, dtype=torch.float64)
         if not norms.all():
             raise ValueError(
@@ -91,19 +85,9 @@ class Converted(NamedTuple):
     dtype: torch.dtype
 
 
-def convert(
-    parts: Parts,
-    checkpoint: ForeignCheckpoint,
-    layer: int | None,
-    notes: tuple[str, ...] = (),
-) -> Converted:
-    """
-    Configuration and weights, with a warning of what the files can't tell. `layer`: what they tell, where nobody said
-    it.
-
-    Raises:
-        `ValueError`: if no SAE has such settings.
-    """
+def convert(parts: Parts, checkpoint: ForeignCheckpoint, layer: int | None, notes: tuple[str, ...] = ()) -> Converted:
+    """Configuration and weights, with a warning of what the files can't tell. `layer`: what they tell, where nobody
+    said it. Settings that no SAE has are a `ValueError`."""
     (num_latents, hidden_size), told = parts.W_dec.shape, checkpoint.told
     try:
         config = SAEConfig(
@@ -146,11 +130,8 @@ def _warn(config: SAEConfig, checkpoint: ForeignCheckpoint, notes: tuple[str, ..
 
 
 def layer_of(checkpoint: ForeignCheckpoint, hook: Any) -> int | None:
-    """The encoder layer whose output a hook of TransformerLens or Prisma is; `None` where somebody said the layer.
-
-    Raises:
-        `ValueError`: if the hook is anywhere else than between two layers.
-    """
+    """The encoder layer whose output a hook of TransformerLens or Prisma is; `None` where somebody said the layer. A
+    hook anywhere else than between two layers is a `ValueError`."""
     if checkpoint.told.layer is not None or hook is None:
         return None
     found = _RESIDUAL.fullmatch(str(hook))

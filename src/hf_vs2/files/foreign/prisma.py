@@ -83,12 +83,8 @@ def _parts(checkpoint: ForeignCheckpoint) -> Parts:
 
 
 def _unpickled(path: str) -> dict[str, torch.Tensor]:
-    """Tensors by torch's reader that runs no code. What ViT-Prisma's `save_model` writes holds an object of its own,
-    and is refused.
-
-    Raises:
-        `ValueError`: saying how to turn it into safetensors.
-    """
+    """Tensors by torch's reader that runs no code. What ViT-Prisma's `save_model` writes holds an object of its own:
+    a `ValueError` says how to turn it into safetensors."""
     found = unpickled(
         path,
         "If you trust it, write its tensors beside it once, where ViT-Prisma is installed: found = torch.load(path, "

@@ -34,12 +34,7 @@ _ROW_SCALES = {
 }
 
 
-def load(
-    name_or_path: str | os.PathLike,
-    *,
-    scaling_factor: float | None = None,
-    **options: Any,
-) -> Converted:
+def load(name_or_path: str | os.PathLike, *, scaling_factor: float | None = None, **options: Any) -> Converted:
     """See [`SAEModel.from_sae_lens`]."""
     checkpoint = ForeignCheckpoint.find("sae_lens", name_or_path, options, CFG_NAME, WEIGHTS_NAME)
     parts = _parts(checkpoint)
@@ -93,11 +88,8 @@ def _architecture(checkpoint: ForeignCheckpoint) -> tuple[str, int | None]:
 
 
 def fold_normalization(parts: Parts, checkpoint: ForeignCheckpoint, scaling_factor: float | None) -> None:
-    """Fold the constant that activations were multiplied by, or refuse a normalisation of another kind.
-
-    Raises:
-        `ValueError`: if the constant is needed and not given, or given and not needed; on other normalisations.
-    """
+    """Fold the constant that activations were multiplied by. A `ValueError` if it is needed and not given, or given
+    and not needed, and on normalisations of another kind."""
     kind = checkpoint.config.get("normalize_activations") or "none"
     kind = "expected_average_only_in" if kind is True else kind
     if kind == "none":

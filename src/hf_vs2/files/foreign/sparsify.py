@@ -42,14 +42,10 @@ def load(name_or_path: str | os.PathLike, **options: Any) -> Converted:
     # Defaults are those of its own reader.
     num_latents = setting("num_latents", int, 0) or hidden_size * setting("expansion_factor", int, 32)
     tensors = checkpoint.tensors()
+    matrix = (num_latents, hidden_size)
     checkpoint.check(
         tensors,
-        {
-            "encoder.weight": (num_latents, hidden_size),
-            "encoder.bias": (num_latents,),
-            "W_dec": (num_latents, hidden_size),
-            "b_dec": (hidden_size,),
-        },
+        {"encoder.weight": matrix, "encoder.bias": (num_latents,), "W_dec": matrix, "b_dec": (hidden_size,)},
     )
     parts = Parts(
         W_enc=tensors["encoder.weight"],
@@ -65,11 +61,7 @@ def load(name_or_path: str | os.PathLike, **options: Any) -> Converted:
 
 def _layer_of(checkpoint: ForeignCheckpoint) -> int | None:
     """The encoder layer by the name of the folder, which sparsify takes from the module whose output the SAE reads;
-    `None` for a name that says nothing.
-
-    Raises:
-        `ValueError`: if it is the name of another module than a layer of the vision tower.
-    """
+    `None` for a name that says nothing. The name of another module than a layer of the vision tower is refused."""
     name = Path(checkpoint.config_path).parent.name
     residual = None if "text_model" in name else _RESIDUAL.fullmatch(name)
     if residual is None and _ELSEWHERE.fullmatch(name):

@@ -52,12 +52,7 @@ class Card:
 
     @classmethod
     def parse(cls, source: str, name: str = "README.md") -> Card:
-        """
-        Take a file apart.
-
-        Raises:
-            `CardError`: if its metadata block is not a YAML mapping.
-        """
+        """Take a file apart; a [`CardError`] if its metadata block is not a YAML mapping."""
         block = REGEX_YAML_BLOCK.search(source)
         try:
             data = (read_yaml(block.group(2), f"The metadata at the top of {name}") or {}) if block else {}
@@ -85,13 +80,8 @@ class Card:
         return self if data == self.data else replace(self, data=data, source=_assemble(data, self.source))
 
     def signed(self, how: str, generated: dict[str, Any] | None = None) -> Card:
-        """The same card with our marker.
-
-        Args:
-            how (`str`): `"wrote"` or `"uploaded"`.
-            generated (`dict`, *optional*): the metadata to take the digest of, where a user's have been merged in
-                since; so the user's go on counting as an edit.
-        """
+        """The same card with our marker, `"wrote"` or `"uploaded"`. `generated`: the metadata to take the digest of,
+        where a user's have been merged in since; so the user's go on counting as an edit."""
         digests = {"text": _digest(_normal(self.text)), "data": _digest(self.data if generated is None else generated)}
         unsigned = _MARKER.sub("", self.source).rstrip()
         return Card.parse(unsigned + _MARKER_TEXT.format(how=how, **digests))

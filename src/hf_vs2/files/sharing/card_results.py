@@ -4,8 +4,7 @@ understands."""
 from __future__ import annotations
 
 import re
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.utils import logging
 from ...config.sae import SAEConfig
 from ...methods import rows_by_name
 from ..checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
+from ..json_files import as_bytes
 from ..markdown import Markdown, code, escaped, number
 from ..report import EvaluationResult, Results, format_table, method_name
 
@@ -28,13 +28,8 @@ _METHOD_NAMES = {"vs2+gate": "VS2 with gate", "vs2": "VS2"}
 
 
 def read_results(folder: CheckpointFolder, results: Results | ResultFacts | None = None) -> ResultFacts | None:
-    """
-    The result file given, or the one that lies in the folder.
-
-    Raises:
-        `ValueError`: if the one given is no result file, or was measured with an SAE of other size or training data.
-            One that merely lies there is then left out, with a warning.
-    """
+    """The result file given, or the one that lies in the folder. A `ValueError` if the one given is no result file, or
+    was measured with an SAE of other size or training data; one that merely lies there is left out, with a warning."""
     if isinstance(results, ResultFacts):
         return results
     saes = [SAEConfig(**config) for config in folder.sae_configs.values()]
@@ -56,12 +51,7 @@ def read_results(folder: CheckpointFolder, results: Results | ResultFacts | None
 
 @dataclass(frozen=True)
 class ResultFacts:
-    """
-    A result file, as cards show it.
-
-    Args:
-        result ([`EvaluationResult`]): the result file.
-    """
+    """A result file, as cards show it."""
 
     result: EvaluationResult
 
@@ -90,8 +80,7 @@ class ResultFacts:
     def content(self) -> bytes:
         """The result file, as it lies beside the checkpoint: without the place where that was found."""
         meta = {name: value for name, value in self.result.meta.items() if name != "checkpoint"}
-        with tempfile.TemporaryDirectory() as folder:
-            return replace(self.result, meta=meta).to_json(Path(folder) / RESULTS_NAME).read_bytes()
+        return as_bytes(self.result.content | {"meta": meta})
 
     @property
     def class_names(self) -> list[str]:
@@ -101,9 +90,9 @@ class ResultFacts:
     def data_set(self) -> dict[str, Any]:
         """`id`, `split` and what else the evaluation recorded of its images."""
         meta = self.result.meta
-        found = meta.get("dataset")
-        found = {"id": found} if isinstance(found, str) else dict(found or {})
-        return {"id": meta.get("dataset_id")} | {name: value for name, value in found.items() if value is not None}
+        told = meta.get("dataset")
+        told = {"id": told} if isinstance(told, str) else dict(told or {})
+        return {"id": meta.get("dataset_id")} | {name: value for name, value in told.items() if value is not None}
 
     @property
     def data_set_name(self) -> str:
@@ -209,18 +198,16 @@ class ResultFacts:
         row = self.result.rows[index]
         plain = accuracy[self.result.index("clip", row["prompts"])]
         support = self.result.per_class["support"]
-        everything = [
-            one for one in zip(self.class_names, support, plain, accuracy[index], strict=True) if None not in one
-        ]
-        ranked = sorted(everything, key=lambda one: one[3] - one[2], reverse=True)
-        gains = [one for one in ranked if one[3] > one[2]]
-        losses = [one for one in ranked if one[3] < one[2]]
-        same = len(everything) - len(gains) - len(losses)
+        columns = zip(self.class_names, support, plain, accuracy[index], strict=True)
+        ranked = sorted((row for row in columns if None not in row), key=lambda row: row[3] - row[2], reverse=True)
+        gains = [row for row in ranked if row[3] > row[2]]
+        losses = [row for row in ranked if row[3] < row[2]]
+        same = len(ranked) - len(gains) - len(losses)
         return {
             "method": _METHOD_NAMES[row["method"]],
             "rows": gains[:_NUM_CLASSES_SHOWN] + losses[-_NUM_CLASSES_SHOWN:],
             "summary": Markdown(
-                f"With the {code(row['prompts'])} prompts, {len(gains)} of {len(everything)} classes gain, "
+                f"With the {code(row['prompts'])} prompts, {len(gains)} of {len(ranked)} classes gain, "
                 f"{len(losses)} lose and {same} stay as they are under {_METHOD_NAMES[row['method']]}. Accuracy in %, "
                 f"up to {_NUM_CLASSES_SHOWN} of each kind; with few images a class, expect chance to do much of this."
             ),

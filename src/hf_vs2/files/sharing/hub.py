@@ -75,8 +75,7 @@ def push_to_hub(
 
     Returns:
         `CommitInfo`: the commit; as a string its URL. With `create_pr` its `pr_url` is set. The latest commit if there
-            was
-        nothing to change.
+            was nothing to change.
 
     Raises:
         `OSError`: if the folder is missing, or the Hub refuses (an `HfHubHTTPError`, with its reason).

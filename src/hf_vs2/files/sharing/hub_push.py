@@ -8,7 +8,6 @@ import time
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError
@@ -25,9 +24,9 @@ from ..checkpoint_folder import (
     CheckpointFolder,
     local_paths,
 )
-from ..json_files import from_json, read_json, to_json
+from ..json_files import as_bytes, from_json, read_json
 from ..place import check_token
-from ..weight_files import is_of_http, opened
+from ..weight_files import is_of_http, shapes_in
 from .card_edits import card_to_upload, license_of
 from .card_results import ResultFacts
 from .model_card import create_model_card, read_card
@@ -93,13 +92,14 @@ class Push:
     # Before the commit
 
     def _warn_about_paths(self) -> None:
-        record = [
-            list(self.folder.configs.values()),
-            from_json(self.results.content.decode()) if self.results else None,
-        ]
-        if corpus := self.folder.files.get(CORPUS_FILES[0]):
-            record.append(read_json(corpus))
-        found = local_paths(record)
+        corpus = self.folder.files.get(CORPUS_FILES[0])
+        found = local_paths(
+            [
+                list(self.folder.configs.values()),
+                from_json(self.results.content.decode()) if self.results else None,
+                read_json(corpus) if corpus else None,
+            ]
+        )
         if found:
             logger.warning(
                 f"{self.repo_id} will name places on this machine, which everybody who reads it sees and nobody else "
@@ -108,17 +108,14 @@ class Push:
             )
 
     def _warn_about_rows(self) -> None:
-        found = [path for name, path in self.folder.files.items() if name.endswith(STATISTICS_NAME)]
-        for path in found:
-            with opened(path) as file:
-                if "rows" not in file.keys():  # noqa: SIM118 (not a dict)
-                    continue
-                number = file.get_slice("rows").get_shape()[0]
-            logger.warning(
-                f"{self.repo_id} will hold activations of {number:,} of the unlabelled images ({STATISTICS_NAME}), "
-                "for methods that fit prototypes to labels. To keep them to yourself, calibrate with --sketch_rows 0 "
-                "before."
-            )
+        for path in (path for name, path in self.folder.files.items() if name.endswith(STATISTICS_NAME)):
+            rows = shapes_in(path).get("rows")
+            if rows is not None:
+                logger.warning(
+                    f"{self.repo_id} will hold activations of {rows[0]:,} of the unlabelled images "
+                    f"({STATISTICS_NAME}), for methods that fit prototypes to labels. To keep them to yourself, "
+                    "calibrate with --sketch_rows 0 before."
+                )
 
     def _open_repository(self) -> None:
         self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
@@ -215,8 +212,8 @@ class Push:
         """Each `config.json`, with the entries that lead `trust_remote_code=True` to the shim."""
         classes = auto_map(self.folder.model_type)
         return {
-            f"{place}/{CONFIG_NAME}" if place else CONFIG_NAME: _as_json(config | {"auto_map": classes})
-            for place, config in self.folder.configs.items()
+            f"{folder}/{CONFIG_NAME}".lstrip("/"): as_bytes(config | {"auto_map": classes}, indent=2, sort_keys=True)
+            for folder, config in self.folder.configs.items()
         }
 
     def _has_same_weights(self, on_hub: dict[str, set[str]]) -> bool:
@@ -227,11 +224,10 @@ class Push:
 
     def _proposed(self, content: dict[str, Path | bytes], message: str) -> CommitInfo | None:
         """An open pull request that proposes just this."""
-        for request in self.api.get_repo_discussions(
+        requests = self.api.get_repo_discussions(
             self.repo_id, discussion_type="pull_request", discussion_status="open"
-        ):
-            if request.title != message:
-                continue
+        )
+        for request in (request for request in requests if request.title == message):
             state = self._state(request.git_reference)
             on_hub = _files_of(state)
             if state.sha and all(_is_there(on_hub, name, file) for name, file in content.items()):
@@ -261,10 +257,6 @@ class Push:
 
 def _status(error: HfHubHTTPError) -> int | None:
     return None if error.response is None else error.response.status_code
-
-
-def _as_json(config: dict[str, Any]) -> bytes:
-    return (to_json(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _files_of(state: ModelInfo) -> dict[str, set[str]]:

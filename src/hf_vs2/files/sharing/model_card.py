@@ -18,8 +18,9 @@ from ...config.latent_edits import LatentEdits
 from ...config.sae import SAEConfig
 from ...version import INSTALLATION
 from ..atomic import replace_text
-from ..checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, is_hub_id, looks_like_hub_id
+from ..checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, looks_like_hub_id
 from ..markdown import Markdown, code, escaped, number
+from ..place import is_hub_id
 from .card_edits import Card, CardError, license_of, refresh_card
 from .card_results import ResultFacts, read_results
 
@@ -84,7 +85,7 @@ def create_model_card(
             clip_on_hub=any(map(_base_id, _configs(folder))),
             hidden_size=next((config.hidden_size for config in saes.values()), 0),
             labels=_example_labels(found),
-            saes=[{"name": place, "facts": _sae_facts(folder, place, config)} for place, config in saes.items()],
+            saes=[{"name": place, "facts": _sae_facts(folder, place, sae)} for place, sae in saes.items()],
             steering=_steering_facts(folder.configs[""]) if is_vs2 else [],
             used_labels=_used_labels(saes),
             holds_clip=is_vs2 and folder.configs[""].get("holds_clip", False),
@@ -99,10 +100,8 @@ def create_model_card(
 
 
 def write_model_card(folder: str | os.PathLike, **options: Any) -> Path:
-    """
-    Write `README.md` into a checkpoint folder. A text that a user has written or edited stays; its metadata are
-    brought up to date. `options` are those of [`create_model_card`].
-    """
+    """Write `README.md` into a checkpoint folder. A text that a user has written or edited stays; its metadata are
+    brought up to date. `options` are those of [`create_model_card`]."""
     path = Path(folder) / CARD_NAME
     found = read_card(path)
     try:
@@ -239,15 +238,11 @@ def _shape_facts(config: SAEConfig) -> Facts:
     layer = "the last encoder layer" if config.layer is None else f"encoder layer {config.layer}, counted from 0"
     if layers:
         layer += f", of {layers} layers"
-    num_latents = config.num_latents or 0  # never None once the config is made
+    num_latents, width = config.weight_shape
     return [
         *([("CLIP family", code(config.base_model_type))] if config.base_model_type else []),
         ("Reads", f"{_ROWS[config.site]} {layer}"),
-        (
-            "Size",
-            f"{config.hidden_size:,} inputs, {num_latents:,} features (expansion "
-            f"{num_latents / config.hidden_size:g})",
-        ),
+        ("Size", f"{width:,} inputs, {num_latents:,} features (expansion {num_latents / width:g})"),
         ("Active features", _ACTIVATIONS[config.activation].format(config.top_k)),
         ("Default steering", _default_steering(config)),
         *([("Statistics", _STATISTICS)] if config.holds_statistics else []),
@@ -276,10 +271,8 @@ def _used_labels(saes: dict[str, SAEConfig]) -> bool | None:
 
 def _describe_origin(origin: dict[str, Any]) -> Markdown:
     name, revision, subfolder = (origin.get(key) for key in ("name", "revision", "subfolder"))
-    parts = [
-        _link(str(name)) if revision and is_hub_id(name) else code(name),
-        f"a checkpoint of {escaped(origin.get('format'))}",
-    ]
+    link = _link(str(name)) if revision and is_hub_id(name) else code(name)
+    parts = [link, f"a checkpoint of {escaped(origin.get('format'))}"]
     parts += [f"folder {code(subfolder)}"] if subfolder else []
     parts += [f"revision {code(revision)}"] if revision else []
     return Markdown(", ".join(parts))
@@ -305,11 +298,8 @@ def _training_facts(config: SAEConfig, arguments: dict[str, Any]) -> Facts:
     if metrics.get("train_rows") is not None:
         rows, held_out = (number(metrics.get(name, 0), ",") for name in ("train_rows", "held_out_rows"))
         facts.append(("Rows", f"{rows} for training, {held_out} held out"))
-    settings = (
-        {"steps": metrics.get("steps")}
-        | {name: arguments.get(name) for name in _SETTINGS}
-        | {"seed": data.get("seed")}
-    )
+    settings = {"steps": metrics.get("steps"), **{name: arguments.get(name) for name in _SETTINGS}}
+    settings["seed"] = data.get("seed")
     chosen = [
         f"`{name}` {number(value, 'g') if isinstance(value, float) else escaped(value)}"
         for name, value in settings.items()
@@ -324,19 +314,15 @@ def _training_facts(config: SAEConfig, arguments: dict[str, Any]) -> Facts:
 
 # Of the training arguments; paths of the machine are not among them.
 _SETTINGS = (
-    "learning_rate",
-    "warmup_ratio",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-    "mixed_precision",
-    "dead_latent_threshold",
+    *("learning_rate", "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_grad_norm", "mixed_precision", "dead_latent_threshold"),
 )
 
 
 def _describe_data(data: dict[str, Any]) -> str:
-    name = data.get("id")
-    parts = ["not recorded" if not name else _link_to_data(str(name))]
+    name = str(data.get("id") or "")
+    on_hub = looks_like_hub_id(name)
+    parts = ["not recorded" if not name else _link(name, "datasets/") if on_hub else code(Path(name).name)]
     if data.get("split"):
         parts.append(f"split {code(data['split'])}")
     if data.get("num_rows") is not None:
@@ -351,10 +337,6 @@ def _describe_label_loss(term: Any) -> Markdown:
         return Markdown(f"used in training by {escaped(term)}")
     settings = ", ".join(f"{escaped(name)} {escaped(value)}" for name, value in term.items() if name != "name")
     return Markdown(f"used in training by {code(term.get('name'))}{f' ({settings})' if settings else ''}")
-
-
-def _link_to_data(name: str) -> str:
-    return _link(name, "datasets/") if looks_like_hub_id(name) else code(Path(name).name)
 
 
 def _quality_facts(config: SAEConfig) -> Facts:
