@@ -5,17 +5,11 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_clip
 from image_stores import contents, make_dataset, make_processor, noise_image
 from PIL import Image
 from safetensors.torch import load_file
@@ -53,9 +47,7 @@ def opened(monkeypatch):
     return names
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # The rows
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -190,9 +182,7 @@ def test_rows_equal_ready_ones_of_a_real_encoder(shared_data, tmp_path, name, ro
     torch.testing.assert_close(store.tensor()[found], ready["cls"][match[found]], atol=1e-4, rtol=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Made once, for one request
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_decodes_nothing_wherever_the_data_and_their_cache_are(extract, opened, tmp_path):
@@ -333,101 +323,47 @@ def test_opening_with_another_request_names_the_difference(extract, tmp_path):
         extract(make_dataset())
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Interruption and damage
-# --------------------------------------------------------------------------------------------------------------------
 
 
-def job(out: Path, log: Path, delay: float = 0.0, streaming: bool = False) -> ActivationStore:
-    """An extraction of 45 images in 6 shards that logs the images it opens; run here or as a process of its own."""
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interrupted_extraction_continues_and_ends_with_the_same_files(extract, tmp_path, monkeypatch, streaming):
+    """By Ctrl-C in the third of six shards. Real kills, at any moment: tests/survival/test_survives_kills.py."""
+    dataset = make_dataset(45).to_iterable_dataset() if streaming else make_dataset(45)
+    settings = {"layers": (0, -1), "label_column": "label", "dataset_fingerprint": "x", "num_workers": 0}
+    whole, names = extract(dataset, tmp_path / "whole", **settings), []
 
-    def slow(value, name, **options):
-        time.sleep(delay)
-        with open(log, "a") as file:
-            file.write(f"{name}\n")
+    def interrupted(value, name, **options):
+        names.append(name)
+        if len(names) == 20:
+            raise KeyboardInterrupt
         return open_image(value, name, **options)
 
-    dataset = make_dataset(45).to_iterable_dataset() if streaming else make_dataset(45)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the number of threads can change the last bit
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_batches, "open_image", slow)
-        store = extract_activations(
-            make_tiny_clip(),
-            dataset,
-            out,
-            layers=(0, -1),
-            label_column="label",
-            image_processor=make_processor(),
-            batch_size=3,
-            shard_size=8,
-            dataset_fingerprint="x",
-            progress=False,
-        )
-    torch.set_num_threads(threads)
-    return store
-
-
-def start_job(*arguments) -> list[str]:
-    """The command of a process that runs `job(*arguments)`."""
-    path = f"import sys; sys.path[:] = {sys.path!r}"
-    values = ", ".join(repr(str(value) if isinstance(value, Path) else value) for value in arguments)
-    return [sys.executable, "-c", f"{path}\nfrom test_activations import *\njob({values})"]
-
-
-def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
-    deadline = time.monotonic() + 200
-    while len(list(out.glob("*/shard-*"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_killed_extraction_continues_and_ends_with_the_same_files(tmp_path, streaming):
-    cut, log = tmp_path / "cut", tmp_path / "log"
-    victim = subprocess.Popen(start_job(cut, log, 0.1, streaming))
-    whole = job(tmp_path / "whole", tmp_path / "ignored", streaming=streaming)
-    wait_for_shards(victim, cut, 2)
-    os.kill(victim.pid, signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL
-    folder = cut / whole.path.name
+    monkeypatch.setattr(image_batches, "open_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(dataset, tmp_path / "cut", **settings)
+    folder = tmp_path / "cut" / whole.path.name
     done = len(list(folder.glob("shard-*")))
-    assert 2 <= done < 6
+    assert 0 < done < 3
     with pytest.raises(StoreError, match="is unfinished: call `extract_activations` with the same arguments"):
         ActivationStore.open(folder)
     (folder / ".shard-00009.safetensors.0a1b2c3d.tmp").write_bytes(b"what a kill in the middle of writing leaves")
-
-    log.unlink()
-    assert job(cut, log, streaming=streaming).path == folder
-    assert len(log.read_text().splitlines()) == 45 - 8 * done  # only what was missing was read
+    assert extract(dataset, tmp_path / "cut", **settings).path == folder
+    assert len(names) - 20 == 45 - 8 * done  # only what was missing was read
     assert contents(folder) == contents(whole.path)
 
 
-def test_damage_is_named_when_opened_and_mended_when_extracted_again(extract, opened):
-    dataset = make_dataset()
-    store = extract(dataset)
+def test_what_is_damaged_is_mended_when_extracted_again(extract, opened):
+    """The shard that was cut or lost, and no other. How opening names it: tests/survival/test_every_artefact.py."""
+    store = extract(make_dataset())
     whole = contents(store.path)
-    shard = store.path / "shard-00001.safetensors"
-
-    shard.write_bytes(whole[shard.name][:-100])
-    with pytest.raises(StoreError, match="shard-00001.safetensors has .* bytes instead of"):
-        ActivationStore.open(store.path)
-    opened.clear()
-    assert torch.equal(extract(dataset).tensor(), store.tensor())
-    assert opened == [f"image {n}" for n in range(8, 16)]
-
-    shard.unlink()
-    with pytest.raises(StoreError, match="shard-00001.safetensors is missing"):
-        ActivationStore.open(store.path)
-    assert len(extract(dataset)) == 23
-    assert contents(store.path) == whole
-
-    (store.path / "index.json").write_text('{"format": "hf_vs')
-    with pytest.raises(StoreError, match="index.json cannot be read"):
-        ActivationStore.open(store.path)
-    (store.path / "index.json").write_text(
-        whole["index.json"].decode().replace('"format_version": 1', '"format_version": 2')
-    )
+    shard, index = store.path / "shard-00001.safetensors", store.path / "index.json"
+    for damage in (lambda: shard.write_bytes(whole[shard.name][:-100]), shard.unlink):
+        damage()
+        opened.clear()
+        assert len(extract(make_dataset())) == 23 and opened == [f"image {n}" for n in range(8, 16)]
+        assert contents(store.path) == whole
+    index.write_text(whole["index.json"].decode().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(StoreError, match="format version 2, this hf_vs2 reads version 1"):
         ActivationStore.open(store.path)
 
@@ -442,9 +378,7 @@ def test_a_folder_of_several_stores_lists_them(extract, tmp_path):
         ActivationStore.open(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Images that cannot be read, arguments that do not fit
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -516,27 +450,20 @@ def test_a_model_given_by_path_brings_its_processor_and_a_new_one_at_the_path_is
     assert torch.equal(stores[0].tensor(), extract(make_dataset()).tensor())
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Reading
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_way_of_reading_gives_the_same_rows(extract):
-    store = extract(make_dataset(), layers=(0, 2), label_column="label")
+    """In any order: tests/data/test_store.py."""
+    store, wanted = extract(make_dataset(), layers=(0, 2), label_column="label"), [3, -1, 22, 0]
     rows = store.tensor(2)
-    assert (len(store), store.hidden_size, rows.shape) == (23, 32, (23, 32))
-    assert store.class_names == ["a", "b", "c"]
+    assert (len(store), store.hidden_size, rows.shape, store.class_names) == (23, 32, (23, 32), ["a", "b", "c"])
     assert store.labels.tolist() == [n % 3 for n in range(23)]
-    dice = torch.Generator().manual_seed(0)
-    for count in (0, 1, 5, 100):
-        wanted = torch.randint(-23, 23, (count,), generator=dice)
-        assert torch.equal(store.take(wanted, layer=-1), rows[wanted])
-    assert torch.equal(store.take(wanted.tolist(), layer=0), store.tensor(0)[wanted])
+    assert torch.equal(store.take(wanted, layer=-1), rows[wanted])
     assert torch.equal(torch.cat(list(store.iter_batches(5, layer=2))), rows)
     assert torch.equal(pickle.loads(pickle.dumps(store)).take(wanted, layer=2), rows[wanted])
     exported = store.to_dataset(layer=2).with_format("torch")
-    assert torch.equal(exported["activation"][:], rows)
-    assert torch.equal(exported["label"][:], store.labels)
+    assert torch.equal(exported["activation"][:], rows) and torch.equal(exported["label"][:], store.labels)
     assert exported.features["label"].names == ["a", "b", "c"]
     assert extract(make_dataset()).labels is None
     for bad in ([23], [-24]):

@@ -8,71 +8,31 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from pictures import encoded
+from pictures import encoded, picture
 from PIL import Image
 
 from hf_vs2.data import UnreadableImageError, load_images, open_image
 
 
-def ramp(height: int = 24, width: int = 36) -> np.ndarray:
-    """(height, width, 3) uint8, different in every corner."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([x * 255 // width, y * 255 // height, (x + y) * 3 % 256], axis=-1).astype(np.uint8)
-
-
-COLOUR = ramp()
+COLOUR = picture()
 GREY = COLOUR[..., 0]
 GREY_RGB = np.repeat(GREY[..., None], 3, axis=-1)
-SIXTEEN_BITS = (GREY.astype(np.uint32) * 257).astype(np.uint16)
-ALPHA = np.linspace(0, 255, COLOUR[..., 0].size).reshape(COLOUR.shape[:2]).astype(np.uint8)
-ON_WHITE = COLOUR * (ALPHA[..., None] / 255) + 255 * (1 - ALPHA[..., None] / 255)
-
-
-def palette_image(**transparency) -> Image.Image:
-    """36 columns of 4 palette colours; colour 0 is red."""
-    image = Image.fromarray(np.tile(np.arange(36, dtype=np.uint8) // 9, (24, 1)), "P")
-    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
-    image.info.update(transparency)
-    return image
-
-
-def palette_rgb(first: tuple[int, int, int]) -> np.ndarray:
-    return np.array([first, (0, 255, 0), (0, 0, 255), (9, 9, 9)], dtype=np.uint8)[np.tile(np.arange(36) // 9, (24, 1))]
-
-
+PALETTE = Image.fromarray(np.tile(np.arange(36, dtype=np.uint8) // 9, (24, 1)), "P")
+PALETTE.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+# What is given, what is to be seen, and how far it may be off. More of them: `strange` in tests/pictures.py.
 KINDS = {
     "rgb png": (encoded(Image.fromarray(COLOUR)), COLOUR, 0),
     "greyscale": (encoded(Image.fromarray(GREY)), GREY_RGB, 0),
     "black and white": (encoded(Image.fromarray(GREY > 99)), np.where(GREY_RGB > 99, 255, 0), 0),
-    "16 bits": (encoded(Image.fromarray(SIXTEEN_BITS)), GREY_RGB, 0),
-    "16 bits in 32, tiff": (encoded(Image.fromarray(SIXTEEN_BITS.astype(np.int32)), "TIFF"), GREY_RGB, 0),
+    "16 bits in 32, tiff": (encoded(Image.fromarray(GREY.astype(np.int32) * 257), "TIFF"), GREY_RGB, 0),
     "float tiff": (encoded(Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), GREY_RGB, 0),
-    "palette": (encoded(palette_image()), palette_rgb((255, 0, 0)), 0),
-    "palette, transparent": (encoded(palette_image(transparency=0)), palette_rgb((255, 255, 255)), 0),
-    "palette gif, transparent": (
-        encoded(palette_image(), "GIF", transparency=0),
-        palette_rgb((255, 255, 255)),
-        0,
-    ),
-    "rgba": (encoded(Image.fromarray(np.dstack([COLOUR, ALPHA]))), ON_WHITE, 1),
-    "rgba webp": (
-        encoded(Image.fromarray(np.dstack([COLOUR, ALPHA])), "WEBP", lossless=True, exact=True),
-        ON_WHITE,
-        1,
-    ),
-    "grey and alpha": (
-        encoded(Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(ALPHA)))),
-        GREY_RGB * (ALPHA[..., None] / 255) + 255 * (1 - ALPHA[..., None] / 255),
-        1,
-    ),
+    "palette": (encoded(PALETTE), np.asarray(PALETTE.convert("RGB")), 0),
     "cmyk jpeg": (encoded(Image.fromarray(GREY_RGB).convert("CMYK"), "JPEG", quality=100), GREY_RGB, 6),
     "exif: damaged": (encoded(Image.fromarray(COLOUR), "WEBP", lossless=True, exif=b"Exif\0\0no"), COLOUR, 0),
     "bmp in a row of datasets": ({"bytes": encoded(Image.fromarray(COLOUR), "BMP"), "path": "x.bmp"}, COLOUR, 0),
-    "pil": (Image.fromarray(COLOUR), COLOUR, 0),
-    "array": (COLOUR, COLOUR, 0),
     "array, one channel": (GREY[..., None], GREY_RGB, 0),
     "array of fractions": (COLOUR / 255, COLOUR, 0),
-    "tensor, channels first": (torch.from_numpy(COLOUR).movedim(-1, 0), COLOUR, 0),
+    "tensor, channels first": (torch.from_numpy(COLOUR.copy()).movedim(-1, 0), COLOUR, 0),
 }
 
 
@@ -85,20 +45,9 @@ def test_every_kind_of_image_is_read_as_it_looks(kind):
     assert np.abs(np.asarray(image).astype(float) - expected).max() <= tolerance
 
 
-def test_a_path_reads_as_its_bytes_do_and_leaves_no_file_open(tmp_path):
-    path = tmp_path / "ü.png"
-    path.write_bytes(KINDS["rgb png"][0])
-    for value in (path, str(path), {"path": str(path), "bytes": None}):
-        assert np.array_equal(np.asarray(open_image(value)), COLOUR)
-
-
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (encoded(Image.fromarray(COLOUR), "JPEG")[:-200], "runcated"),
-        (b"", "it is empty, 0 bytes"),
-        (b"<html>404 not found</html>", "no image format that Pillow can identify"),
-        ("nowhere/at all.jpg", "No such file"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         (None, "neither bytes nor a path"),
         (np.zeros((2, 5, 7)), "shape"),
@@ -110,13 +59,6 @@ def test_an_unreadable_image_is_named_with_the_reason(value, reason):
     with pytest.raises(UnreadableImageError, match=r"^image 7 \(a\.jpg\) cannot be read") as caught:
         open_image(value, "image 7 (a.jpg)")
     assert reason in str(caught.value)
-
-
-def test_a_decompression_bomb_is_refused_by_name_and_the_limit_stays_the_users(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UnreadableImageError, match="photo 3 is too large.*MAX_IMAGE_PIXELS"):
-        open_image(KINDS["rgb png"][0], "photo 3")
-    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -137,9 +79,7 @@ def test_random_damage_gives_an_image_or_the_named_error_and_nothing_else():
     assert outcomes == {"RGB", "named"}
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Sets of images
-# --------------------------------------------------------------------------------------------------------------------
 
 CLASSES = ["café", "dog", "Émeu"]  # the file system may hold the accents decomposed
 
@@ -215,21 +155,6 @@ def test_single_files_and_a_single_saved_data_set_need_no_split(tmp_path):
     for source in (tmp_path / "test-00000-of-00001.parquet", tmp_path / "saved", arrow):
         assert numbers_of(load_images(source)) == list(range(5))
     assert numbers_of(load_images(tmp_path / "test-00000-of-00001.parquet", "test[1:3]")) == [1, 2]
-
-
-def test_words_in_file_names_and_split_folders_mislead_nobody(tmp_path):
-    """`imagefolder` of `datasets` would put `test.png` into another split and make classes of the split folders."""
-    plain, split = tmp_path / "plain", tmp_path / "split"
-    for n, path in enumerate(
-        (plain / "a train.png", plain / "test.png", plain / "val-2.png", split / "train/0.png", split / "test/1.png")
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        numbered(n).save(path)
-    (plain / "._test.png").write_bytes(b"left by macOS")
-    (plain / "notes.txt").write_text("not an image")
-    assert sorted(numbers_of(load_images(plain))) == [0, 1, 2]
-    assert set(load_images(split, "train").features) == {"image"}
-    assert numbers_of(load_images(split, "test")) == [4]
 
 
 def test_what_is_not_there_is_said_with_what_is(tmp_path):

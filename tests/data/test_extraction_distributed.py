@@ -293,27 +293,6 @@ def test_two_real_processes_make_the_rows_of_one(tiny_clip, one_thread, tmp_path
 
 
 @pytest.mark.slow
-def test_a_lost_process_costs_the_shards_that_it_was_at(tiny_clip, one_thread, tmp_path):
-    """Without it the others go on to the end, say so, and what it was at is made when the job is started again."""
-    folder = tmp_path / "two"
-    other, victim = start(folder, 45, seconds=(0.1, 1.0))
-    while not opened(folder)[1]:
-        assert victim.poll() is None
-        time.sleep(0.01)
-    os.kill(victim.pid, signal.SIGKILL)
-    message = other.communicate(timeout=300)[1]
-    victim.communicate()
-    assert other.returncode == 1
-    assert "OSError: Another process of this job has died or does not answer" in message
-    assert opened(folder)[0] in range(45 - 8, 45)
-    for log in folder.parent.glob("*.log*"):
-        log.unlink()
-    assert [process.wait(timeout=300) for process in start(folder, 45)] == [0, 0]
-    assert 0 < sum(opened(folder)) <= 8
-    assert_same_rows(of_one(tiny_clip, tmp_path / "one", 45), ActivationStore.open(folder), 45)
-
-
-@pytest.mark.slow
 def test_an_error_ends_the_work_of_all(tmp_path):
     """Whoever waits for hours of work of others before the message of an unreadable image is told it too late."""
     folder = tmp_path / "two"

@@ -55,6 +55,7 @@ def said(caplog):
 # Files, and what they mean: "SPLIT: FILE = CLASS, FILE (without a class); SPLIT: ...". Or "!MESSAGE: FILE, ...".
 LAYOUTS = {
     "images": "train: a.png, b.png",
+    "split words in names of images": "train: a train.png, test.png, val-2.png",
     "classes": "train: cat/1.png = cat, dog/1.png = dog",
     "a blank at the end of a class": "train: cat/1.png = cat, hot dog /1.png = hot dog",
     "a picture beside classes": "train: cat/1.png = cat, dog/1.png = dog, cover.png",
@@ -166,9 +167,7 @@ def png(number: int = 0) -> bytes:
     return file.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Classes
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_folders_of_numbers_count(tmp_path):
@@ -210,9 +209,7 @@ def test_tiny_imagenet_as_it_is_published(tmp_path, said):
     assert info.class_names(info.load("train")) == ["goldfish", "American bullfrog", "tailed frog"]
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unreadable_folder_stops_or_is_left_out(tmp_path, said):
@@ -236,9 +233,7 @@ def test_an_unreadable_folder_stops_or_is_left_out(tmp_path, said):
     assert "1 folder without permission" in said.text
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Files that hold images, and lists of paths
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def make_rows(*labels: str | int, first: int = 0) -> datasets.Dataset:

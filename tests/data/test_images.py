@@ -16,29 +16,25 @@ import numpy as np
 import pytest
 import torch
 from commands import run
+from image_stores import make_processor
 from pictures import encoded, exif, picture
 from PIL import Image, PngImagePlugin
-from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPImageProcessorPil
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_vs2
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, extract_activations
+from hf_vs2 import VS2CLIPForZeroShot, extract_activations
 from hf_vs2.data import UnreadableImageError, open_image
 from hf_vs2.data.images import heif_is_readable
 from hf_vs2.data.pixels import pixels_needed, reading_fast, reads_fast, uint8_pixels
 from hf_vs2.data.web import read_url
-from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.processing import load_processing
 
 
-CLIP_PATH = Path(hf_vs2.__file__).parent / "demo_assets"
-SPACE = Path(__file__).parents[2] / "examples" / "space"
 LABELS = ["three", "nine"]
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Turned images
-# --------------------------------------------------------------------------------------------------------------------
 
 # What an image with this tag is to be shown as.
 UPRIGHT = {
@@ -98,27 +94,12 @@ def test_an_opened_image_belongs_to_the_caller():
     assert (np.asarray(open_image(ones)) == 255).all()
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Every door
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32)
-    return VS2CLIPForZeroShot(
-        clip, SAEModel(SAEConfig(hidden_size=96, top_k=8, gate=None, **describe_base_model(clip)))
-    )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder, full=True)
-    for part in load_processing(CLIP_PATH):
-        part.save_pretrained(folder)
-    return folder
+def model(checkpoint):
+    return VS2CLIPForZeroShot.from_pretrained(checkpoint, gate=None)
 
 
 def test_an_image_is_one_line_of_the_table(checkpoint, tmp_path, capsys, monkeypatch):
@@ -134,14 +115,14 @@ def test_an_image_is_one_line_of_the_table(checkpoint, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize(("mode", "changes"), [("RGB", False), ("RGBA", False), ("L", True), ("1", True)])
-def test_the_mode_that_a_data_set_asks_for_is_what_is_read(mode, changes, model, tmp_path):
+def test_the_mode_that_a_data_set_asks_for_is_what_is_read(mode, changes, model, clip_path, tmp_path):
     """`datasets.Image(mode="L")` says that colours are not to be looked at. Where pixels change, a store made before
     is another."""
     images = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
     plain = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     asked = plain.cast_column("image", datasets.Image(mode=mode))
     converted = datasets.Dataset.from_list([{"image": image.convert(mode)} for image in images])
-    processor = load_processing(CLIP_PATH)[1]
+    tokenizer, processor = load_processing(clip_path)
 
     def store(rows):
         return extract_activations(model.clip, rows, tmp_path, image_processor=processor, progress=False)
@@ -149,18 +130,15 @@ def test_the_mode_that_a_data_set_asks_for_is_what_is_read(mode, changes, model,
     before, found, stream = store(plain), store(asked), store(asked.to_iterable_dataset())
     assert torch.equal(found.tensor(), store(converted).tensor()) and torch.equal(found.tensor(), stream.tensor())
     assert (found.path != before.path) is changes and (not torch.equal(found.tensor(), before.tensor())) is changes
-    classifier = hf_vs2.zero_shot_classifier(
-        model, tokenizer=load_processing(CLIP_PATH)[0], image_processor=processor, candidate_labels=LABELS
-    )
+    options = {"tokenizer": tokenizer, "image_processor": processor, "candidate_labels": LABELS}
+    classifier = hf_vs2.zero_shot_classifier(model, **options)
     undecoded = asked.cast_column("image", datasets.Image(mode=mode, decode=False))
     for column in (asked["image"], undecoded["image"], KeyDataset(undecoded, "image")):
         for answer, expected in zip(classifier(column), classifier([i.convert(mode) for i in images]), strict=True):
             assert answer == expected
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Thin images
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_fast_reading_changes_pixels_by_little_and_no_image_of_the_caller():
@@ -216,9 +194,7 @@ def test_what_was_read_before_keeps_its_bits():
         assert torch.equal(uint8_pixels(ordinary, processor, "ordinary"), before), ordinary.size
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Where images are
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_paths_and_addresses_of_files_are_read_or_refused_by_name(tmp_path, monkeypatch):
@@ -267,7 +243,7 @@ def test_a_file_that_cannot_be_read_is_skipped_where_that_is_asked_for(model, tm
     bad = ["/proc/self/mem", str(tmp_path / "pipe.png"), str(tmp_path / "gone.png")]
     names = [*(str(tmp_path / f"{number}.png") for number in range(3)), *bad]
     rows = datasets.Dataset.from_dict({"image": names}).cast_column("image", datasets.Image())
-    options = {"image_processor": load_processing(CLIP_PATH)[1], "progress": False}
+    options = {"image_processor": make_processor(), "progress": False}
     store = extract_activations(model.clip, rows, tmp_path / "s", on_error="skip", **options)
     assert len(store.tensor()) == 3 and [item["path"] for item in store.metadata["skipped"]] == bad
     with pytest.raises(UnreadableImageError, match=r"image 3 \(/proc/self/mem\)"):
@@ -290,9 +266,7 @@ def test_a_photo_of_a_phone_is_read_or_the_way_out_is_named():
     assert found.shape == picture().shape and np.abs(found - picture()).max() <= 12
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # The web
-# --------------------------------------------------------------------------------------------------------------------
 
 
 class Hostile(BaseHTTPRequestHandler):

@@ -90,11 +90,8 @@ def test_numbers_without_names_count_places():
     assert names_by_place(["a", "b"]) == names_by_place({"1": "b", "0": "a"}) == ["a", "b"]
     with pytest.raises(ValueError, match="numbers without names.*those given are for 1, 2"):
         names_by_place({"1": "a", "2": "b"})
-    assert sorted_names(["10", "9", "9", "1"]) == ["1", "9", "10"] and sorted_names(["b", "10", "9"]) == [
-        "10",
-        "9",
-        "b",
-    ]
+    assert sorted_names(["10", "9", "9", "1"]) == ["1", "9", "10"]
+    assert sorted_names(["b", "10", "9"]) == ["10", "9", "b"]
 
 
 # Files and command lines
@@ -263,32 +260,18 @@ def test_a_column_of_names_is_read_as_labels(checkpoint, images_path, tmp_path, 
     labelled = with_numbered_labels(images, "colour")
     assert labelled.features["colour"].names == ["blue", "red"] and labelled["colour"][:4] == [1, 0, 1, None]
     assert labelled["image"][:] == images["image"][:] and with_numbered_labels(labelled, "colour") is labelled
-    arguments = [
-        "recommend",
-        "--checkpoint",
-        checkpoint,
-        "--dataset",
-        folder,
-        "--label_column=colour",
-        "--disable_tqdm",
-    ]
-    out = run(capsys, *arguments, "--labels", "red", "green", "blue", "--activations_dir", tmp_path / "rows")
+    given = ["--checkpoint", checkpoint, "--dataset", folder, "--activations_dir", tmp_path / "rows", "--disable_tqdm"]
+    out = run(capsys, "recommend", *given, "--label_column=colour", "--labels", "red", "green", "blue")
     assert "On 18 labelled images" in out
 
 
 def test_numbering_is_cleaned_or_named(caplog):
     """`a photo of a 001.Black footed Albatross.` costs points; other numbers may belong to a name, so they are only
     pointed at."""
-    from transformers.utils import logging
-
-    assert clean_class_names(["001.Black_footed_Albatross", " /a/apse\u00a0 indoor"]) == [
-        "Black footed Albatross",
-        "apse indoor",
-    ]
+    given, cleaned = ["001.Black_footed_Albatross", " /a/apse\u00a0 indoor"], ["Black footed Albatross", "apse indoor"]
+    assert clean_class_names(given) == cleaned
     assert clean_class_names(["001.a_b", "c"], clean=False) == ["001.a_b", "c"]
-    logging.enable_propagation()
     assert clean_class_names(["747_400", "8-ball"]) == ["747 400", "8-ball"]
-    logging.disable_propagation()
     assert "begin with a number ('747 400', '8-ball'" in caplog.text
 
 

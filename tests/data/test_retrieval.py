@@ -5,7 +5,6 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from toy import make_sae
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
@@ -17,9 +16,6 @@ from hf_vs2.steering.retrieval import (
     embed_images,
     knn_vote,
     linear_probe,
-    nearest_neighbors,
-    pseudo_labels,
-    select_positives,
     weighted_rag,
 )
 
@@ -193,21 +189,3 @@ def test_linear_probe_has_a_row_for_classes_that_nothing_was_labelled_as():
 
 
 # Real rows
-
-
-def test_what_the_neighbors_know_on_real_rows(shared_data):
-    """On CIFAR-10 rows of a real encoder each step must do what it is for: neighbours share classes, true labels help most."""
-    train, test = (
-        load_file(shared_data / "activations" / f"cifar10_{split}.safetensors") for split in ("train", "test")
-    )
-    corpus, queries = (normalize(part["cls"], dim=-1) for part in (train, test))
-    similarity, indices = nearest_neighbors(queries[:500], corpus, 50)
-    labels, true = train["label"][indices], test["label"][:500]
-    vote = (knn_vote(labels, similarity, 10).argmax(-1) == true).float().mean()
-    assert vote > 0.75
-    positive = select_positives(labels)
-    assert positive.float().mean() > 0.5, "neighbours share their class"
-    means = torch.stack([corpus[train["label"] == label].mean(0) for label in range(10)])
-    plain = (pseudo_labels(queries[:500], means) == true).float().mean()
-    rag = weighted_rag(queries[:500], corpus[indices], similarity * positive, 0.5)
-    assert (pseudo_labels(rag, means) == true).float().mean() > plain

@@ -33,9 +33,7 @@ from hf_vs2.study.bench import Bench
 LOST = "vision_model.encoder.layers.1.mlp.fc1.weight"
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Every door, every bad CLIP
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def evil_pickle(folder):
@@ -237,9 +235,7 @@ def test_a_clip_given_as_an_object_is_looked_at(sae_folder, images_path, tmp_pat
         doors["rows"](offloaded)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Families
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def tiny(model_class, config_class, **text):
@@ -272,9 +268,7 @@ def test_rows_of_such_a_family_are_not_trained_on(checkpoint, tmp_path):
         SAETrainer(SAEConfig(hidden_size=32, top_k=4), SAETrainingArguments(output_dir=str(tmp_path / "out")), store)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Files of weights
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def as_pickle(folder, parts=1):
@@ -378,9 +372,7 @@ def test_a_readme_model_that_is_a_pickle_classifies(hub, images_path, caplog):
     assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # dtype
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("dtype", "bfloat16"), ("torch_dtype", torch.bfloat16)])
@@ -409,9 +401,7 @@ def test_two_dtypes_that_differ_are_refused(sae_folder):
     assert (auto.clip.dtype, auto.sae.dtype) == (torch.float16, torch.float32)  # as each is stored
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # What is not there
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such/folder", "no-such-folder", "../no/such/folder"])
@@ -450,9 +440,7 @@ def test_a_clip_that_has_moved_is_asked_for(sae_folder, tmp_path, capsys, images
     VS2CLIPForZeroShot.from_pretrained(moved, clip=CLIP_FILES)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Tokenizer and image processor
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def setting(**fields):
@@ -503,9 +491,7 @@ def test_a_damaged_tokenizer_or_processor_is_refused_by_the_name_of_its_file(har
             VisionTower.of(clip).image_processor()
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Relatives of a CLIP
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@ stands in tests/survival/test_every_damage.py."""
 
 import copy
 import json
-import logging
 import pickle
 
 import pytest
@@ -79,11 +78,7 @@ def test_a_file_that_was_left_out_is_missed_not_needed(tmp_path, caplog):
     """Who downloads weights and config alone can still use VS2, and is told what can't be used."""
     with_statistics().save_pretrained(tmp_path)
     (tmp_path / NAME).unlink()
-    logging.getLogger("hf_vs2").addHandler(caplog.handler)
-    try:
-        found = SAEModel.from_pretrained(tmp_path)
-    finally:
-        logging.getLogger("hf_vs2").removeHandler(caplog.handler)
+    found = SAEModel.from_pretrained(tmp_path)
     assert found.domain_statistics is None and not found.config.holds_statistics
     (warning,) = {record.getMessage() for record in caplog.records}
     assert f"{tmp_path} says that it has {NAME}, which is not there" in warning and "hf-vs2 calibrate" in warning
