@@ -3,11 +3,15 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from pictures import encoded
 from PIL import Image
 from transformers import CLIPImageProcessorPil
+
+from hf_vs2.data import open_image
 
 
 def noise_image(number: int, mode: str = "RGB") -> Image.Image:
@@ -19,9 +23,7 @@ def noise_image(number: int, mode: str = "RGB") -> Image.Image:
 
 
 def png(number: int, mode: str = "RGB") -> dict:
-    file = io.BytesIO()
-    noise_image(number, mode).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
+    return {"bytes": encoded(noise_image(number, mode)), "path": None}
 
 
 def make_dataset(count: int = 23, broken: tuple[int, ...] = (), modes: tuple[str, ...] = ("RGB",)) -> datasets.Dataset:
@@ -30,6 +32,22 @@ def make_dataset(count: int = 23, broken: tuple[int, ...] = (), modes: tuple[str
         images[n] = {"bytes": images[n]["bytes"][:60], "path": f"photo {n}.png"}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     return datasets.Dataset.from_dict({"image": images, "label": [n % 3 for n in range(count)]}, features=features)
+
+
+def numbered(number: int) -> Image.Image:
+    """An image that holds a number from 0 to 255."""
+    return Image.new("RGB", (8, 8), (number, 40, 9))
+
+
+def numbers_of(rows) -> list[int]:
+    return [open_image(row["image"]).getpixel((0, 0))[0] for row in rows]
+
+
+def numbered_rows(labels: list[Any], first: int = 0, names: list[str] | None = None) -> datasets.Dataset:
+    """With a label each, which are numbers of `names` where there are any."""
+    images = [{"bytes": encoded(numbered(first + place)), "path": None} for place in range(len(labels))]
+    rows = datasets.Dataset.from_dict({"image": images, "label": labels}).cast_column("image", datasets.Image())
+    return rows if names is None else rows.cast_column("label", datasets.ClassLabel(names=names))
 
 
 def make_processor() -> CLIPImageProcessorPil:

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from image_stores import numbered, numbered_rows, numbers_of
 from pictures import encoded, picture
 from PIL import Image
 
@@ -84,15 +85,8 @@ def test_random_damage_gives_an_image_or_the_named_error_and_nothing_else():
 CLASSES = ["café", "dog", "Émeu"]  # the file system may hold the accents decomposed
 
 
-def numbered(number: int) -> Image.Image:
-    return Image.new("RGB", (4, 3), (number, 0, 0))
-
-
 def make_rows(count: int, first: int = 0) -> datasets.Dataset:
-    numbers = range(first, first + count)
-    images = [{"bytes": encoded(numbered(n)), "path": None} for n in numbers]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(CLASSES))})
-    return datasets.Dataset.from_dict({"image": images, "label": [n % 3 for n in numbers]}, features=features)
+    return numbered_rows([n % 3 for n in range(first, first + count)], first, sorted(CLASSES))
 
 
 def make_source(kind: str, root: Path) -> Path:
@@ -117,10 +111,6 @@ def make_source(kind: str, root: Path) -> Path:
         datasets.DatasetDict({"train": train, "validation": test}).save_to_disk(root / "saved")
         return root / "saved"
     return root
-
-
-def numbers_of(rows) -> list[int]:
-    return [open_image(row["image"]).getpixel((0, 0))[0] for row in rows]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

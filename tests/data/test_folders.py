@@ -1,16 +1,16 @@
 """What a folder of images means: the same files at every door, and the splits and classes that a person would name."""
 
-import io
 import os
 from pathlib import Path
 
 import datasets
 import pandas
 import pytest
-from image_stores import put_tar
+from image_stores import numbered, numbered_rows, numbers_of, put_tar
+from pictures import encoded
 from PIL import Image
 
-from hf_vs2.data import load_images, open_image
+from hf_vs2.data import load_images
 from hf_vs2.registry import dataset_info
 
 
@@ -161,12 +161,6 @@ def test_a_layout_means_what_a_person_would_say(name, tmp_path, said):
         assert not nested or "no labels are read" in said.text
 
 
-def png(number: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (number, 40, 9)).save(file, "PNG")
-    return file.getvalue()
-
-
 # Classes
 
 
@@ -236,27 +230,18 @@ def test_an_unreadable_folder_stops_or_is_left_out(tmp_path, said):
 # Files that hold images, and lists of paths
 
 
-def make_rows(*labels: str | int, first: int = 0) -> datasets.Dataset:
-    images = [{"bytes": png(first + number), "path": None} for number in range(len(labels))]
-    return datasets.Dataset.from_dict({"image": images, "label": list(labels)}).cast_column("image", datasets.Image())
-
-
-def reds(rows) -> list[int]:
-    return [open_image(row["image"]).getpixel((0, 0))[0] for row in rows]
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_are_read_whatever_lies_beside_them(streaming, tmp_path, said):
     """Notes, statistics and a preview lie beside most data sets; names of labels are the same in both splits."""
-    make_rows("dog", "10").to_parquet(tmp_path / "train.parquet")
-    make_rows("bird", "dog", first=9).to_parquet(tmp_path / "my test [1].parquet")
-    make_rows("cat", first=30).to_parquet(tmp_path / "more.parquet")
+    numbered_rows(["dog", "10"]).to_parquet(tmp_path / "train.parquet")
+    numbered_rows(["bird", "dog"], first=9).to_parquet(tmp_path / "my test [1].parquet")
+    numbered_rows(["cat"], first=30).to_parquet(tmp_path / "more.parquet")
     (tmp_path / "README.md").write_text("# Birds\n\nNo configs: here.\n")
     for name in ("notes.txt", "stats.json", "labels.csv", "thumb.png"):
         (tmp_path / name).write_bytes(b'{"a": 1}\n')
     train, test, more = (load_images(tmp_path, split, streaming=streaming) for split in ("train", "test", "more"))
     assert train.features["label"].names == test.features["label"].names == ["10", "bird", "cat", "dog"]
-    assert (reds(train), reds(test), reds(more)) == ([0, 1], [9, 10], [30])
+    assert [numbers_of(rows) for rows in (train, test, more)] == [[0, 1], [9, 10], [30]]
     assert [row["label"] for row in test] == [1, 3]
     assert "1 .png file" in said.text
 
@@ -354,7 +339,9 @@ def test_webdataset_as_clip_benchmark_writes_it(streaming, tmp_path):
         for shard in range(2):
             numbers = range(first + 2 * shard, first + 2 * shard + 2)
             members = {
-                f"s{n}.{key}": value for n in numbers for key, value in (("png", png(n)), ("cls", str(n % 2).encode()))
+                f"s{n}.{key}": value
+                for n in numbers
+                for key, value in (("png", encoded(numbered(n))), ("cls", str(n % 2).encode()))
             }
             put_tar(tmp_path / split / f"{shard}.tar", members)
         (tmp_path / split / "nshards.txt").write_text("2")
@@ -363,8 +350,10 @@ def test_webdataset_as_clip_benchmark_writes_it(streaming, tmp_path):
         rows = load_images(source, split, streaming=streaming)
         assert rows.features["label"].names == ["cat", "hot dog"]
         expected = [50, 51] if source.suffix else [50, 51, 52, 53]
-        assert [row["image"]["bytes"] for row in rows] == [png(n) for n in expected], "as they are in the archive"
-        assert reds(rows) == expected and [row["label"] for row in rows] == [n % 2 for n in expected]
+        assert [row["image"]["bytes"] for row in rows] == [encoded(numbered(n)) for n in expected], (
+            "as they are in the archive"
+        )
+        assert numbers_of(rows) == expected and [row["label"] for row in rows] == [n % 2 for n in expected]
     with pytest.raises(ValueError, match=r"several splits \(test, train\)"):
         load_images(tmp_path, streaming=streaming)
 
