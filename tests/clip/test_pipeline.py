@@ -353,7 +353,7 @@ def test_steering_options_hold_for_one_call(classifier, model, images):
     for options in (
         *({"method": method} for method in ("none", "centroid", "reconstruct", "amplify", "vs2")),
         *({"gamma": 3.0}, {"gamma": [1.0, 2.0] * 192}, {"lambda_": 0.7}, {"gate": 0.5}),
-        *({"fvu_threshold": 0.5}, {"steer": False}),
+        *({"fvu_threshold": 0.5}, {"edits": {"set": {3: 40.0}}}, {"steer": False}),
     ):
         found = classifier(images, LABELS, batch_size=4, **options)
         with model.steering(**({"enabled": False} if "steer" in options else options)):
@@ -492,21 +492,6 @@ def test_explanations_come_with_the_same_scores_and_one_pass(classifier, model, 
         assert [len(each["explanation"]["latents"]) for each in many] == [5] * len(LABELS)
 
 
-def test_edits_hold_for_one_call(classifier, model, images):
-    """A latent tried out by hand must show in this call's scores, and in no other's."""
-    before = classifier(images[0], LABELS)
-    latent = int(model.explain(images[0], LABELS).latent_indices[0, 0])
-    edited = classifier(images[0], LABELS, edits={"set": {latent: 40.0}}, explain=True)
-    assert (scores(edited) - scores(before)).abs().max() > 1e-3
-    (change,) = {
-        one["value"] + one["change"] for one in edited[0]["explanation"]["latents"] if one["latent"] == latent
-    }
-    assert change == pytest.approx(40)
-    assert classifier(images[0], LABELS) == before
-    with model.editing(set={latent: 40.0}):
-        assert_same(classifier(images[0], LABELS), edited)
-
-
 # Checkpoints
 
 
@@ -543,16 +528,13 @@ def test_saved_pipeline_needs_no_remote_code(classifier, images, tmp_path):
     assert_same(again(images, LABELS), classifier(images, LABELS))
 
 
-def test_other_models_are_refused(tmp_path):
+def test_other_models_are_refused():
     """They would give numbers that mean nothing."""
     tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     other = BlipModel(BlipConfig(text_config={**tower, "vocab_size": 9}, vision_config={**tower, "image_size": 16}))
-    other.save_pretrained(tmp_path)
     tokenizer, processor = load_processing(CLIP_PATH)
     with pytest.raises(TypeError, match="not BlipModel.*transformers' own"):
         pipeline(OUR_TASK, model=other, tokenizer=tokenizer, image_processor=processor)
-    with pytest.raises(ValueError, match="type 'blip'; expected a VS2 checkpoint"):
-        hf_vs2.zero_shot_classifier(tmp_path)
     nameless = CLIPModel(CLIPModel.config_class.from_pretrained(CLIP_PATH))
     nameless.config._name_or_path = ""
     with pytest.raises(ValueError, match="give tokenizer= and image_processor="):
@@ -566,10 +548,8 @@ def test_other_models_are_refused(tmp_path):
     ("labels", "options", "error", "message"),
     [
         (None, {}, ValueError, "candidate_labels is missing"),
-        (["cat", "dog", "cat"], {}, ValueError, r"candidate_labels has 'cat' twice \(at 0 and 2\)"),
         (LABELS, {"top_k": 0}, ValueError, "top_k must be"),
         (LABELS, {"gama": 2.0}, TypeError, "Unknown option 'gama'.*gamma"),
-        (LABELS, {"hypothesis_template": "a photo"}, ValueError, "no {} where"),
         (LABELS, {"hypothesis_template": "{}", "templates": "single"}, ValueError, "exclude each other"),
         (LABELS, {"method": "vs3"}, ValueError, "method='vs3' is not known"),
         (LABELS, {"gate": 0.3}, ValueError, "0.3"),
@@ -578,7 +558,7 @@ def test_other_models_are_refused(tmp_path):
     ],
 )
 def test_mistakes_are_named_before_the_first_image(labels, options, error, message, classifier):
-    """Hours into a stream is too late to read that a label was given twice or an option misspelt."""
+    """Hours into a stream is too late to read that an option was misspelt. Labels and templates: tests/test_every_door.py."""
     with pytest.raises(error, match=message):
         classifier(iter([b"never read"]), labels, **options)
 

@@ -385,6 +385,7 @@ def test_the_older_name_of_dtype_is_the_same(name, dtype, sae_folder, tmp_path):
         for load in (VS2CLIPForZeroShot.from_pretrained, lambda *a, **k: hf_vs2.zero_shot_classifier(*a, **k).model):
             loaded = load(folder, **{name: dtype})
             assert loaded.clip.dtype == loaded.sae.dtype == torch.bfloat16, (folder.name, load)
+            assert loaded.sae.mean.dtype == torch.float32, "which the gate hangs on"
     assert hf_vs2.zero_shot_classifier(CLIP_FILES, **{name: dtype}).model.dtype == torch.bfloat16
     assert load_clip(CLIP_FILES, **{name: dtype}).dtype == torch.bfloat16
     assert SAEModel.from_pretrained(sae_folder, **{name: dtype}).dtype == torch.bfloat16
