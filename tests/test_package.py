@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -254,48 +253,6 @@ def test_no_path_of_one_machine_is_written_down() -> None:
             if MACHINE_PATH.search(line):
                 found.append(f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()[:120]}")
     assert not found, "\n".join(found)
-
-
-def test_wheel_carries_what_the_package_reads(tmp_path: Path) -> None:
-    """An editable install finds every file in the checkout; a user's wheel has only what pyproject.toml names."""
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, checkout)
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
-    shutil.copytree(REPOSITORY / "src", checkout / "src", ignore=ignored)
-    build = "import sys; from hatchling import build; build.build_wheel(sys.argv[1])"
-    result = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=checkout, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hf_vs2/")}
-    source = checkout / "src"
-    assert packed == {path.relative_to(source).as_posix() for path in (source / "hf_vs2").rglob("*") if path.is_file()}
-
-
-def test_readme_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    """The README is what people copy from: each command and flag in it must be one that `hf-vs2` has."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^hf-vs2 (\w+)(.*)$", readme, flags=re.MULTILINE)
-    assert {name for name, _ in commands} >= {"adapt", "classify"}
-    for name, arguments in commands:
-        assert hf_vs2.cli.main([name, "--help"]) == 0, f"README's command {name} is unknown"
-        help_text = capsys.readouterr().out
-        unknown = [flag for flag in re.findall(r"--\w+", arguments) if flag not in help_text]
-        assert not unknown, f"hf-vs2 {name} has no {unknown}"
-
-
-def test_readme_code_uses_public_names() -> None:
-    """A block of the README that imports a name the package lost fails at its first line."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
-    assert blocks
-    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
-        if isinstance(node, ast.ImportFrom) and node.module == "hf_vs2":
-            assert {alias.name for alias in node.names} <= set(hf_vs2.__all__)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_vs2":
-            assert node.attr in hf_vs2.__all__
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="the make commands need a POSIX shell")

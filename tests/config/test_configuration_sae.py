@@ -116,30 +116,25 @@ def test_another_models_checkpoint_is_no_sae(tmp_path):
         SAEModel.from_pretrained(tmp_path / "vs2")
 
 
-class TestThreshold:
-    """The gate's tau, read from the stored quantiles."""
-
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        *((0.5, 0.2), (0.9, 0.4), (0.99, 0.7)),
+        (0.945, 0.55),  # half-way, whatever order the file holds them in
+        (0.49, "gate=0.49 lies outside the calibrated quantiles 0.5 to 0.99.*fvu_threshold="),
+        (0.995, "gate=0.995 lies outside the calibrated quantiles 0.5 to 0.99.*fvu_threshold="),
+    ],
+)
+def test_the_gates_threshold_is_read_from_the_quantiles(gate, expected):
+    """Extrapolating a quantile would promise a coverage that nobody measured."""
     config = SAEConfig(hidden_size=32, top_k=4, fvu_quantiles={"0.9": 0.4, "0.5": 0.2, "0.99": 0.7})
-
-    def test_stored_levels_come_back_exactly(self):
-        assert [self.config.fvu_threshold(level) for level in (0.5, 0.9, 0.99)] == [0.2, 0.4, 0.7]
-
-    def test_levels_between_are_interpolated(self):
-        """`gate=0.945` lies half-way between 0.9 and 0.99, whatever order the file holds them in."""
-        assert self.config.fvu_threshold(0.945) == pytest.approx(0.55)
-
-    @pytest.mark.parametrize("quantile", [0.49, 0.995])
-    def test_levels_outside_are_refused(self, quantile):
-        """Extrapolating a quantile would promise a coverage that nobody measured."""
-        with pytest.raises(
-            ValueError, match=rf"gate={quantile} lies outside the calibrated quantiles 0.5 to 0.99.*fvu_threshold="
-        ):
-            self.config.fvu_threshold(quantile)
-
-    @pytest.mark.parametrize("quantiles", [None, {}])
-    def test_without_calibration_there_is_no_quantile(self, quantiles):
-        with pytest.raises(ValueError, match="holds no FVU quantiles.*Calibrate it"):
-            SAEConfig(hidden_size=32, top_k=4, fvu_quantiles=quantiles).fvu_threshold(0.9)
+    if not isinstance(expected, str):
+        assert config.fvu_threshold(gate) == pytest.approx(expected, abs=1e-12)
+        return
+    with pytest.raises(ValueError, match=expected):
+        config.fvu_threshold(gate)
+    with pytest.raises(ValueError, match="holds no FVU quantiles.*Calibrate it"):
+        SAEConfig(hidden_size=32, top_k=4).fvu_threshold(gate)
 
 
 class TestWrapperConfig:

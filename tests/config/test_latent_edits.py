@@ -23,17 +23,6 @@ def close(found, expected):
 
 
 @torch.no_grad()
-def test_edits_of_all_latents_are_vs2(model, rows):
-    """VS2 makes `(1 + lambda (gamma - 1)) c` of every active value: by hand the same must come out."""
-    expected = model.steer_cls(rows).rows
-    factor = 1 + model.steering_settings.lambda_ * (1.5 - 1)
-    with model.steering(gamma=1.0), model.editing(amplify=dict.fromkeys(range(LATENTS), factor)):
-        close(model.steer_cls(rows).rows, expected)
-    with model.editing(amplify=dict.fromkeys(range(LATENTS), factor)):  # and takes VS2's place, not on top of it
-        close(model.steer_cls(rows).rows, expected)
-
-
-@torch.no_grad()
 def test_no_edits_change_no_bit(model, rows):
     """Empty edits, and those of a block that has ended, leave nothing behind."""
     before, settings = model.steer_cls(rows).rows, model.steering_settings

@@ -20,6 +20,7 @@ from hf_vs2.data import batches as image_batches
 from hf_vs2.data.pixels import Normalizer
 from hf_vs2.data.stores.activations import ActivationStore, StoreError, extract_activations
 from hf_vs2.data.stores.fingerprint import dataset_fingerprint
+from hf_vs2.data.stores.rows import rows_of
 
 
 @pytest.fixture()
@@ -469,7 +470,8 @@ def test_every_way_of_reading_gives_the_same_rows(extract):
     for bad in ([23], [-24]):
         with pytest.raises(IndexError, match=r"must lie in \[-23, 23\)"):
             store.take(bad, layer=2)
-    with pytest.raises(ValueError, match=r"holds layers \[0, 2\]: say which"):
-        store.take([0])
+    for read in (lambda: store.take([0]), lambda: rows_of(store)):  # by itself, and to train on
+        with pytest.raises(ValueError, match=r"holds layers \[0, 2\]: say which"):
+            read()
     with pytest.raises(ValueError, match=r"holds layers \[0, 2\], not 1"):
         store.take([0], layer=1)

@@ -41,7 +41,6 @@ CLIP_SECTIONS = {
     "food101": "Food101",
     "sun397": "SUN397",
 }
-WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def labelled(names: list[str] | None, labels: list | None = None, column: str = "label") -> datasets.Dataset:

@@ -363,15 +363,6 @@ def test_the_hubs_own_conversion_is_taken_and_found_again_offline(hub, tmp_path,
     assert "read from pytorch_model.bin" in caplog.text, "a conversion of an older commit"
 
 
-def test_a_readme_model_that_is_a_pickle_classifies(hub, images_path, caplog):
-    """`openai/clip-vit-base-patch32` is what everybody tries first."""
-    upload_pickle(hub, "ada/readme")
-    picture = str(next((images_path / "test" / "red").glob("*.png")))
-    found = hf_vs2.zero_shot_classifier("ada/readme", device="cpu")(picture, ["one", "two"])
-    expected = hf_vs2.zero_shot_classifier(CLIP_FILES, device="cpu", dtype=torch.float32)(picture, ["one", "two"])
-    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=1e-6)
-
-
 # dtype
 
 

@@ -39,13 +39,6 @@ def double_model():
     return VS2CLIPForZeroShot(clip, fitted_sae(clip)).double().eval()
 
 
-@torch.no_grad()
-def logits(model, rows, classes):
-    """What the model itself scores, by its own modules."""
-    features = model.image_features_from_cls(rows).features
-    return normalize(features, dim=-1) @ normalize(classes, dim=-1).T.to(features) * model.clip.logit_scale.exp()
-
-
 def total(explanation):
     parts = explanation.normalisation + explanation.replacement + explanation.contributions.sum(-1)
     return explanation.plain_scores + parts

@@ -6,10 +6,7 @@ their own code writes and reads the files (ViT-Prisma's package index has no rel
 
 import json
 import pickle
-import re
-import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +18,11 @@ from safetensors.torch import load_file
 from toy import clip_like_rows, make_rows, make_sae
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate
-from hf_vs2.cli import main
 from hf_vs2.data.stores.rows import rows_of
-from hf_vs2.files.foreign import checkpoint, detect
+from hf_vs2.files.foreign import detect
 from hf_vs2.training.calibration import activation_statistics
 
 
-REPOSITORY = Path(__file__).parents[2]
 LOAD = {name: getattr(SAEModel, f"from_{name}") for name in LIBRARIES}
 
 
@@ -356,33 +351,6 @@ def test_a_checkpoint_on_the_hub_is_read_at_one_commit(hub, tmp_path, library):
     assert not list(cache.rglob("evil.py"))
 
 
-def test_a_branch_that_moves_meanwhile_does_not_mix_two_saes(hub, tmp_path, monkeypatch):
-    """The owner pushes another SAE between our two requests: configuration and weights must be of one of them."""
-    folder = write(tmp_path / "theirs", "sparsify")
-    serve(
-        hub,
-        "ada/moving",
-        {name: File((folder / name).read_bytes(), False) for name in ("cfg.json", "sae.safetensors")},
-    )
-    repository = hub["ada/moving"]
-    first = repository.head.sha
-    write(folder, "sparsify", tensors=weights(seed=1))
-    files = {name: File((folder / name).read_bytes(), False) for name in ("cfg.json", "sae.safetensors")}
-    look_for = checkpoint.look_for
-
-    def look_and_push(*arguments):
-        found = look_for(*arguments)
-        repository.branches["main"] = repository.add(files, "another", first)
-        return found
-
-    monkeypatch.setattr(checkpoint, "look_for", look_and_push)
-    for name, value in hub.environment(tmp_path / "cache").items():
-        monkeypatch.setenv(name, value)
-    sae, x = SAEModel.from_sparsify("ada/moving", cache_dir=tmp_path / "cache"), clip_like_rows(100, WIDTH)
-    assert repository.head.sha != first and sae.config.training_data["converted_from"]["revision"] == first
-    assert_same(dense(sae, x), reference(x, weights()))
-
-
 def test_detection_tells_the_formats_apart(tmp_path):
     """A wrong guess would read an SAE by the wrong formula; where two fit, the user has to say."""
     for library in LIBRARIES:
@@ -536,29 +504,3 @@ def test_prisma_itself_agrees(tmp_path, real_rows, activation, options):
     theirs.save_model(str(tmp_path / "weights.pt"))
     with pytest.raises(ValueError, match="is a pickle with more in it than tensors"):
         SAEModel.from_prisma(tmp_path)
-
-
-def test_every_block_of_the_document_runs(tmp_path, monkeypatch, capsys):
-    """docs/foreign.md is what people copy from: its Python blocks are executed in order, its commands are understood and, where they
-    need nothing but files, run."""
-    document = (REPOSITORY / "docs" / "foreign.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", document, flags=re.MULTILINE | re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") == 2
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "checkpoints" / "run" / "layers.11", "sparsify")
-    write(tmp_path / "checkpoints" / "lens", "sae_lens")
-    write(tmp_path / "checkpoints" / "prisma", "prisma")
-    names: dict[str, object] = {}
-    for kind, text in blocks:
-        if kind == "python":
-            exec(text, names)
-        for line in text.replace("\\\n", "").splitlines() if kind == "bash" else ():
-            _, command, *arguments = shlex.split(line)
-            if command == "convert":
-                assert main([command, *arguments]) == 0
-            else:
-                assert main([command, "--help"]) == 0
-                known = capsys.readouterr().out
-                assert all(flag in known for flag in arguments if flag.startswith("--"))
-    assert SAEModel.from_sae_lens("outputs/lens").config.top_k == K
-    assert SAEModel.from_sparsify("outputs/layers.11").config.layer == 11

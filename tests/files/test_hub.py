@@ -373,16 +373,6 @@ def test_push_survives_a_failing_server(hub, clip, status, request_):
     assert_same_weights(SAEModel.from_pretrained(name), sae)
 
 
-def test_download_cut_in_the_middle_goes_on_from_there(hub, clip):
-    sae = make_sae(clip, num_latents=2**14)
-    sae.push_to_hub("ada/cut")
-    hub.cut("GET /lfs/.*/model.safetensors", after=11 * 2**20)  # the client saves blocks of 10 MB
-    with hub.recording() as requests:
-        loaded = SAEModel.from_pretrained("ada/cut")
-    assert [status for method, path, status in requests if method == "GET" and path.startswith("/lfs/")] == [200, 206]
-    assert_same_weights(loaded, sae)
-
-
 @pytest.mark.parametrize("status", [500, 503])
 def test_download_that_fails_leaves_nothing_broken(hub, clip, status):
     """The client gives a failing download up; the next attempt must find a clean cache."""

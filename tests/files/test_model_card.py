@@ -20,14 +20,12 @@ from PIL import Image
 from hf_vs2 import (
     SAEConfig,
     SAEModel,
-    SAETrainer,
-    SAETrainingArguments,
     VS2CLIPForZeroShot,
     create_model_card,
     push_to_hub,
     write_model_card,
 )
-from hf_vs2.files.sharing.card_edits import Card, card_to_upload, merge_metadata, refresh_card
+from hf_vs2.files.sharing.card_edits import Card, card_to_upload, merge_metadata
 from hf_vs2.files.sharing.card_results import ResultFacts
 
 
@@ -280,20 +278,6 @@ def test_saving_again_keeps_a_card_that_was_edited(folder, sae):
     assert card.read_text() == "---\ntags: [unclosed\n---\nMine\n"
 
 
-def test_training_writes_the_card_and_keeps_an_edited_one(tmp_path):
-    def train():
-        arguments = SAETrainingArguments(output_dir=str(tmp_path), max_steps=2, save_steps=0, disable_tqdm=True)
-        rows = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-        SAETrainer(SAEConfig(hidden_size=16, top_k=4), arguments, rows).train()
-
-    train()
-    card = tmp_path / "README.md"
-    assert "`steps` 2, `learning_rate` 0.0005" in card.read_text()
-    card.write_text("# Mine\n")
-    train()
-    assert card.read_text().endswith("# Mine\n")
-
-
 OURS = Card.parse("---\ntags:\n- hf_vs2\nbase_model: a/b\n---\n\n# Ours\n").signed("wrote").source
 OURS_NEWER = Card.parse("---\ntags:\n- hf_vs2\nbase_model: a/c\n---\n\n# Ours, newer\n").signed("wrote").source
 FOUND = {
@@ -330,13 +314,6 @@ def test_no_text_of_a_user_is_lost(local, remote):
     if FOUND[remote] and "Theirs" not in FOUND[remote]:
         assert not stands_back
     assert card_to_upload(OURS_NEWER, FOUND[local], content)[0] == content
-
-
-def test_refreshed_card_differs_from_a_users_in_nothing_but_metadata():
-    for name in ("a user's", "a user's on Windows", "a user's without metadata", "ours, text added below"):
-        found = FOUND[name]
-        body = found.split("---")[-1] if "---" in found[:3] else found
-        assert refresh_card(OURS_NEWER, found).endswith(body)
 
 
 def test_metadata_are_merged():

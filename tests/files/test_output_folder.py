@@ -14,7 +14,7 @@ from hf_vs2.cli import main
 from hf_vs2.files.digests import file_digest
 
 
-STEPS = {"max_steps": 8, "save_steps": 4}
+STEPS = {"max_steps": 8, "save_steps": 4, "logging_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,19 @@ def test_the_same_training_again_says_that_it_is_finished(rows, folder, caplog):
 
 @pytest.mark.parametrize("step", [2, 6])
 def test_the_same_training_goes_on_after_ctrl_c(rows, finished, tmp_path, step):
-    """Before the first training checkpoint, and after it: the end is that of a run that was never interrupted."""
-    stop_at(make_trainer(tmp_path / "sae", rows, **STEPS), step)
-    make_trainer(tmp_path / "sae", rows, **STEPS).train()
-    assert weights(tmp_path / "sae") == weights(finished)
+    """Before the first training checkpoint, and after it: the end, and the log, are those of a run that was never interrupted.
+    Kills at any moment: tests/survival/test_survives_kills.py."""
+    folder = tmp_path / "sae"
+    stop_at(make_trainer(folder, rows, **STEPS), step)
+    assert not (folder / "config.json").exists(), "nothing may look like a finished SAE"
+    make_trainer(folder, rows, **STEPS).train()
+    assert weights(folder) == weights(finished)
+    logs = [json.loads((one / "training_log.json").read_text())["log"] for one in (folder, finished)]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    assert (
+        SAEModel.from_pretrained(folder).config.fvu_quantiles
+        == SAEModel.from_pretrained(finished).config.fvu_quantiles
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,56 +9,6 @@ from hf_vs2.functional import sparse_ops
 BATCH, HIDDEN, LATENTS, TOP_K = 7, 12, 40, 5
 
 
-@pytest.fixture(params=[1.0, 0.0], ids=["sparse", "dense"])
-def backward(request, monkeypatch):
-    """Both sides of the switch."""
-    monkeypatch.setattr(sparse_ops, "sparse_limit", lambda weight: request.param)
-
-
-def code(batch=BATCH):
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(batch, TOP_K, generator=generator)
-    indices = torch.stack([torch.randperm(LATENTS, generator=generator)[:TOP_K] for _ in range(batch)])
-    return values, indices
-
-
-def parameters(*shapes):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-
-
-def test_decode_and_its_gradients_equal_the_dense_product(backward):
-    values, indices = code()
-    values.requires_grad_()
-    (weight,) = parameters((LATENTS, HIDDEN))
-    target = torch.randn(BATCH, HIDDEN)
-
-    dense_code = torch.zeros(BATCH, LATENTS).scatter(1, indices, values)
-    expected = dense_code @ weight
-    expected_grads = torch.autograd.grad((expected * target).sum(), (values, weight))
-    found = sparse_ops.sparse_decode(values, indices, weight)
-    found_grads = torch.autograd.grad((found * target).sum(), (values, weight))
-
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(found_grads, expected_grads, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_gathered_linear_has_the_gradients_of_the_full_product(backward):
-    _, indices = code()
-    x, center, weight, bias = parameters((BATCH, HIDDEN), (HIDDEN,), (LATENTS, HIDDEN), (LATENTS,))
-    target = torch.randn(BATCH, TOP_K)
-
-    expected = ((x - center) @ weight.t() + bias).gather(1, indices)
-    expected_grads = torch.autograd.grad((expected * target).sum(), (x, center, weight, bias))
-    found = sparse_ops.linear_at(x, center, weight, bias, indices, expected.detach())
-    found_grads = torch.autograd.grad((found * target).sum(), (x, center, weight, bias))
-
-    assert torch.equal(found, expected)
-    for one, other in zip(found_grads, expected_grads, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 @pytest.mark.parametrize("num_latents", [400, 4000], ids=["dense", "sparse"])
 @pytest.mark.parametrize("latents", [torch.arange(300), torch.zeros(300, dtype=torch.int64)], ids=["different", "one"])
 def test_decode_sums_half_precision_in_float32(num_latents, latents):

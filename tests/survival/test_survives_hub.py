@@ -116,7 +116,7 @@ FEW_MOMENTS = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 99)
 @pytest.mark.parametrize(
     "moments", [FEW_MOMENTS, pytest.param(range(100), marks=pytest.mark.slow)], ids=["few", "all"]
 )
-@pytest.mark.parametrize("kind", ["sae", "vs2", "pipeline"])
+@pytest.mark.parametrize("kind", ["sae", "vs2", "pipeline", "sparsify"])
 def test_a_load_is_of_one_commit(hub, clip, tmp_path, monkeypatch, kind, moments):
     """Somebody pushes while we download, between any two of our files: settings of one commit with weights or an image processor
     of another would give wrong numbers without a word."""
@@ -124,8 +124,14 @@ def test_a_load_is_of_one_commit(hub, clip, tmp_path, monkeypatch, kind, moments
     commits = {}
     for seed, gamma in enumerate((1.25, 1.75)):
         sae = make_sae(clip, seed=seed, gamma=gamma)
-        what = sae if kind == "sae" else VS2CLIPForZeroShot(clip, sae, gamma=gamma)
-        commit = what.push_to_hub(name).oid
+        if kind == "sparsify":
+            sae.save_sparsify(tmp_path / f"{seed}")
+            files = {path.name: File(path.read_bytes(), False) for path in (tmp_path / f"{seed}").iterdir()}
+            if not seed:
+                serve(hub, name, files)
+            commit = hub[name].add(files, "another", None)
+        else:
+            commit = (sae if kind == "sae" else VS2CLIPForZeroShot(clip, sae, gamma=gamma)).push_to_hub(name).oid
         if kind == "pipeline":
             hub[name].edit("preprocessor_config.json", processor_with_mean(hub, name, seed))
             commit = hub[name].head.sha
@@ -135,6 +141,7 @@ def test_a_load_is_of_one_commit(hub, clip, tmp_path, monkeypatch, kind, moments
         "sae": SAEModel.from_pretrained,
         "vs2": VS2CLIPForZeroShot.from_pretrained,
         "pipeline": hf_vs2.zero_shot_classifier,
+        "sparsify": SAEModel.from_sparsify,
     }[kind]
     for after in moments:
         hub[name].branches["main"] = first
@@ -142,8 +149,11 @@ def test_a_load_is_of_one_commit(hub, clip, tmp_path, monkeypatch, kind, moments
             loaded = load(name, cache_dir=tmp_path / str(after))
         model = loaded.model if kind == "pipeline" else loaded
         gamma, weights, seed = commits[second if after == 0 else first]
-        assert model.config.gamma == gamma, f"moved before {seen[after]}"
-        assert torch.equal((model if kind == "sae" else model.sae).W_enc, weights)
+        assert torch.equal((model if kind in ("sae", "sparsify") else model.sae).W_enc, weights)
+        if kind == "sparsify":  # whose files know no gamma
+            assert model.config.training_data["converted_from"]["revision"] == (second if after == 0 else first)
+        else:
+            assert model.config.gamma == gamma, f"moved before {seen[after]}"
         assert kind != "pipeline" or loaded.image_processor.image_mean[0] == seed
         if len(seen) <= after:
             break

@@ -8,6 +8,7 @@ import sys
 import tomllib
 import traceback
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,13 @@ def build(checkout: Path, into: Path) -> Path:
 
 
 def test_distributions_are_the_same_wherever_they_are_built(tmp_path):
-    """Who doubts a published wheel or source distribution builds it again and compares the bytes."""
+    """Who doubts a published wheel or source distribution builds it again and compares the bytes. The wheel has every file
+    that the package reads: an editable install finds them in the checkout all the same."""
     one, other = build(tmp_path / "here", tmp_path / "1"), build(tmp_path / "elsewhere", tmp_path / "2")
     assert one.read_bytes() == other.read_bytes()
+    packed = {name for name in zipfile.ZipFile(one).namelist() if name.startswith("hf_vs2/")}
+    source = tmp_path / "here" / "src"
+    assert packed == {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     (one,), (other,) = one.parent.glob("*.tar.gz"), other.parent.glob("*.tar.gz")
     assert one.read_bytes() == other.read_bytes()
 

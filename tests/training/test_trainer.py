@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -14,10 +12,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from recorders import Recorder
-from toy import clip_like_rows, sparse_rows
+from toy import sparse_rows
 from trainings import HIDDEN, assert_close_weights, assert_same_weights, make_store, make_trainer
 
-from hf_vs2 import SAEConfig, SAEModel, SAETrainer, SAETrainingArguments
+from hf_vs2 import SAEConfig, SAEModel, SAETrainingArguments
 from hf_vs2.data.ahead import THREAD_NAME
 from hf_vs2.data.stores.rows import UnionRows, rows_of
 from hf_vs2.functional import prototype_alignment
@@ -26,7 +24,6 @@ from hf_vs2.sae import modeling as modeling_sae
 from hf_vs2.training.batches import BatchPlan
 from hf_vs2.training.calibration import activation_statistics
 from hf_vs2.training.label_losses import PrototypeAlignment
-from hf_vs2.training.output_folder import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -191,60 +188,12 @@ def test_the_number_of_steps():
 # Resuming
 
 
-KILLED = """
-import os, signal, sys
-import torch
-sys.path[:] = {path!r}
-from trainings import make_trainer
-from toy import sparse_rows
-import hf_vs2.trainer
-
-def kill(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-trainer = make_trainer({folder!r}, sparse_rows(2000), save_steps=5)
-batch = trainer._batch
-steps = iter(range(1000))
-trainer._batch = lambda read: kill() if next(steps) == 13 else batch(read)
-trainer.train()
-"""
-
-
-def test_a_killed_run_continues_exactly(rows, tmp_path):
-    """SIGKILL (out of memory, a preempted node) in training; resumed, the same bits. At any other moment:
-    tests/survival/test_survives_kills.py."""
-    folder = tmp_path / "killed"
-    script = KILLED.format(path=sys.path, folder=str(folder))
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (folder / "config.json").exists(), "nothing may look like a finished SAE"
-    assert checkpoints(folder)[-1].name == "checkpoint-10"
-
-    whole = make_trainer(tmp_path / "whole", rows)
-    whole.train()
-    resumed = make_trainer(folder, rows, save_steps=5)
-    metrics = resumed.train()
-    assert_same_weights(whole.model, resumed.model)
-    assert metrics["steps"] == 20 and resumed.model.config.fvu_quantiles == whole.model.config.fvu_quantiles
-    logs = [json.loads((path / "training_log.json").read_text())["log"] for path in (tmp_path / "whole", folder)]
-    assert logs[0] == logs[1], "saved at a logging step, the log goes on as well"
-
-
 @pytest.fixture(scope="module")
 def interrupted(rows, tmp_path_factory):
     """A folder with the training checkpoints of steps 5, 10 and 15."""
     folder = tmp_path_factory.mktemp("interrupted")
     make_trainer(folder, rows, save_steps=5, save_total_limit=3).train()
     return folder
-
-
-def test_training_checkpoints_hold_no_pickle_of_ours(interrupted):
-    """A checkpoint from someone else is data: our part of it is JSON and safetensors."""
-    names = {path.name for path in (interrupted / "checkpoint-10").iterdir()}
-    assert names >= {"trainer_state.json", "steps_since_active.safetensors", "model.safetensors"}
-    assert not {name for name in names if "custom_checkpoint" in name}
-    state = json.loads((interrupted / "checkpoint-10" / "trainer_state.json").read_text())
-    assert state["step"] == 10 and state["plan"]["seed"] == 42
 
 
 def test_other_rows_are_not_continued(interrupted):
@@ -608,18 +557,6 @@ def test_the_dead_share_counts_steps_without_activity(rows, tmp_path):
 # What can't be trained
 
 
-@pytest.mark.parametrize("part", ["train", "held_out"])
-def test_broken_rows_are_refused_before_training(rows, tmp_path, part):
-    """Found after an hour of training, a NaN costs the hour."""
-    trainer = make_trainer(tmp_path, rows)
-    broken = rows.clone()
-    number = int(getattr(trainer, f"{part}_indices")[7])
-    broken[number, 3] = float("nan")
-    with pytest.raises(ValueError, match=f"Row {number} of the activations holds NaN"):
-        make_trainer(tmp_path, broken, save_steps=1).train()
-    assert [path.name for path in tmp_path.iterdir()] in ([], [".training.lock"])
-
-
 def test_a_diverging_run_stops(rows, tmp_path):
     """A learning rate of 1e30 must end in a message and without a checkpoint, not in a folder of NaN."""
     with pytest.raises(ValueError, match=r"The loss is (nan|inf) at step \d+. Lower learning_rate"):
@@ -668,34 +605,6 @@ def test_impossible_arguments_are_refused(arguments, message):
     """Before the activations are extracted, not after."""
     with pytest.raises(ValueError, match=message):
         SAETrainingArguments(**{"output_dir": "x", **arguments})
-
-
-def test_memory_mapped_store_and_tensor_give_the_same(tiny_clip, tmp_path):
-    """Training from the store on disk is training on its rows; and the config says which CLIP and layer they are from."""
-    from datasets import Dataset, Features, Image
-
-    from hf_vs2 import VS2CLIPForZeroShot, extract_activations
-
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (40, 32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
-    from PIL import Image as PIL
-
-    images = Dataset.from_dict(
-        {"image": [PIL.fromarray(one) for one in pixels]}, features=Features({"image": Image()})
-    )
-    store = extract_activations(tiny_clip, images, tmp_path / "store", layers=(1, -1), progress=False)
-    runs = {}
-    for name, source, layer in (("store", store, -1), ("tensor", store.tensor(layer=2), None)):
-        arguments = SAETrainingArguments(str(tmp_path / name), max_steps=5, save_steps=0, disable_tqdm=True)
-        runs[name] = SAETrainer(SAEConfig(hidden_size=32, top_k=4), arguments, source, layer=layer)
-        runs[name].train()
-    assert_same_weights(runs["store"].model, runs["tensor"].model)
-    sae = SAEModel.from_pretrained(tmp_path / "store")
-    assert (sae.config.layer, sae.config.base_model_num_layers) == (2, 3), "a negative layer is resolved"
-    assert sae.config.training_data["num_rows"] == 40 and "fingerprint" in sae.config.training_data
-    VS2CLIPForZeroShot(tiny_clip, sae)
-    with pytest.raises(ValueError, match=r"The store holds layers \[1, 2\]: say which one to take"):
-        SAETrainer(SAEConfig(hidden_size=32, top_k=4), arguments, store)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}])
@@ -779,13 +688,6 @@ def test_the_progress_bar_shows_what_matters(rows, tmp_path, capfd, monkeypatch)
     assert "Training SAE" in bar and "20/20" in bar and all(f"{name}=" in bar for name in ("loss", "fvu", "dead"))
     make_trainer(tmp_path / "quiet", rows).train()
     assert "Training SAE" not in capfd.readouterr().err
-
-
-def test_clip_like_activations_reach_a_low_fvu(tmp_path):
-    """The default recipe on rows with CLIP's spectrum (large mean, few strong directions)."""
-    rows = clip_like_rows(3000, 48)
-    trainer = make_trainer(tmp_path, rows, model=SAEConfig(hidden_size=48, top_k=8), max_steps=300)
-    assert trainer.train()["fvu"] < 0.2
 
 
 assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no", "these tests count on float32"
