@@ -73,6 +73,13 @@ def take_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture()
+def no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on an image that is read fails the test: hours into an extraction is too late for most messages."""
+    for module in ("batches", "inputs"):
+        monkeypatch.setattr(f"hf_vs2.data.{module}.open_image", lambda *_, **__: pytest.fail("an image was read"))
+
+
+@pytest.fixture()
 def hub() -> Iterator[LoopbackHub]:
     """The Hub that every client in this process, and in those it starts, talks to."""
     HUB.faults.clear()

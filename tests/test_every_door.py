@@ -250,13 +250,6 @@ def test_a_list_of_names_means_the_same_at_every_door(world, asked, images_path,
     assert answers == measured.samples[measured.index("vs2", "single")].predictions.tolist()
 
 
-@pytest.fixture()
-def no_image(monkeypatch):
-    """Hours into an extraction is too late to read that a label was given twice."""
-    for module in ("batches", "inputs"):
-        monkeypatch.setattr(f"hf_vs2.data.{module}.open_image", lambda *_, **__: pytest.fail("an image was read"))
-
-
 COLOURS = ["blue", "green", "red"]
 BAD_NAMES = {
     "twice": ([*COLOURS, "blue"], "'blue' twice"),

@@ -39,11 +39,8 @@ FOLDERS = [
     "training",
     "evaluation",
     "atlas",
-    "adaptation",
-    "study",
-    "demo",
-    "cli",
 ]
+FOLDERS += ["adaptation", "study", "demo", "cli"]
 # Folders that exist on one machine only. Spelled so that this file does not hold one itself.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/(?:work|root|(?:home|Users)/[\w.-]+|tmp/\w+)(?:/|\b)")
 

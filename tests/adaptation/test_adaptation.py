@@ -219,15 +219,8 @@ def test_calibration_error():
 def test_a_checkpoint_is_asked_as_it_was_adapted(tmp_path):
     """With other labels, prompts or cleaning the answers are of another classifier than the one in the report. What the
     command line says wins; a checkpoint that says nothing needs labels."""
-    flags = {
-        "clip": None,
-        "revision": None,
-        "subfolder": None,
-        "labels": None,
-        "templates": None,
-        "names_as_given": False,
-    }
-    asked = Namespace(checkpoint=str(tmp_path), **flags)
+    flags = dict.fromkeys(("clip", "revision", "subfolder", "labels", "templates"))
+    asked = Namespace(checkpoint=str(tmp_path), names_as_given=False, **flags)
     with pytest.raises(ValueError, match="--labels is missing: .* was not adapted to labels"):
         labels_and_prompts(asked)
     request = {"labels": ["cat", "Dog_1"], "templates": ["a sketch of a {}.", "a {}."], "clean": False}

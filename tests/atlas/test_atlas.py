@@ -390,17 +390,8 @@ def test_images_are_those_that_the_rows_were_made_from(made, tmp_path):
 def test_command_writes_an_atlas_and_reuses_activations(checkpoint, images_path, tmp_path, capsys):
     """The README's way: a checkpoint and a folder of images; a store that is there is used, one of other images refused."""
     data = ["--checkpoint", checkpoint, "--dataset", images_path, "--disable_tqdm", "--top_images", "3"]
-    out = run(
-        capsys,
-        "atlas",
-        *data,
-        "--split",
-        "test",
-        "--output",
-        tmp_path / "atlas",
-        "--activations_dir",
-        tmp_path / "rows",
-    )
+    made = ["atlas", *data, "--split", "test", "--output", tmp_path / "atlas"]
+    out = run(capsys, *made, "--activations_dir", tmp_path / "rows")
     assert (tmp_path / "atlas" / "index.html").as_uri() in out
     overview = registered(tmp_path / "atlas" / "data" / "overview.js")
     assert overview["num_images"] == 24 and overview["training"]["steps"] and "accuracy" in overview
@@ -411,19 +402,7 @@ def test_command_writes_an_atlas_and_reuses_activations(checkpoint, images_path,
     words = tmp_path / "words.txt"
     words.write_text("sea\nforest\nfire\n")
     (store,) = (path for path in (tmp_path / "rows").iterdir() if path.is_dir())
-    run(
-        capsys,
-        "atlas",
-        *data,
-        "--split",
-        "test",
-        "--output",
-        tmp_path / "atlas",
-        "--activations",
-        store,
-        "--vocabulary",
-        words,
-    )
+    run(capsys, *made, "--activations", store, "--vocabulary", words)
     latents = json.loads((tmp_path / "atlas" / "latents.json").read_text())["latents"]
     assert {name["name"] for latent in latents for name in latent["names"]} == {"sea", "forest", "fire"}
     message = complaint(capsys, "atlas", *data, "--split", "train", "--output", tmp_path / "b", "--activations", store)

@@ -13,12 +13,6 @@ from hf_vs2.study import StudyConfig
 from hf_vs2.training.trackers import check_tracker
 
 
-@pytest.fixture()
-def no_image(monkeypatch):
-    for module in ("batches", "inputs"):
-        monkeypatch.setattr(f"hf_vs2.data.{module}.open_image", lambda *_, **__: pytest.fail("an image was read"))
-
-
 WRONG_LINES = [
     ("", "name a command: demo, adapt, extract"),
     ("trian", "there is no command 'trian'; did you mean train?"),

@@ -20,13 +20,12 @@ from transformers import CLIPImageProcessorPil
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, VS2CLIPForZeroShot, __version__
 from hf_vs2.cli import COMMANDS, main
 from hf_vs2.cli.answers import Table
-from hf_vs2.cli.parsing import Parser, dataclass_from
+from hf_vs2.cli.parsing import Parser
 from hf_vs2.data import images as data_images
 from hf_vs2.data import load_images
 from hf_vs2.data.stores.activations import extract_activations
 from hf_vs2.evaluation.comparison import evaluate
 from hf_vs2.evaluation.methods import evaluation_methods
-from hf_vs2.training.arguments import SAETrainingArguments
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -285,14 +284,6 @@ def test_a_recommendation_that_is_applied_is_used(kind, checkpoint, images_path,
     )
 
 
-def test_classify_honours_the_gate(checkpoint, images_path, capsys):
-    """A threshold of 0 lets no image pass, and then every answer is plain CLIP's to the last bit; `--gate none` passes all."""
-    arguments = ["classify", images_path / "test", "--checkpoint", checkpoint, "--labels", *COLOURS, "--json"]
-    held_back = json.loads(run(capsys, *arguments, "--fvu_threshold", 0))
-    assert all(not item["steered"] and item["predictions"] == item["plain"] for item in held_back)
-    assert all(item["steered"] for item in json.loads(run(capsys, *arguments, "--gate", "none")))
-
-
 def test_explain_draws_and_says_what_moved_the_scores(checkpoint, images_path, tmp_path, capsys):
     """The picture must be there and show something, the table and the JSON must agree with the model, and edits must count."""
     pytest.importorskip("matplotlib")
@@ -430,13 +421,6 @@ def test_config_file_gives_flags_and_the_command_line_wins(checkpoint, clip_path
     assert not (tmp_path / "wrong").exists()
 
 
-def test_the_example_config_is_understood():
-    """The file that the documentation names must have keys that exist."""
-    config = REPOSITORY / "examples" / "configs" / "cifar100.yaml"
-    args = parser_of("train").parse(["--config", str(config)])
-    assert dataclass_from(SAETrainingArguments, args).learning_rate == 5e-4
-
-
 # Mistakes: those in the command line itself are in test_checked_first.py
 
 
@@ -515,15 +499,6 @@ def test_a_misspelt_command_line_is_refused_at_once(arguments, expected):
     assert result.returncode == 2 and result.stdout == ""
     assert expected in result.stderr and len(result.stderr.splitlines()) == 1
     assert not HEAVY & modules
-
-
-def test_the_module_runs_as_a_program(tmp_path):
-    """`python -m hf_vs2.cli` is what `accelerate launch -m` starts; its status is the command's, and the Auto classes know our
-    checkpoints before the command begins."""
-    result, modules = imported_by("-m", "hf_vs2.cli", "train", "--output_dir", str(tmp_path))
-    assert result.returncode == 2
-    assert result.stdout == "" and result.stderr.startswith("hf-vs2 train: error: give --model and --dataset")
-    assert "hf_vs2.clip.auto_classes" in modules
 
 
 @pytest.mark.slow

@@ -21,16 +21,8 @@ def test_from_a_strangers_sae_to_a_gate(tmp_path, capsys, clip_path, images_path
     converted = SAEModel.from_pretrained(ours)
     assert converted.config.base_model_name_or_path == str(clip_path) and converted.config.layer == 2
     assert torch.equal(converted.mean, converted.b_pre)
-    asked = [
-        "classify",
-        next(images_path.rglob("*.png")),
-        "--checkpoint",
-        ours,
-        "--labels",
-        "red",
-        "blue",
-        "--gate=0.9",
-    ]
+    picture = next(images_path.rglob("*.png"))
+    asked = ["classify", picture, "--checkpoint", ours, "--labels", "red", "blue", "--gate=0.9"]
     assert "Calibrate it" in complaint(capsys, *asked)
 
     run(capsys, "calibrate", "--checkpoint", ours, "--dataset", images_path, "--split", "train", "--disable_tqdm")

@@ -191,6 +191,7 @@ class TestWrapperConfig:
         ({"method": "centroid", "gamma": (1.0, 2.0)}, "centroid.*gamma must be one number"),
         ({"lambda_": "2.1"}, "lambda_ must be a finite number, not '2.1'"),
         ({"lambda_": float("inf")}, "lambda_ must be a finite number"),
+        ({"coefficient": 1.5}, "coefficient must be a finite number .*not 1.5"),
         ({"gate": "a"}, "gate must be a finite number .or left out., not 'a'"),
         ({"enabled": 1}, "enabled must be true or false, not 1"),
         (

@@ -1,5 +1,6 @@
 """What a folder of images means: the same files at every door, and the splits and classes that a person would name."""
 
+import io
 import os
 from pathlib import Path
 

@@ -234,16 +234,6 @@ def test_fewer_labels_are_not_other_images(monkeypatch, share, noise, inside, ca
     assert bool(found.why) == (noise > 1 or inside < 0.8)
 
 
-def test_a_handful_of_labels_decides_nothing(rows, classes):
-    """One label that a method happens to get right is a gain of 100 points with an interval of [100, 100]."""
-    model = compared_model(rows, statistics=True)
-    with torch.no_grad(), model.steering(method="prototypes"):
-        truth = model.class_logits(model.image_features_from_cls(rows), classes).argmax(-1)
-    labels = torch.where(torch.arange(60) < 9, truth, -1)
-    found = recommend(model, rows, classes, labels)
-    assert "9 labelled images are too few" in found.reasons[-1] and found.method == found.by_rule
-
-
 def test_without_labels_the_answer_is_the_rules(rows, classes, monkeypatch, tmp_path):
     """It says how to know, too."""
     model = compared_model(rows, statistics=True)

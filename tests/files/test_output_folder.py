@@ -154,13 +154,7 @@ def test_a_finished_training_is_done_again_when_told(rows, finished, folder):
 
 
 def test_train_refuses_another_folder_before_the_first_image(
-    checkpoint,
-    clip_path,
-    images_path,
-    capsys,
-    caplog,
-    monkeypatch,
-    tmp_path,
+    checkpoint, clip_path, images_path, capsys, caplog, monkeypatch, tmp_path
 ):
     """An SAE with other settings, a CLIP, a downloaded SAE in output_dir; the same command again is done in a moment."""
     arguments = ["train", *source(clip_path, images_path), *TRAIN, "--output_dir"]

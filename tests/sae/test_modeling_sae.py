@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from numpy_reference import ReferenceSAE
 from recorders import Recorder
-from toy import make_rows, make_sae, sparse_rows
+from toy import make_rows, make_sae
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hf_vs2 import SAEConfig, SAEModel
@@ -65,17 +65,6 @@ def test_numpy_reference_agrees(activation):
         np.testing.assert_allclose(out.reconstruction[i].detach().numpy(), plain.decode(expected), atol=1e-5)
         np.testing.assert_allclose(out.fvu[i].item(), plain.fvu(row), rtol=1e-5)
     assert out.fvu.dtype == torch.float32 and not out.fvu.requires_grad
-
-
-def test_loss_of_a_batch_is_the_mean_of_its_halves():
-    """Otherwise gradient accumulation and several processes would train another model than one large batch."""
-    sae, x = make_sae(total_variance=3.0), make_rows(64)
-    dead = torch.rand(sae.config.num_latents) < 0.5
-    whole = gradients(sae, sae(x, dead_latents=dead).loss)
-    halves = [gradients(sae, sae(half, dead_latents=dead).loss) for half in x.chunk(2)]
-    for name in PARAMETERS:
-        torch.testing.assert_close(whole[name], (halves[0][name] + halves[1][name]) / 2)
-    assert sae(x).loss.item() == pytest.approx(sum(sae(half).loss.item() for half in x.chunk(2)) / 2, rel=1e-6)
 
 
 def test_without_total_variance_the_loss_is_the_fvu_of_the_batch():
@@ -148,19 +137,6 @@ def test_aux_k_gradient_is_that_of_the_formula(backward, dead_latents_counted, a
     check_gradients(gradients(sae, loss), gradients(sae, expected_loss))
 
 
-def test_aux_k_trains_dead_latents_only(dead_latents_counted):
-    """It adds to the encoder rows, biases and directions of the dead, and must not disturb the living."""
-    sae, x = make_sae(num_latents=64, aux_k=6, total_variance=2.0), make_rows(50)
-    dead = torch.zeros(64, dtype=torch.bool)
-    dead[10:40] = True
-    with_aux, without = gradients(sae, sae(x, dead_latents=dead).loss), gradients(sae, sae(x).loss)
-    for name in ("W_enc", "b_enc", "W_dec"):
-        changed = (with_aux[name] - without[name]).view(64, -1).abs().amax(1)
-        assert (changed[10:40] > 1e-6).sum() > 8, f"{name} of the dead gets no gradient"
-        torch.testing.assert_close(with_aux[name][~dead], without[name][~dead])
-    torch.testing.assert_close(with_aux["b_pre"], without["b_pre"])
-
-
 @pytest.mark.parametrize("dead", ["none", "all", "fewer than aux_k"])
 def test_aux_k_at_its_edges(dead_latents_counted, dead):
     """The first steps (nobody dead), a collapse (all dead) and the last survivors must not crash or divide by zero."""
@@ -171,40 +147,6 @@ def test_aux_k_at_its_edges(dead_latents_counted, dead):
     assert out.loss.isfinite() and sae.W_enc.grad.isfinite().all()
     if not number:
         assert out.loss.item() == sae(x).loss.item()
-
-
-def share_never_active(sae, x):
-    values, indices = sae.encode(x)
-    active = torch.zeros(sae.config.num_latents, dtype=torch.bool)
-    active[indices[values > 0]] = True
-    return 1 - active.float().mean().item()
-
-
-def test_aux_k_revives_dead_latents():
-    """What AuxK is for: latents that start out of reach come back with it and stay dead without it."""
-    rows = sparse_rows(2000)
-    share = {}
-    for coefficient in (1 / 32, 0.0):
-        torch.manual_seed(0)
-        sae = SAEModel(SAEConfig(hidden_size=24, num_latents=96, top_k=3, aux_k_coefficient=coefficient))
-        sae.set_statistics(rows.mean(0), (rows - rows.mean(0)).square().sum(-1).mean())
-        with torch.no_grad():
-            sae.b_enc[:64] = -1.0
-        at_first = share_never_active(sae, rows)
-        optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
-        since_active = torch.zeros(96)
-        for step in range(120):
-            out = sae(rows[torch.arange(step * 200, step * 200 + 200) % 2000], dead_latents=since_active >= 10)
-            since_active += 1
-            since_active[out.latent_indices[out.latent_values > 0]] = 0
-            out.loss.backward()
-            sae.remove_parallel_decoder_gradient()
-            optimizer.step()
-            optimizer.zero_grad()
-            sae.normalize_decoder()
-        share[coefficient] = share_never_active(sae, rows)
-    assert share[0.0] > 0.7 * at_first > 0.2, "the latents must be dead to begin with"
-    assert share[1 / 32] < 0.2 * at_first
 
 
 @pytest.mark.parametrize("rows_at_once", [256, 7], ids=["one block", "several blocks"])

@@ -144,18 +144,12 @@ def survive(kind: str, source: Path, scratch: Path, tries: int, seed: int) -> di
     return counts
 
 
+@pytest.mark.parametrize("tries", [TRIES, pytest.param(MANY_TRIES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_damage_is_refused_or_harmless(saved, tmp_path, kind):
+def test_random_damage_is_refused_or_harmless(saved, tmp_path, kind, tries):
     """A bit that flips on the disk must never become a traceback nobody understands, NaN in a table, or all the memory."""
-    counts = survive(kind, saved(kind), tmp_path, TRIES, seed=1)
-    assert counts["refused"] >= TRIES // 5, f"the damage does nothing: {counts}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_much_random_damage_is_refused_or_harmless(saved, tmp_path, kind):
-    """The same, for the harms that only show up once in hundreds."""
-    print(kind, survive(kind, saved(kind), tmp_path, MANY_TRIES, seed=2))
+    counts = survive(kind, saved(kind), tmp_path, tries, seed=tries)
+    assert counts["refused"] >= tries // 5, f"the damage does nothing: {counts}"
 
 
 # Shards

@@ -45,11 +45,6 @@ def to_a_full_disk():
         file.write("x" * 10_000)
 
 
-def torch_to_a_full_disk():
-    with open("/dev/full", "wb") as file:  # by its name it might be replaced, where tests run as root
-        torch.save(torch.zeros(10**5), file)
-
-
 def safetensors_to_a_full_disk():
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 

@@ -4,6 +4,7 @@ at."""
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,53 +68,17 @@ def world(clip_path, images_path, tmp_path):
     return World(clip_path, images_path, tmp_path / "world")
 
 
-def harm_tower(world: World) -> None:
-    overflow(world.clip.vision_model.encoder.layers[2].mlp.fc2)
-
-
-def harm_tail(world: World) -> None:
-    overflow(world.clip.visual_projection)
-
-
-def harm_text(world: World) -> None:
-    overflow(world.clip.text_projection)
-
-
-def harm_temperature(world: World) -> None:
-    world.clip.logit_scale.data.fill_(1000)
-
-
-def harm_pixels(world: World) -> None:
-    world.processor.image_std = [0.0, 0.0, 0.0]
-
-
-def harm_mean(world: World) -> None:
-    world.processor.image_mean = [math.nan] * 3
-
-
-def harm_classes(world: World) -> None:
-    world.classes[1] = torch.inf
-
-
-def harm_sae(world: World) -> None:
-    world.sae.W_enc.data.mul_(1e38)
-
-
-def harm_image_mean(world: World) -> None:
-    world.sae.domain_statistics.image_mean[3] = torch.nan
-
-
-HARMS = [
-    harm_tower,
-    harm_tail,
-    harm_text,
-    harm_temperature,
-    harm_pixels,
-    harm_mean,
-    harm_classes,
-    harm_sae,
-    harm_image_mean,
-]
+HARMS = {
+    "tower": lambda world: overflow(world.clip.vision_model.encoder.layers[2].mlp.fc2),
+    "tail": lambda world: overflow(world.clip.visual_projection),
+    "text": lambda world: overflow(world.clip.text_projection),
+    "temperature": lambda world: world.clip.logit_scale.data.fill_(1000),
+    "pixels": lambda world: setattr(world.processor, "image_std", [0.0] * 3),
+    "mean": lambda world: setattr(world.processor, "image_mean", [math.nan] * 3),
+    "classes": lambda world: world.classes[1].fill_(torch.inf),
+    "sae": lambda world: world.sae.W_enc.data.mul_(1e38),
+    "image_mean": lambda world: world.sae.domain_statistics.image_mean[3].fill_(torch.nan),
+}
 OF_IMAGES = ("tower", "tail", "pixels", "mean")
 
 
@@ -214,19 +179,18 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__.removeprefix("harm_"))
+@pytest.mark.parametrize("harm", HARMS)
 @torch.no_grad()
 def test_no_door_answers_with_nan(harm, world, tmp_path):
     """Somebody whose CLIP overflows, or whose files are damaged, must learn which, not get a label with a score of nan."""
-    harm(world)
-    met = harm.__name__.removeprefix("harm_")
+    HARMS[harm](world)
     for name, (door, harms, names) in DOORS.items():
         folder = tmp_path / name.replace(" ", "_")
-        if met in harms:
+        if harm in harms:
             with pytest.raises(ValueError, match=names) as refused:
                 pytest.fail(f"{name}: {str(door(world, folder))[:300]}")
             assert "\n" not in str(refused.value), name
-        elif met == "sae":  # steering fails: every image has plain CLIP's answer
+        elif harm == "sae":  # steering fails: every image has plain CLIP's answer
             assert "nan" not in str(door(world, folder)), name
 
 
@@ -238,7 +202,7 @@ def half(clip_path, tmp_path):
         part.from_pretrained(clip_path).save_pretrained(tmp_path / "clip")
 
     def write(harm) -> Path:
-        harm(type("Holder", (), {"clip": clip}))
+        HARMS[harm](SimpleNamespace(clip=clip))
         clip.save_pretrained(tmp_path / "clip")
         return tmp_path / "clip"
 
@@ -253,17 +217,18 @@ def commands(folder: Path, sae: Path, images: Path, out: Path) -> dict[str, list
     return {name: [*words, *(["--clip", folder] if "--checkpoint" in words else [])] for name, words in found.items()}
 
 
-@pytest.mark.parametrize("harm", [harm_tower, harm_text, harm_temperature])
-def test_classify_names_the_image_or_the_prompt(harm, half, checkpoint, images_path, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("harm", "expected"), [("tower", "00.png"), ("text", "a photo of a blue"), ("temperature", "logit_scale")]
+)
+def test_classify_names_the_image_or_the_prompt(harm, expected, half, checkpoint, images_path, tmp_path, capsys):
     """Exit status 0 and `red nan` went on into other people's programs."""
     words = commands(half(harm), checkpoint, images_path, tmp_path)["classify"]
-    expected = {harm_tower: "00.png", harm_text: "a photo of a blue", harm_temperature: "logit_scale"}[harm]
     assert expected in complaint(capsys, *words)
     assert not (tmp_path / "c.json").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", [harm_tower, harm_tail, harm_text, harm_temperature])
+@pytest.mark.parametrize("harm", ["tower", "tail", "text", "temperature"])
 def test_every_command_refuses_or_is_right(harm, half, checkpoint, images_path, tmp_path, capsys):
     """The same through the command line, from files: status 2 with one line and nothing written, or valid numbers."""
     meets = {
@@ -271,7 +236,7 @@ def test_every_command_refuses_or_is_right(harm, half, checkpoint, images_path, 
         "tail": {"classify", "explain", "evaluate", "recommend", "atlas", "calibrate"},
         "text": {"classify", "explain", "evaluate", "recommend", "atlas"},
         "temperature": {"classify", "explain", "evaluate", "recommend", "atlas"},
-    }[harm.__name__.removeprefix("harm_")]
+    }[harm]
     folder = half(harm)
     for name, words in commands(folder, checkpoint, images_path, tmp_path).items():
         if name in meets:

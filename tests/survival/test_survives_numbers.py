@@ -28,12 +28,12 @@ METHODS = ("centroid", "reconstruct", "amplify", "vs2", "vs2++")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CLASSES = torch.randn(3, 24, generator=torch.Generator().manual_seed(5))
 
-FEW, MANY = 60, 3000
+OFTEN = pytest.mark.parametrize("tries", [60, pytest.param(3000, marks=pytest.mark.slow)])
 
 
-def tries(number: int):
-    """A property tried on `number` cases, the same ones every time."""
-    return settings(max_examples=number, derandomize=True, deadline=None, database=None)
+def tried(check, tries: int) -> None:
+    """A property tried on so many cases, the same ones every time."""
+    settings(max_examples=tries, derandomize=True, deadline=None, database=None)(check)()
 
 
 @functools.cache
@@ -147,13 +147,14 @@ FINITE_BUT_TOO_LONG = {
 }
 
 
-@tries(FEW)
-@example(case=FINITE_BUT_TOO_LONG)  # for `post_layernorm`, whose squares overflow
-@given(case=cases)
-def test_no_nan_leaves_for_finite_rows(case):
+@OFTEN
+def test_no_nan_leaves_for_finite_rows(tries):
     """A black image, one on the mean, a row near the end of its dtype, gamma 1e38: some answer must come, in a batch of thousands
     most of all. Where the arithmetic ends, that is plain CLIP's, and `steered` says so."""
-    check_no_nan(case)
+    check = example(case=FINITE_BUT_TOO_LONG)(
+        given(case=cases)(check_no_nan)
+    )  # for `post_layernorm`, whose squares overflow
+    tried(check, tries)
 
 
 @pytest.mark.parametrize("method", ["vs2", "centroid"])
@@ -164,14 +165,6 @@ def test_a_row_that_overflows_once_moved_stays_as_it_was(method):
     rows = 3 * torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
     moved = model.steer_cls(rows)
     assert not moved.steered.any() and torch.equal(moved.rows, rows)
-
-
-@pytest.mark.slow
-@tries(MANY)
-@given(case=cases)
-def test_no_nan_leaves_for_finite_rows_many_times(case):
-    """The same on as many cases as a night allows."""
-    check_no_nan(case)
 
 
 # Off and gated out
@@ -225,19 +218,10 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
-@tries(25)
-@given(case=batches)
-def test_off_and_gated_out_are_clip_bit_for_bit(case):
+@OFTEN
+def test_off_and_gated_out_are_clip_bit_for_bit(tries):
     """The promise that makes steering safe to switch on: an image that is not steered has CLIP's own answer, whatever lies beside it."""
-    check_gated_out(case)
-
-
-@pytest.mark.slow
-@tries(1000)
-@given(case=batches)
-def test_off_and_gated_out_are_clip_bit_for_bit_many_times(case):
-    """The same on many more batches."""
-    check_gated_out(case)
+    tried(given(case=batches)(check_gated_out), tries // 3 + 5)
 
 
 # Neutral settings

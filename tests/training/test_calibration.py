@@ -56,18 +56,6 @@ def test_the_stated_share_of_fresh_rows_passes_the_gate(trained, num_rows, level
     assert level - 3 * deviation < sum(shares) / len(shares) < level + 1 / n + 3 * deviation, shares
 
 
-def test_in_sample_quantiles_would_not_keep_the_promise(trained):
-    """Why rows are held out: the SAE knows its training rows, and their quantile turns away fresh images by the dozen."""
-    in_sample, held_out = [], []
-    for trainer, rows in trained[500]:
-        with torch.no_grad():
-            threshold = trainer.model(rows[trainer.train_indices]).fvu.quantile(0.9).item()
-        in_sample.append(share_passing(trainer.model, threshold))
-        held_out.append(share_passing(trainer.model, trainer.model.fvu_threshold(0.9)))
-    assert max(in_sample) < 0.8
-    assert sum(held_out) / len(held_out) > 0.86
-
-
 def test_the_gate_turns_away_another_domain(trained):
     """What the gate is for: rows without the structure that the SAE has learnt."""
     sae = trained[20_000][0][0].model

@@ -188,22 +188,7 @@ def test_the_number_of_steps():
 # Resuming
 
 
-@pytest.fixture(scope="module")
-def interrupted(rows, tmp_path_factory):
-    """A folder with the training checkpoints of steps 5, 10 and 15."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    make_trainer(folder, rows, save_steps=5, save_total_limit=3).train()
-    return folder
-
-
-def test_other_rows_are_not_continued(interrupted):
-    """As many rows, but of another data set."""
-    trainer = make_trainer(interrupted, sparse_rows(2000, seed=5), resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="total_variance=.*Use the same rows"):
-        trainer.train()
-
-
-def test_checkpoints_that_are_not_there(rows, interrupted, tmp_path):
+def test_checkpoints_that_are_not_there(rows, tmp_path):
     """A typo in the path, or `latest` in a new folder, must not start from scratch in silence."""
     for wanted, message in (
         ("latest", "holds no checkpoint-"),
