@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from made_up_study import cell, made_up, rows, with_outcomes
+from made_up_study import B16, B32, cell, made_up, rows, with_outcomes
 
+from hf_vs2.study.documents.published import published
 from hf_vs2.study.documents.tables import study_markdown
 from hf_vs2.study.results.cells import Cell, CellResult
 
@@ -144,3 +146,73 @@ def _head_of(document: str, line: str) -> str:
     while start > 0 and lines[start - 1].startswith("|"):
         start -= 1
     return lines[start]
+
+
+# Classes, confusions, and agreement of seeds and of steering vectors
+
+
+def test_images_of_all_seeds_in_classes_confusions_and_agreement(tmp_path: Path) -> None:
+    """The audit of classes must be that of all SAEs, and name CLIP's mistake, not the method's."""
+    runs = [
+        with_outcomes(tmp_path, "clip", 200),
+        with_outcomes(tmp_path, "vs2", 240, seed=0),
+        with_outcomes(tmp_path, "vs2", 220, seed=1),
+    ]
+    document = study_markdown(made_up({"set": {"registry": "cifar100"}}, runs))
+    # Per class of 100: plain 50, seeds 60 and 55; the paper's gain stands beside the classes that it names.
+    assert rows(document, "tractor") == [["tractor", "50.0", "57.5", "+7.5 [+25]"]]
+    assert rows(document, "owl") == [["owl", "50.0", "57.5", "+7.5"]]
+    assert ["fixed", "tractor", "bus", "7.5"] in rows(document, "fixed")
+    (row,) = rows(document, "enc, single")
+    assert row[2:] == ["95.0", "95.0", "50.0", "50.0"]
+
+
+def test_cosines_are_a_matrix_with_its_names() -> None:
+    """Which two SAEs a cosine is about is all that it says."""
+    figures = {"names": ["seed 0", "k 8", "centroid"], "cosine": [[1.0, 0.5, 0.9], [0.5, 1.0, 0.7], [0.9, 0.7, 1.0]]}
+    one = CellResult(Cell("enc", "set", "steering_cosine"), figures, ["agreement"])
+    document = study_markdown(made_up({"set": {}}, [one]))
+    assert rows(document, "k 8") == [["k 8", "0.500", "1.000", "0.700"]]
+
+
+# The paper's figures: whole, and beside nothing that they are not about
+
+
+@pytest.mark.parametrize(
+    ("change", "bracket"),
+    [
+        ({}, " [64.52]"),
+        ({"registry": "food101"}, " [81.20]"),
+        ({"prompts": "ensemble"}, " [65.48]"),
+        ({"method": "reconstruct"}, " [58.22]"),
+        ({"encoder": "openai/clip-vit-large-patch14"}, " [74.12]"),
+        ({"registry": None}, ""),
+        ({"prompts": "published"}, ""),
+        ({"encoder": "a/clip"}, ""),
+        ({"method": "centroid"}, ""),
+    ],
+)
+def test_published_figures_stand_only_where_the_cell_is_the_same(change: dict[str, Any], bracket: str) -> None:
+    """A published figure beside another encoder, data set, method or prompt set would be a false comparison."""
+    about = {"registry": "cifar100"} | {key: value for key, value in change.items() if key == "registry"}
+    one = cell(change.get("method", "vs2"), 64.0, 3.0, seed=0, prompts=change.get("prompts", "single"))
+    document = study_markdown(made_up({"set": about}, [one], change.get("encoder", B32)))
+    assert rows(document, change.get("method", "vs2").replace("vs2", "VS2"))[0][1] == f"64.00 (+3.00){bracket}"
+    # Beside a published figure of an SAE with other settings, the difference is told.
+    assert bool(re.search(r"here k 16.*so they are not quite the same", " ".join(document.split()))) == bool(bracket)
+
+
+def test_published_file_has_a_figure_for_every_column() -> None:
+    """A row one figure short would shift the paper's figures to other data sets."""
+    figures = published()
+    for entry in figures["accuracy"]:
+        for methods in entry["figures"].values():
+            assert all(len(row) == len(entry["datasets"]) and min(row) > 10 for row in methods.values())
+    for part in ("fvu", "gate_shift"):
+        for found in figures[part]["figures"].values():
+            for row in found.values() if isinstance(found, dict) else [found]:
+                assert len(row) == len(figures[part]["datasets"])
+    table = figures["accuracy"][0]["figures"]
+    # Three of table 1's figures, as printed.
+    assert table[B32]["vs2"][0] == 64.52 and table[B16]["vs2++oracle"][2] == 81.55
+    assert table[B32]["rec_a"][2] == 30.56
