@@ -204,7 +204,7 @@ MUTATIONS = (
         "return logits.softmax(-1)",
     ),
     of(
-        "encoders/test_clip_loading.py encoders clip",
+        "encoders/test_fingerprints.py encoders clip",
         "encoders/fingerprints.py",
         "an SAE is accepted with a CLIP of other weights",
         "if math.isfinite(then) and abs(now - then) > _TOLERANCE * sample.size + 1e-6:",

@@ -1,9 +1,13 @@
 """Small CLIPs with SAEs whose figures are of ordinary size, and rows and classes for them."""
 
+import numpy as np
 import torch
 from conftest import make_tiny_clip
+from hub_models import CLIP_FILES
+from PIL import Image
 from torch.nn.functional import normalize
 from toy import make_sae
+from transformers import CLIPModel
 
 from hf_vs2 import VS2CLIPForZeroShot, calibrate, measure_statistics
 from hf_vs2.functional.label_free import norm_fit
@@ -57,6 +61,24 @@ def scored_model(clip, rows, seed=0, **settings):
     held_out = torch.arange(len(rows) * 4 // 5, len(rows))
     sae.set_domain_statistics(measure_statistics(sae, rows, held_out=held_out))
     return VS2CLIPForZeroShot(clip, sae, gamma=1.5, lambda_=0.7, **settings).eval()
+
+
+def scored_tiny(clip):
+    """The tiny CLIP with statistics of 80 random images."""
+    return scored_model(clip, cls_rows(clip, make_inputs(100, 4, seed=5)["pixel_values"]))
+
+
+def scored_demo(**settings):
+    """The demo's CLIP, whose labels have names: 28-pixel images, 96 wide, 3 layers."""
+    clip = CLIPModel.from_pretrained(CLIP_FILES, dtype=torch.float32).eval()
+    pixels = torch.randn(60, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+    return scored_model(clip, cls_rows(clip, pixels), **settings)
+
+
+def noise_images(count):
+    """Smooth and different, for a CLIP of any size."""
+    coarse = np.random.default_rng(0).integers(0, 255, (count, 5, 6, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels).resize((48, 40)) for pixels in coarse]
 
 
 @torch.no_grad()

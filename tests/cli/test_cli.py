@@ -499,23 +499,3 @@ def test_a_misspelt_command_line_is_refused_at_once(arguments, expected):
     assert result.returncode == 2 and result.stdout == ""
     assert expected in result.stderr and len(result.stderr.splitlines()) == 1
     assert not HEAVY & modules
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work_and_speak_once(checkpoint, clip_path, images_path, tmp_path):
-    """Launched twice, `train` gives the checkpoint of one process with the same global batch, and prints its report once."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "hf_vs2.cli", "train"]
-    arguments = [
-        *source(clip_path, images_path),
-        "--output_dir",
-        str(tmp_path),
-        *TRAIN,
-        "--per_device_train_batch_size=32",
-    ]
-    program = subprocess.run(
-        [sys.executable, *launcher, *arguments], capture_output=True, text=True, env=environment(), check=False
-    )
-    assert program.returncode == 0, program.stderr
-    assert program.stdout.count("Written:") == 1
-    one, two = (SAEModel.from_pretrained(path).state_dict() for path in (checkpoint, tmp_path))
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from steered import noise_images
 from tokenizers import normalizers
 from transformers import AutoProcessor, BlipConfig, BlipModel, CLIPModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -33,9 +34,7 @@ LABELS = ["three", "a zero", "digit {7}", "nine of them"]
 
 @pytest.fixture(scope="module")
 def images():
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 255, (7, 5, 6, 3), dtype=np.uint8)
-    return [Image.fromarray(pixels).resize((48, 40)) for pixels in coarse]
+    return noise_images(7)
 
 
 def load_clip():

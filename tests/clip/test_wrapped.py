@@ -155,7 +155,7 @@ def test_loading_info(folders, kind, auto):
     assert info == {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["sae", "light", "full"])
 def test_attention_is_chosen_at_loading_and_afterwards(folders, kind):
     """As of a CLIPModel, in each form that transformers takes, and back; config and model always agree."""
 

@@ -1,6 +1,5 @@
 """The config is the checkpoint's passport: it must refuse what can't work, and come back as it was written."""
 
-import copy
 import json
 
 import pytest
@@ -135,46 +134,6 @@ def test_the_gates_threshold_is_read_from_the_quantiles(gate, expected):
         config.fvu_threshold(gate)
     with pytest.raises(ValueError, match="holds no FVU quantiles.*Calibrate it"):
         SAEConfig(hidden_size=32, top_k=4).fvu_threshold(gate)
-
-
-class TestWrapperConfig:
-    """The composite config of CLIP and SAEs."""
-
-    def test_round_trip(self, tmp_path):
-        """One SAE a layer, each with its own statistics, must come back as SAEConfig objects and not as dicts."""
-        clip = make_tiny_clip()
-        config = VS2CLIPConfig(
-            clip_config=clip.config,
-            sae_configs=[SAEConfig(**FULL), SAEConfig(hidden_size=32, top_k=3)],
-            method="amplify",
-            gamma=[1.5] * 100,
-            lambda_=0.5,
-            fvu_threshold=0.25,
-            base_model_name_or_path="some/clip",
-            base_model_revision="abc",
-            holds_clip=True,
-        )
-        config.save_pretrained(tmp_path)
-        loaded = VS2CLIPConfig.from_pretrained(tmp_path)
-        first, second = loaded.sae_configs
-        assert {name: getattr(first, name) for name in FULL} == FULL
-        assert isinstance(second, SAEConfig) and second.top_k == 3
-        assert loaded.steering() == Steering("amplify", (1.5,) * 100, 0.5, None, 0.25)
-        assert (loaded.base_model_name_or_path, loaded.base_model_revision, loaded.holds_clip) == (
-            "some/clip",
-            "abc",
-            True,
-        )
-        assert loaded.clip_config.vision_config.hidden_size == 32
-
-    def test_a_live_models_config_is_left_alone(self):
-        """A composite config resets the attention implementation of its parts: the user's CLIP would fall back to eager."""
-        clip = make_tiny_clip()
-        before = copy.deepcopy(clip.config.to_dict())
-        attention = clip.config._attn_implementation, clip.config.vision_config._attn_implementation
-        VS2CLIPConfig(clip_config=clip.config)
-        assert clip.config.to_dict() == before
-        assert (clip.config._attn_implementation, clip.config.vision_config._attn_implementation) == attention
 
 
 @pytest.mark.parametrize(

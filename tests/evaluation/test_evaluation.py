@@ -334,14 +334,6 @@ def test_bad_input_says_what_is_wrong(rows, labels, tokenizer, change, message):
         evaluate(compared_model(rows), **arguments)
 
 
-def test_inner_layers_are_refused(rows, labels, tokenizer):
-    """An inner layer's steering cannot be replayed on rows of the last one: its table would be another model's."""
-    sae = SAEModel(SAEConfig(hidden_size=32, expansion_factor=2, top_k=8))
-    model = VS2CLIPForZeroShot(make_tiny_clip(), {1: sae})
-    with pytest.raises(ValueError, match=r"steers layers \[1\]"):
-        evaluate(model, rows, labels, NAMES, tokenizer)
-
-
 # Real rows
 
 

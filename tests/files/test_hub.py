@@ -290,33 +290,33 @@ def test_branch_tag_and_pull_request(hub, clip):
     assert_same_weights(SAEModel.from_pretrained("ada/refs", force_download=True), make_sae(clip, seed=3))
 
 
-def test_tag_of_another_commit_is_not_moved(hub, clip):
-    """Who asks for v1 a year from now gets what v1 was; the push says so before it uploads anything."""
-    make_sae(clip).push_to_hub("ada/tags", tag="v1")
-    make_sae(clip, seed=1).push_to_hub("ada/tags")
-    with pytest.raises(ValueError, match="already marks commit .* Nothing was uploaded"):
-        make_sae(clip, seed=2).push_to_hub("ada/tags", tag="v1")
-    assert len(hub["ada/tags"].history()) == 3
+REFUSED = {
+    "moved tag": ({"tag": "v1"}, "already marks commit .* Nothing was uploaded"),
+    "tag for a branch": ({"revision": "v1"}, "revision='v1' is a tag"),
+    "proposed tag": ({"tag": "v2", "create_pr": True}, "create_pr=True"),
+    "proposed branch": ({"revision": "dev", "create_pr": True}, "create_pr=True"),
+    "public": ({"private": True}, "exists and is public"),
+}
 
 
-@pytest.mark.parametrize("options", [{"tag": "v1", "create_pr": True}, {"revision": "dev", "create_pr": True}])
-def test_contradicting_options_are_refused(hub, clip, options):
-    with pytest.raises(ValueError, match="create_pr=True"):
-        make_sae(clip).push_to_hub("ada/never", **options)
-    assert "ada/never" not in hub.repositories
-
-
-def test_a_tag_is_no_branch_to_push_to(hub, clip):
-    make_sae(clip).push_to_hub("ada/tagged", tag="v1")
-    with pytest.raises(ValueError, match="revision='v1' is a tag"):
-        make_sae(clip, seed=1).push_to_hub("ada/tagged", revision="v1")
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_push_that_would_mean_something_else_is_refused(hub, clip, case):
+    """Who asks for v1 a year from now gets what v1 was, and private=True never ends in a public repository: said before
+    anything is uploaded."""
+    (options, message), name = REFUSED[case], f"ada/{case.replace(' ', '-')}"
+    make_sae(clip).push_to_hub(name, tag="v1")
+    make_sae(clip, seed=1).push_to_hub(name)
+    before = hub[name].history(), dict(hub[name].branches), dict(hub[name].pull_requests)
+    with pytest.raises(ValueError, match=message):
+        make_sae(clip, seed=2).push_to_hub(name, **options)
+    assert (hub[name].history(), hub[name].branches, hub[name].pull_requests) == before
 
 
 # Who may
 
 
-def test_private_stays_private(hub, clip, tmp_path):
-    """Only the owner reads it, with the CLIP private too; and private=True never ends in a public repository."""
+def test_private_stays_private(hub, tmp_path):
+    """Only the owner reads it, with the CLIP private too."""
     model = make_vs2(upload_clip("ada/private-clip", private=True))
     model.push_to_hub("ada/private", private=True)
     for token in (False, hub.other):
@@ -324,11 +324,6 @@ def test_private_stays_private(hub, clip, tmp_path):
             VS2CLIPForZeroShot.from_pretrained("ada/private", token=token, cache_dir=tmp_path)
     loaded = VS2CLIPForZeroShot.from_pretrained("ada/private", token=hub.read)
     assert_same_weights(loaded, model)
-    model.push_to_hub("ada/public")
-    commits = len(hub["ada/public"].history())
-    with pytest.raises(ValueError, match="exists and is public"):
-        make_vs2(clip).push_to_hub("ada/public", private=True)
-    assert len(hub["ada/public"].history()) == commits
 
 
 @pytest.mark.parametrize("token, status", [(False, 401), ("hf_nonsense", 401), ("hf_read", 403), ("hf_other", 403)])
@@ -370,18 +365,6 @@ def test_push_survives_a_failing_server(hub, clip, status, request_):
     sae = make_sae(clip, seed=status + len(request_))
     sae.push_to_hub(name)
     assert len(hub[name].history()) == 2
-    assert_same_weights(SAEModel.from_pretrained(name), sae)
-
-
-@pytest.mark.parametrize("status", [500, 503])
-def test_download_that_fails_leaves_nothing_broken(hub, clip, status):
-    """The client gives a failing download up; the next attempt must find a clean cache."""
-    name = f"ada/down-{status}"
-    sae = make_sae(clip, seed=status)
-    sae.push_to_hub(name)
-    hub.fail("GET /lfs/", status=status)
-    with pytest.raises(OSError):
-        SAEModel.from_pretrained(name)
     assert_same_weights(SAEModel.from_pretrained(name), sae)
 
 

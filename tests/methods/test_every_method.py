@@ -403,6 +403,24 @@ def test_gradients_are_the_numerical_ones(world):
             assert torch.autograd.gradcheck(moved, rows, atol=1e-4, fast_mode=True), method
 
 
+@pytest.mark.parametrize("method", ALL)
+def test_what_inference_mode_kept_can_be_trained_with(world, method):
+    """An evaluation inside `torch.inference_mode()` fills what is kept (label sets, the corpus, edits, a gamma for each latent);
+    the training step after it saves those tensors for backward, which torch refuses for tensors of that mode."""
+    model = copy.deepcopy(world.model)
+    gamma = 1.7 if RULES[method].one_direction else PER_LATENT
+    model.set_steering(method=method, gamma=gamma, edits={"amplify": {3: 4.0}, "suppress": [9, 5], "set": {7: 2.5}})
+    with torch.inference_mode():
+        expected = replayed(model, world.rows.clone(), world.classes.clone())[1]
+    for _ in range(2):  # the second would go back through a graph that was kept
+        rows = world.rows.clone().requires_grad_()
+        made = model.image_features_from_cls(rows, class_embeds=world.classes)
+        logits = model.class_logits(made, world.classes)
+        logits.sum().backward()
+        torch.testing.assert_close(logits, expected)
+        assert rows.grad.isfinite().all() and model.clip.visual_projection.weight.grad.any()
+
+
 # Edges, copies, checkpoints
 
 

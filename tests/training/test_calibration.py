@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from toy import clip_like_rows, make_rows, make_sae
+from trainings import make_trainer
 
-from hf_vs2 import SAEConfig, SAETrainer, SAETrainingArguments, VS2CLIPForZeroShot, calibrate
+from hf_vs2 import SAEConfig, VS2CLIPForZeroShot, calibrate
 from hf_vs2.data.stores.rows import rows_of
 from hf_vs2.functional import equations as functional
 from hf_vs2.training import calibration
@@ -22,16 +23,9 @@ def trained(tmp_path_factory):
 
     def train(num_rows, seed):
         rows = clip_like_rows(num_rows, HIDDEN, seed=seed)
-        arguments = SAETrainingArguments(
-            output_dir=str(tmp_path_factory.mktemp("sae")),
-            max_steps=200,
-            learning_rate=3e-3,
-            per_device_train_batch_size=128,
-            save_steps=0,
-            seed=seed,
-            disable_tqdm=True,
-        )
-        trainer = SAETrainer(SAEConfig(hidden_size=HIDDEN, top_k=8), arguments, rows)
+        settings = {"max_steps": 200, "per_device_train_batch_size": 128, "seed": seed}
+        config = SAEConfig(hidden_size=HIDDEN, top_k=8)
+        trainer = make_trainer(tmp_path_factory.mktemp("sae"), rows, model=config, **settings)
         trainer.train()
         return trainer, rows
 

@@ -341,7 +341,8 @@ def test_fsdp_in_bfloat16(sharded):
 
 @pytest.mark.slow
 def test_fsdp_from_the_command_line(tiny_clip, tmp_path):
-    """The command of docs/distributed.md, from images: extraction shared, weights dealt out, stopped, resumed, calibrated."""
+    """The command of docs/distributed.md, from images: extraction shared, weights dealt out, stopped, resumed, calibrated, and
+    one report printed."""
     tiny_clip.save_pretrained(tmp_path / "clip")
     make_processor().save_pretrained(tmp_path / "clip")
     make_dataset(60).save_to_disk(tmp_path / "images")
@@ -349,18 +350,11 @@ def test_fsdp_from_the_command_line(tiny_clip, tmp_path):
     options = ["--top_k=4", "--max_steps=8", "--save_steps=4", "--disable_tqdm", "--dead_latent_threshold=2"]
 
     def train(launcher, output_dir, batch_size, *more):
-        command = [
-            *launcher,
-            "-m",
-            "hf_vs2.cli",
-            "train",
-            *images,
-            *options,
-            f"--per_device_train_batch_size={batch_size}",
-        ]
-        launched = start_process([*command, "--output_dir", str(tmp_path / output_dir), *more])
+        command = [*launcher, "-m", "hf_vs2.cli", "train", *images, *options]
+        given = [f"--per_device_train_batch_size={batch_size}", "--output_dir", str(tmp_path / output_dir), *more]
+        launched = start_process([*command, *given])
         output = launched.communicate(timeout=300)[0]
-        assert launched.returncode == 0, output[-4000:]
+        assert launched.returncode == 0 and output.count("Written:") == 1, output[-4000:]
         return SAEModel.from_pretrained(tmp_path / output_dir)
 
     fsdp = accelerate_launch("fsdp_cpu_2_processes.yaml")
