@@ -102,28 +102,11 @@ def make_tiny_clip(num_layers: int = 3):
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "vocab_size": 99,
-            "max_position_embeddings": 20,
-            "bos_token_id": 0,
-            "eos_token_id": 98,
-            "pad_token_id": 1,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        projection_dim=24,
-    )
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": 99, "max_position_embeddings": 20, "bos_token_id": 0, "eos_token_id": 98, "pad_token_id": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": num_layers, "num_attention_heads": 4}
+    vision |= {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     # Larger weights than CLIP's initialisation, so that images differ visibly in the CLS row.
     clip = CLIPModel(config).eval()
     with torch.no_grad():

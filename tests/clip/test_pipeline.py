@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_models import make_sae
 from PIL import Image
 from steered import noise_images
 from tokenizers import normalizers
@@ -18,9 +19,8 @@ from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import is_torchvision_available
 
 import hf_vs2
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, VS2ZeroShotImageClassificationPipeline
+from hf_vs2 import VS2CLIPForZeroShot, VS2ZeroShotImageClassificationPipeline
 from hf_vs2.data.images import UnreadableImageError
-from hf_vs2.encoders.base_model import describe_base_model
 from hf_vs2.encoders.processing import load_processing
 from hf_vs2.files.weight_state import weights_state
 from hf_vs2.steering.corpus import RetrievalCorpus
@@ -30,6 +30,7 @@ from hf_vs2.steering.corpus import RetrievalCorpus
 CLIP_PATH = str(Path(hf_vs2.__file__).parent / "demo_assets")
 STOCK_TASK, OUR_TASK = "zero-shot-image-classification", "vs2-zero-shot-image-classification"
 LABELS = ["three", "a zero", "digit {7}", "nine of them"]
+NO_GATE = {"gate": None, "fvu_quantiles": None}
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +42,11 @@ def load_clip():
     return CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32)
 
 
-def make_sae(clip, layer=None):
-    torch.manual_seed(0)
-    config = SAEConfig(hidden_size=96, top_k=8, layer=layer, gate=None, **describe_base_model(clip))
-    return SAEModel(config).eval()
-
-
 @pytest.fixture()
 def model(images):
     """Steered enough to show in the scores; its gate of 0.5 lets about half of `images` pass."""
     clip = load_clip()
-    vs2 = VS2CLIPForZeroShot(clip, make_sae(clip))
+    vs2 = VS2CLIPForZeroShot(clip, make_sae(clip, **NO_GATE))
     pixels = load_processing(CLIP_PATH)[1](images, return_tensors="pt")["pixel_values"]
     fvu = vs2.image_features(pixels).fvu.sort().values
     vs2.sae.config.fvu_quantiles = {"0.5": fvu[3:5].mean().item(), "0.99": 2 * fvu[-1].item()}  # none on the edge
@@ -429,7 +424,9 @@ def test_details_tell_what_steering_did(classifier, model, images):
 def test_details_of_several_saes(images):
     """With an inner layer steered the plain scores need a pass of their own; FVU and decisions come one a layer."""
     clip = load_clip()
-    model = VS2CLIPForZeroShot(clip, {layer: make_sae(clip, layer) for layer in (1, 2)}, fvu_threshold=0.9)
+    model = VS2CLIPForZeroShot(
+        clip, {layer: make_sae(clip, layer=layer, **NO_GATE) for layer in (1, 2)}, fvu_threshold=0.9
+    )
     classifier = hf_vs2.zero_shot_classifier(model, device="cpu")
     found = classifier(images, LABELS, return_details=True, batch_size=4)
     assert [(len(one["fvu"]), len(one["steered"])) for one in found] == [(2, 2)] * len(images)

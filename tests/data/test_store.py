@@ -10,44 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+from trainings import finish_store
 
 from hf_vs2.data.stores.rows import checked_labels, rows_of
-from hf_vs2.data.stores.store import ActivationStore, _fill
+from hf_vs2.data.stores.store import _fill
 from hf_vs2.data.stores.store_format import (
-    FORMAT,
-    FORMAT_VERSION,
     ROW_DTYPES,
     StoreError,
     read_shard_header,
     shard_name,
-    write_index,
     write_shard,
 )
 from hf_vs2.training.calibration import activation_statistics
-
-
-def finish_store(folder, rows_per_shard, hidden, layers, dtype="float32"):
-    """Declares the shards in `folder` a complete store, as extraction does, and opens it."""
-    shards = [{"rows": n, "bytes": (folder / shard_name(i)).stat().st_size} for i, n in enumerate(rows_per_shard)]
-    index = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "model": {"id": "someone/clip", "revision": None, "fingerprint": "ab12", "dtype": "float32"},
-        "layers": layers,
-        "site": "cls",
-        "preprocessing": {},
-        "dataset": {"fingerprint": "cd34", "split": None},
-        "columns": {"image": "image", "label": None},
-        "dtype": dtype,
-        "class_names": None,
-        "hidden_size": hidden,
-        "num_layers": 3,
-        "num_rows": sum(rows_per_shard),
-        "shards": shards,
-        "complete": True,
-    }
-    write_index(folder, index)
-    return ActivationStore.open(folder)
 
 
 def make_store(folder, dtype="float32", rows_per_shard=(7, 0, 30, 1, 12), layers=(0, 2), hidden=5):
@@ -60,7 +34,7 @@ def make_store(folder, dtype="float32", rows_per_shard=(7, 0, 30, 1, 12), layers
         tensors = {f"layer_{layer}": values[part].contiguous() for layer, values in rows.items()}
         write_shard(folder, number, tensors | {"image_index": torch.arange(part.start, part.stop)}, {})
         assert read_shard_header(folder, number)["rows"] == count
-    store = finish_store(folder, rows_per_shard, hidden, list(layers), dtype)
+    store = finish_store(folder, rows_per_shard, hidden, list(layers), dtype=dtype)
     return store, {layer: values.float() for layer, values in rows.items()}
 
 

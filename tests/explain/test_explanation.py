@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_clip
+from hub_models import make_sae
 from steered import HIDDEN, LAST, LATENTS, cls_rows, fitted_sae, make_classes, make_inputs
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 import hf_vs2
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot
-from hf_vs2.encoders.base_model import describe_base_model
+from hf_vs2 import VS2CLIPForZeroShot
 from hf_vs2.encoders.processing import load_processing
 from hf_vs2.explain.inputs import resolve_names
 
@@ -107,9 +107,7 @@ def test_what_has_no_sum_is_refused():
 @pytest.fixture(scope="module")
 def real_model():
     clip = CLIPModel.from_pretrained(CLIP_PATH, dtype=torch.float32)
-    torch.manual_seed(0)
-    sae = SAEModel(SAEConfig(hidden_size=96, top_k=8, gate=None, **describe_base_model(clip)))
-    return VS2CLIPForZeroShot(clip, sae).eval()
+    return VS2CLIPForZeroShot(clip, make_sae(clip, gate=None)).eval()
 
 
 def test_images_and_words_are_read_as_the_pipeline_reads_them(real_model, tmp_path):

@@ -438,19 +438,6 @@ def test_the_studies_that_we_ship_can_be_planned(path):
     assert {cell.method for cell in cells} >= set(METHODS)
 
 
-def test_images_without_labels_are_named(tmp_path, clip_path, images_path):
-    """Accuracy needs labels; the message must say of which data set."""
-    whole = description(clip_path, images_path, tmp_path) | {"methods": ["clip"], "gate_shift": None, "ablations": {}}
-    flat = tmp_path / "flat"
-    for split in ("train", "test"):
-        (flat / split).mkdir(parents=True)
-        for number, path in enumerate((images_path / split).rglob("*.png")):
-            (flat / split / f"{number}.png").write_bytes(path.read_bytes())
-    whole["datasets"] = [{"name": "flat", "path": str(flat)}]
-    with pytest.raises(ValueError, match="flat.*has no column 'label'"):
-        run_study(StudyConfig.from_dict(whole), progress=False)
-
-
 def test_names_that_are_one_to_the_encoder_are_refused_before_images_are_read(tmp_path, clip_path, images_path):
     """The tokenizer reads `Red` and `red` alike: half of their images would never be answered rightly."""
     root = tmp_path / "images"
@@ -463,15 +450,22 @@ def test_names_that_are_one_to_the_encoder_are_refused_before_images_are_read(tm
     assert not (tmp_path / "out" / "activations").exists()
 
 
-def test_training_images_without_labels(tmp_path, clip_path, images_path):
-    """Unlabelled training images are what VS2 is for; only PASS and the oracles need more, and that is said at once."""
-    root = tmp_path / "images"
-    (root / "train").mkdir(parents=True)
-    for number, path in enumerate(sorted((images_path / "train").rglob("*.png"))):
-        (root / "train" / f"{number}.png").write_bytes(path.read_bytes())
+@pytest.mark.parametrize("splits", ["train and test", "train"])
+def test_images_without_labels(tmp_path, clip_path, images_path, splits):
+    """Accuracy needs them; unlabelled training images are what VS2 is for: only PASS and the oracles need more, and that is
+    said at once."""
+    root = tmp_path / "flat"
+    for split in splits.split(" and "):
+        (root / split).mkdir(parents=True)
+        for number, path in enumerate(sorted((images_path / split).rglob("*.png"))):
+            (root / split / f"{number}.png").write_bytes(path.read_bytes())
     whole = description(clip_path, root, tmp_path / "out") | {"gate_shift": None, "ablations": {}, "agreement": False}
-    whole["datasets"] = [{"name": "colours", "path": str(root), "train_split": "train", "test_split": "train"}]
+    whole["datasets"] = [{"name": "flat", "path": str(root)} | ({"test_split": "train"} if splits == "train" else {})]
     config = StudyConfig.from_dict(whole)
+    if splits != "train":
+        with pytest.raises(ValueError, match="flat.*has no column 'label'"):
+            run_study(replace(config, methods=("clip",)), progress=False)
+        return
     bench = Bench(config, progress=False)
     with pytest.raises(ValueError, match="no column 'label'.*oracle_prototypes.*vs2_pass"):
         _check_labels(bench, plan(config))

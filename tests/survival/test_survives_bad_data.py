@@ -10,11 +10,10 @@ from commands import complaint, image_commands, run, strictly
 from pictures import encoded
 from PIL import Image
 from toy import make_rows, make_sae
+from trainings import make_trainer
 from words import NAMES, compared_model, make_word_tokenizer
 
 from hf_vs2 import (
-    SAETrainer,
-    SAETrainingArguments,
     calibrate,
     evaluate,
     extract_activations,
@@ -63,8 +62,7 @@ LABELS, CLASSES = [0] * 300, torch.eye(24)[:7]
 
 
 def trained(rows, folder, **labels):
-    arguments = SAETrainingArguments(output_dir=str(folder / "sae"), max_steps=3, save_steps=1, disable_tqdm=True)
-    return SAETrainer(make_sae(32).config, arguments, rows, **labels).train()
+    return make_trainer(folder / "sae", rows, model=make_sae(32).config, max_steps=3, save_steps=1, **labels).train()
 
 
 def compared(rows, labels=LABELS, **others):

@@ -10,11 +10,10 @@ import pytest
 import torch
 from commands import complaint, image_commands, strictly
 from toy import make_sae
+from trainings import make_trainer
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from hf_vs2 import (
-    SAETrainer,
-    SAETrainingArguments,
     VS2CLIPForZeroShot,
     calibrate,
     class_embeddings,
@@ -97,11 +96,9 @@ def trained(world: World, folder: Path):
     store = extract_activations(
         world.clip, world.images, folder / "rows", image_processor=world.processor, progress=False
     )
-    arguments = SAETrainingArguments(
-        str(folder / "sae"), max_steps=2, per_device_train_batch_size=8, disable_tqdm=True
-    )
+    config = make_sae(32).config
     with torch.enable_grad():
-        return SAETrainer(make_sae(32).config, arguments, store).train()
+        return make_trainer(folder / "sae", store, model=config, max_steps=2, per_device_train_batch_size=8).train()
 
 
 def atlas(world: World, folder: Path):
