@@ -1,6 +1,7 @@
 """Ways to damage the files of a checkpoint. Each function here gives one that takes the folder."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,26 @@ def without(key: str, name: str = WEIGHTS) -> Harm:
 def at(place: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """A tensor with one number replaced."""
     return lambda found: found.flatten().index_fill(0, torch.tensor([place % found.numel()]), value).view_as(found)
+
+
+def by_a_bad_disk(content: bytes, dice: random.Random, at: int) -> tuple[str, bytes]:
+    """What happened to a file, from a place on, and what is left of it."""
+    data, length = bytearray(content), dice.choice((8, 64, 512, 4096))
+    harm = dice.choice(("flip", "flip", "cut", "zeros", "ones", "double", "overwrite"))
+    if harm == "flip":
+        for place in {at, *(dice.randrange(len(data)) for _ in range(dice.choice((0, 0, 3))))}:
+            data[place] ^= 1 << dice.randrange(8)
+    elif harm == "cut":
+        del data[at:]
+    elif harm in ("zeros", "ones"):
+        data[at : at + length] = (b"\0" if harm == "zeros" else b"\xff") * len(data[at : at + length])
+    elif harm == "double":
+        data[at:at] = data[at : at + 256]
+    else:  # a sector written to the wrong place: the length stays
+        piece = data[at : at + 64]
+        to = dice.randrange(max(1, len(data) - len(piece)))
+        data[to : to + len(piece)] = piece
+    return harm, bytes(data)
 
 
 class Code:

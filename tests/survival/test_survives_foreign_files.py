@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from artefacts import ARTEFACTS, Numbers, bounded_memory
-from harms import Code, config
+from harms import Code, by_a_bad_disk, config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import make_rows
@@ -68,53 +68,17 @@ def outcome(kind: str, folder: Path, names: tuple[str, ...]) -> list[float] | st
 # Random damage
 
 
-def flip(content: bytearray, dice: random.Random, at: int) -> bytearray:
-    for place in {at, *(dice.randrange(len(content)) for _ in range(dice.choice((0, 0, 3))))}:
-        content[place] ^= 1 << dice.randrange(8)
-    return content
-
-
-def truncate(content: bytearray, dice: random.Random, at: int) -> bytearray:
-    return content[:at]
-
-
-def zeros(content: bytearray, dice: random.Random, at: int) -> bytearray:
-    length = min(dice.choice((8, 64, 512, 4096)), len(content) - at)
-    content[at : at + length] = bytes(length)
-    return content
-
-
-def double(content: bytearray, dice: random.Random, at: int) -> bytearray:
-    return content[:at] + content[at : at + 256] + content[at:]
-
-
-def overwrite(content: bytearray, dice: random.Random, at: int) -> bytearray:
-    """As a disk does that writes a sector to the wrong place: the length stays."""
-    piece = content[at : at + 64]
-    to = dice.randrange(max(1, len(content) - len(piece)))
-    content[to : to + len(piece)] = piece
-    return content
-
-
-def ones(content: bytearray, dice: random.Random, at: int) -> bytearray:
-    length = min(8, len(content) - at)
-    content[at : at + length] = b"\xff" * length
-    return content
-
-
-HARMS = (flip, flip, truncate, zeros, double, overwrite, ones)
-
-
 def mutate(folder: Path, dice: random.Random) -> tuple[str, Path]:
     """Damages one file: which harm, and where."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     # Cards are read by nobody here: a few tries will do to show that.
     files = [path for path in files if path.name not in IGNORED or dice.random() < 0.1] or files
-    path, harm = dice.choice(files), dice.choice(HARMS)
-    content = bytearray(path.read_bytes())
+    path = dice.choice(files)
+    content = path.read_bytes()
     end = len(content) if dice.random() < 0.5 else min(len(content), 3000)  # where the headers are
-    path.write_bytes(harm(content, dice, dice.randrange(end)))
-    return harm.__name__, path
+    harm, damaged = by_a_bad_disk(content, dice, dice.randrange(end))
+    path.write_bytes(damaged)
+    return harm, path
 
 
 def survive(kind: str, source: Path, scratch: Path, tries: int, seed: int) -> dict[str, int]:

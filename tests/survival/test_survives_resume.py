@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harms import Code, tensor, tensors, without
+from harms import Code, by_a_bad_disk, tensor, tensors, without
 from safetensors.torch import load_file
 from toy import sparse_rows
 from trainings import make_trainer
@@ -80,28 +80,19 @@ def seal(checkpoint):
 def damage(checkpoint, generator, ran):
     """One harm to one file, drawn by `generator`; a description of it."""
     path = checkpoint / generator.choice(sorted(file.name for file in checkpoint.iterdir()))
-    data = bytearray(path.read_bytes())
-    place = generator.randrange(len(data))
-    kind = generator.choice(
-        ["flip", "flip", "flip", "cut", "delete", "zero", "grow", "swap", "pickle", "torch pickle"]
-    )
-    if kind == "flip":
-        data[place] ^= 1 << generator.randrange(8)
-    elif kind == "cut":
-        del data[place:]
-    elif kind == "zero":
-        data[place : place + 64] = bytes(len(data[place : place + 64]))
-    elif kind == "grow":
-        data[place:place] = generator.randbytes(generator.randrange(1, 200))
+    kind, content = generator.choice([*["disk"] * 6, "delete", "swap", "pickle", "torch pickle"]), path.read_bytes()
+    place = generator.randrange(len(content))
+    if kind == "disk":
+        kind, damaged = by_a_bad_disk(content, generator, place)
+        path.write_bytes(damaged)
     elif kind == "swap":
-        data = bytearray(generator.choice(sorted(checkpoint.iterdir())).read_bytes())
-    path.write_bytes(data)
-    if kind == "delete":
-        path.unlink()
+        path.write_bytes(generator.choice(sorted(checkpoint.iterdir())).read_bytes())
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Code(ran)))
     elif kind == "torch pickle":
         torch.save(Code(ran), path)
+    else:
+        path.unlink()
     return f"{kind} at {place} of {path.name}"
 
 
