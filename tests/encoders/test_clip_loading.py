@@ -396,16 +396,9 @@ def test_two_dtypes_that_differ_are_refused(sae_folder):
 @pytest.mark.parametrize(
     "load",
     [
-        SAEModel.from_pretrained,
-        VS2CLIPForZeroShot.from_pretrained,
-        hf_vs2.zero_shot_classifier,
-        hf_vs2.RetrievalCorpus.from_pretrained,
-        SAEModel.from_sparsify,
-        SAEModel.from_prisma,
-        load_clip,
-        load_processing,
-        VisionTower.of,
-        lambda name, **place: embed_images(name, []),
+        *(SAEModel.from_pretrained, VS2CLIPForZeroShot.from_pretrained, hf_vs2.RetrievalCorpus.from_pretrained),
+        *(SAEModel.from_sparsify, SAEModel.from_prisma, hf_vs2.zero_shot_classifier, load_clip, load_processing),
+        *(VisionTower.of, lambda name, **place: embed_images(name, [])),
     ],
 )
 def test_what_is_not_there_is_named(load, name):

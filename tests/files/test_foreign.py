@@ -260,14 +260,13 @@ def test_what_the_files_do_not_tell_is_asked_for(tmp_path, caplog):
 @pytest.mark.parametrize(
     "hook",
     [
-        "layers.7.mlp",
-        "vision_model.encoder.layers.7.self_attn",
-        "vision_model.encoder.layers.7.mlp.fc2",
-        "text_model.encoder.layers.7",
-        "vision_model.post_layernorm",
-        "vision_model.embeddings",
-        "visual_projection",
-        "h.7",
+        *("layers.7.mlp", "vision_model.encoder.layers.7.self_attn", "vision_model.encoder.layers.7.mlp.fc2", "h.7"),
+        *(
+            "text_model.encoder.layers.7",
+            "vision_model.post_layernorm",
+            "vision_model.embeddings",
+            "visual_projection",
+        ),
     ],
 )
 def test_an_sae_of_another_place_is_no_sae_of_the_last_layer(tmp_path, hook):

@@ -74,12 +74,8 @@ def nothing_to_learn(kind, classes):
 @pytest.mark.parametrize(
     "kind",
     [
-        "no rows",
-        "one label",
-        "a row a label",
-        "mostly one label",
-        "labels of several kinds of images",
-        "images that look like no label",
+        *("no rows", "one label", "a row a label", "mostly one label"),
+        *("labels of several kinds of images", "images that look like no label"),
     ],
 )
 def test_falls_back_to_plain_clip_bit_for_bit(classes, kind):
