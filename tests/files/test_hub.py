@@ -13,6 +13,7 @@ from hub_models import CLIP_FILES, CLIP_ID, LABELS, make_sae, make_vs2, sum_of, 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from trainings import assert_same_weights
 from transformers import AutoModel, CLIPModel, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -35,12 +36,6 @@ def clip():
 @pytest.fixture()
 def pixels():
     return torch.from_numpy(np.random.default_rng(0).normal(size=(4, 3, 28, 28)).astype(np.float32))
-
-
-def assert_same_weights(left, right):
-    left, right = left.state_dict(), right.state_dict()
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @torch.no_grad()
