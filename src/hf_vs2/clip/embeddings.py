@@ -14,10 +14,11 @@ import torch
 from transformers.pipelines.pt_utils import KeyDataset
 
 from ..config.schema import COUNT
+from ..config.steering import refuse_settings_of_plain
 from ..data.ahead import num_processors
 from ..data.batches import read_groups
 from ..data.folders.listing import list_images
-from ..data.inputs import SINGLE_IMAGE, NamedImage, NamedImages, NamedStream
+from ..data.inputs import SINGLE_IMAGE, NamedImage, NamedImages, named_images
 from ..data.labels.prompts import text_features, tokenized
 from ..data.load import undecoded
 from ..data.pixels import Normalizer
@@ -86,7 +87,7 @@ class EmbeddingMixin(SteeringMixin):
         """
         steerer = self._steerer_for(steered, settings)
         is_one = isinstance(images, SINGLE_IMAGE) and not _is_folder(images)
-        inputs, total = _as_inputs([images] if is_one else images, image_column)
+        inputs, total = _as_inputs(images, image_column)
         COUNT.read(batch_size, "batch_size")
         _, image_processor = self._processing(processor)
         normalizer = Normalizer(image_processor, device_of(self.clip))
@@ -159,10 +160,7 @@ class EmbeddingMixin(SteeringMixin):
         return self._own_processing
 
     def _steerer_for(self, steered: bool | None, settings: dict[str, Any]) -> Steerer:
-        if steered is False and settings:
-            raise ValueError(
-                f"steered=False and {next(iter(settings))}= exclude each other: plain CLIP has no settings."
-            )
+        refuse_settings_of_plain("steered", steered, settings)
         steerer = self.steerer.with_(**settings | ({} if steered is None else {"enabled": steered}))
         rule = steerer.settings.rule
         if steered and rule.step is None and steerer.settings.edits is None:
@@ -189,12 +187,10 @@ def _as_inputs(images: Any, column: str) -> tuple[Iterable[NamedImage], int | No
         images = KeyDataset(images, column)
     elif datasets is not None and isinstance(images, datasets.IterableDataset):
         images = (row[column] for row in undecoded(images, column))
-    if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
-        named = NamedImages(images)
+    named = named_images(images)
+    if isinstance(named, NamedImages):
         return (named[place] for place in range(len(named))), len(named)
-    if not isinstance(images, Iterable):
-        raise TypeError(f"encode_images takes images, a folder or a data set, not a {type(images).__name__}.")
-    return NamedStream(images), None
+    return named, None
 
 
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -34,16 +34,9 @@ _TOWERS = ("vision_config", "text_config")
 
 
 def options_of(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Loading arguments as one part of a checkpoint takes them, its CLIP or an SAE, which is loaded by itself: its part
-    of a `device_map` by names of modules, and what is said of the CLIP's attention.
-
-    Args:
-        part: `"clip"`, or `"saes.11"`.
-
-    Raises:
-        `ValueError`: if a `device_map` names something else than the parts of this model.
-    """
+    """Loading arguments as one part of a checkpoint takes them, its CLIP (`"clip"`) or an SAE (`"saes.11"`), which is
+    loaded by itself: its part of a `device_map` by names of modules, and what is said of the CLIP's attention. A
+    `device_map` that names something else than the parts of this model is a `ValueError`."""
     found = {name: value for name, value in options.items() if part == "clip" or name != "attn_implementation"}
     attention, devices = found.get("attn_implementation"), found.get("device_map")
     if isinstance(attention, Mapping):
@@ -114,18 +107,13 @@ def load_saes(
 
 
 def load_full(
-    model_class: Any,
+    from_pretrained: Any,
     name_or_path: str | os.PathLike,
     config: VS2CLIPConfig,
     place: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """
-    A VS2 checkpoint that holds its CLIP.
-
-    Args:
-        model_class: `PreTrainedModel.from_pretrained`, bound to the class.
-    """
+    """A VS2 checkpoint that holds its CLIP, by `PreTrainedModel.from_pretrained` bound to the class."""
     refuse_variant(kwargs)
     files = WeightFiles.find(name_or_path, place)
     sizes = in_one_message(lambda: _sizes_of_clip(config, files), files.source)
@@ -134,7 +122,7 @@ def load_full(
     if isinstance(own.get("attn_implementation"), dict):
         own["attn_implementation"] = {"clip_config": options_of("clip", own)["attn_implementation"]}
     model, loading = in_one_message(
-        lambda: model_class(
+        lambda: from_pretrained(
             None, config=config, state_dict=files.read(config.digests), output_loading_info=True, **own
         ),
         files.source,
@@ -206,12 +194,8 @@ def refuse_quantised(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: bool | None) -> bool:
-    """
-    Whether a checkpoint of these tensors is to hold the CLIP's weights, where `full` was asked for.
-
-    Raises:
-        `ValueError`: if it is not to hold them, and would lose them.
-    """
+    """Whether a checkpoint of these tensors is to hold the CLIP's weights, where `full` was asked for. A `ValueError`
+    if it is not to hold them, and would lose them."""
     name = config.base_model_name_or_path
     if full or (full is None and name is None):
         return True
@@ -270,29 +254,21 @@ def load_corpus(
 
 def find_processing(model: PreTrainedModel, source: str | None, place: dict[str, Any]) -> tuple[Any, Any]:
     """Tokenizer (`None` of a model without texts) and image processor of a model: of the checkpoint that it was loaded
-    from (`source`, at `place`) where that has files of them, else of the CLIP that it names.
-
-    Raises:
-        `OSError`: if neither has them. `ValueError`: if files are damaged, or the model does not say where it comes
-            from.
-    """
+    from (`source`, at `place`) where that has files of them, else of the CLIP that it names. An `OSError` if neither
+    has them; a `ValueError` if files are damaged, or the model does not say where it comes from."""
     clip: Any = getattr(model, "clip", model)
     name = clip.config._name_or_path
     access = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
-    found: list[Any] = []
-    for files, load in ((TOKENIZER_FILES, load_tokenizer), (PROCESSOR_FILES, load_image_processor)):
-        if load is load_tokenizer and not family_of(clip).has_texts:
-            found.append(None)
-        elif source is not None and (name in (None, "", source) or holds(source, files, place)):
-            found.append(load(source, place))
-        elif name:
-            revision = loaded_revision(clip, access.get("cache_dir"))
-            found.append(load(name, {**access, "revision": revision or "main"}))
-        else:
-            raise ValueError(
-                "This model does not say where its CLIP came from: give tokenizer= and image_processor= too."
-            )
-    return found[0], found[1]
+
+    def find(files: tuple[str, ...], load: Callable[..., Any]) -> Any:
+        if source is not None and (name in (None, "", source) or holds(source, files, place)):
+            return load(source, place)
+        if name:
+            return load(name, {**access, "revision": loaded_revision(clip, access.get("cache_dir")) or "main"})
+        raise ValueError("This model does not say where its CLIP came from: give tokenizer= and image_processor= too.")
+
+    tokenizer = find(TOKENIZER_FILES, load_tokenizer) if family_of(clip).has_texts else None
+    return tokenizer, find(PROCESSOR_FILES, load_image_processor)
 
 
 def processing_of(model: PreTrainedModel, processor: Any) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import loaded_revision
 from ..encoders.families import FAMILIES, family_of, refuse_without_texts
 from ..encoders.processing import save_processing
-from ..encoders.tail import bias, is_sigmoid, plain_outputs, temperature
+from ..encoders.tail import at_temperature, is_sigmoid, plain_outputs
 from ..encoders.wrapped import unwrapped, weights_of
 from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
@@ -179,15 +179,9 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         if model_type == SAEConfig.model_type:
             part = f"saes.{config_dict.get('layer')}"
             sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **options_of(part, kwargs))
-            defaults = sae.config
-            model = cls(
-                clip_of(clip, defaults, pretrained_model_name_or_path, place, kwargs),
-                sae,
-                gamma=defaults.gamma,
-                lambda_=defaults.lambda_,
-                gate=_default_gate(sae),
-                method=defaults.method,
-            )
+            own = {name: getattr(sae.config, name) for name in ("gamma", "lambda_", "method")}
+            base = clip_of(clip, sae.config, pretrained_model_name_or_path, place, kwargs)
+            model = cls(base, sae, gate=_default_gate(sae), **own)
         elif model_type != VS2CLIPConfig.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; expected a VS2 checkpoint "
@@ -374,9 +368,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
             images = VS2ImageFeatures(vision_outputs.pooler_output, steered=made.steered, views=made.views)
             classes = text_embeds.float()
             embeds = F.normalize(vision_outputs.pooler_output.float(), dim=-1).to(classes.device)
-            scale = temperature(self.clip).to(classes.device)
-            scored = steerer.scores(images, embeds, classes).t() * scale + bias(self.clip).to(classes.device)
-            scored = scored.to(logits_per_text.dtype)
+            scored = at_temperature(self.clip, steerer.scores(images, embeds, classes)).t().to(logits_per_text.dtype)
             logits_per_text = torch.where(made.steered.to(scored.device), scored, logits_per_text)
         return VS2CLIPOutput(
             loss=family.loss(logits_per_text) if return_loss else None,

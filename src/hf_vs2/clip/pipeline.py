@@ -16,7 +16,7 @@ from transformers.pipelines.zero_shot_image_classification import ZeroShotImageC
 from ..data.ahead import num_processors
 from ..data.batches import read_pixels
 from ..data.images import image_name
-from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, NamedStream, describe_type
+from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, named_images
 from ..data.labels.prompts import class_embeddings
 from ..data.pixels import Normalizer
 from ..encoders.families import family_of, is_steerable, refuse_without_texts
@@ -189,16 +189,14 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         call = super(ZeroShotImageClassificationPipeline, self).__call__
         if isinstance(image, SINGLE_IMAGE):
             return call(NamedImage(image), **kwargs)
-        if hasattr(image, "__len__") and hasattr(image, "__getitem__"):
+        images = named_images(image)
+        if isinstance(images, NamedImages):
             if kwargs.get("batch_size") is None and self._batch_size is None:
                 kwargs["batch_size"] = self.default_batch_size
             if kwargs.get("num_workers") is None and self._num_workers is None:
                 kwargs["num_workers"] = _AUTOMATIC
-            results = call(image if isinstance(image, NamedImages) else NamedImages(image), **kwargs)
-            return list(results) if isinstance(image, Sequence) else results
-        if isinstance(image, Iterable):
-            return call(NamedStream(image), **kwargs)
-        raise TypeError(f"One image or several expected; {describe_type(image)} is neither.")
+        results = call(images, **kwargs)
+        return list(results) if isinstance(image, Sequence) else results
 
     def get_iterator(
         self,
@@ -288,11 +286,8 @@ class VS2ZeroShotImageClassificationPipeline(OptionsMixin, ZeroShotImageClassifi
         if steerer is None:
             features = plain_outputs(self.clip, pixel_values=pixel_values).pooler_output
             nothing = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-            return (
-                VS2ImageFeatures(features, steered=nothing, plain_features=features),
-                self._logits(features, classes, name),
-                None,
-            )
+            images = VS2ImageFeatures(features, steered=nothing, plain_features=features)
+            return images, self._logits(features, classes, name), None
         if not explain:
             images = steerer.features(pixel_values, with_plain, RetrievalInputs(class_embeds=classes))
             return images, steerer.class_logits(images, classes, name), None

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config.schema import COUNT, optional
-from ..config.steering import Steering, excluding
+from ..config.steering import Steering, excluding, refuse_settings_of_plain
 from ..data.labels.lists import names_in
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import resolve_templates
@@ -87,10 +87,7 @@ class OptionsMixin:
         image."""
         given = {name: options[name] for name in _STEERING_OPTIONS if name in options}
         if options.get("steer") is not None:
-            if given and not options["steer"]:
-                raise ValueError(
-                    f"steer=False and {next(iter(given))}= exclude each other: plain CLIP has no settings."
-                )
+            refuse_settings_of_plain("steer", options["steer"], given)
             given["enabled"] = bool(options["steer"])
         if not isinstance(self.core, VS2CLIPForZeroShot):
             if given not in ({}, {"enabled": False}):

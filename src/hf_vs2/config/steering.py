@@ -128,6 +128,12 @@ def excluding(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def refuse_settings_of_plain(name: str, steered: Any, settings: Mapping[str, Any]) -> None:
+    """Raises `ValueError` on settings beside an option `name` that turns steering off."""
+    if settings and steered is not None and not steered:
+        raise ValueError(f"{name}=False and {next(iter(settings))}= exclude each other: plain CLIP has no settings.")
+
+
 def _plain_value(setting: Any) -> Any:
     setting = setting.tolist() if hasattr(setting, "tolist") else setting
     return tuple(float(factor) for factor in setting) if isinstance(setting, (list, tuple)) else setting

@@ -88,8 +88,7 @@ class NamedImages(Dataset):
 
 class NamedStream(IterableDataset):
     """Images that come one after another, by their place in the order where they have no name. As a data set, so that
-    no version of
-    transformers turns it into a list."""
+    no version of transformers turns it into a list."""
 
     def __init__(self, images: Iterable[Any]):
         self.images = images
@@ -97,3 +96,16 @@ class NamedStream(IterableDataset):
     def __iter__(self) -> Iterator[NamedImage]:
         for index, image in enumerate(self.images):
             yield image if isinstance(image, NamedImage) else NamedImage(image, f"image {index}")
+
+
+def named_images(images: Any) -> NamedImages | NamedStream:
+    """One image or several, whatever holds them; a `TypeError` for anything else."""
+    if isinstance(images, NamedImages):
+        return images
+    if isinstance(images, SINGLE_IMAGE):
+        return NamedImages([NamedImage(images)])
+    if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
+        return NamedImages(images)
+    if isinstance(images, Iterable):
+        return NamedStream(images)
+    raise TypeError(f"One image or several expected; {describe_type(images)} is neither.")

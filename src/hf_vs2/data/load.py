@@ -13,7 +13,7 @@ from PIL import ImageMode
 from .folders.listing import IMAGE_EXTENSIONS, suffix_of
 from .folders.local import DATA_SUFFIXES, load_dataset, open_file, open_folder
 from .images import UnreadableImageError, open_image
-from .labels.names import number_labels
+from .labels.names import number_labels, with_numbered_labels
 
 
 if TYPE_CHECKING:
@@ -137,6 +137,40 @@ def undecoded(dataset: Any, image_column: str) -> Any:
     if isinstance(feature, datasets.Image) and feature.decode:
         return dataset.cast_column(image_column, datasets.Image(mode=feature.mode, decode=False))
     return dataset
+
+
+def prepared(dataset: Any, image_column: str, label_column: str | None = None) -> Any:
+    """A data set to be read by us: checked, undecoded, without a format and without the columns that are not needed.
+
+    Raises:
+        TypeError: it is none of `datasets`. ValueError: it has no such column, or no labels in it.
+    """
+    import datasets
+
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        hint = ": open it with `hf_vs2.load_images(source, split=...)`" * isinstance(dataset, (dict, str, os.PathLike))
+        raise TypeError(
+            f"Expected one split as a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}{hint}"
+        )
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        return dataset  # `with_transform`: what the user's function returns is what is read
+    dataset = undecoded(dataset, image_column)
+    features = dataset.features
+    if features is not None and label_column is not None:
+        if label_column not in features:
+            raise ValueError(f"The data set has no column {label_column!r}; it has {', '.join(features)}")
+        if isinstance(dataset, datasets.Dataset):
+            dataset = with_numbered_labels(dataset, label_column)
+        kind = getattr(dataset.features[label_column], "dtype", "")
+        if "int" not in kind and kind != "bool":
+            hint = ": open the data set without streaming" if "string" in kind else ""
+            raise ValueError(
+                f"Column {label_column!r} holds {features[label_column]}: labels must be integers, or names in a data "
+                f"set whose rows can be counted{hint}"
+            )
+    if isinstance(dataset, datasets.Dataset):
+        dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
+    return dataset.with_format(None)
 
 
 def image_mode(dataset: Any, image_column: str) -> str | None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
-from safetensors import SafetensorError, safe_open
 from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config.sae import SAEConfig
 from ..files.place import is_hub_id
+from ..files.weight_files import opened
 from .families import family_of, tower_of
 from .fingerprints import (
     adapter_weight,
@@ -26,11 +26,7 @@ from .fingerprints import (
 
 
 def resolve_layer(layer: int, num_layers: int) -> int:
-    """`layer` counted from 0; negative indices count from the end, as in a list.
-
-    Raises:
-        `ValueError`: if the tower has no such layer.
-    """
+    """`layer` counted from 0; negative indices count from the end, as in a list. Others are a `ValueError`."""
     if not -num_layers <= layer < num_layers:
         raise ValueError(
             f"layer={layer} does not exist: the vision tower has {num_layers} layers, 0 to {num_layers - 1}."
@@ -42,12 +38,7 @@ def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> st
     """The commit that a CLIP was loaded from; `None` if it came from a folder, or if nothing tells.
 
     transformers noted it in the config up to 5.17. Since then it is the commit in the cache whose weights these are;
-    `main`'s where those are in a format that we do not open.
-
-    Args:
-        clip (`CLIPModel`, or anything with its `config` and `vision_model`): the model.
-        cache_dir (path, *optional*): the cache it was loaded through.
-    """
+    `main`'s where those are in a format that we do not open."""
     noted, name = getattr(clip.config, "_commit_hash", None), clip.config._name_or_path
     if noted is not None or not name or os.path.isdir(name) or not is_hub_id(name):
         return noted
@@ -58,25 +49,17 @@ def loaded_revision(clip: Any, cache_dir: str | os.PathLike | None = None) -> st
     fingerprint = vision_fingerprint(clip)
     prefix = "vision_model." if hasattr(clip, "vision_model") else ""
     names = [f"{prefix}{name}" for name in family_of(tower_of(clip)).fingerprint]
-    stored = {
-        commit: _stored_fingerprint(folder / "snapshots" / commit / SAFE_WEIGHTS_NAME, names) for commit in commits
-    }
-    for commit, found in stored.items():
-        if found is not None and same_fingerprint(found, fingerprint):
-            return commit
-    return newest if newest in stored and stored[newest] is None else None
+    stored = {commit: _stored_fingerprint(folder / "snapshots" / commit, names) for commit in commits}
+    same = (commit for commit, known in stored.items() if known is not None and same_fingerprint(known, fingerprint))
+    return next(same, newest if newest in stored and stored[newest] is None else None)
 
 
-def _stored_fingerprint(path: Path, names: list[str]) -> list[float] | None:
-    if not path.is_file():
-        return None
+def _stored_fingerprint(snapshot: Path, names: list[str]) -> list[float] | None:
     try:
-        with safe_open(path, framework="pt") as weights:
-            if not set(names) <= set(weights.keys()):
-                return None
-            return entries(weights.get_tensor(name) for name in names)
-    except SafetensorError:
-        return None  # a damaged file is not the one that the model came from
+        with opened(snapshot / SAFE_WEIGHTS_NAME) as weights:
+            return entries([weights.get_tensor(name) for name in names])
+    except (OSError, ValueError):
+        return None  # a damaged file, or one without these names, is not the one that the model came from
 
 
 def describe_base_model(clip: CLIPModel) -> dict:
@@ -94,12 +77,8 @@ def describe_base_model(clip: CLIPModel) -> dict:
 
 
 def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
-    """Refuse an SAE that was trained on another CLIP: other width, other depth, or same shape with other weights. Of a
-    relative, with most weights the same, it warns.
-
-    Raises:
-        `ValueError`: naming both models and the difference.
-    """
+    """Refuse an SAE that was trained on another CLIP (other width, other depth, or same shape with other weights), by
+    a `ValueError` with both and the difference. Of a relative, with most weights the same, it warns."""
     vision = tower_of(clip).config
     theirs = config.base_model_name_or_path or "a CLIP that its config does not name"
     both = f"This SAE was trained on {theirs}; the CLIP given is {clip.config._name_or_path or 'one without a name'}."
@@ -130,15 +109,8 @@ def check_base_model(clip: CLIPModel, config: SAEConfig) -> None:
 
 
 def warn_of_relative(clip: CLIPModel, recorded: Mapping[str, str] | None, what: str) -> None:
-    """
-    A `UserWarning` if some weights of `clip` are not those that were recorded.
-
-    Args:
-        clip: the CLIP given.
-        recorded: what [`weight_samples`] gave for the CLIP that `what` names; `None` where an earlier version recorded
-            nothing.
-        what: the beginning of the message.
-    """
+    """A `UserWarning`, which begins with `what`, if some weights of `clip` are not those that [`weight_samples`]
+    recorded; an earlier version recorded nothing (`None`)."""
     if recorded is None:
         return
     adapter, other = adapter_weight(clip), other_weight(clip, recorded)
@@ -155,7 +127,6 @@ def warn_of_relative(clip: CLIPModel, recorded: Mapping[str, str] | None, what: 
         )
     warnings.warn(
         f"{what}; the CLIP given is {clip.config._name_or_path or 'one without a name'}, {how}. What was measured on "
-        f"the one "
-        "need not hold on the other: use the CLIP itself, or train (at the least calibrate) again on this one.",
+        "the one need not hold on the other: use the CLIP itself, or train (at the least calibrate) again on this one.",
         stacklevel=3,
     )

@@ -21,15 +21,8 @@ from .wrapped import weights_of
 _FINGERPRINT_SIZE = 8
 # Fields of a vision configuration that change the rows although the weights are the same.
 _VISION_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
+    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
 _SAMPLED_ROWS = 8
 _TOLERANCE = 0.008
@@ -65,12 +58,8 @@ def same_fingerprint(left: list[float], right: list[float]) -> bool:
 
 
 def model_fingerprint(tower: nn.Module) -> str:
-    """
-    16 hexadecimal digits of every weight of a vision tower and of the settings it runs with.
-
-    All bytes are hashed: about a second for a ViT-L, nothing beside an extraction, and no fine-tuning, however small,
-    goes unnoticed.
-    """
+    """16 hexadecimal digits of every weight of a vision tower and of the settings it runs with. All bytes are hashed:
+    about a second for a ViT-L, and no fine-tuning, however small, goes unnoticed."""
     digest = hashlib.sha256()
     config: Any = tower.config
     digest.update(json.dumps({field: getattr(config, field, None) for field in _VISION_FIELDS}).encode())

@@ -21,15 +21,12 @@ def run_layers(
     **kwargs: Any,
 ) -> BaseModelOutputWithPooling:
     """
+    What the tower gives for `pixel_values` `(batch, channels, height, width)`, but for `pooler_output`; other
+    arguments as it takes them. The hidden states are what the layers were given, and what the last one gave.
+
     Args:
-        vision: the tower.
-        pixel_values: `(batch, channels, height, width)`.
         between (`(index, rows) -> rows`): what becomes of the CLS rows `(batch, hidden_size)` that a layer gives;
             `None`: they stay.
-        interpolate_pos_encoding, output_hidden_states, output_attentions, kwargs: as the tower takes them.
-
-    Returns:
-        Without `pooler_output`. The hidden states are what the layers were given, and what the last one gave.
     """
     asked = vision.config.output_hidden_states if output_hidden_states is None else output_hidden_states
     watches = vision.config.output_attentions if output_attentions is None else output_attentions

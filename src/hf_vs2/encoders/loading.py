@@ -34,11 +34,7 @@ _SOUND: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def clip_config(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None = None) -> CLIPConfig:
-    """The configuration of a CLIP, without its weights.
-
-    Raises:
-        As [`load_clip`].
-    """
+    """The configuration of a CLIP, without its weights; refused as by [`load_clip`]."""
     found = in_one_message(lambda: at_one_commit(name_or_path, _given(place)), name_or_path)
     return in_one_message(lambda: _read_config(name_or_path, found), name_or_path)
 
@@ -57,9 +53,6 @@ def load_clip(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None =
             `force_download`.
         options: of `from_pretrained`: `dtype` (or `torch_dtype`), `device_map`, `attn_implementation` and others.
 
-    Returns:
-        `CLIPModel`
-
     Raises:
         `OSError`: if files are missing or can't be reached. `ValueError`: if it is no CLIP, lacks weights, holds NaN
             or other numbers that no weight is, does not fit its configuration, or asks for other files or code. The
@@ -77,11 +70,7 @@ def load_clip(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None =
 
 
 def load_vision_model(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """Any vision model of transformers, with the same care.
-
-    Raises:
-        As [`load_clip`].
-    """
+    """Any vision model of transformers, with the same care."""
 
     def load() -> PreTrainedModel:
         found = at_one_commit(name_or_path, _given(place))
@@ -99,34 +88,24 @@ def load_vision_model(name_or_path: str | os.PathLike, place: Mapping[str, Any] 
 
 
 def check_clip(clip: PreTrainedModel, where: str | None = None, *, read: bool = True) -> None:
-    """Refuse a CLIP, or a part of one, whose weights can't be used. One that was looked at before is not read again,
-    unless its weights have changed.
-
-    Args:
-        where: what the message names, by default where the CLIP was loaded from.
-        read: whether to go through all weights; `False` where that has been done.
-
-    Raises:
-        `ValueError`: naming the CLIP and the weight: NaN, infinity and other numbers that no weight is.
-    """
+    """Refuse a CLIP, or a part of one, whose weights can't be used (NaN, infinity and other numbers that no weight is,
+    or a temperature by which all scores would be infinite, or all the same), by a `ValueError` with `where` and the
+    weight. One that was looked at before is not read again, unless its weights have changed; nor, without `read`, one
+    whose weights somebody else has gone through."""
     where = where or clip.config._name_or_path or "The CLIP given"
     mark = weights_version(clip.parameters())
-    if _SOUND.get(clip) != mark:
-        if read:
-            check_numbers(clip.named_parameters(), where)
-        _check_scale(clip, where)
-        _SOUND[clip] = mark
-
-
-def _check_scale(clip: Any, where: str) -> None:
-    """Refuse a temperature by which all scores would be infinite, or all the same."""
-    held = getattr(clip, "logit_scale", None)
+    if _SOUND.get(clip) == mark:
+        return
+    if read:
+        check_numbers(clip.named_parameters(), where)
+    held: Any = getattr(clip, "logit_scale", None)
     scale = 0.0 if held is None or held.is_meta else held.item()
     if not abs(scale) <= math.log(LARGEST):
         raise ValueError(
             f"{where} is damaged: logit_scale is {scale:g}, so that scores would be multiplied by e to that power; "
             "CLIP's own is 4.6. Save or download it again."
         )
+    _SOUND[clip] = mark
 
 
 def refuse_offloaded(model: PreTrainedModel, name: str | os.PathLike) -> None:
@@ -140,22 +119,16 @@ def refuse_offloaded(model: PreTrainedModel, name: str | os.PathLike) -> None:
 
 
 def spread(devices: Any, names: Iterable[str]) -> Any:
-    """
-    A `device_map` whose `""` (all that is not named) is written out as modules and weights: accelerate can't keep
-    parts of a model on the disk when the whole of it has a device.
-
-    Args:
-        devices: as `from_pretrained` takes it; all but such a mapping stays.
-        names: of the model's weights.
-    """
+    """A `device_map` whose `""` (all that is not named) is written out as modules and weights, of these `names`:
+    accelerate can't keep parts of a model on the disk when the whole of it has a device. Anything else stays."""
     if not isinstance(devices, Mapping) or "" not in devices or len(devices) == 1:
         return devices
     named = {name: device for name, device in devices.items() if name}
     for name in names:
         parts = name.split(".")
         around = [".".join(parts[: count + 1]) for count in range(len(parts))]
-        if not any(one in named for one in around):
-            highest = next(one for one in around if not any(other.startswith(f"{one}.") for other in named))
+        if not any(part in named for part in around):
+            highest = next(part for part in around if not any(other.startswith(f"{part}.") for other in named))
             named[highest] = devices[""]
     return named
 
@@ -234,7 +207,7 @@ def _weights(name_or_path: str | os.PathLike, place: dict[str, Any], safe: bool 
         raise OSError(f"{name_or_path} has no {SAFE_WEIGHTS_NAME}{'' if safe else f' and no {WEIGHTS_NAME}'}.")
     logger.warning(
         f"{name_or_path} has no safetensors: its weights are read from {WEIGHTS_NAME}, a pickle, by torch's reader "
-        f"that runs no code."
+        "that runs no code."
     )
     return found[1], False
 
@@ -292,17 +265,15 @@ def _check_layers(config: Any, shapes: Mapping[str, Any], name_or_path: str | os
     held: dict[str, set[str]] = {}
     for match in filter(None, map(_LAYER.match, shapes)):
         held.setdefault(match[1], set()).add(match[2])
-    for part, prefix in (
-        (config, None),
-        *((getattr(config, f"{one}_config", None), one) for one in ("vision", "text")),
-    ):
+    towers = [(getattr(config, f"{name}_config", None), name) for name in ("vision", "text")]
+    for part, prefix in ((config, None), *towers):
         layers = getattr(part, "num_hidden_layers", None)
         counts = {len(numbers) for stack, numbers in held.items() if prefix and stack.startswith(prefix)}
         if isinstance(layers, int) and (layers > len(shapes) or (counts and layers not in counts)):
             raise ValueError(
                 f"{CONFIG_NAME} of {name_or_path} says num_hidden_layers={layers}; its weights are of "
                 f"{max(counts) if counts else 'fewer'} layers. The two are not of one checkpoint: save or download it "
-                f"again."
+                "again."
             )
 
 

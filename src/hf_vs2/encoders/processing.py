@@ -22,16 +22,8 @@ from .families import FAMILIES, Family
 logger = logging.get_logger(__name__)
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "vocab.txt",
+    *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt"),
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _LARGEST_IMAGE = 4096
@@ -60,15 +52,10 @@ def load_processing(
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        As [`load_processing`].
-    """
+    """One part of [`load_processing`]."""
     files = _files(name_or_path, TOKENIZER_FILES, place)
-    if not {name for name in files if name.startswith(("tokenizer.", "vocab.", "spiece.", "sentencepiece."))}:
-        raise FileNotFoundError(
-            f"{name_or_path} holds no tokenizer files (tokenizer.json): expected those of its CLIP."
-        )
+    if not any(name.startswith(("tokenizer.", "vocab.", "spiece.", "sentencepiece.")) for name in files):
+        raise FileNotFoundError(_missing(name_or_path, "tokenizer", TOKENIZER_FILES[0]))
 
     def load() -> PreTrainedTokenizerBase:
         kind = read_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
@@ -100,13 +87,7 @@ def _family_beside(name_or_path: str | os.PathLike, place: Mapping[str, Any]) ->
 def load_image_processor(
     name_or_path: str | os.PathLike, place: Mapping[str, Any], of_clip: bool = True
 ) -> CLIPImageProcessorPil:
-    """
-    Args:
-        of_clip: whether it is a CLIP's; else any, in its PIL form where there is one.
-
-    Raises:
-        As [`load_processing`].
-    """
+    """The other part of [`load_processing`]; not `of_clip`: of any model, in its PIL form where there is one."""
     files = _files(name_or_path, PROCESSOR_FILES, place)
     if not files:
         raise FileNotFoundError(_missing(name_or_path, "image processor", PROCESSOR_FILES[0]))
@@ -146,7 +127,7 @@ def _check(processor: Any) -> None:
     if not np.abs(values).max(initial=0) <= _LARGEST_PIXEL:  # not with NaN either
         raise ValueError(
             f"of an image it makes numbers from {values.min():g} to {values.max():g}: look at image_mean, image_std "
-            f"and rescale_factor"
+            "and rescale_factor"
         )
 
 

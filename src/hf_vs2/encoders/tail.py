@@ -49,15 +49,8 @@ def project(clip: CLIPModel, rows: torch.Tensor) -> torch.Tensor:
 
 
 def unit_embeds(features: Any, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
-    """
-    What a CLIP gives for images or texts, `(batch, projection_dim)`, in float32 and of unit length. Length 0 stays 0.
-
-    Args:
-        name: how a message names a row of the batch.
-
-    Raises:
-        `ValueError`: naming the first row that holds NaN or infinity, or whose squares overflow.
-    """
+    """What a CLIP gives for images or texts, `(batch, projection_dim)`, in float32 and of unit length. Length 0 stays
+    0. NaN, infinity, and squares that overflow are a `ValueError` with the `name` of the first such row."""
     embeds = features.float()
     broken = first_broken_row(embeds.detach().square().sum(-1))
     if broken is not None:
@@ -84,16 +77,8 @@ def mean_embed(clip: CLIPModel, blocks: Iterable[torch.Tensor]) -> torch.Tensor:
     return (total / number).float()
 
 
-def logits_of(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
-    """Float32 cosines at the CLIP's temperature, `(batch, num_classes)`.
-
-    Raises:
-        `ValueError`: see [`check_scores`].
-    """
-    return check_scores(clip, _at_temperature(clip, scores), name)
-
-
-def _at_temperature(clip: CLIPModel, scores: torch.Tensor) -> torch.Tensor:
+def at_temperature(clip: CLIPModel, scores: torch.Tensor) -> torch.Tensor:
+    """Float32 cosines `(batch, num_classes)` as the CLIP's logits."""
     return scores * temperature(clip).to(scores.device) + bias(clip).to(scores.device)
 
 
@@ -121,15 +106,10 @@ def probabilities(logits: torch.Tensor, clip: CLIPModel) -> torch.Tensor:
 def logits_of_images(
     clip: CLIPModel, features: torch.Tensor, scores: Callable[[torch.Tensor], torch.Tensor], name: Callable[[int], str]
 ) -> torch.Tensor:
-    """
-    Float32 logits `(batch, num_classes)` of image features `(batch, projection_dim)`, whose cosines are `scores` of
-    the unit embeddings. A GPU is waited for once.
-
-    Raises:
-        `ValueError`: see [`unit_embeds`] and [`check_scores`].
-    """
+    """Float32 logits `(batch, num_classes)` of image features `(batch, projection_dim)`, whose cosines are `scores` of
+    the unit embeddings. They are checked as by [`unit_embeds`] and [`check_scores`]; a GPU is waited for once."""
     embeds = features.float()
-    logits = _at_temperature(clip, scores(normalize(embeds, dim=-1)))
+    logits = at_temperature(clip, scores(normalize(embeds, dim=-1)))
     if first_broken_row(logits.detach(), embeds.detach().square().sum(-1)) is not None:
         unit_embeds(features, name)
         check_scores(clip, logits, name)
@@ -137,12 +117,8 @@ def logits_of_images(
 
 
 def check_scores(clip: CLIPModel, scores: torch.Tensor, name: Callable[[int], str] = "row {}".format) -> torch.Tensor:
-    """
-    The scores `(batch, ...)` as they are. Whatever becomes an answer passes here.
-
-    Raises:
-        `ValueError`: naming the first row without finite scores, or the temperature that makes them so.
-    """
+    """The scores `(batch, ...)` as they are. Whatever becomes an answer passes here: a `ValueError` names the first
+    row without finite scores, or the temperature that makes them so."""
     broken = first_broken_row(scores.detach())
     if broken is not None:
         check_temperature(clip)
@@ -166,19 +142,14 @@ def check_temperature(clip: CLIPModel) -> None:
     if not temperature(clip).isfinite():
         raise ValueError(
             f"logit_scale of the CLIP {clip.config._name_or_path or 'given'} is {float(clip.logit_scale):g}, and its "
-            "exponential no finite "
-            "number (a CLIP's logit_scale is about 4.6): its weights are damaged. Save or download it again."
+            "exponential no finite number (a CLIP's logit_scale is about 4.6): its weights are damaged. Save or "
+            "download it again."
         )
 
 
 def softmax_temperature(clip: CLIPModel) -> float:
-    """
-    `exp(logit_scale)`.
-
-    Raises:
-        `ValueError`: the model scores each label by itself, by a sigmoid (SigLIP), so that its answers are no
-            probabilities to fit to.
-    """
+    """`exp(logit_scale)`. A model that scores each label by itself, by a sigmoid (SigLIP), is a `ValueError`: its
+    answers are no probabilities to fit to."""
     if is_sigmoid(clip):
         raise ValueError(
             f"A {type(clip).__name__} scores labels by a sigmoid, each by itself, and this method shares each image "

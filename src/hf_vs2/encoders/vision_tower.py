@@ -128,16 +128,8 @@ class VisionTower:
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
     def cls_rows(self, pixel_values: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """
-        The CLS token after each of `layers`; the last layer's is the input of `post_layernorm`.
-
-        Args:
-            pixel_values: (batch, channels, height, width).
-            layers: indices from 0.
-
-        Returns:
-            {layer: (batch, hidden) in the tower's dtype}.
-        """
+        """The CLS token after each of `layers`, counted from 0; the last layer's is the input of `post_layernorm`. Of
+        images (batch, channels, height, width), {layer: (batch, hidden) in the tower's dtype}."""
         vision, family = self.module, family_of(self.module)
         if not family.has_tokens:
             self.check_layers(layers)
@@ -160,15 +152,21 @@ class VisionTower:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Eval mode, no autograd, no autocast; every submodule's mode is put back afterwards."""
-        modes = {module: module.training for module in self.module.modules()}
-        self.module.eval()
-        try:
-            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        """[`evaluating`], no autograd, no autocast."""
+        with evaluating(self.module), torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; every submodule's mode is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def best_device() -> torch.device:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..data.batches import read_pixels
-from ..data.inputs import DEFAULT_TEMPLATES, SINGLE_IMAGE, NamedImage, NamedImages, describe_type
+from ..data.inputs import DEFAULT_TEMPLATES, NamedImages, named_images
 from ..data.labels.lists import names_in
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import class_embeddings
@@ -126,13 +126,8 @@ def _is_batch(images: Any) -> bool:
 
 def _pixels(images: Any, image_processor: Any, device: torch.device) -> torch.Tensor:
     """Pixel values `(batch, channels, height, width)`, as the pipeline makes them."""
-    if isinstance(images, SINGLE_IMAGE):
-        named = [NamedImage(images)]
-    elif not isinstance(images, Iterable) and not hasattr(images, "__getitem__"):
-        raise TypeError(f"images must be one image or several, not {describe_type(images)}.")
-    else:
-        several = NamedImages(images if hasattr(images, "__getitem__") else list(images))
-        named = [several[number] for number in range(len(several))]
+    images = named_images(images)
+    named = [images[place] for place in range(len(images))] if isinstance(images, NamedImages) else list(images)
     if not named:
         raise ValueError("images is empty: give one image or several.")
     return Normalizer(image_processor, device)(read_pixels(named, image_processor))

@@ -8,6 +8,7 @@ classes of the call.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from transformers.utils import cached_file
 
 from ..config.sae import holds_samples
 from ..config.schema import one_of
+from ..data.stores.rows import rows_of
 from ..encoders.base_model import describe_base_model, warn_of_relative
 from ..encoders.families import tower_of
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..files.atomic import failing_as, replace_files
 from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from ..files.digests import check_digest, file_digest
-from ..files.json_files import read_json, write_json
+from ..files.json_files import read_object, write_json
 from ..files.place import at_one_commit
 from ..files.weight_files import LARGEST, read_tensors, write_tensors
 from ..functional.neighbors import BLOCK_ROWS, unit_rows
@@ -33,6 +35,8 @@ from ..functional.neighbors import BLOCK_ROWS, unit_rows
 FORMAT = "hf_vs2.corpus"
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BASE = ("name_or_path", "revision", "fingerprint", "weights")
+"""What is recorded of the CLIP, with `base_model_` before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,21 +121,12 @@ class RetrievalCorpus:
             `ValueError`: if the store lacks the last layer or is of another CLIP; and see the class.
         """
         one_of(tuple(_DTYPES)).read(dtype, "dtype")
-        base: dict[str, Any] = {}
         if isinstance(store_or_rows, torch.Tensor):
             rows = store_or_rows
-            if clip is not None:
-                base = describe_base_model(clip)
-                del base["base_model_type"], base["base_model_num_layers"], base["site"]
+            made_with: Mapping[str, Any] = {} if clip is None else describe_base_model(clip)
         else:
-            model = store_or_rows.metadata["model"]
-            rows = store_or_rows.tensor(-1)
-            base = {
-                "base_model_name_or_path": model["id"],
-                "base_model_revision": model["revision"],
-                "base_model_fingerprint": store_or_rows.metadata.get("base_model_fingerprint"),
-                "base_model_weights": store_or_rows.metadata.get("base_model_weights"),
-            }
+            rows, made_with = store_or_rows.tensor(-1), rows_of(store_or_rows, -1).origin
+        base: dict[str, Any] = {name: made_with.get(name) for name in (f"base_model_{part}" for part in _BASE)}
         corpus = cls(
             rows.detach().cpu().to(_DTYPES[dtype]),
             None if embeddings is None else unit_rows(embeddings.detach().cpu()).to(_DTYPES[dtype]),
@@ -157,11 +152,7 @@ class RetrievalCorpus:
         return self  # never changed, and large
 
     def check_base_model(self, clip: CLIPModel) -> None:
-        """Refuse a CLIP that these rows are not of.
-
-        Raises:
-            `ValueError`: naming both and the difference.
-        """
+        """Refuse a CLIP that these rows are not of, by a `ValueError` with both and the difference."""
         theirs = self.base_model_name_or_path or "a CLIP without a name"
         both = (
             f"This corpus was made with {theirs}; the CLIP given is "
@@ -220,7 +211,7 @@ class RetrievalCorpus:
         description_path = cached_file(source, CORPUS_CONFIG_NAME, **place)
         description = _read_description(Path(description_path))
         rows_path = cached_file(source, CORPUS_ROWS_NAME, **place)
-        digests = {one for one in (digest, description.get("digest")) if one is not None}
+        digests = {digest, description.get("digest")} - {None}
         tensors, _ = read_tensors(rows_path)
         names = {"rows"} if description["encoder"] is None else {"rows", "embeddings"}
         if set(tensors) != names or len(tensors["rows"]) != description["num_rows"]:
@@ -228,8 +219,8 @@ class RetrievalCorpus:
                 f"{rows_path} and {CORPUS_CONFIG_NAME} beside it are not of one corpus (a save that was cut off?): "
                 "save it again."
             )
-        for one in digests:
-            check_digest(rows_path, {CORPUS_ROWS_NAME: one}, by=CORPUS_CONFIG_NAME)
+        for known in digests:
+            check_digest(rows_path, {CORPUS_ROWS_NAME: str(known)}, by=CORPUS_CONFIG_NAME)
         base, encoder = description["base_model"], description["encoder"] or {}
         try:
             return cls(
@@ -237,10 +228,7 @@ class RetrievalCorpus:
                 tensors.get("embeddings"),
                 encoder.get("name_or_path"),
                 encoder.get("revision"),
-                **{
-                    f"base_model_{name}": base.get(name)
-                    for name in ("name_or_path", "revision", "fingerprint", "weights")
-                },
+                **{f"base_model_{name}": base.get(name) for name in _BASE},
                 checked=bool(digests),
             )
         except ValueError as error:
@@ -256,42 +244,32 @@ class RetrievalCorpus:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "base_model": {
-                "name_or_path": self.base_model_name_or_path,
-                "revision": self.base_model_revision,
-                "fingerprint": self.base_model_fingerprint,
-                "weights": self.base_model_weights,
-            },
+            "base_model": {name: getattr(self, f"base_model_{name}") for name in _BASE},
             "encoder": encoder,
             "num_rows": len(self),
         }
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        description = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} does not describe a corpus ({error}): save the corpus again.") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    description = read_object(path, "the description of a corpus")
+    if description.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a corpus: it does not say format {FORMAT!r}.")
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {description.get('format_version')}, this hf_vs2 reads version "
             f"{FORMAT_VERSION}: use the version that wrote it, or make the corpus again."
         )
-    base, encoder = description.get("base_model"), description.get("encoder")
+    base, encoder = description.get("base_model"), description.get("encoder", "")
+    numbers, samples = (base.get(name) if isinstance(base, dict) else None for name in ("fingerprint", "weights"))
     fields = {
         "num_rows": isinstance(description.get("num_rows"), int),
         "base_model": isinstance(base, dict) and {"name_or_path", "revision", "fingerprint"} <= base.keys(),
         "digest": isinstance(description.get("digest", ""), str),
-        "encoder": "encoder" in description
-        and (encoder is None or (isinstance(encoder, dict) and isinstance(encoder.get("name_or_path"), str))),
+        "encoder": encoder is None or (isinstance(encoder, dict) and isinstance(encoder.get("name_or_path"), str)),
+        "base_model.fingerprint": numbers is None
+        or (isinstance(numbers, list) and all(isinstance(number, float) for number in numbers)),
+        "base_model.weights": samples is None or holds_samples(samples),  # earlier versions wrote none
     }
-    numbers = base.get("fingerprint") if isinstance(base, dict) else None
-    if numbers is not None:
-        fields["base_model.fingerprint"] = isinstance(numbers, list) and all(isinstance(one, float) for one in numbers)
-    if isinstance(base, dict):  # earlier versions wrote no sample of the weights
-        fields["base_model.weights"] = base.get("weights") is None or holds_samples(base["weights"])
     wrong = [name for name, right in fields.items() if not right]
     if wrong:
         raise ValueError(f"{path} does not describe a corpus: {wrong[0]} is missing or of the wrong type.")

@@ -77,12 +77,8 @@ class CorpusSearch:
     @torch.compiler.disable  # a compiled model breaks its graph here: locks, caches and a search are nothing to trace
     @torch.no_grad()
     def prepared(self, clip: CLIPModel, sae: SAEModel, class_embeds: torch.Tensor | None) -> Prepared:
-        """
-        The corpus for a call with these classes, `(num_classes, projection_dim)`.
-
-        Raises:
-            `ValueError`: if the classes are missing or of another shape.
-        """
+        """The corpus for a call with these classes, `(num_classes, projection_dim)`. Without them, or with others, a
+        `ValueError`."""
         if class_embeds is None:
             raise ValueError(
                 "method='vs2++' labels the neighbours itself and needs to know the classes: give class_embeds=, a "
@@ -112,15 +108,9 @@ class CorpusSearch:
         retrieval_embeds: torch.Tensor | None = None,
         exclude: torch.Tensor | None = None,
     ) -> NeighborCodes:
-        """
-        The neighbours of CLS rows `(batch, hidden_size)`, found by their plain CLIP embedding or by
-        `retrieval_embeds`.
-
-        Args:
-            prepared: [`CorpusSearch.prepared`] of the CLIP, an SAE and these classes.
-            num_neighbors: N of section 4.2.
-            positives: the rule, see [`select_positives`].
-            class_embeds, retrieval_embeds, exclude: see [`RetrievalInputs`].
+        """The N (section 4.2) neighbours of CLS rows `(batch, hidden_size)` in a [`CorpusSearch.prepared`] of the CLIP, an
+        SAE and these classes, found by their plain CLIP embedding or by `retrieval_embeds`; `positives`: see
+        [`select_positives`], the others: see [`RetrievalInputs`].
 
         Raises:
             `ValueError`: if embeddings are missing that the corpus' encoder calls for; on shapes that do not fit; or
@@ -129,9 +119,8 @@ class CorpusSearch:
         self._check(rows, retrieval_embeds)
         (_, index, values, indices), labels = prepared
         queries = clip_embeds(clip, rows)
-        found = index.search(
-            queries if retrieval_embeds is None else retrieval_embeds, num_neighbors, exclude=exclude
-        )[1]
+        looked_for = queries if retrieval_embeds is None else retrieval_embeds
+        _, found = index.search(looked_for, num_neighbors, exclude=exclude)
         own = pseudo_labels(queries, class_embeds).to(labels.device) if positives == "query" else None
         positive = select_positives(labels[found.to(labels.device)], positives, own)
         found = found.to(values.device)

@@ -137,12 +137,13 @@ class LabelSets:
         Raises:
             `ValueError`: without statistics, or rows where the method needs them.
         """
-        method, settings = steerer.settings.method, _settings(steerer)
         if steerer.settings.rule.needs_rows:
             # It refuses: what an earlier version fitted without rows was another method.
             steerer.unlabelled_rows  # noqa: B018
         with self._lock:
-            asked = _Asked(method, settings, normalize(class_embeds.detach().float(), dim=-1))
+            asked = _Asked(
+                steerer.settings.method, _settings(steerer), normalize(class_embeds.detach().float(), dim=-1)
+            )
             state = self._checked_state(steerer)
             for known in self.named:
                 if asked == _Asked(known.method, known.settings, known.class_embeds):
@@ -186,11 +187,8 @@ class LabelSets:
         return state
 
     def sketch(self, steerer: Steers) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views.
-
-        Raises:
-            `ValueError`: the statistics keep no rows.
-        """
+        """Unit embeddings `(m, projection_dim)` of the sketch under the step in force, and its views. Statistics that
+        keep no rows are a `ValueError`."""
         rule, rows = steerer.settings.rule, steerer.unlabelled_rows
 
         def make() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -224,25 +222,15 @@ class LabelSets:
         digests: Mapping[str, str] | None,
         steerer: Steers,
     ) -> LabelSets:
-        """
-        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files, for the model that it
-        holds.
+        """Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files, for the model that
+        it holds. A file that is damaged, of another checkpoint, or something else is a `ValueError`."""
 
-        Raises:
-            `OSError`: if there are none, or they can't be reached. `ValueError`: if the file is damaged, of another
-                checkpoint, or something else.
-        """
+        def make(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> LabelSets:
+            listed = enumerate(about["label_sets"])
+            return cls(tuple(_read(tensors, number, label_set, steerer) for number, label_set in listed))
+
         path = cached_file(os.fspath(name_or_path), LABEL_SETS_NAME, **place)
-        named = read_described(
-            path,
-            _KIND,
-            lambda about, tensors: [
-                _read(tensors, number, one, steerer) for number, one in enumerate(about["label_sets"])
-            ],
-            "Save the model again.",
-            digests,
-        )
-        found = cls(tuple(named))
+        found = read_described(path, _KIND, make, "Save the model again.", digests)
         found.named_now(steerer)  # they belong to these weights
         return found
 

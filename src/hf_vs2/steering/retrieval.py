@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +18,12 @@ from torch.nn.functional import cross_entropy, normalize
 from ..config.schema import COUNT
 from ..data.batches import Columns, ImageReader, Span, StreamSpans, read_batches, spans_of_dataset
 from ..data.images import UnreadableImageError
-from ..data.load import undecoded
+from ..data.load import prepared
 from ..data.pixels import Normalizer
 from ..encoders.loading import load_vision_model
 from ..encoders.processing import load_image_processor
 from ..encoders.tail import unit_embeds
-from ..encoders.vision_tower import best_device
+from ..encoders.vision_tower import best_device, evaluating
 from ..files.progress import progress_bar
 from ..functional.finite import first_broken_row
 from ..functional.neighbors import NeighborIndex, nearest_neighbors, pseudo_labels, select_positives
@@ -78,18 +78,22 @@ def embed_images(
         ValueError: a data set without images, a model without image embeddings, a revision or device for a loaded
             model.
     """
-    model = _vision_model(model, revision, device)
-    processor = image_processor if image_processor is not None else _image_processor_of(model, revision)
-    processor = getattr(processor, "image_processor", processor)  # of a CLIPProcessor
-    parameter = next(model.parameters())
+    encoder: Any = _vision_model(model, revision, device)
+    if image_processor is None:
+        name = encoder.config._name_or_path
+        if not name:
+            raise ValueError("The model has no name to load its image processor by: pass image_processor=...")
+        image_processor = load_image_processor(name, {"revision": revision or "main"}, of_clip=False)
+    processor = getattr(image_processor, "image_processor", image_processor)  # of a CLIPProcessor
+    parameter = next(encoder.parameters())
     normalizer = Normalizer(processor, parameter.device)
     rows = []
     total = len(dataset) if hasattr(dataset, "__len__") else None
     bar = progress_bar(shown=progress, total=total, unit=" images", desc="Embeddings")
     batches = image_batches(dataset, image_column, processor, batch_size, parameter.device, num_workers)
-    with _inference(model), bar, contextlib.closing(batches):
+    with evaluating(encoder), torch.inference_mode(), bar, contextlib.closing(batches):
         for pixels, names in batches:
-            features = _image_embeddings(model, normalizer(pixels).to(parameter.dtype))
+            features = _image_embeddings(encoder, normalizer(pixels).to(parameter.dtype))
             rows.append(unit_embeds(features, names.__getitem__).cpu())
             bar.update(len(names))
     if not rows:
@@ -111,14 +115,6 @@ def _vision_model(
     return getattr(model, "clip", model)
 
 
-def _image_processor_of(model: Any, revision: str | None) -> Any:
-    """The one saved with the model."""
-    name = model.config._name_or_path
-    if not name:
-        raise ValueError("The model has no name to load its image processor by: pass image_processor=...")
-    return load_image_processor(name, {"revision": revision or "main"}, of_clip=False)
-
-
 def image_batches(
     dataset: Any,
     image_column: str,
@@ -128,24 +124,16 @@ def image_batches(
     num_workers: int | None = None,
 ) -> Generator[tuple[torch.Tensor, list[str]], None, None]:
     """The images of a data set or stream in order, read as an extraction reads them: uint8 pixels `(batch, channels,
-    height, width)`, and how messages name each.
-
-    Raises:
-        UnreadableImageError: (a `ValueError`) naming an image that cannot be read.
-    """
+    height, width)`, and how messages name each. One that cannot be read is an [`UnreadableImageError`]."""
     import datasets
 
     COUNT.read(batch_size, "batch_size")
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        raise TypeError(f"Expected a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}")
+    dataset = prepared(dataset, image_column)
     columns = Columns.of(dataset, image_column)
     spans: Iterable[Span]
     if isinstance(dataset, datasets.IterableDataset):
-        stream = undecoded(dataset, image_column).with_format(None)
-        dataset, spans = None, StreamSpans(stream, columns, batch_size, batch_size, lambda shard: True)
+        dataset, spans = None, StreamSpans(dataset, columns, batch_size, batch_size, lambda shard: True)
     else:
-        if dataset.format["type"] != "custom":  # `with_transform`: what the user's function returns is what is read
-            dataset = undecoded(dataset, image_column).select_columns([image_column]).with_format(None)
         spans = list(spans_of_dataset(len(dataset), batch_size, max(1, len(dataset)), lambda shard: True))
     batches = read_batches(ImageReader(dataset, columns, processor), spans, num_workers, device)
     with contextlib.closing(batches):
@@ -153,18 +141,6 @@ def image_batches(
             if batch.unreadable or batch.pixels is None:
                 raise UnreadableImageError(f"{batch.unreadable[0]['error']}. Mend or remove it.")
             yield batch.pixels, batch.names
-
-
-@contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _image_embeddings(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -100,11 +100,7 @@ class Steerer:
 
     @property
     def statistics(self) -> DomainStatistics:
-        """Those of unlabelled rows.
-
-        Raises:
-            `ValueError`: there are none.
-        """
+        """Those of unlabelled rows; a `ValueError` where there are none."""
         if self.sae.domain_statistics is None:
             raise ValueError(
                 f"method={self.settings.method!r} needs statistics of unlabelled images, and this checkpoint holds "
@@ -115,11 +111,7 @@ class Steerer:
 
     @property
     def unlabelled_rows(self) -> torch.Tensor:
-        """Those that the statistics keep, `(n, hidden_size)`.
-
-        Raises:
-            `ValueError`: there are none.
-        """
+        """Those that the statistics keep, `(n, hidden_size)`; a `ValueError` where there are none."""
         if self.statistics.rows is None:
             raise ValueError(self.lacking_rows)
         return self.statistics.rows
@@ -291,12 +283,7 @@ class Steerer:
     # Features
 
     def features_from_cls(self, rows: torch.Tensor, **retrieval: Unpack[RetrievalInputs]) -> VS2ImageFeatures:
-        """The tail on CLS rows `(batch, hidden_size)` of the last layer: steer, `post_layernorm`, project.
-
-        Raises:
-            `ValueError`: if an inner layer is steered (its effect on the layers above can't be replayed), or on other
-                widths.
-        """
+        """See [`VS2CLIPForZeroShot.image_features_from_cls`]."""
         last = self.num_layers - 1
         inner = [layer for layer in self.saes if layer != last]
         if inner and self.is_steering:

@@ -30,7 +30,7 @@ from ..data.stores.rows import rows_of
 from ..data.stores.store_format import request_key, request_of
 from ..encoders.loading import load_clip
 from ..encoders.processing import load_processing
-from ..encoders.tail import logits_of, mean_embed, plain_embeds, probabilities, unit_embeds
+from ..encoders.tail import at_temperature, check_scores, mean_embed, plain_embeds, probabilities, unit_embeds
 from ..encoders.vision_tower import best_device
 from ..evaluation.controls import control_model
 from ..files.digests import tensor_digest
@@ -350,7 +350,9 @@ class Bench:
         labels = self.corpus_labels(encoder, dataset, prompts, True)
         blocks = zip(self.corpus_embeds(encoder, dataset).split(BATCH), labels.split(BATCH), strict=True)
         found = [
-            probabilities(logits_of(clip, block @ classes.T), clip).gather(1, true.unsqueeze(1))
+            probabilities(check_scores(clip, at_temperature(clip, block @ classes.T)), clip).gather(
+                1, true.unsqueeze(1)
+            )
             for block, true in blocks
         ]
         return torch.cat(found).squeeze(1)

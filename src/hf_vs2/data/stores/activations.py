@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 
 from ...config.schema import COUNT, one_of, optional, whole
@@ -17,8 +18,8 @@ from ...encoders.vision_tower import VisionTower
 from ...version import __version__
 from ..batches import Columns, ImageReader
 from ..images import UnreadableImageError
-from ..labels.names import class_names_of, with_numbered_labels
-from ..load import undecoded
+from ..labels.names import class_names_of
+from ..load import prepared
 from ..pixels import describe_processor, reading_fast
 from .extraction import Extraction
 from .fingerprint import dataset_fingerprint as fingerprint_of_dataset
@@ -125,7 +126,7 @@ def extract_activations(
     processor = image_processor if image_processor is not None else tower.image_processor()
     processor = getattr(processor, "image_processor", processor)  # of a CLIPProcessor
     processor = reading_fast(processor) if fast_decode else processor
-    dataset = _prepare_dataset(dataset, image_column, label_column)
+    dataset = prepared(dataset, image_column, label_column)
     columns = Columns.of(dataset, image_column, label_column)
     fingerprint = dataset_fingerprint or fingerprint_of_dataset(dataset, image_column, label_column)
     index = {
@@ -146,7 +147,12 @@ def extract_activations(
         "base_model_fingerprint": tower.sae_fingerprint(),
         "base_model_weights": tower.weights,
         "shard_size": shard_size,
-        "made_with": _versions(tower.device),
+        "made_with": {
+            "hf_vs2": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "device": tower.device.type,
+        },
         "complete": False,
     }
     folder = Path(output_dir).expanduser() / request_key(request_of(index))
@@ -159,46 +165,3 @@ def extract_activations(
             f"{skipped[0]['error']}. Mend the images, or accept it with on_error='skip'"
         )
     return store
-
-
-def _prepare_dataset(dataset: Any, image_column: str, label_column: str | None) -> Any:
-    """Checked, undecoded, without a format and without the columns that are not needed."""
-    import datasets
-
-    if isinstance(dataset, (dict, str, os.PathLike)):
-        raise TypeError(
-            f"Expected one split as a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}: "
-            "open it with `hf_vs2.load_images(source, split=...)`"
-        )
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        raise TypeError(f"Expected a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}")
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        return dataset  # `with_transform`: what the user's function returns is what is read
-    dataset = undecoded(dataset, image_column)
-    features = dataset.features
-    if features is not None and label_column is not None:
-        if label_column not in features:
-            raise ValueError(f"The data set has no column {label_column!r}; it has {', '.join(features)}")
-        if isinstance(dataset, datasets.Dataset):
-            dataset = with_numbered_labels(dataset, label_column)
-        kind = getattr(dataset.features[label_column], "dtype", "")
-        if "int" not in kind and kind != "bool":
-            hint = ": open the data set without streaming" if "string" in kind else ""
-            raise ValueError(
-                f"Column {label_column!r} holds {features[label_column]}: labels must be integers, or names in a data "
-                f"set whose rows can be counted{hint}"
-            )
-    if isinstance(dataset, datasets.Dataset):
-        dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
-    return dataset.with_format(None)
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    import transformers
-
-    return {
-        "hf_vs2": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "device": device.type,
-    }

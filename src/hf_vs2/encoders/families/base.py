@@ -112,11 +112,7 @@ def steerable() -> list[str]:
 
 
 def family_of(model: Any) -> Family:
-    """The family of a model, or of a vision tower.
-
-    Raises:
-        `ValueError`: it is of none.
-    """
+    """The family of a model, or of a vision tower; a `ValueError` if it is of none."""
     config = getattr(model, "config", None) or model.vision_model.config
     return family_of_config(config, config._name_or_path or type(model).__name__)
 
@@ -154,15 +150,8 @@ def embedding_width(clip: Any) -> int:
 
 
 def refuse_family(model_type: str | None, where: str, tower: bool = False) -> None:
-    """
-    Args:
-        model_type: of a model's configuration.
-        where: what the message names.
-        tower: whether the vision tower of a family will do.
-
-    Raises:
-        `ValueError`: if nothing can steer such a model yet.
-    """
+    """Raises a `ValueError` that names `where` if nothing can steer a model of this type yet. `tower`: whether the
+    vision tower of a family will do."""
     family = FAMILIES.get(str(model_type))
     if family is not None and (tower or family.model_type == model_type):
         return
