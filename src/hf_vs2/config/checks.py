@@ -61,26 +61,22 @@ def strict_values(cls: type[_Config]) -> type[_Config]:
 def read_config_dict(
     read: Callable[..., tuple[dict[str, Any], dict[str, Any]]], name_or_path: str | os.PathLike, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What transformers' `get_config_dict` gives, with the message where there is no such file or not a JSON object in
-    it.
-
-    Raises:
-        `OSError`, `ValueError`: see [`CheckpointConfig.get_config_dict`].
-    """
+    """What transformers' `get_config_dict` gives; an `OSError` without such a file, or an empty one, and a `ValueError`
+    if there is no JSON object in it."""
     try:
-        found = read(name_or_path, **kwargs)
+        config, others = read(name_or_path, **kwargs)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         # What transformers meets where it takes a JSON object for granted.
         raise ValueError(f"{CONFIG_NAME} of {name_or_path} is not the configuration of a model: {error}.") from error
-    if not found[0]:
+    if not config:
         where = f" in subfolder {kwargs['subfolder']!r}" if kwargs.get("subfolder") else ""
         raise OSError(
             f"{name_or_path} has no {CONFIG_NAME}{where}, or an empty one. If it holds several models, name one "
             "with subfolder=."
         )
-    if not isinstance(found[0], dict):
+    if not isinstance(config, dict):
         raise ValueError(f"{CONFIG_NAME} of {name_or_path} is not a JSON object.")
-    return found
+    return config, others
 
 
 class CheckpointConfig(PackagedCode):
@@ -99,21 +95,12 @@ class CheckpointConfig(PackagedCode):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers.
-
-        Raises:
-            `OSError`: if there is no such file, or no JSON in it. `ValueError`: if it is other JSON than an object.
-        """
+        """As in transformers; refused by [`read_config_dict`]."""
         return read_config_dict(super().get_config_dict, pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As in transformers.
-
-        Raises:
-            `OSError`: if there is no such file, or no JSON in it. `ValueError`: if it can't be used; the message names
-                the file and the field.
-        """
+        """As in transformers. A file that can't be used is a `ValueError` that names it and the field."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         except ValueError as error:
@@ -123,11 +110,7 @@ class CheckpointConfig(PackagedCode):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers.
-
-        Raises:
-            `ValueError`: if the dictionary is no configuration of this class; the message names the field.
-        """
+        """As in transformers. What is no configuration of this class is a `ValueError` that names the field."""
         cls.check_fields(config_dict)
         # What leads `trust_remote_code=True` to the shim beside the file: no part of the model.
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
@@ -140,11 +123,8 @@ class CheckpointConfig(PackagedCode):
 
     @classmethod
     def check_fields(cls, config_dict: Any) -> None:
-        """Refuse a dictionary that lacks fields, or asks for more than a configuration may.
-
-        Raises:
-            `ValueError`: naming the field.
-        """
+        """Refuse, by a `ValueError` with the field, a dictionary that lacks fields, or asks for more than a
+        configuration may."""
         if not isinstance(config_dict, Mapping):
             raise ValueError(f"A configuration is a JSON object, not {type(config_dict).__name__}.")
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
@@ -158,17 +138,11 @@ class CheckpointConfig(PackagedCode):
 
 
 def refuse_requests(config: Any, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse a configuration, or one of its parts, by which transformers would open other files or run other code.
-
-    Args:
-        config: nested JSON.
-        allowed: fields of `_OPENS_OTHERS` that may be there.
-
-    Raises:
-        `ValueError`: naming the field.
-    """
+    """Refuse, by a `ValueError` with the field, a configuration, or one of its parts, by which transformers would open
+    other files or run other code. Fields of `_OPENS_OTHERS` may be `allowed`."""
     for name, value in _entries(config):
-        code = any(part in name for part in _IMPLEMENTATIONS) and set(_texts(value)) - set(_PACKAGED)
+        texts = {text for _, text in _entries({"": value}) if isinstance(text, str)}
+        code = any(part in name for part in _IMPLEMENTATIONS) and texts - set(_PACKAGED)
         if code or (name in _OPENS_OTHERS and name not in allowed and value is not None):
             raise ValueError(f"The field {name!r} ({value!r}) asks for other files or code, which is not loaded.")
         if name in ("dtype", "torch_dtype") and value is not None and value not in _DTYPES:
@@ -176,21 +150,12 @@ def refuse_requests(config: Any, allowed: tuple[str, ...] = ()) -> None:
 
 
 def check_clip_config(config: Any) -> None:
-    """Refuse the configuration of a CLIP that asks for other files or code, or for sizes that no CLIP has.
-
-    Raises:
-        `ValueError`: naming the field.
-    """
+    """Refuse, by a `ValueError` with the field, the configuration of a CLIP that asks for other files or code, or for
+    sizes that no CLIP has."""
     refuse_requests(config, OF_OTHERS)
     for name, value in _entries(config):
         if isinstance(value, int) and abs(value) > _LARGEST_SIZE:
             raise ValueError(f"The field {name!r} is {str(value)[:20]}, and nothing in a CLIP is so large.")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    yield from (inner for _, inner in _entries(value) if isinstance(inner, str))
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -55,10 +56,7 @@ class LatentEdits:
             raise ValueError(f"suppress must be a list of latents, such as [4, 9]; it is {self.suppress!r}.")
         latents = tuple(sorted(_latent("suppress", latent) for latent in self.suppress))
         object.__setattr__(self, "suppress", latents)
-        everyone = self.latents
-        twice = (
-            [latent for latent in everyone if everyone.count(latent) > 1] if len({*everyone}) < len(everyone) else []
-        )
+        twice = [latent for latent, count in Counter(self.latents).items() if count > 1]
         if twice:
             raise ValueError(f"Latent {twice[0]} has two edits: give it one of amplify, suppress and set.")
 

@@ -199,15 +199,7 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             raise ValueError("base_model_weights must map parts of the model to base64 of pairs of float16 numbers.")
         if self.num_calibration_rows is not None and self.num_calibration_rows < 0:
             raise ValueError(f"num_calibration_rows={self.num_calibration_rows} must not be negative.")
-        levels = {name: _level(name) for name in self.fvu_quantiles or {}}
-        values = [(self.fvu_quantiles or {})[name] for name in sorted(levels, key=lambda name: levels[name])]
-        # Infinity is the FVU of a row at the mean itself.
-        if not all(0 < level < 1 for level in levels.values()) or not all(value >= 0 for value in values):
-            raise ValueError(
-                f"fvu_quantiles={self.fvu_quantiles} must map levels between 0 and 1 to FVUs that are not negative."
-            )
-        if values != sorted(values):
-            raise ValueError(f"fvu_quantiles={self.fvu_quantiles} must rise with the level.")
+        check_quantiles("fvu_quantiles", self.fvu_quantiles or {})  # infinity is the FVU of a row at the mean itself
 
     def fvu_threshold(self, quantile: float) -> float:
         """The gate's threshold tau: per-sample FVU at `quantile`, interpolated between the stored levels.
@@ -223,20 +215,29 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
         return quantile_of(self.fvu_quantiles, quantile, "calibrated quantiles", self.num_calibration_rows)
 
 
-def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_rows: int | None = None) -> float:
-    """The value at a quantile, interpolated between the stored levels.
+def check_quantiles(name: str, quantiles: dict[str, float]) -> None:
+    """Refuse, by a `ValueError`, other than levels between 0 and 1 with values that are not negative and rise."""
+    try:
+        levels = sorted((float(level), value) for level, value in quantiles.items())
+    except ValueError:  # a level that is no number
+        levels = [(math.nan, 0.0)]
+    values = [value for _, value in levels]
+    if not all(0 < level < 1 and value >= 0 for level, value in levels):
+        raise ValueError(f"{name}={quantiles} must map levels between 0 and 1 to numbers that are not negative.")
+    if values != sorted(values):
+        raise ValueError(f"{name}={quantiles} must rise with the level.")
 
-    Raises:
-        `ValueError`: if it lies outside them.
-    """
+
+def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_rows: int | None = None) -> float:
+    """The value at a quantile, interpolated between the stored levels; outside them a `ValueError`."""
     stored = sorted((float(level), value) for level, value in quantiles.items())
     levels = [level for level, _ in stored]
     if not levels or not levels[0] <= quantile <= levels[-1]:
         known = f"{levels[0]} to {levels[-1]}" if levels else "of which there are none"
+        known += f" (from {num_rows} held-out rows)" if num_rows is not None else ""
         raise ValueError(
-            f"gate={quantile} lies outside the {what} "
-            f"{known}{f' (from {num_rows} held-out rows)' if num_rows is not None else ''}. Choose one between them, "
-            "calibrate on more rows, or give the threshold itself as fvu_threshold=."
+            f"gate={quantile} lies outside the {what} {known}. Choose one between them, calibrate on more rows, or give "
+            "the threshold itself as fvu_threshold=."
         )
     upper = bisect.bisect_left(levels, quantile)
     (low, low_value), (high, high_value) = stored[max(upper - 1, 0)], stored[upper]
@@ -252,10 +253,3 @@ def holds_samples(found: Any) -> bool:
         return all(len(base64.b64decode(text, validate=True)) % 4 == 0 for text in found.values())
     except (AttributeError, TypeError, ValueError):
         return False
-
-
-def _level(name: str) -> float:
-    try:
-        return float(name)
-    except ValueError:
-        return math.nan

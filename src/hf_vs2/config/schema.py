@@ -26,26 +26,17 @@ _SHOWN.maxlevel, _SHOWN.maxdict, _SHOWN.maxlist, _SHOWN.maxtuple = 2, 4, 4, 4
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """
-    What a value can be.
-
-    Args:
-        says (`str`): the words for it in messages, after "must be".
-        accepts (`Callable`): whether a value is of this kind.
-        make (`Callable`): what is kept of an accepted value; it may raise `ValueError` itself. It gets the value and
-            its name.
-    """
+    """What a value can be."""
 
     says: str
+    """The words for it in messages, after "must be"."""
     accepts: Callable[[Any], bool]
+    """Whether a value is of this kind."""
     make: Callable[[Any, str], Any] = lambda value, _: value
+    """What is kept of an accepted value, by the value and its name; it may raise `ValueError` itself."""
 
     def read(self, value: Any, name: str) -> Any:
-        """The value to keep.
-
-        Raises:
-            `ValueError`: in one line, with the name, the value and what is allowed.
-        """
+        """The value to keep; another one is a `ValueError` with the name, the value and what is allowed."""
         if not self.accepts(value):
             raise ValueError(f"{name} must be {self.says}, not {shown(value)}.")
         return self.make(value, name)
@@ -76,18 +67,17 @@ def number(
         )
         if math.isfinite(limit)
     ]
-    says = " ".join(
-        [*(["a"] if infinite else ["a finite"]), "number", *([f"({' and '.join(limits)})"] if limits else [])]
-    )
+    says = f"{'a' if infinite else 'a finite'} number" + (f" ({' and '.join(limits)})" if limits else "")
 
     def accepts(value: Any) -> bool:
         real: Any = Real  # mypy does not know that numbers are some
         if isinstance(value, bool) or not isinstance(value, real) or (_is_whole(value) and abs(value) > 10**300):
             return False
-        in_range = (
+        if not infinite and not math.isfinite(value):
+            return False
+        return (
             least <= value <= most and (value > above or above == -math.inf) and (value < below or below == math.inf)
         )
-        return in_range and (infinite or math.isfinite(value))
 
     return Kind(says, accepts)
 
@@ -198,16 +188,9 @@ def part_of(cls: Any) -> Kind:
 def read_fields(
     content: Any, kinds: Mapping[str, Kind], where: str, required: Collection[str] = (), what: str = ""
 ) -> dict[str, Any]:
-    """
-    The values of a mapping, by the kinds of its keys.
-
-    Args:
-        where (`str`): before the names of its keys in messages; `what`: the mapping itself there.
-
-    Raises:
-        `ValueError`: on a key that nobody reads, with the nearest known one, on one that is missing, and on a value of
-            another kind.
-    """
+    """The values of a mapping, by the kinds of its keys. A `ValueError` on a key that nobody reads, with the nearest
+    known one, on one that is missing, and on a value of another kind; in messages `where` stands before the names of
+    keys, and the mapping itself is `what`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{what or where} must be `key: value` lines, not {shown(content)}.")
     # YAML authors write the paper's symbol; Python cannot.

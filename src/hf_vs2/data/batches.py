@@ -140,13 +140,7 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(images: Sequence[NamedImage], processor: Any, timeout: float | None = None) -> torch.Tensor:
-    """
-    Opens the images, several at once, and gives them as `processor` resizes and crops them, (n, channels, height,
-    width) uint8.
-
-    Raises:
-        As [`read_groups`].
-    """
+    """[`read_groups`] of one group, read by several threads: (n, channels, height, width) uint8."""
     num_threads = num_processors() if len(images) > 1 else 0
     (batch,) = read_groups([images], processor, timeout, num_threads=num_threads)
     return batch.pixels
@@ -196,26 +190,20 @@ def spans_of_dataset(
                 yield Span(start, min(start + batch_size, end))
 
 
+@dataclass
 class StreamSpans:
     """The same for a stream, whose rows travel with the batches: read here, in order, and decoded in the workers."""
 
-    def __init__(
-        self,
-        stream: Any,
-        columns: Columns,
-        batch_size: int,
-        shard_size: int,
-        wanted: Callable[[int], bool],
-    ):
-        self.stream = stream
-        self.columns = {name for name in (columns.image, columns.label) if name is not None}
-        self.batch_size = batch_size
-        self.shard_size = shard_size
-        self.wanted = wanted
-        self.num_images: int | None = None
-        """Length of the stream, known once it has been read to its end."""
+    stream: Any
+    columns: Columns
+    batch_size: int
+    shard_size: int
+    wanted: Callable[[int], bool]
+    num_images: int | None = None
+    """Length of the stream, known once it has been read to its end."""
 
     def __iter__(self) -> Iterator[Span]:
+        names = {name for name in (self.columns.image, self.columns.label) if name is not None}
         rows: list[dict[str, Any]] = []
         seen = 0
         for index, row in enumerate(self.stream):
@@ -224,9 +212,9 @@ class StreamSpans:
             seen = index + 1
             if not take:
                 continue
-            if missing := self.columns - row.keys():
+            if missing := names - row.keys():
                 raise ValueError(f"Row {index} has no column {', '.join(sorted(missing))}; it has {', '.join(row)}")
-            rows.append({name: row[name] for name in self.columns})
+            rows.append({name: row[name] for name in names})
             if len(rows) == self.batch_size or seen % self.shard_size == 0:
                 yield Span(seen - len(rows), seen, rows)
                 rows = []

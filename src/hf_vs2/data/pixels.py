@@ -14,8 +14,6 @@ from transformers import CLIPImageProcessorPil
 from .images import UnreadableImageError
 
 
-# An image that is larger, once resized, is cut before where that changes no bit.
-MANY_PIXELS = 4_000_000
 # Says nothing about the pixels: left out of what a store is keyed by.
 _PROCESSOR_NOISE = ("processor_class", "feature_extractor_type", "return_tensors", "transformers_version", "auto_map")
 
@@ -47,11 +45,8 @@ def _resized_and_cropped(image: Image.Image, processor: Any) -> torch.Tensor | N
     if type(processor) is not CLIPImageProcessorPil or not processor.do_resize or not processor.do_center_crop:
         return None
     size = {side: pixels for side, pixels in dict(processor.size).items() if pixels is not None}
-    if (
-        size.keys() != {"shortest_edge"}
-        or not isinstance(processor.resample, int)
-        or getattr(processor, "do_pad", None)
-    ):
+    padded = getattr(processor, "do_pad", None)
+    if size.keys() != {"shortest_edge"} or not isinstance(processor.resample, int) or padded:
         return None
     short, edge = min(image.size), size["shortest_edge"]
     width, height = (int(edge * side / short) for side in image.size)
@@ -125,27 +120,16 @@ def describe_processor(processor: Any) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))  # tuples become the lists that a reader will find
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Which images, in which batches
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.Image:
-    """
-    The image, or of a threadlike one the part around the middle that a centre crop looks at: resized whole, its long
-    side would make it huge, as bad as a decompression bomb.
-
-    The part's length is chosen so that the crop shows what it would show of the whole image: to the bit where that can
-    be had, else only of an image that would be too large, and then to within a hundredth of a pixel.
-    """
-    edge = dict(processor.size).get("shortest_edge") if processor.do_resize else None
+    """The image, or of one so threadlike that resized whole it would be as bad as a decompression bomb, the part around
+    the middle that a centre crop looks at. The part's length is chosen so that the crop shows what it would show of the
+    whole image, to within a hundredth of a pixel."""
+    edge: Any = dict(processor.size).get("shortest_edge") if processor.do_resize else None
     short, long = sorted(image.size)
     pixels, most = edge * edge * long // short if edge else 0, Image.MAX_IMAGE_PIXELS
-    if not edge or not most or pixels <= min(most, MANY_PIXELS):
+    if not most or pixels <= most:
         return image
     if not processor.do_center_crop:
-        if pixels <= most:
-            return image
         raise UnreadableImageError(
             f"{name} is {image.width} x {image.height}: resized to a shorter side of {edge} it would have "
             f"{pixels / 1e6:.0f} million pixels"
@@ -159,9 +143,6 @@ def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.
 
     # Of the parity of the whole, before and after resizing, so that the middle of both is at the same place.
     length = min(range(least + (long - least) % 2, 2 * least + 2, 2), key=misfit)
-    # Pillow makes a long image smaller in another order of its two passes, which rounds otherwise.
-    if pixels <= most and (misfit(length) != (0, 0) or short > edge):
-        return image
     start = (long - length) // 2
     box = (start, 0, start + length, short) if image.width == long else (0, start, short, start + length)
     return image.crop(box)

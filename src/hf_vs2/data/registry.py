@@ -157,10 +157,9 @@ class DatasetInfo:
         found = find_names(label_names, self.classes, self.aliases)
         unknown = [label for label, name in zip(label_names, found, strict=True) if name is None]
         if unknown:
-            shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise ValueError(
                 f"data set {self.name!r} ({self.source_id}): {len(unknown)} of {len(label_names)} label names are not "
-                f"among the classes of its entry: {shown}. Add them to its `aliases`, or set `classes: null` to use "
+                f"among the classes of its entry: {shown(unknown)}. Add them to its `aliases`, or set `classes: null` to use "
                 "the data set's own names."
             )
         return [name for name in found if name is not None]

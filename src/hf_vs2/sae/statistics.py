@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file, logging
 
-from ..config.sae import quantile_of
+from ..config.sae import check_quantiles, quantile_of
 from ..files.checkpoint_folder import STATISTICS_NAME
 from ..files.weight_files import read_described, write_described
 from ..functional.label_free import RowStatistics
@@ -106,8 +106,7 @@ class DomainStatistics:
 
     def without_rows(self, image_mean: torch.Tensor | None = None) -> DomainStatistics:
         """The same without the sketch: no activation of a single image is given away. Prototypes and balanced methods
-        can't be fitted then;
-        distribution norm can.
+        can't be fitted then; distribution norm can.
 
         Args:
             image_mean (*optional*): what distribution norm needs, where the statistics have none
@@ -139,11 +138,7 @@ class DomainStatistics:
         return quantile_of(self.distance_quantiles, min(quantile, highest), "distance quantiles")
 
     def check_fits(self, hidden_size: int, num_latents: int, where: str) -> None:
-        """Refuse statistics of another model's rows.
-
-        Raises:
-            `ValueError`: naming both.
-        """
+        """Refuse statistics of another model's rows, by a `ValueError` with both."""
         found = len(self.mean), len(self.latent_mean)
         if found != (hidden_size, num_latents):
             raise ValueError(
@@ -162,14 +157,9 @@ class DomainStatistics:
     def load(
         cls, name_or_path: str | os.PathLike, place: Mapping[str, Any], digests: Mapping[str, str] | None = None
     ) -> DomainStatistics | None:
-        """
-        Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files. `None`, with a
-        warning, where the file was left out: VS2 does without.
-
-        Raises:
-            `OSError`: if they can't be reached. `ValueError`: if the file is damaged, of another checkpoint, or
-                something else.
-        """
+        """Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files. `None`, with a
+        warning, where the file was left out: VS2 does without. A file that is damaged, of another checkpoint, or
+        something else is a `ValueError`."""
         path = cached_file(
             os.fspath(name_or_path), STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **place
         )
@@ -198,12 +188,9 @@ class DomainStatistics:
             raise ValueError("variances are negative")
         if not ((self.latent_frequency > 0) & (self.latent_frequency <= 1)).all():
             raise ValueError("latent_frequency is made of shares above 0 and up to 1")
-        levels = sorted((float(level), value) for level, value in self.distance_quantiles.items())
-        values = [value for _, value in levels]
-        if not all(0 < level < 1 and 0 <= value < math.inf for level, value in levels) or values != sorted(values):
-            raise ValueError(
-                "distance_quantiles must map levels between 0 and 1 to finite distances that rise with the level"
-            )
+        check_quantiles("distance_quantiles", self.distance_quantiles)
+        if math.inf in self.distance_quantiles.values():
+            raise ValueError("distance_quantiles must be finite")
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         names = ("mean", "components", "variances", "latent_mean", "latent_frequency", "rows", "image_mean")

@@ -153,11 +153,8 @@ def match_names(own: Sequence[str], given: Names) -> MatchedNames:
 
 
 def names_by_place(given: Names) -> list[str]:
-    """The names for labels that are numbers without names, in their order.
-
-    Raises:
-        ValueError: a mapping of other names than the numbers from 0.
-    """
+    """The names for labels that are numbers without names, in their order. A mapping of other names than the numbers
+    from 0 is a `ValueError`."""
     if isinstance(given, Mapping) and sorted(given) != sorted(map(str, range(len(given)))):
         raise ValueError(
             f"The labels of the data set are numbers without names, and those given are for {_listed(list(given))}: "
@@ -309,12 +306,8 @@ def _with_whole_labels(dataset: Dataset, label_column: str) -> Dataset:
 
 
 def check_names(dataset: Any, label_column: str | None, given: Names) -> str | None:
-    """Refuse names that do not fit the labels of a data set, before anything is made of its images (a stream shows too
-    late), and tell what was matched with what.
-
-    Raises:
-        ValueError: they do not; the message shows both sides.
-    """
+    """Refuse names that do not fit the labels of a data set, by a `ValueError` that shows both sides, before anything
+    is made of its images (a stream shows too late), and tell what was matched with what."""
     own = class_names_of(dataset, label_column)
     if own is not None:
         return match_names(own, given).told
@@ -329,11 +322,8 @@ def check_names(dataset: Any, label_column: str | None, given: Names) -> str | N
 
 
 def check_labelled(dataset: Any, label_column: str) -> None:
-    """Refuse labels that are hidden (-1, or empty) where each image needs one; a stream shows too late.
-
-    Raises:
-        ValueError: naming the column.
-    """
+    """Refuse, by a `ValueError` with the column, labels that are hidden (-1, or empty) where each image needs one; a
+    stream shows too late."""
     if -1 in _numbers_in(dataset, label_column):
         raise ValueError(
             f"Images have no label in column {label_column!r} (it is -1 or empty), and accuracy needs that of each: "
@@ -355,13 +345,9 @@ def _numbers_in(dataset: Any, label_column: str | None) -> set[int]:
 
 
 def read_labels(values: Sequence[str]) -> Names:
-    """
-    The names that `--labels` stands for: those given, or those in a file (see [`read_list`]) where the only value is
-    one. Blanks and line breaks in a name become one blank each.
-
-    Raises:
-        ValueError: a file that is not there or can't be read, or what may be one label or several.
-    """
+    """The names that `--labels` stands for: those given, or those in a file (see [`read_list`]) where the only value is
+    one. Blanks and line breaks in a name become one blank each. A file that is not there or can't be read, and what
+    may be one label or several, is a `ValueError`."""
     is_file = len(values) == 1 and os.path.isfile(os.path.expanduser(values[0]))
     for value in values if not is_file else ():
         _refuse_path(value)

@@ -60,18 +60,14 @@ class Extraction:
         together = not self.is_part and distributed.is_available() and distributed.is_initialized()
         self.rank, self.world_size = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
         self.normalize = Normalizer(self.reader.processor, self.tower.device)
-        self.num_images = _length(self.reader.dataset)
+        self.num_images = len(self.reader.dataset) if hasattr(self.reader.dataset, "__len__") else None  # a stream
         self.spans: Iterable[Span] = ()
         self.total: int | None = None
         self.claims = Claims(self.folder)
         self.store: ActivationStore | None = None
 
     def run(self) -> ActivationStore:
-        """The finished store, from the disk where it is there, else made now.
-
-        Raises:
-            StoreError, UnreadableImageError, ValueError: see [`~hf_vs2.data.stores.activations.extract_activations`].
-        """
+        """The finished store, from the disk where it is there, else made now."""
         with self._lock():
             self._together(lambda: None)  # nobody looks before the main process holds the lock
             return self._made()
@@ -205,7 +201,7 @@ class Extraction:
                 if shard is not None and shard.number != number:
                     self._write(shard)
                     shard = None
-                shard = shard or Shard(number, self.index["layers"])
+                shard = shard or Shard(number)
                 self._add(shard, batch)
                 self.job.add(batch.stop - batch.start)
             if shard is not None:
@@ -232,7 +228,7 @@ class Extraction:
         self.num_images = parts.num_images
         for number in range(self.rank, -(-self.num_images // size), self.world_size):
             if self._is_missing(number):
-                shard = Shard(number, self.index["layers"])
+                shard = Shard(number)
                 shard.stop = min((number + 1) * size, self.num_images)
                 parts.fill(shard, number * size, ROW_DTYPES[self.index["dtype"]])
                 self._write(shard)
@@ -255,7 +251,7 @@ class Extraction:
 
     def _write(self, shard: Shard) -> None:
         empty = torch.empty(0, self.tower.hidden_size, dtype=ROW_DTYPES[self.index["dtype"]])
-        tensors = {f"layer_{layer}": torch.cat([empty, *rows]) for layer, rows in shard.rows.items()}
+        tensors = {f"layer_{layer}": torch.cat([empty, *shard.rows[layer]]) for layer in self.index["layers"]}
         tensors["image_index"] = torch.tensor(shard.indices, dtype=torch.int64)
         if self.index["columns"]["label"] is not None:
             tensors["label"] = torch.tensor(shard.labels, dtype=torch.int64)
@@ -268,12 +264,10 @@ class Extraction:
         """Gathers what the shards say and declares the store complete."""
         if not self.num_images and not self.is_part:
             raise ValueError("The data set is empty: there is nothing to extract")
-        headers = []
-        for number in range(-(-(self.num_images or 0) // self.index["shard_size"])):
-            header = read_shard_header(self.folder, number)
-            if header is None:
-                raise StoreError(f"Shard {number} of {self.folder} disappeared during the extraction: run it again")
-            headers.append(header)
+        numbers = range(-(-(self.num_images or 0) // self.index["shard_size"]))
+        headers = [header for number in numbers if (header := read_shard_header(self.folder, number)) is not None]
+        if len(headers) < len(numbers):
+            raise StoreError(f"A shard of {self.folder} disappeared during the extraction: run it again")
         skipped = [item for header in headers for item in header["skipped"]]
         num_rows = sum(header["rows"] for header in headers)
         if num_rows == 0 and not self.is_part:
@@ -332,11 +326,9 @@ def _checked(values: torch.Tensor, dtype: torch.dtype, layer: int, names: Sequen
         if values[bad].isfinite().all():
             reason = f"does not fit into {dtype}: store it with dtype='float32'"
         else:
-            reason = f"is not finite: the model overflows in {values.dtype}, load it with dtype=torch.float32"
-            if values.dtype == torch.float32:
-                reason = (
-                    "is not finite: weights of the model, or image_mean and image_std of its processor, are damaged"
-                )
+            reason = "is not finite: weights of the model, or image_mean and image_std of its processor, are damaged"
+            if values.dtype != torch.float32:
+                reason = f"is not finite: the model overflows in {values.dtype}, load it with dtype=torch.float32"
         raise ValueError(f"The CLS activation of {names[bad]} after layer {layer} {reason}")
     return rows.cpu()
 
@@ -344,10 +336,3 @@ def _checked(values: torch.Tensor, dtype: torch.dtype, layer: int, names: Sequen
 def _layout(index: dict[str, Any]) -> dict[str, Any]:
     """How the rows of an unfinished store are cut into files, whoever began it."""
     return {name: index[name] for name in ("shard_size", PARTS) if name in index}
-
-
-def _length(dataset: Any) -> int | None:
-    """None for a stream."""
-    import datasets
-
-    return None if isinstance(dataset, datasets.IterableDataset) else len(dataset)

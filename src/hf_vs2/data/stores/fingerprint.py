@@ -53,58 +53,34 @@ def dataset_fingerprint(dataset: Dataset | IterableDataset, image_column: str, l
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _EncodedImages:
-    """Sizes and bytes of the images of an Arrow column, row by row, without copying the column."""
+def _encoded_and_paths(values: Any) -> tuple[Any, Any]:
+    """The encoded images of an Arrow column and their paths, on the same memory; `None` for what it does not hold."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    def __init__(self, dataset: Dataset, column: str):
-        import pyarrow as pa
-
-        values = dataset.data.column(column)
-        self.chunks, kind = values.chunks, values.type
-        names = {kind.field(i).name for i in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
-        self.is_struct = {"bytes", "path"} <= names
-        self.is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        self.is_path = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
-        self.rows = np.arange(self.starts[-1])
-        if dataset._indices is not None:  # rows chosen or reordered by `select`, `shuffle`, `sort`, ...
-            self.rows = dataset._indices.column(0).to_numpy()
-
-    @property
-    def supported(self) -> bool:
-        return self.is_struct or self.is_binary or self.is_path
-
-    def sizes(self) -> np.ndarray:
-        """Bytes of every embedded image, -1 where there are none; (len(rows),) int64."""
-        import pyarrow.compute as pc
-
-        sizes = np.full(self.starts[-1], -1, dtype=np.int64)
-        if not self.is_path:
-            for start, chunk in zip(self.starts[:-1], self.chunks, strict=True):
-                encoded = chunk.field("bytes") if self.is_struct else chunk
-                sizes[start : start + len(chunk)] = pc.fill_null(pc.binary_length(encoded), -1).to_numpy(False)
-        return sizes[self.rows]
-
-    def _scalar(self, row: int, field: str) -> Any:
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        chunk = self.chunks[number]
-        return (chunk.field(field) if self.is_struct else chunk)[int(row - self.starts[number])]
-
-    def content(self, place: int) -> Any:
-        """The encoded bytes of the `place`-th row, as a buffer on the mapped memory."""
-        return self._scalar(self.rows[place], "bytes").as_buffer()
-
-    def path(self, place: int) -> str:
-        return (None if self.is_binary else self._scalar(self.rows[place], "path").as_py()) or ""
+    kind = values.type
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
+        return pc.struct_field(values, "bytes"), pc.struct_field(values, "path")
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return values, None
+    return None, values if pa.types.is_string(kind) or pa.types.is_large_string(kind) else None
 
 
 def _update_with_images(digest: Any, dataset: Dataset, column: str) -> bool:
     """False where the column is not one of encoded images or paths."""
-    images = _EncodedImages(dataset, column)
-    if not images.supported:
+    import pyarrow.compute as pc
+
+    encoded, named = _encoded_and_paths(dataset.data.column(column))
+    if encoded is None and named is None:
         return False
-    sizes = images.sizes()
-    paths = {int(place): images.path(int(place)) for place in np.flatnonzero(sizes < 0)}
+    rows = np.arange(len(dataset))
+    if dataset._indices is not None:  # rows chosen or reordered by `select`, `shuffle`, `sort`, ...
+        rows = dataset._indices.column(0).to_numpy()
+    sizes = np.full(len(rows), -1, dtype=np.int64)  # bytes of every embedded image, -1 where there are none
+    if encoded is not None:
+        sizes = pc.fill_null(pc.binary_length(encoded), -1).to_numpy().astype(np.int64)[rows]
+    without = np.flatnonzero(sizes < 0).tolist()
+    paths = {place: (None if named is None else named[int(rows[place])].as_py()) or "" for place in without}
     dates = {}
     for place, path in paths.items():
         sizes[place], dates[place] = _stat(path)
@@ -114,7 +90,7 @@ def _update_with_images(digest: Any, dataset: Dataset, column: str) -> bool:
     root = os.path.commonpath(map(os.path.dirname, paths.values())) if absolute else ""
     for place in range(len(sizes)) if whole else sorted({*_spread(sizes), *paths}):
         if place not in paths:
-            digest.update(images.content(place))
+            digest.update(encoded[int(rows[place])].as_buffer())
             continue
         content = _read(paths[place]) if whole and sizes[place] >= 0 else None
         if content is not None:

@@ -95,7 +95,7 @@ class Parts:
             indices, labels = columns
             low, high = torch.searchsorted(indices, torch.tensor([wanted.start, wanted.stop])).tolist()
             if low < high:
-                for layer, rows in shard.rows.items():
-                    rows.append(part.take(torch.arange(low, high), layer).to(dtype))
+                for layer in part.layers:
+                    shard.rows[layer].append(part.take(torch.arange(low, high), layer).to(dtype))
                 shard.indices += (indices[low:high] + first).tolist()
                 shard.labels += [] if labels is None else labels[low:high].tolist()

@@ -46,11 +46,8 @@ class Rows(ABC):
         """Rows by number `(len(indices), width)`, float32, in the order asked for."""
 
     def batches(self, batch_size: int = 1024, indices: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        """The rows (of `indices`, *optional*) in blocks, so that memory stays flat.
-
-        Raises:
-            `ValueError`: a row is not finite.
-        """
+        """The rows (of `indices`, *optional*) in blocks, so that memory stays flat. One that is not finite is a
+        `ValueError`."""
         for chosen in (torch.arange(len(self)) if indices is None else indices).split(batch_size):
             block = self.take(chosen)
             broken = first_broken_row(block)
@@ -82,11 +79,8 @@ class TensorRows(Rows):
 
 
 class StoreRows(Rows):
-    """One layer of an activation store.
-
-    Raises:
-        `ValueError`: if it is not clear which layer, or the rows are of an encoder that nothing can steer.
-    """
+    """One layer of an activation store; a `ValueError` if it is not clear which, or the rows are of an encoder that
+    nothing can steer."""
 
     def __init__(self, store: ActivationStore, layer: int | None):
         model = store.metadata["model"]
@@ -138,12 +132,8 @@ class StoreRows(Rows):
 
 
 class UnionRows(Rows):
-    """The rows of several stores, one store after another.
-
-    Raises:
-        `ValueError`: if the stores are of different CLIPs, layers, widths or preprocessing, with both and the
-            difference.
-    """
+    """The rows of several stores, one store after another. Stores of different CLIPs, layers, widths or preprocessing
+    are a `ValueError` with both and the difference."""
 
     def __init__(self, parts: Sequence[StoreRows]):
         self.parts, self.width, self.origin = parts, parts[0].width, parts[0].origin
@@ -165,7 +155,7 @@ class UnionRows(Rows):
         rows = torch.empty(len(indices), self.width)
         for number in part_of.unique().tolist():
             places = (part_of == number).nonzero().squeeze(1)
-            rows[places] = self.parts[number].take(indices[places] - self._start(number))
+            rows[places] = self.parts[number].take(indices[places] - self._ends[number] + len(self.parts[number]))
         return rows
 
     @property
@@ -192,24 +182,14 @@ class UnionRows(Rows):
         parts = [part.data(chosen[part_of == number]) for number, part in enumerate(self.parts)]
         return {"num_rows": len(chosen), "parts": parts}
 
-    def _start(self, number: int) -> int:
-        return int(self._ends[number - 1]) if number else 0
-
 
 RowSource: TypeAlias = "Rows | ActivationStore | Sequence[ActivationStore] | torch.Tensor"
 
 
 def rows_of(source: RowSource, layer: int | None = None) -> Rows:
-    """
-    CLS rows of one layer behind one interface.
-
-    Args:
-        source: a tensor `(n, hidden_size)`, an activation store, several stores to be taken as one set, or [`Rows`].
-        layer (`int`, *optional*): of stores that hold several; negative ones count from the last.
-
-    Raises:
-        `TypeError`: it is none of these. `ValueError`: the stores do not fit together, or have not that layer.
-    """
+    """CLS rows of one layer behind one interface, of a tensor `(n, hidden_size)`, an activation store, several stores to
+    be taken as one set, or [`Rows`]; anything else is a `TypeError`. `layer`: of stores that hold several; negative
+    ones count from the last. Stores that do not fit together, or have not that layer, are a `ValueError`."""
     if isinstance(source, Rows):
         return source
     if isinstance(source, torch.Tensor):
@@ -232,11 +212,8 @@ def _kind(rows: StoreRows) -> dict[str, Any]:
 
 
 def chosen_rows(indices: torch.Tensor | Sequence[int] | None, num_rows: int) -> torch.Tensor:
-    """Row numbers to use, in ascending order `(n,)`; all of them for `None`.
-
-    Raises:
-        `ValueError`: on anything but different integers in `[0, num_rows)`.
-    """
+    """Row numbers to use, in ascending order `(n,)`; all of them for `None`. Anything but different integers in
+    `[0, num_rows)` is a `ValueError`."""
     if indices is None:
         return torch.arange(num_rows)
     chosen = torch.as_tensor(indices).cpu()
@@ -259,16 +236,8 @@ def chosen_rows(indices: torch.Tensor | Sequence[int] | None, num_rows: int) -> 
 def checked_labels(
     labels: Any, num_rows: int, lowest: int = 0, num_classes: int | None = None, what: str = "classes"
 ) -> torch.Tensor:
-    """
-    The class of each row as int64 `(num_rows,)`, on the CPU.
-
-    Args:
-        labels: a tensor or a sequence. lowest: -1 where some may be unknown.
-        num_classes, what: how many there are, and of what, for the message.
-
-    Raises:
-        `ValueError`: on anything but one integer a row in range.
-    """
+    """The class of each row as int64 `(num_rows,)`, on the CPU: integers from `lowest` (-1 where some may be unknown)
+    to below `num_classes`. Anything else is a `ValueError`, which says of `what` the classes are."""
     target = as_labels(labels)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.shape != (num_rows,):
         raise ValueError(
@@ -299,11 +268,8 @@ def as_labels(labels: Any) -> torch.Tensor:
 
 
 def training_labels(labels: torch.Tensor | Sequence[int] | None, rows: Rows) -> torch.Tensor:
-    """One label a row `(rows,)` int64, -1 where unknown: those given, else the stores'.
-
-    Raises:
-        `ValueError`: if there are none, or they do not fit the rows.
-    """
+    """One label a row `(rows,)` int64, -1 where unknown: those given, else the stores'. A `ValueError` if there are
+    none, or they do not fit the rows."""
     labels = rows.labels if labels is None else labels
     if labels is None:
         raise ValueError(

@@ -45,12 +45,8 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def _first_byte(file: io.FileIO, name: str) -> int:
-    """
-    Where a tensor begins in a whole safetensors file, which safetensors itself does not tell.
-
-    The format: 8 bytes, little-endian, with the length of the header; the header, JSON; the tensors, whose
-    `data_offsets` count from the end of the header.
-    """
+    """Where a tensor begins in a whole safetensors file, which safetensors itself does not tell: after 8 bytes,
+    little-endian, with the length of the header, and the header, JSON, from whose end `data_offsets` count."""
     length = int.from_bytes(file.read(8), "little")
     return 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
 
@@ -157,12 +153,8 @@ class ActivationStore:
     @property
     def image_indices(self) -> torch.Tensor:
         """(len(self),) int64: row of the data set that each row was made from."""
-        return self._within(
-            self._column("image_index"),
-            0,
-            self.metadata.get("num_images", torch.iinfo(torch.int64).max),
-            "image_index",
-        )
+        most = self.metadata.get("num_images", torch.iinfo(torch.int64).max)
+        return self._within(self._column("image_index"), 0, most, "image_index")
 
     def take(self, indices: torch.Tensor | Sequence[int], layer: int | None = None) -> torch.Tensor:
         """
@@ -344,6 +336,5 @@ def _find_store(path: Path) -> Path:
 def _describe(folder: Path) -> str:
     index = read_index(folder)
     source = " ".join(filter(None, (index.get("dataset_id"), index["dataset"]["split"]))) or "unnamed data"
-    return f"{index['model']['id']} on {source}, layers {index['layers']}" + (
-        "" if index["complete"] else ", unfinished"
-    )
+    state = "" if index["complete"] else ", unfinished"
+    return f"{index['model']['id']} on {source}, layers {index['layers']}{state}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +122,16 @@ _COMPLETE_CHECKS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+@dataclass
 class Shard:
-    """The rows of a shard while they come in."""
+    """The rows of a shard, by layer, while they come in."""
 
-    def __init__(self, number: int, layers: Sequence[int]):
-        self.number = number
-        self.stop = 0
-        self.rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-        self.indices: list[int] = []
-        self.labels: list[int] = []
-        self.skipped: list[dict[str, Any]] = []
+    number: int
+    stop: int = 0
+    rows: dict[int, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    indices: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
