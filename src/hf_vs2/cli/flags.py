@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from ..config.schema import LARGEST_BATCH, Kind, whole
+from ..config.schema import LARGEST_BATCH, LARGEST_SEED, Kind, whole
 from ..config.steering import QUANTILE, Steering
 from .parsing import Parser
 
 
 BATCH = whole(1, LARGEST_BATCH)
 LAYER = whole(-1000, 1000)
-GATE = Kind("a quantile above 0 and below 1, or none", lambda value: value == "none" or QUANTILE.accepts(value))
+GATE = Kind(
+    "a quantile above 0 and below 1, or none",
+    lambda value: value == "none" or QUANTILE.accepts(value),
+    of_text=lambda text: text if text == "none" else float(text),
+)
 REMEMBERED = "those that the checkpoint was adapted to"
 
 
@@ -40,11 +43,10 @@ def add_dataset(parser: Parser, required: bool = True) -> None:
 def add_extraction(parser: Parser, beside_checkpoint: bool = False) -> None:
     """`beside_checkpoint`: for commands that cache activations in the folder of a checkpoint."""
     if beside_checkpoint:
-        parser.flag("--activations_dir", type=Path, writes="folder", help="Cache root [CHECKPOINT/activations].")
-    parser.flag("--batch_size", type=int, kind=BATCH, default=64, help="Images per forward pass of CLIP.")
+        parser.flag("--activations_dir", writes="folder", help="Cache root [CHECKPOINT/activations].")
+    parser.flag("--batch_size", kind=BATCH, default=64, help="Images per forward pass of CLIP.")
     parser.flag(
         "--num_workers",
-        type=int,
         kind=whole(0, 1024),
         help="Processes that decode and resize; 0: the main one does it, when a batch's turn comes "
         "[threads, as many as there are processors to have].",
@@ -121,7 +123,7 @@ def add_steering(parser: Parser, method: bool = False) -> None:
     for name in steering_flags(method):
         if name == "gate":
             text = Steering.__dataclass_fields__[name].metadata["help"]
-            parser.flag("--gate", type=_gate, kind=GATE, metavar="Q", help=text)
+            parser.flag("--gate", kind=GATE, metavar="Q", help=text)
         else:
             parser.dataclass_flags(Steering, [name], defaults=False)
 
@@ -130,8 +132,8 @@ def steering_flags(method: bool) -> list[str]:
     return [*(["method"] if method else []), "gamma", "lambda_", "coefficient", "gate", "fvu_threshold"]
 
 
-def _gate(text: str) -> float | str:
-    return text if text == "none" else float(text)
+def add_seed(parser: Parser, default: int, use: str) -> None:
+    parser.flag("--seed", kind=whole(0, LARGEST_SEED), default=default, help=use)
 
 
 def add_progress(parser: Parser) -> None:

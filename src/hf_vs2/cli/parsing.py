@@ -75,6 +75,8 @@ class Parser(argparse.ArgumentParser):
         Args:
             kind: what the value can be. writes: what the command writes there.
         """
+        if kind is not None or writes is not None:
+            options.setdefault("type", Path if kind is None else kind.of_text)
         if "action" not in options:
             options["default"] = default
             if "choices" not in options:
@@ -105,18 +107,14 @@ class Parser(argparse.ArgumentParser):
             flags = dict.fromkeys((f"--{name}", f"--{name.rstrip('_')}"))  # `lambda_` is a word of Python's otherwise
             if hint is bool:
                 self.flag(*flags, action="store_true", help=text)
-            elif field.default is dataclasses.MISSING:
-                self.flag(*flags, type=hint, required=True, help=text, kind=kind)
             else:
-                self.flag(*flags, type=hint, default=field.default if defaults else None, help=text, kind=kind)
+                required = field.default is dataclasses.MISSING
+                default = field.default if defaults and not required else None
+                self.flag(*flags, type=hint, required=required, default=default, help=text, kind=kind)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """
-        The values of all flags; those of the file that `--config` names come first, so that the command line wins.
-
-        Raises:
-            UsageError: with one line that says what to do.
-        """
+        """The values of all flags; those of the file that `--config` names come first, so that the command line wins.
+        A [`UsageError`] says in one line what to do."""
         argv = [_spelled(token) for token in argv]
         if "--config" in self.flags:
             argv = [*self._from_config(argv), *argv]

@@ -34,6 +34,8 @@ class Kind:
     """Whether a value is of this kind."""
     make: Callable[[Any, str], Any] = lambda value, _: value
     """What is kept of an accepted value, by the value and its name; it may raise `ValueError` itself."""
+    of_text: Callable[[str], Any] = str
+    """What the command line makes of its text."""
 
     def read(self, value: Any, name: str) -> Any:
         """The value to keep; another one is a `ValueError` with the name, the value and what is allowed."""
@@ -45,7 +47,7 @@ class Kind:
 def whole(least: int = 0, most: int = LARGEST_COUNT) -> Kind:
     """A whole number in a range."""
     says = f"a whole number from {least:,} to {most:,}"
-    return Kind(says, lambda value: _is_whole(value) and least <= value <= most)
+    return Kind(says, lambda value: _is_whole(value) and least <= value <= most, of_text=int)
 
 
 def number(
@@ -79,7 +81,7 @@ def number(
             least <= value <= most and (value > above or above == -math.inf) and (value < below or below == math.inf)
         )
 
-    return Kind(says, accepts)
+    return Kind(says, accepts, of_text=float)
 
 
 def one_of(known: Collection[str]) -> Kind:

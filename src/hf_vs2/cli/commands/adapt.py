@@ -7,7 +7,6 @@ from argparse import Namespace
 from operator import attrgetter
 from pathlib import Path
 
-from ...config.schema import LARGEST_SEED, whole
 from .. import flags, steps
 from ..output import say, say_written
 from ..parsing import Parser, UsageError
@@ -44,19 +43,12 @@ def add_flags(parser: Parser) -> None:
     parser.section("output")
     parser.flag(
         "--output_dir",
-        type=Path,
         required=True,
         writes="folder",
         help="Folder for the checkpoint, report.html, report.json, to_label.csv and labels.json.",
     )
     parser.flag("--overwrite_output_dir", action="store_true", help="Replace what is there of other images.")
-    parser.flag(
-        "--seed",
-        type=int,
-        kind=whole(0, LARGEST_SEED),
-        default=42,
-        help="Of the training, and of the draw of images to label.",
-    )
+    flags.add_seed(parser, 42, "Of the training, and of the draw of images to label.")
     flags.add_progress(parser)
     parser.section("extraction of activations")
     flags.add_extraction(parser)

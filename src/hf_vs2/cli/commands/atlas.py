@@ -45,7 +45,7 @@ def add_flags(parser: Parser) -> None:
         metavar="JSON",
         help="What `hf-vs2 evaluate` wrote [CHECKPOINT/results.json, if there].",
     )
-    parser.flag("--top_images", type=int, kind=whole(1, 1000), default=24, help="Images of each latent.")
+    parser.flag("--top_images", kind=whole(1, 1000), default=24, help="Images of each latent.")
     parser.section("images")
     flags.add_dataset(parser)
     flags.add_label_column(parser, " [label, if there].")
@@ -54,7 +54,6 @@ def add_flags(parser: Parser) -> None:
     parser.section("output")
     parser.flag(
         "--output",
-        type=Path,
         writes="folder",
         required=True,
         metavar="DIR",

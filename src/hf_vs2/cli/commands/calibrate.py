@@ -32,15 +32,9 @@ examples:
 def add_flags(parser: Parser) -> None:
     parser.section("what to calibrate")
     flags.add_checkpoint(parser)
-    parser.flag(
-        "--output_dir",
-        type=Path,
-        writes="folder",
-        help="Write the calibrated checkpoint here, not into the one given.",
-    )
+    parser.flag("--output_dir", writes="folder", help="Write the calibrated checkpoint here, not into the one given.")
     parser.flag(
         "--sketch_rows",
-        type=int,
         kind=whole(0, 10_000_000),
         default=4096,
         help="Rows of activations that the checkpoint keeps for methods that fit prototypes to labels; 0 keeps none.",

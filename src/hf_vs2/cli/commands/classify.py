@@ -44,7 +44,7 @@ def add_flags(parser: Parser) -> None:
     parser.section("model and prompts")
     flags.add_checkpoint(parser)
     flags.add_labels(parser, flags.REMEMBERED, templates=None)
-    parser.flag("--batch_size", type=int, kind=flags.BATCH, default=64, help="Images per forward pass.")
+    parser.flag("--batch_size", kind=flags.BATCH, default=64, help="Images per forward pass.")
     flags.add_speed(parser)
     flags.add_steering(parser, method=True)
     parser.flag(
@@ -53,11 +53,10 @@ def add_flags(parser: Parser) -> None:
         help="Answer 'none of these labels' below the threshold that hf-vs2 adapt measured (docs/adapt.md).",
     )
     parser.section("output")
-    parser.flag("--top_k", type=int, kind=whole(1), default=1, help="How many labels to give for each image.")
+    parser.flag("--top_k", kind=whole(1), default=1, help="How many labels to give for each image.")
     parser.flag("--json", action="store_true", help="Print JSON instead of a table.")
     parser.flag(
         "--output",
-        type=Path,
         writes="file",
         metavar="FILE",
         help="Write the answers to this file, too: .csv or .jsonl (a row an image, as they come), else a JSON array.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.schema import number, whole
@@ -40,7 +39,6 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "--output_dir",
         "--output",
-        type=Path,
         writes="folder",
         required=True,
         metavar="O",
@@ -55,15 +53,10 @@ def add_flags(parser: Parser) -> None:
     parser.flag("--base_model", metavar="M", help="CLIP whose activations the SAE reads: Hub id or folder.")
     parser.flag("--base_model_revision", help="Its branch, tag or commit.")
     parser.flag(
-        "--layer",
-        type=int,
-        kind=whole(0, 1000),
-        metavar="N",
-        help="Encoder layer whose output it reads, from 0 [the last].",
+        "--layer", kind=whole(0, 1000), metavar="N", help="Encoder layer whose output it reads, from 0 [the last]."
     )
     parser.flag(
         "--scaling_factor",
-        type=float,
         kind=number(above=0),
         metavar="X",
         help="SAELens, Prisma: the constant that activations were multiplied by (expected_average_only_in).",

@@ -3,7 +3,6 @@
 from argparse import Namespace
 from pathlib import Path
 
-from ...config.schema import LARGEST_SEED, whole
 from .. import flags
 from ..next_steps import command
 from ..output import say
@@ -23,14 +22,8 @@ examples:
 
 def add_flags(parser: Parser) -> None:
     parser.section("demo")
-    parser.flag("--output_dir", type=Path, writes="folder", default=Path("hf_vs2_demo"), help="Where everything goes.")
-    parser.flag(
-        "--seed",
-        type=int,
-        kind=whole(0, LARGEST_SEED),
-        default=0,
-        help="Of the folds, the SAEs and the foreign images.",
-    )
+    parser.flag("--output_dir", writes="folder", default=Path("hf_vs2_demo"), help="Where everything goes.")
+    flags.add_seed(parser, 0, "Of the folds, the SAEs and the foreign images.")
     flags.add_progress(parser)
 
 

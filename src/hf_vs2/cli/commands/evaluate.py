@@ -48,7 +48,6 @@ def add_flags(parser: Parser) -> None:
     parser.flag("--reference_split", metavar="S", help="Their split. Without both flags: the checkpoint's mean.")
     parser.flag(
         "--few_shot",
-        type=int,
         kind=whole(1, 1_000_000),
         metavar="K",
         help="Give K labelled images a class to a linear probe, Tip-Adapter and nearest class mean; all rows are "
@@ -59,7 +58,7 @@ def add_flags(parser: Parser) -> None:
     flags.add_steering(parser)
     parser.section("output")
     parser.flag("--all", action="store_true", help="Print the rows of all methods, not of the six that matter most.")
-    parser.flag("--output", type=Path, writes="file", metavar="JSON", help="Result file [CHECKPOINT/results.json].")
+    parser.flag("--output", writes="file", metavar="JSON", help="Result file [CHECKPOINT/results.json].")
     flags.add_progress(parser)
     parser.section("extraction of activations")
     flags.add_extraction(parser, beside_checkpoint=True)

@@ -47,21 +47,16 @@ def add_flags(parser: Parser) -> None:
     flags.add_steering(parser)
     parser.section("latents changed by hand")
     parser.flag("--amplify", nargs="+", type=_pair, metavar="LATENT=FACTOR", help="Multiply their values.")
-    parser.flag("--suppress", nargs="+", type=int, kind=whole(0), metavar="LATENT", help="Make their values 0.")
+    parser.flag("--suppress", nargs="+", kind=whole(0), metavar="LATENT", help="Make their values 0.")
     parser.flag("--set", nargs="+", type=_pair, metavar="LATENT=VALUE", help="Make their values these.")
     parser.section("output")
     parser.flag(
         "--output",
-        type=Path,
         writes="file",
         help="The picture, a .png, .svg or .pdf file [explanation.png; none with --json or without matplotlib].",
     )
-    parser.flag(
-        "--top_labels", type=int, kind=whole(1), default=3, metavar="N", help="Labels whose scores are taken apart."
-    )
-    parser.flag(
-        "--top_latents", type=int, kind=whole(1), default=6, metavar="N", help="Latents listed for each of them."
-    )
+    parser.flag("--top_labels", kind=whole(1), default=3, metavar="N", help="Labels whose scores are taken apart.")
+    parser.flag("--top_latents", kind=whole(1), default=6, metavar="N", help="Latents listed for each of them.")
     parser.flag("--json", action="store_true", help="Print JSON, of all labels, instead of a table.")
 
 
@@ -91,13 +86,7 @@ def run(args: Namespace) -> None:
     settings = steps.steering_from(args) | ({} if edits is None else {"edits": edits})
     model.set_steering(**settings)
     explanation = model.explain(
-        picture,
-        labels,
-        processor=processor,
-        templates=templates,
-        names=names,
-        vocabulary=vocabulary,
-        clean=clean,
+        picture, labels, processor=processor, templates=templates, names=names, vocabulary=vocabulary, clean=clean
     )
     name = args.image.rsplit("/", 1)[-1]
     if drawn is not None:

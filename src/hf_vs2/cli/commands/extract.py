@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from operator import attrgetter
-from pathlib import Path
 
 from .. import flags, steps
 from ..output import say, say_written
@@ -29,10 +28,9 @@ def add_flags(parser: Parser) -> None:
     flags.add_dataset(parser)
     flags.add_label_column(parser, ", to keep beside the activations.")
     parser.section("activations")
-    parser.flag("--output_dir", type=Path, writes="folder", required=True, help="Cache root for activations.")
+    parser.flag("--output_dir", writes="folder", required=True, help="Cache root for activations.")
     parser.flag(
         "--layers",
-        type=int,
         kind=flags.LAYER,
         nargs="+",
         default=[-1],

@@ -36,11 +36,7 @@ def add_flags(parser: Parser) -> None:
     flags.add_label_column(parser, "; -1 is none. Without it no label is read.")
     parser.section("output")
     parser.flag(
-        "--output",
-        type=Path,
-        writes="file",
-        metavar="JSON",
-        help="Write the recommendation and its evidence to this file, too.",
+        "--output", writes="file", metavar="JSON", help="Write the recommendation and its evidence to this file, too."
     )
     parser.flag(
         "--apply", action="store_true", help="Write the method into the checkpoint, which is used from then on."

@@ -58,9 +58,7 @@ def add_flags(parser: Parser) -> None:
     flags.add_model(parser, required=False)
     flags.add_dataset(parser, required=False)
     flags.add_label_column(parser, ", to keep beside the activations.")
-    parser.flag(
-        "--layer", type=int, kind=flags.LAYER, default=-1, help="Encoder layer from 0; negative ones from the last."
-    )
+    parser.flag("--layer", kind=flags.LAYER, default=-1, help="Encoder layer from 0; negative ones from the last.")
     parser.section("output and configuration")
     parser.dataclass_flags(SAETrainingArguments, ["output_dir"])
     parser.writes["output_dir"] = ("--output_dir", "folder")
@@ -68,10 +66,9 @@ def add_flags(parser: Parser) -> None:
         "--config", type=Path, metavar="YAML", help="File of flags (top_k: 64); those on the command line win."
     )
     parser.section("sparse autoencoder")
-    parser.flag("--top_k", type=int, kind=whole(1), default=64, help="Latents active for one input.")
+    parser.flag("--top_k", kind=whole(1), default=64, help="Latents active for one input.")
     parser.flag(
         "--expansion_factor",
-        type=int,
         kind=whole(1, LARGEST_EXPANSION),
         default=4,
         help="Latents per feature of the activations.",
@@ -90,7 +87,6 @@ def add_flags(parser: Parser) -> None:
     parser.alternatives.append({"--max_steps", "--num_train_epochs"})
     parser.flag(
         "--pass_weight",
-        type=float,
         kind=number(0),
         metavar="X",
         help="Weight of PASS, which uses labels in training (the paper's 0.8). Without it no label is used.",
@@ -179,10 +175,7 @@ def _sae_config(args: Namespace, hidden_size: int, num_layers: int) -> tuple[SAE
     from ...encoders.base_model import resolve_layer
 
     config = SAEConfig(
-        hidden_size=hidden_size,
-        expansion_factor=args.expansion_factor,
-        top_k=args.top_k,
-        activation=args.activation,
+        hidden_size=hidden_size, expansion_factor=args.expansion_factor, top_k=args.top_k, activation=args.activation
     )
     return config, resolve_layer(args.layer, num_layers)
 
