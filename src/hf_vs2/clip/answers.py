@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -20,30 +21,18 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
+@dataclass
 class Answers:
-    """
-    The answers in order, each time this is iterated over; images are read ahead by `num_threads`.
+    """The answers in order, each time this is iterated over; images are read ahead by `num_threads`. The three mappings
+    are the options of the pipeline's `preprocess`, `forward` and `postprocess`."""
 
-    The three mappings are the options of the pipeline's `preprocess`, `forward` and `postprocess`.
-    """
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        images: NamedImages,
-        batch_size: int,
-        num_threads: int,
-        reading: Mapping[str, Any],
-        scoring: Mapping[str, Any],
-        answering: Mapping[str, Any],
-    ):
-        self.pipeline = pipeline
-        self.images = images
-        self.batch_size = batch_size
-        self.num_threads = num_threads
-        self.reading = reading
-        self.scoring = scoring
-        self.answering = answering
+    pipeline: Pipeline
+    images: NamedImages
+    batch_size: int
+    num_threads: int
+    reading: Mapping[str, Any]
+    scoring: Mapping[str, Any]
+    answering: Mapping[str, Any]
 
     def __len__(self) -> int:
         return len(self.images)

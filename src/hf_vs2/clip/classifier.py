@@ -14,13 +14,10 @@ from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.families import FAMILIES
 from ..encoders.loading import load_clip
 from ..encoders.wrapped import unwrapped
-from ..files.place import at_one_commit
+from ..files.place import HUB_ARGUMENTS, at_one_commit
 from .loading import find_processing
 from .modeling import VS2CLIPForZeroShot
 from .pipeline import TASK, VS2ZeroShotImageClassificationPipeline
-
-
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 _MODEL_OPTIONS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "use_safetensors", "clip")
@@ -55,7 +52,7 @@ def zero_shot_classifier(
         `ValueError`: if the checkpoint is of another kind, or a loaded model does not say where its tokenizer is.
         `OSError`: if files are missing.
     """
-    place = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     if isinstance(model, (str, os.PathLike)):
         loading = {name: kwargs.pop(name) for name in _MODEL_OPTIONS if name in kwargs}
         source = os.fspath(model)

@@ -19,9 +19,9 @@ from ..config.vs2_clip import VS2CLIPConfig
 from ..encoders.base_model import check_base_model, loaded_revision, resolve_layer
 from ..encoders.families import FAMILIES, family_of, is_steerable, steerable, tower_of, vision_config_of
 from ..encoders.loading import check_clip, load_clip, spread
-from ..encoders.processing import PROCESSOR_FILES, TOKENIZER_FILES, holds, load_image_processor, load_tokenizer
+from ..encoders.processing import holds, load_image_processor, load_tokenizer
 from ..encoders.wrapped import is_quantised, unwrapped
-from ..files.checkpoint_folder import CORPUS_FILES, CORPUS_FOLDER
+from ..files.checkpoint_folder import CORPUS_FILES, CORPUS_FOLDER, PROCESSOR_FILES, TOKENIZER_FILES
 from ..files.place import refuse_variant
 from ..files.weight_files import WeightFiles, in_one_message
 from ..sae.modeling import SAEModel

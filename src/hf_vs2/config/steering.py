@@ -77,7 +77,7 @@ class Steering:
                 f"gate={self.gate} (a quantile) and fvu_threshold={self.fvu_threshold} (the threshold itself) exclude "
                 "each other. Give one; set the other to None."
             )
-        if self.gate is not None and not 0 < self.gate < 1:
+        if self.gate is not None and not QUANTILE.accepts(self.gate):
             raise ValueError(
                 f"gate={self.gate} must be a quantile between 0 and 1. To give the FVU threshold itself, use "
                 "fvu_threshold=."

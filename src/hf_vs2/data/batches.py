@@ -72,14 +72,15 @@ class _Row(NamedTuple):
     label: Any
 
 
+@dataclass
 class ImageReader(TorchDataset):
     """`reader[span]` is the [`ImageBatch`] of a [`Span`]."""
 
-    def __init__(self, dataset: Any, columns: Columns, processor: Any, of_part: str = ""):
-        self.dataset = dataset
-        self.columns = columns
-        self.processor = processor
-        self.of_part = of_part  # of the data set, in the names of images
+    dataset: Any
+    columns: Columns
+    processor: Any
+    of_part: str = ""
+    """Of the data set, in the names of images."""
 
     def __getitem__(self, span: Span) -> ImageBatch:
         rows = self.rows(span)

@@ -69,9 +69,7 @@ def model_fingerprint(tower: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # A sample of all weights, the same in every precision
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def weight_samples(clip: nn.Module) -> dict[str, str]:

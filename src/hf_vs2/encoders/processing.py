@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTokenizer, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
+from ..files.checkpoint_folder import PROCESSOR_FILES, TOKENIZER_FILES
 from ..files.json_files import read_object
 from ..files.place import check_token, look_for
 from .families import FAMILIES, Family
@@ -21,11 +22,6 @@ from .families import FAMILIES, Family
 
 logger = logging.get_logger(__name__)
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt"),
-)
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _LARGEST_IMAGE = 4096
 """Pixels of a side to which images may be resized; the largest CLIPs take 448."""
 _LARGEST_PIXEL = 1e4

@@ -32,6 +32,11 @@ STATISTICS_NAME = "statistics.safetensors"
 LABEL_SETS_NAME = "label_sets.safetensors"
 TENSOR_FILES = ("model*.safetensors*", STATISTICS_NAME, LABEL_SETS_NAME, *CORPUS_FILES)
 """Patterns of the files that one save writes together."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt"),
+)
 # What makes up a checkpoint. A training folder holds more (training state, logs with paths of the machine): that stays
 # there.
 _PARTS = (
@@ -41,14 +46,8 @@ _PARTS = (
     "model-*-of-*.safetensors",
     STATISTICS_NAME,
     LABEL_SETS_NAME,
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *PROCESSOR_FILES,
+    *TOKENIZER_FILES,
 )
 
 

@@ -263,11 +263,13 @@ def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, 
     return FittedLabels(method, tuple(map(float, about["settings"])), own["class_embeds"], fit, labels)
 
 
+@dataclass
 class _SketchRows:
     """[`UnlabelledRows`]: the sketch of a model's statistics, on a device."""
 
-    def __init__(self, kept: LabelSets, steerer: Steers, device: torch.device | None):
-        self.kept, self.steerer, self.device = kept, steerer, device
+    kept: LabelSets
+    steerer: Steers
+    device: torch.device
 
     def mean(self) -> torch.Tensor:
         measured = self.steerer.statistics.image_mean if self.steerer.settings.rule.step is None else None

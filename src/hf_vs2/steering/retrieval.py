@@ -34,9 +34,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Embeddings of another encoder
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def embed_images(
@@ -158,10 +156,8 @@ def _image_embeddings(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return embeds.flatten(1)  # convolutional models keep (batch, d, 1, 1)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # What VS2++ is compared with: nothing here asks an SAE. `query_embeds` is `(batch, d)`, `neighbor_embeds` `(batch, N,
 # d)`, and `similarity` `(batch, N)`.
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def weighted_rag(

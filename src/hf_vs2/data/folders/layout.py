@@ -36,9 +36,7 @@ _ANNOTATIONS = "val_annotations.txt"
 CLASS_LISTS = frozenset((*_WORDNET_FILES, _ANNOTATIONS))
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Which splits
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -147,9 +145,7 @@ def _split_folders(ways: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str
     return {folder: split for folder, split in found.items() if len(folder) == first}
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Which classes
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def add_classes(root: str, splits: Mapping[str, Part], texts: Iterable[str], class_words: bool = True) -> list[str]:

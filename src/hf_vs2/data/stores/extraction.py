@@ -87,7 +87,7 @@ class Extraction:
             self.store = ActivationStore.open(self.folder, request_of(self.index))
         return self.store
 
-    # -- agreement between processes ---------------------------------------------------------------------------------
+    # Agreement between processes
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -122,7 +122,7 @@ class Extraction:
         if failure is not None:
             raise failure
 
-    # -- steps -------------------------------------------------------------------------------------------------------
+    # Steps
 
     def _look(self) -> None:
         """Opens the store, if it is there and whole."""

@@ -48,9 +48,7 @@ def dataset_fingerprint(dataset: Dataset | IterableDataset, image_column: str, l
     return digest.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Map-style data sets
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _encoded_and_paths(values: Any) -> tuple[Any, Any]:
@@ -124,9 +122,7 @@ def _spread(sizes: np.ndarray) -> list[int]:
     return np.linspace(0, len(sizes) - 1, min(count, len(sizes))).astype(np.int64).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # Streams
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _update_with_stream(digest: Any, dataset: IterableDataset, image_column: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from ...encoders.base_model import resolve_layer
 from ...encoders.families import recorded_family, refuse_family
 from ...functional.finite import first_broken_row
 from .store import ActivationStore
@@ -87,15 +86,8 @@ class StoreRows(Rows):
         family = None if model["id"] is None else recorded_family(model["id"], model["revision"])
         if family is not None:
             refuse_family(family, f"{store.path} holds activations of {model['id']}, which", tower=True)
-        if layer is None and len(store.layers) > 1:
-            raise ValueError(f"The store holds layers {list(store.layers)}: say which one to take (layer=).")
         self.store, self.width, self.class_names = store, store.hidden_size, store.class_names
-        self.layer = store.layers[0] if layer is None else resolve_layer(layer, store.metadata["num_layers"])
-        if self.layer not in store.layers:
-            raise ValueError(
-                f"The store {store.path} holds layers {list(store.layers)}, not {self.layer}: extract the images "
-                f"again with layers=({self.layer},)."
-            )
+        self.layer = store.resolve(layer)
 
     def __len__(self) -> int:
         return len(self.store)

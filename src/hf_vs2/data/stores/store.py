@@ -217,14 +217,22 @@ class ActivationStore:
     def _layer_name(self, layer: int | None) -> str:
         if not self._holds_its_rows:  # memory is taken by what the index says
             raise _damaged(self.path / INDEX_NAME, f"no shard can hold its rows of {self.hidden_size} numbers")
+        return f"layer_{self.resolve(layer)}"
+
+    def resolve(self, layer: int | None) -> int:
+        """The index from 0 of a layer that is here; `None` stands for the only one, negative ones count from the
+        last. Others are a `ValueError`."""
         if layer is None:
             if len(self.layers) > 1:
-                raise ValueError(f"This store holds layers {self.layers}: say which with layer=...")
-            return f"layer_{self.layers[0]}"
-        resolved = layer + self.metadata["num_layers"] if layer < 0 else layer
-        if resolved not in self.layers:
-            raise ValueError(f"This store holds layers {self.layers}, not {layer}")
-        return f"layer_{resolved}"
+                raise ValueError(f"The store {self.path} holds layers {self.layers}: say which one to take (layer=).")
+            return self.layers[0]
+        index = layer + self.metadata["num_layers"] if layer < 0 else layer
+        if index not in self.layers:
+            raise ValueError(
+                f"The store {self.path} holds layers {self.layers}, not {layer}: extract the images again with "
+                f"layers=({layer},)."
+            )
+        return index
 
     def _runs(self, wanted: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
         """`wanted` as stretches that lie on disk as they are asked for: (shard, row in it, place in `wanted`, length),
