@@ -110,7 +110,7 @@ def test_what_cannot_be_embedded_is_named(images, tmp_path):
         embed_images(model, images.select([]))
     with pytest.raises(ValueError, match="already loaded"):
         embed_images(model, images, revision="main")
-    with pytest.raises(TypeError, match="Expected a `datasets.Dataset`"):
+    with pytest.raises(TypeError, match="Expected one split as a `datasets.Dataset`"):
         embed_images(model, [row["image"] for row in images])
 
 

@@ -20,6 +20,7 @@ from logging import getLogger
 from typing import Any
 
 from .faults import fault_of, last_line
+from .output import rank
 from .parsing import Parser, UsageError, nearest
 from .steps import check_places
 
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if fault:
             _complain(f"{prog}: error: {fault} {_kept(command, args)}")
-        elif not isinstance(error, UsageError) or _rank() == 0:  # all processes read the same command line
+        elif not isinstance(error, UsageError) or rank() == 0:  # all processes read the same command line
             _complain(f"{prog}: error: {_message(error)}")
         return 2
     return 0
@@ -117,7 +118,7 @@ def _run(command: Any, args: Namespace) -> None:
     from ..files.progress import without_loading_bars
 
     logging.reset_format()  # our messages are not transformers'
-    if _rank() != 0:
+    if rank() != 0:
         logging.set_verbosity_error()
     with ExitStack() as stack:
         stack.enter_context(without_loading_bars())
@@ -159,10 +160,5 @@ def _message(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    process = f"[process {_rank()}] " if _rank() else ""
+    process = f"[process {rank()}] " if rank() else ""
     print(process + " ".join(message.split()), file=sys.stderr)
-
-
-def _rank() -> int:
-    """Number of this process among those that a launcher started."""
-    return int(os.environ.get("RANK", 0))

@@ -32,13 +32,13 @@ def fault_of(error: BaseException, args: Namespace | None) -> str | None:
     """The fault behind an error, or `None`."""
     chain = list(_chain(error))
     said = last_line(error)
-    kinds = [(one, kind) for one in chain if (kind := _kind(one))]
+    kinds = [(cause, kind) for cause in chain if (kind := _kind(cause))]
     if not kinds:
         return None
-    one, kind = kinds[0]
+    cause, kind = kinds[0]
     if kind in ("network", "archive") and type(error).__name__ == "UnreadableImageError":
         return None  # it names the image, and no other file was asked for
-    place, number = getattr(one, "filename", None), getattr(one, "errno", None)
+    place, number = getattr(cause, "filename", None), getattr(cause, "errno", None)
     if kind == "full":
         return f"the disk is full ({said}). Make room, or give another place{_flags(args, _PLACES)}."
     if kind == "permission":

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def rank() -> int:
+    """Number of this process among those that a launcher started."""
+    return int(os.environ.get("RANK", 0))
+
+
 def say(*lines: str) -> None:
     """Print results, on the main process only. Letters that the terminal has not got are shown by number, as
     `\\xe9`."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         encoding = sys.stdout.encoding or "utf-8"
         print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 

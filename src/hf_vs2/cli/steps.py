@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,32 +60,17 @@ def opening(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def extract(
-    args: argparse.Namespace,
-    model: Any,
-    dataset: Any,
-    output_dir: Path,
-    *,
-    layers: Sequence[int] = (-1,),
-    **options: Any,
-) -> ActivationStore:
+def extract(args: argparse.Namespace, model: Any, dataset: Any, output_dir: Path, **options: Any) -> ActivationStore:
     """`extract_activations` with the flags of `flags.add_extraction`. Several processes share the work."""
     from ..data.stores.activations import extract_activations
 
-    return extract_activations(
-        model,
-        dataset,
-        output_dir,
-        layers=layers,
-        image_column=args.image_column,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        dtype=args.dtype,
-        on_error=args.on_error,
-        progress=not args.disable_tqdm,
-        dataset_id=args.dataset,
-        **options,
-    )
+    return extract_activations(model, dataset, output_dir, dataset_id=args.dataset, **reading(args), **options)
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How the flags say that images are read."""
+    names = ("image_column", "batch_size", "num_workers", "dtype", "on_error")
+    return {name: getattr(args, name) for name in names} | {"progress": not args.disable_tqdm}
 
 
 def open_rows(

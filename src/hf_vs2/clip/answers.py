@@ -57,5 +57,5 @@ class Answers:
                 names = [image_name(named.name, named.image) for named in batch.images]
                 outputs = self.pipeline.forward({"pixel_values": batch.pixels, "name": names}, **scoring)
                 for place in range(len(names)):
-                    of_one = {name: None if one is None else one[place : place + 1] for name, one in outputs.items()}
-                    yield self.pipeline.postprocess(of_one, **self.answering)
+                    own = {name: None if rows is None else rows[place : place + 1] for name, rows in outputs.items()}
+                    yield self.pipeline.postprocess(own, **self.answering)

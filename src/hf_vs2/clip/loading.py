@@ -314,7 +314,7 @@ def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> d
         )
     check_clip(clip)
     given = {layer_of(sae.config, clip): sae} if isinstance(sae, SAEModel) else sae
-    if not isinstance(given, Mapping) or not given or not all(isinstance(one, SAEModel) for one in given.values()):
+    if not isinstance(given, Mapping) or not given or not all(isinstance(each, SAEModel) for each in given.values()):
         raise TypeError("sae must be an SAEModel, or a dict of layer index -> SAEModel with at least one entry.")
     num_layers = tower_of(clip).config.num_hidden_layers
     inner = [layer for layer in given if resolve_layer(layer, num_layers) < num_layers - 1]
@@ -323,12 +323,12 @@ def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> d
             f"A {type(clip).__name__} has no CLS token: it is steered at its last layer alone, not {inner}."
         )
     saes = {}
-    for layer, one in given.items():
-        check_base_model(clip, one.config)
+    for layer, each in given.items():
+        check_base_model(clip, each.config)
         index = resolve_layer(layer, num_layers)
         if index in saes:
             raise ValueError(f"Two SAEs for layer {index}: give one a layer.")
-        if one.config.layer not in (None, index):
-            raise ValueError(f"The SAE given for layer {index} was trained on layer {one.config.layer}.")
-        saes[index] = one
+        if each.config.layer not in (None, index):
+            raise ValueError(f"The SAE given for layer {index} was trained on layer {each.config.layer}.")
+        saes[index] = each
     return saes

@@ -21,7 +21,7 @@ from .modeling import VS2CLIPForZeroShot
 
 
 # All settings of `Steering` but `enabled`, which is `steer` here.
-_STEERING_OPTIONS = tuple(one.name for one in fields(Steering) if one.name != "enabled")
+_STEERING_OPTIONS = tuple(field.name for field in fields(Steering) if field.name != "enabled")
 _OPTIONS = (
     *("candidate_labels", "hypothesis_template", "templates", "clean", "top_k", "return_details", "timeout", "steer"),
     *("explain", "top_latents", "latent_names", "tokenizer_kwargs"),

@@ -161,7 +161,7 @@ def setting(kind: Kind | None = None, *, help: str = "", **default: Any) -> Any:
 
 def kinds_of(cls: Any) -> dict[str, Kind]:
     """The kinds of a dataclass's fields, or of an object's."""
-    return {one.name: one.metadata["kind"] for one in dataclasses.fields(cls) if "kind" in one.metadata}
+    return {field.name: field.metadata["kind"] for field in dataclasses.fields(cls) if "kind" in field.metadata}
 
 
 def check_fields(made: Any, where: str = "") -> None:
@@ -180,9 +180,9 @@ class Checked:
 def part_of(cls: Any) -> Kind:
     """[`part`] for a dataclass."""
     required = [
-        one.name
-        for one in dataclasses.fields(cls)
-        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     return part(cls, kinds_of(cls), cls, required)
 

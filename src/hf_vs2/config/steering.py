@@ -18,7 +18,7 @@ QUANTILE = number(above=0, below=1)
 GAMMA = Kind(
     FINITE.says,
     lambda value: isinstance(value, tuple) or FINITE.accepts(value),
-    lambda value, name: tuple(FINITE.read(one, name) for one in value) if isinstance(value, tuple) else value,
+    lambda value, name: tuple(FINITE.read(factor, name) for factor in value) if isinstance(value, tuple) else value,
 )
 POSITIVES = ("majority", "query")
 """As [`select_positives`] has them."""

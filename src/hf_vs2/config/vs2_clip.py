@@ -130,16 +130,18 @@ class VS2CLIPConfig(CheckpointConfig, PreTrainedConfig):
 
     def steering(self) -> Steering:
         """The steering settings, validated."""
-        given = {one.name: getattr(self, one.name) for one in fields(Steering) if hasattr(self, one.name)}
+        given = {name: getattr(self, name) for name in self._steering_fields()}
         return Steering(**given | {"gamma": tuple(self.gamma) if isinstance(self.gamma, list) else self.gamma})
 
     def set_steering(self, chosen: Steering) -> None:
         """Take over settings, all but `enabled`, as JSON holds them."""
         gamma, edits = chosen.gamma, chosen.edits
         as_json = {"gamma": list(gamma) if isinstance(gamma, tuple) else gamma, "edits": edits and edits.to_dict()}
-        for one in fields(Steering):
-            if hasattr(self, one.name):
-                setattr(self, one.name, as_json.get(one.name, getattr(chosen, one.name)))
+        for name in self._steering_fields():
+            setattr(self, name, as_json.get(name, getattr(chosen, name)))
+
+    def _steering_fields(self) -> list[str]:
+        return [setting.name for setting in fields(Steering) if hasattr(self, setting.name)]
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

@@ -174,7 +174,7 @@ class _Group(Generic[T, R, B]):
             self._finish()
 
     def _finish(self) -> None:
-        _settle(self.future, lambda: self.gather(self.items, [one.result() for one in self.made]))
+        _settle(self.future, lambda: self.gather(self.items, [future.result() for future in self.made]))
         self.made.clear()
 
 

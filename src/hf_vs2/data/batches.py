@@ -173,7 +173,7 @@ def read_groups(
 
     def gather(images: Sequence[NamedImage], found: list[torch.Tensor | UnreadableImageError]) -> Pixels:
         read = [(image, pixels) for image, pixels in zip(images, found, strict=True) if torch.is_tensor(pixels)]
-        unreadable = {place: one for place, one in enumerate(found) if isinstance(one, UnreadableImageError)}
+        unreadable = {place: error for place, error in enumerate(found) if isinstance(error, UnreadableImageError)}
         pixels = torch.stack([pixels for _, pixels in read]) if read else torch.empty(0)
         return Pixels(pixels, [image for image, _ in read], unreadable)
 

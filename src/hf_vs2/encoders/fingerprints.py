@@ -79,7 +79,7 @@ def weight_samples(clip: nn.Module) -> dict[str, str]:
     summed with two sets of coefficients. Weights are in the order of their names. One that can't be read here (of 8
     bits, on another process, not in memory) has NaN.
     """
-    found = {part: np.array([one.sums for one in samples]) for part, samples in _samples(clip).items()}
+    found = {part: np.array([sample.sums for sample in samples]) for part, samples in _samples(clip).items()}
     with np.errstate(over="ignore"):  # infinity, which like NaN is not compared
         return {part: base64.b64encode(sums.astype("<f2").tobytes()).decode() for part, sums in found.items()}
 

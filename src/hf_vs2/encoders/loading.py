@@ -239,7 +239,7 @@ def _proposed(name: str, commit: str, token: str | bool | None) -> str | None:
         name, author=_CONVERTER, discussion_type="pull_request", discussion_status="open"
     ):
         if proposal.author == _CONVERTER and proposal.title == _CONVERSION:
-            history = [one.commit_id for one in hub.list_repo_commits(name, revision=proposal.git_reference)]
+            history = [commit.commit_id for commit in hub.list_repo_commits(name, revision=proposal.git_reference)]
             if history[1:2] == [commit]:
                 return history[0]
     return None
@@ -253,7 +253,9 @@ def _shapes(files: list[str], is_safe: bool) -> dict[str, tuple[int, ...]]:
             shapes |= shapes_in(path)
         else:
             found = unpickled(path, "Load that model with transformers where you trust it, and save it again.", "meta")
-            if not isinstance(found, Mapping) or not all(isinstance(one, torch.Tensor) for one in found.values()):
+            if not isinstance(found, Mapping) or not all(
+                isinstance(tensor, torch.Tensor) for tensor in found.values()
+            ):
                 raise ValueError(f"{path} holds something else than tensors by name.")
             shapes |= {str(name): tuple(tensor.shape) for name, tensor in found.items()}
     return shapes

@@ -58,7 +58,9 @@ def load_tokenizer(name_or_path: str | os.PathLike, place: Mapping[str, Any]) ->
         of_another = _is_of_another(kind.get("tokenizer_class"), name_or_path, place)
         auto: Any = AutoTokenizer if of_another else CLIPTokenizer
         tokenizer = auto.from_pretrained(name_or_path, **{"trust_remote_code": False} if of_another else {}, **place)
-        if not knows_words(tokenizer) or not all(isinstance(one, int) for one in tokenizer("a photo.")["input_ids"]):
+        if not knows_words(tokenizer) or not all(
+            isinstance(token, int) for token in tokenizer("a photo.")["input_ids"]
+        ):
             raise ValueError("it makes no tokens of text")
         return tokenizer
 

@@ -197,5 +197,5 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
         matrix = matrix @ weights_of(projection, "weight")[0].to(device).double()
     if isinstance(norm, nn.Identity):
         return Tail(matrix, matrix.new_zeros(len(matrix)), None)
-    weight, bias = (one.to(device).double() for one in weights_of(norm, "weight", "bias"))
+    weight, bias = (vector.to(device).double() for vector in weights_of(norm, "weight", "bias"))
     return Tail(matrix * weight, matrix @ bias, norm.eps)

@@ -232,9 +232,9 @@ def _hold(path: Path, wait: bool = True) -> int:
     return descriptor
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(left: Path, right: Path) -> bool:
     """Whether two folders could swap names in one step: on Linux and macOS, on most file systems."""
-    names = os.fsencode(one), os.fsencode(other)
+    names = os.fsencode(left), os.fsencode(right)
     try:
         libc = ctypes.CDLL(None)
         if sys.platform == "darwin":

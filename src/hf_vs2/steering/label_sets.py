@@ -292,7 +292,7 @@ class _SketchRows:
 def _only_moved(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     """Whether weights of these two [`weights_state`] are the same, on another device or under another autocast."""
     (_, parts, values), (_, others, found) = before, now
-    moved = all(one == other or one[3] != other[3] for one, other in zip(parts, others, strict=True))
+    moved = all(left == right or left[3] != right[3] for left, right in zip(parts, others, strict=True))
     return moved and values == found
 
 

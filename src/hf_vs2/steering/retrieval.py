@@ -195,7 +195,7 @@ def knn_vote(neighbor_labels: torch.Tensor, similarity: torch.Tensor, num_classe
 
 
 def linear_probe(
-    embeds: torch.Tensor, labels: torch.Tensor, num_classes: int, *, l2: float = 1.0, max_iter: int = 200
+    embeds: torch.Tensor, labels: torch.Tensor, num_classes: int, *, l2: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Multinomial logistic regression: the minimum of `sum cross-entropy + l2 / 2 ||weight||^2`, by full-batch L-BFGS
@@ -209,7 +209,6 @@ def linear_probe(
         labels: int64 `(n,)`, from 0 to `num_classes - 1`; a class may have none.
         num_classes: rows of the weight.
         l2: strength of the penalty on the weight; the bias has none.
-        max_iter: most steps.
 
     Returns:
         weight `(num_classes, d)` and bias `(num_classes,)` in the dtype of `embeds`.
@@ -227,7 +226,7 @@ def linear_probe(
     weight = torch.zeros(num_classes, embeds.shape[1], dtype=torch.float64, device=embeds.device, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=torch.float64, device=embeds.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
     block = max(1, 2**24 // num_classes)
 

@@ -88,13 +88,13 @@ def _from_json(text: str, name: str) -> Names:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}.") from error
     texts = list(found.values()) if isinstance(found, dict) else found
-    if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+    if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
         raise ValueError(
             f'{name} must hold a list of texts, ["cat", "dog"], or an object {{"name of the class": "text"}}.'
         )
     if isinstance(found, dict):
-        return {key.strip(): one.strip() for key, one in found.items()}
-    return [one.strip() for one in texts if one.strip()]
+        return {key.strip(): item.strip() for key, item in found.items()}
+    return [item.strip() for item in texts if item.strip()]
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,5 +147,5 @@ def _from_table(text: str, name: str, delimiter: str | None) -> Names:
         )
     texts = [row[column] for row in rows]
     keys = [place for place, word in enumerate(header) if place != column and word in _KEY_HEADERS]
-    found = {row[keys[0]]: one for row, one in zip(rows, texts, strict=True)} if keys else {}
+    found = {row[keys[0]]: item for row, item in zip(rows, texts, strict=True)} if keys else {}
     return found if len(found) == len(texts) else texts

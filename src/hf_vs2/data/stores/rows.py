@@ -187,7 +187,11 @@ def rows_of(source: RowSource, layer: int | None = None) -> Rows:
     if isinstance(source, torch.Tensor):
         return TensorRows(source)
     stores = [source] if isinstance(source, ActivationStore) else source
-    if not isinstance(stores, Sequence) or not stores or not all(isinstance(one, ActivationStore) for one in stores):
+    if (
+        not isinstance(stores, Sequence)
+        or not stores
+        or not all(isinstance(store, ActivationStore) for store in stores)
+    ):
         raise TypeError(
             "Activations must be a tensor (rows, hidden_size), an ActivationStore or a list of stores, not "
             f"{type(source).__name__}."

@@ -88,7 +88,7 @@ def _unpickled(path: str) -> dict[str, torch.Tensor]:
     found = unpickled(
         path,
         "If you trust it, write its tensors beside it once, where ViT-Prisma is installed: found = torch.load(path, "
-        "weights_only=False); safetensors.torch.save_file({name: one.contiguous() for name, one in "
+        "weights_only=False); safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in "
         "found['state_dict'].items()}, 'weights.safetensors'). Then convert again.",
     )
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):

@@ -98,7 +98,9 @@ def write_files(folder: Path, tensors: Mapping[str, torch.Tensor], weights_name:
     """Weights and `cfg.json`, whole or not at all."""
 
     def write(scratch: Path) -> None:
-        save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, scratch / weights_name)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch / weights_name
+        )
         write_json(scratch / CFG_NAME, cfg)
 
     with failing_as(folder, SafetensorError):

@@ -138,9 +138,9 @@ class ResultFacts:
             f"{row['top1']:.1f} % against {plain['top1']:.1f} % top-1, a gain of {_interval(row)} points (95 % "
             f"interval, {code(row['prompts'])} prompts)."
         )
-        others = [one for one in self._compared(row["prompts"]) if not _has_a_dictionary(one["method"])]
+        others = [other for other in self._compared(row["prompts"]) if not _has_a_dictionary(other["method"])]
         if others:
-            best = max(others, key=lambda one: one["gain"])
+            best = max(others, key=lambda other: other["gain"])
             text += f" The best row without an SAE, {escaped(method_name(best, label=True))}, has {_interval(best)}."
         return Markdown(text)
 
