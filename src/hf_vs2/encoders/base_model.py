@@ -15,14 +15,7 @@ from ..config.sae import SAEConfig
 from ..files.place import is_hub_id
 from ..files.weight_files import opened
 from .families import family_of, tower_of
-from .fingerprints import (
-    adapter_weight,
-    entries,
-    other_weight,
-    same_fingerprint,
-    vision_fingerprint,
-    weight_samples,
-)
+from .fingerprints import adapter_weight, entries, other_weight, same_fingerprint, vision_fingerprint, weight_samples
 
 
 def resolve_layer(layer: int, num_layers: int) -> int:

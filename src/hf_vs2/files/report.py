@@ -17,17 +17,7 @@ import torch
 
 from ..config.schema import Kind, number, optional
 from ..methods import row_label
-from .figure_style import (
-    GRID_LINES,
-    PAGE,
-    STYLES,
-    as_text,
-    check_drawing,
-    in_legend,
-    new_figure,
-    save_figure,
-    style,
-)
+from .figure_style import GRID_LINES, PAGE, STYLES, as_text, check_drawing, in_legend, new_figure, save_figure, style
 from .json_files import read_json, write_json
 from .markdown import escaped, percent
 

@@ -117,9 +117,7 @@ def check_content(
 
 
 def check_numbers(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    where: str | os.PathLike,
-    remedy: str = "Save or download it again.",
+    tensors: Iterable[tuple[str, torch.Tensor]], where: str | os.PathLike, remedy: str = "Save or download it again."
 ) -> None:
     """Refuse tensors with NaN, infinity, or numbers so large that they would turn into it, by a `ValueError` with
     `where` and the tensor."""

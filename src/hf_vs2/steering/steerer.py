@@ -365,11 +365,7 @@ class Steerer:
         return logits_of_images(self.clip, cast(torch.Tensor, images.features), score, name)
 
     def scores(
-        self,
-        images: VS2ImageFeatures,
-        embeds: torch.Tensor,
-        class_embeds: torch.Tensor,
-        fit: LabelFit | None = None,
+        self, images: VS2ImageFeatures, embeds: torch.Tensor, class_embeds: torch.Tensor, fit: LabelFit | None = None
     ) -> torch.Tensor:
         """The same on the scale of cosines, of images whose unit embeddings are `embeds` `(batch, projection_dim)`.
         `fit`: that of the classes, where it is at hand."""

@@ -44,8 +44,7 @@ def load(name_or_path: str | os.PathLike, **options: Any) -> Converted:
     tensors = checkpoint.tensors()
     matrix = (num_latents, hidden_size)
     checkpoint.check(
-        tensors,
-        {"encoder.weight": matrix, "encoder.bias": (num_latents,), "W_dec": matrix, "b_dec": (hidden_size,)},
+        tensors, {"encoder.weight": matrix, "encoder.bias": (num_latents,), "W_dec": matrix, "b_dec": (hidden_size,)}
     )
     parts = Parts(
         W_enc=tensors["encoder.weight"],
