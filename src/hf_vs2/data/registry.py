@@ -1,7 +1,8 @@
 """Image data sets by name: where they are, their splits and columns, CLIP's names for their classes, prompts and
 metric.
 
-An entry is a YAML file in `registry_data/`; `python -m hf_vs2.registry` prints them as the table of docs/datasets.md.
+An entry is a YAML file in `registry_data/`; `python scripts/datasets_table.py` prints them as the table of
+docs/datasets.md.
 A path may stand in for a Hub id, and a data set of your own takes a few lines of YAML or a dictionary: see
 [`dataset_info`].
 """
@@ -288,31 +289,3 @@ def _names(value: Any, where: str) -> dict[str, str] | None:
             if not isinstance(name, str):
                 raise ValueError(f"{where} has {name!r}, which YAML does not read as a text: put it in quotes.")
     return dict(value)
-
-
-def markdown_table() -> str:
-    """The built-in data sets as the Markdown table of docs/datasets.md."""
-    lines = [
-        "| name | data set, Hub id | splits | columns | classes | metric | pitfalls |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in available():
-        info = dataset_info(name)
-        pitfalls = " ".join(info.pitfalls)
-        if not info.verified:
-            pitfalls += f" Not fully verified: {info.verification}."
-        cells = (
-            f"`{name}`",
-            f"{info.title}, `{info.source_id}`",
-            f"`{info.train_split}`, `{info.test_split}`",
-            f"`{info.image_column}`, `{info.label_column}`",
-            str(len(info.classes or ())),
-            info.metric.replace("_", " "),
-            pitfalls,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown_table())

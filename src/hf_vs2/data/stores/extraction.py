@@ -144,7 +144,6 @@ class Extraction:
         if (self.folder / INDEX_NAME).exists():
             self.index |= _layout(read_index(self.folder))
         else:
-            self._log_nearest()
             if self.num_images is None:
                 parts, files = num_parts(self.reader.dataset, self.world_size), self.reader.dataset.num_shards
                 self.index |= {PARTS: [parts, files]} if parts > 1 else {}
@@ -154,16 +153,6 @@ class Extraction:
                 )
         write_index(self.folder, self.index)
         self.claims.begin()
-
-    def _log_nearest(self) -> None:
-        """Says why no store fits, for whoever expected that one does."""
-        others = []
-        for path in self.folder.parent.glob(f"*/{INDEX_NAME}"):
-            with contextlib.suppress(StoreError):  # a folder of someone else
-                others.append((differences(request_of(self.index), request_of(read_index(path.parent))), path.parent))
-        if others:
-            lines, nearest = min(others, key=lambda item: len(item[0]))
-            logger.info(f"No store fits this request; the nearest, {nearest}, differs in {'; '.join(lines)}")
 
     def _plan(self) -> None:
         """The batches of what is missing, as this process takes them, and how many images all lack where that is
