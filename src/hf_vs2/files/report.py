@@ -145,12 +145,17 @@ Results: TypeAlias = EvaluationResult | str | Path
 """A result, or the path of its file."""
 
 
-def rows_of(results: Results) -> list[dict[str, Any]]:
-    """The evaluated rows; a `ValueError` where there are none, or the path is that of something else."""
+def result_of(results: Results) -> EvaluationResult:
+    """The result; a `ValueError` where it has no row, or the path is that of something else."""
     result = results if isinstance(results, EvaluationResult) else EvaluationResult.from_json(results)
     if not result.rows:
-        raise ValueError("there is no evaluated row to show.")
-    return result.rows
+        raise ValueError(f"there is no evaluated row to show{'' if results is result else f' in {results}'}.")
+    return result
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """The evaluated rows of [`result_of`]."""
+    return result_of(results).rows
 
 
 def method_name(row: Mapping[str, Any], label: bool = False) -> str:

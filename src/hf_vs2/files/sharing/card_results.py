@@ -17,7 +17,7 @@ from ...methods import rows_by_name
 from ..checkpoint_folder import RESULTS_NAME, CheckpointFolder, looks_like_hub_id
 from ..json_files import as_bytes
 from ..markdown import Markdown, code, escaped, number
-from ..report import EvaluationResult, Results, format_table, method_name
+from ..report import EvaluationResult, Results, format_table, method_name, result_of
 
 
 logger = logging.get_logger(__name__)
@@ -58,10 +58,7 @@ class ResultFacts:
     @classmethod
     def from_file(cls, results: Results) -> ResultFacts:
         """From a result, or the path of its file."""
-        result = results if isinstance(results, EvaluationResult) else EvaluationResult.from_json(results)
-        if not result.rows:
-            raise ValueError(f"{results} holds no evaluated row.")
-        return cls(result)
+        return cls(result_of(results))
 
     def check(self, saes: list[SAEConfig]) -> None:
         """Raise `ValueError` if what was measured can't be one of these SAEs."""
