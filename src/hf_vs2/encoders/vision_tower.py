@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .base_model import loaded_revision
 from .families import family_of, tower_of
-from .fingerprints import model_fingerprint, vision_fingerprint, weight_samples
+from .fingerprints import model_fingerprint, weight_samples
 from .loading import check_clip, load_clip, refuse_offloaded
 from .processing import load_image_processor
 from .wrapped import unwrapped
@@ -104,10 +104,6 @@ class VisionTower:
             "fingerprint": model_fingerprint(self.module),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-    def sae_fingerprint(self) -> list[float]:
-        """What an SAE trained on these rows records of the tower (`SAEConfig.base_model_fingerprint`)."""
-        return vision_fingerprint(SimpleNamespace(vision_model=self.module))
 
     def image_processor(self) -> Any:
         """The image processor saved with the model; OpenAI's, with a warning, for a model without a name."""

@@ -159,8 +159,7 @@ def _check_saes(path: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"{path}: sae_configs must be a list.")
     for sae in saes:
         try:
-            SAEConfig.check_fields(sae)
-            SAEConfig.from_dict(dict(sae))
+            SAEConfig.from_dict(sae)
         except ValueError as error:
             raise ValueError(f"{path} can't be used. {error}") from error
 

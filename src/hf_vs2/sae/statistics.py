@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from ..config.sae import check_quantiles, quantile_of
 from ..files.checkpoint_folder import STATISTICS_NAME
+from ..files.place import look_for
 from ..files.weight_files import read_described, write_described
 from ..functional.label_free import RowStatistics
 
@@ -160,9 +161,7 @@ class DomainStatistics:
         """Those of a checkpoint in a folder or on the Hub, whose config has `digests` of its files. `None`, with a
         warning, where the file was left out: VS2 does without. A file that is damaged, of another checkpoint, or
         something else is a `ValueError`."""
-        path = cached_file(
-            os.fspath(name_or_path), STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **place
-        )
+        path = look_for(name_or_path, STATISTICS_NAME, place)
         if path is None:
             logger.warning(
                 f"{name_or_path} says that it has {STATISTICS_NAME}, which is not there. Methods beyond VS2 can't be "

@@ -14,6 +14,7 @@ from torch import nn
 from ...config.schema import COUNT, one_of, optional, whole
 from ...encoders.base_model import resolve_layer
 from ...encoders.families import family_of
+from ...encoders.fingerprints import vision_fingerprint
 from ...encoders.vision_tower import VisionTower
 from ...version import __version__
 from ..batches import Columns, ImageReader
@@ -144,7 +145,7 @@ def extract_activations(
         "hidden_size": tower.hidden_size,
         "num_layers": tower.num_layers,
         "base_model_type": tower.model_type,
-        "base_model_fingerprint": tower.sae_fingerprint(),
+        "base_model_fingerprint": vision_fingerprint(tower.module),
         "base_model_weights": tower.weights,
         "shard_size": shard_size,
         "made_with": {
