@@ -37,12 +37,12 @@ def options_of(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Loading arguments as one part of a checkpoint takes them, its CLIP (`"clip"`) or an SAE (`"saes.11"`), which is
     loaded by itself: its part of a `device_map` by names of modules, and what is said of the CLIP's attention. A
     `device_map` that names something else than the parts of this model is a `ValueError`."""
-    found = {name: value for name, value in options.items() if part == "clip" or name != "attn_implementation"}
-    attention, devices = found.get("attn_implementation"), found.get("device_map")
+    own = {name: value for name, value in options.items() if part == "clip" or name != "attn_implementation"}
+    attention, devices = own.get("attn_implementation"), own.get("device_map")
     if isinstance(attention, Mapping):
         of_all = attention.get("clip_config", {})
         of_all = dict.fromkeys(("", "vision_config", "text_config"), of_all) if isinstance(of_all, str) else of_all
-        found["attn_implementation"] = {**of_all, **{key: attention[key] for key in _TOWERS if key in attention}}
+        own["attn_implementation"] = {**of_all, **{key: attention[key] for key in _TOWERS if key in attention}}
     if isinstance(devices, Mapping):
         strange = [name for name in devices if name.partition(".")[0] not in ("", "clip", "saes")]
         if strange:
@@ -57,8 +57,8 @@ def options_of(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if not around and not inside:
             raise ValueError(f"device_map says nothing of {part!r}. Give it a device there too.")
         whole = {"": around[max(around, key=len)]} if around else {}
-        found["device_map"] = whole | {name.removeprefix(f"{part}."): device for name, device in inside.items()}
-    return found
+        own["device_map"] = whole | {name.removeprefix(f"{part}."): device for name, device in inside.items()}
+    return own
 
 
 def clip_of(
@@ -78,13 +78,12 @@ def clip_of(
     if name is None:
         raise ValueError(f"{checkpoint} does not name the CLIP it belongs to. {give}")
     try:
-        found = load_clip(name, {**access, "revision": revision}, **options_of("clip", kwargs))
+        return load_clip(name, {**access, "revision": revision}, **options_of("clip", kwargs))
     except (OSError, ValueError) as error:
         if clip is not None:
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{checkpoint} names {name} as its CLIP, which can't be loaded. {error} {give}") from error
-    return found
 
 
 def load_saes(

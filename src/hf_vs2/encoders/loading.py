@@ -35,8 +35,8 @@ _SOUND: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 def clip_config(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None = None) -> CLIPConfig:
     """The configuration of a CLIP, without its weights; refused as by [`load_clip`]."""
-    found = in_one_message(lambda: at_one_commit(name_or_path, _given(place)), name_or_path)
-    return in_one_message(lambda: _read_config(name_or_path, found), name_or_path)
+    pinned = in_one_message(lambda: at_one_commit(name_or_path, _given(place)), name_or_path)
+    return in_one_message(lambda: _read_config(name_or_path, pinned), name_or_path)
 
 
 def load_clip(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None = None, **options: Any) -> CLIPModel:
@@ -60,9 +60,9 @@ def load_clip(name_or_path: str | os.PathLike, place: Mapping[str, Any] | None =
     """
 
     def load() -> CLIPModel:
-        found = at_one_commit(name_or_path, _given(place))
-        config = _read_config(name_or_path, found)
-        model = _load(FAMILIES[config.model_type].model, config, name_or_path, found, options)
+        pinned = at_one_commit(name_or_path, _given(place))
+        config = _read_config(name_or_path, pinned)
+        model = _load(FAMILIES[config.model_type].model, config, name_or_path, pinned, options)
         check_clip(model, str(name_or_path))
         return model
 
@@ -73,14 +73,14 @@ def load_vision_model(name_or_path: str | os.PathLike, place: Mapping[str, Any] 
     """Any vision model of transformers, with the same care."""
 
     def load() -> PreTrainedModel:
-        found = at_one_commit(name_or_path, _given(place))
-        described, _ = read_config_dict(PreTrainedConfig.get_config_dict, name_or_path, **found)
+        pinned = at_one_commit(name_or_path, _given(place))
+        described, _ = read_config_dict(PreTrainedConfig.get_config_dict, name_or_path, **pinned)
         refuse_requests(described, OF_OTHERS)
         # Said outright, since by default transformers asks on the terminal, and `yes |` would answer.
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **found)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **pinned)
         if isinstance(config, CheckpointConfig):  # ours, which see to themselves
-            return AutoModel.from_pretrained(name_or_path, trust_remote_code=False, **found)
-        model = _load(AutoModel, config, name_or_path, found, {"trust_remote_code": False})
+            return AutoModel.from_pretrained(name_or_path, trust_remote_code=False, **pinned)
+        model = _load(AutoModel, config, name_or_path, pinned, {"trust_remote_code": False})
         check_numbers(model.named_parameters(), name_or_path)
         return model
 
@@ -196,20 +196,20 @@ def _load(
 def _weights(name_or_path: str | os.PathLike, place: dict[str, Any], safe: bool | None) -> tuple[list[str], bool]:
     """The files of weights, and whether they are safetensors."""
     if safe is not False:
-        found = find_files(name_or_path, place, SAFE_WEIGHTS_NAME)
-        converted = None if found or os.path.isdir(name_or_path) else _converted(str(name_or_path), place)
+        files = find_files(name_or_path, place, SAFE_WEIGHTS_NAME)
+        converted = None if files or os.path.isdir(name_or_path) else _converted(str(name_or_path), place)
         if converted is not None:
-            found = find_files(name_or_path, {**place, "revision": converted}, SAFE_WEIGHTS_NAME)
-        if found is not None:
-            return found[1], True
-    found = None if safe else find_files(name_or_path, place, WEIGHTS_NAME)
-    if found is None:
+            files = find_files(name_or_path, {**place, "revision": converted}, SAFE_WEIGHTS_NAME)
+        if files is not None:
+            return files[1], True
+    files = None if safe else find_files(name_or_path, place, WEIGHTS_NAME)
+    if files is None:
         raise OSError(f"{name_or_path} has no {SAFE_WEIGHTS_NAME}{'' if safe else f' and no {WEIGHTS_NAME}'}.")
     logger.warning(
         f"{name_or_path} has no safetensors: its weights are read from {WEIGHTS_NAME}, a pickle, by torch's reader "
         "that runs no code."
     )
-    return found[1], False
+    return files[1], False
 
 
 def _converted(name: str, place: Mapping[str, Any]) -> str | None:
@@ -224,12 +224,12 @@ def _converted(name: str, place: Mapping[str, Any]) -> str | None:
     if place.get("local_files_only") or is_offline_mode():
         return None
     try:
-        found = in_one_message(lambda: _proposed(name, commit, place.get("token")), name)
+        proposed = in_one_message(lambda: _proposed(name, commit, place.get("token")), name)
     except (OSError, ValueError):  # a Hub that does not answer such questions: the repository's own weights will do
         return None
-    if found is not None:
-        note_commit(name, branch, found, cache_dir)
-    return found
+    if proposed is not None:
+        note_commit(name, branch, proposed, cache_dir)
+    return proposed
 
 
 def _proposed(name: str, commit: str, token: str | bool | None) -> str | None:
@@ -252,12 +252,10 @@ def _shapes(files: list[str], is_safe: bool) -> dict[str, tuple[int, ...]]:
         if is_safe:
             shapes |= shapes_in(path)
         else:
-            found = unpickled(path, "Load that model with transformers where you trust it, and save it again.", "meta")
-            if not isinstance(found, Mapping) or not all(
-                isinstance(tensor, torch.Tensor) for tensor in found.values()
-            ):
+            state = unpickled(path, "Load that model with transformers where you trust it, and save it again.", "meta")
+            if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
                 raise ValueError(f"{path} holds something else than tensors by name.")
-            shapes |= {str(name): tuple(tensor.shape) for name, tensor in found.items()}
+            shapes |= {str(name): tuple(tensor.shape) for name, tensor in state.items()}
     return shapes
 
 

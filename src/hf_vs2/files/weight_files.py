@@ -50,14 +50,14 @@ class WeightFiles:
             `OSError`: if there is none, or it can't be reached. `ValueError`: if one is damaged, or holds anything
                 else than floats.
         """
-        found = find_files(name_or_path, place, SAFE_WEIGHTS_NAME)
-        if found is None:
+        located = find_files(name_or_path, place, SAFE_WEIGHTS_NAME)
+        if located is None:
             raise OSError(
                 f"{name_or_path} has no {SAFE_WEIGHTS_NAME}. Other formats, pickled ones above all "
                 "(pytorch_model.bin, *.pt), are not opened, since they can hold code: save the model again with "
                 "save_pretrained."
             )
-        source, files = found
+        source, files = located
         paths: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
@@ -127,9 +127,9 @@ def check_numbers(
             continue
         lowest, highest = (bound.item() for bound in tensor.aminmax())
         if not (lowest >= -LARGEST and highest <= LARGEST):
-            found = f"numbers from {lowest:.3g} to {highest:.3g}" if lowest <= highest else "NaN"
+            numbers = f"numbers from {lowest:.3g} to {highest:.3g}" if lowest <= highest else "NaN"
             raise ValueError(
-                f"{where} is damaged: {name} holds {found}, and no weight is larger than {LARGEST:g}. {remedy}"
+                f"{where} is damaged: {name} holds {numbers}, and no weight is larger than {LARGEST:g}. {remedy}"
             )
 
 
@@ -180,9 +180,9 @@ def read_described(
     check_content(path, tensors, digests)
     try:
         about = from_json(header)
-        found = about["format"], about["format_version"]
-        if found != kind:
-            raise ValueError(f"it is of format {found[0]!r}, version {found[1]!r}; expected {kind[0]!r}, {kind[1]}")
+        name, version = about["format"], about["format_version"]
+        if (name, version) != kind:
+            raise ValueError(f"it is of format {name!r}, version {version!r}; expected {kind[0]!r}, {kind[1]}")
         return make(about, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not what this version of hf_vs2 reads ({error}). {remedy}") from error

@@ -129,9 +129,9 @@ class SAEModel(HubMixin, PreTrainedModel):
         state = files.read(config.digests)
         statistics = DomainStatistics.load(source, place, config.digests) if config.holds_statistics else None
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
-        found, *_ = model if isinstance(model, tuple) else (model,)  # with output_loading_info=True
-        found.config.name_or_path = found.name_or_path = str(source)
-        found.set_domain_statistics(statistics)
+        loaded, *_ = model if isinstance(model, tuple) else (model,)  # with output_loading_info=True
+        loaded.config.name_or_path = loaded.name_or_path = str(source)
+        loaded.set_domain_statistics(statistics)
         return model
 
     def set_domain_statistics(self, statistics: DomainStatistics | None) -> None:
@@ -190,8 +190,8 @@ class SAEModel(HubMixin, PreTrainedModel):
         return cls._converted(prisma.load(name_or_path, **one_dtype(options)))
 
     @classmethod
-    def _converted(cls, found: Converted) -> SAEModel:
-        return cls.from_pretrained(None, config=found.config, state_dict=found.state, dtype=found.dtype)
+    def _converted(cls, converted: Converted) -> SAEModel:
+        return cls.from_pretrained(None, config=converted.config, state_dict=converted.state, dtype=converted.dtype)
 
     def save_sparsify(self, folder: str | os.PathLike) -> None:
         """

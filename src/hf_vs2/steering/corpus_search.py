@@ -29,8 +29,8 @@ class RetrievalInputs(TypedDict, total=False):
 
 def pop_retrieval_inputs(kwargs: dict[str, Any]) -> RetrievalInputs:
     """Takes the arguments of [`RetrievalInputs`] out of `kwargs`."""
-    found = {name: kwargs.pop(name) for name in RetrievalInputs.__annotations__ if name in kwargs}
-    return cast(RetrievalInputs, found)
+    inputs = {name: kwargs.pop(name) for name in RetrievalInputs.__annotations__ if name in kwargs}
+    return cast(RetrievalInputs, inputs)
 
 
 class _Indexed(NamedTuple):
@@ -120,11 +120,11 @@ class CorpusSearch:
         (_, index, values, indices), labels = prepared
         queries = clip_embeds(clip, rows)
         looked_for = queries if retrieval_embeds is None else retrieval_embeds
-        _, found = index.search(looked_for, num_neighbors, exclude=exclude)
+        _, nearest = index.search(looked_for, num_neighbors, exclude=exclude)
         own = pseudo_labels(queries, class_embeds).to(labels.device) if positives == "query" else None
-        positive = select_positives(labels[found.to(labels.device)], positives, own)
-        found = found.to(values.device)
-        return NeighborCodes(values[found], indices[found].long(), positive.to(values.device))
+        positive = select_positives(labels[nearest.to(labels.device)], positives, own)
+        nearest = nearest.to(values.device)
+        return NeighborCodes(values[nearest], indices[nearest].long(), positive.to(values.device))
 
     def _check(self, rows: torch.Tensor, retrieval_embeds: torch.Tensor | None) -> None:
         if self.corpus.embeddings is None and retrieval_embeds is not None:

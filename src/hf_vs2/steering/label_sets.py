@@ -115,7 +115,7 @@ class LabelSets:
         self.named = named
         self._lock = threading.Lock()
         self._state: tuple[Any, ...] | None = None
-        self._recent: Kept[FittedLabels] = Kept(self.max_floats, lambda found: found.fit.num_floats)
+        self._recent: Kept[FittedLabels] = Kept(self.max_floats, lambda kept: kept.fit.num_floats)
         self._sketch: Kept[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = Kept(1)
 
     def __reduce__(self) -> tuple[type[LabelSets], tuple[tuple[FittedLabels, ...]]]:
@@ -148,11 +148,11 @@ class LabelSets:
             for known in self.named:
                 if asked == _Asked(known.method, known.settings, known.class_embeds):
                     return known
-            found = self._recent.get(state, asked, lambda: self._fit(steerer, asked))
+            label_set = self._recent.get(state, asked, lambda: self._fit(steerer, asked))
             if labels is not None:
-                found = replace(found, labels=labels)
-                self.named = (*self.named, found)
-            return found
+                label_set = replace(label_set, labels=labels)
+                self.named = (*self.named, label_set)
+            return label_set
 
     def _fit(self, steerer: Steers, asked: _Asked) -> FittedLabels:
         fit, classes = steerer.settings.rule.fit, asked.class_embeds.clone()
@@ -230,9 +230,9 @@ class LabelSets:
             return cls(tuple(_read(tensors, number, label_set, steerer) for number, label_set in listed))
 
         path = cached_file(os.fspath(name_or_path), LABEL_SETS_NAME, **place)
-        found = read_described(path, _KIND, make, "Save the model again.", digests)
-        found.named_now(steerer)  # they belong to these weights
-        return found
+        label_sets = read_described(path, _KIND, make, "Save the model again.", digests)
+        label_sets.named_now(steerer)  # they belong to these weights
+        return label_sets
 
 
 def _read(tensors: Mapping[str, torch.Tensor], number: int, about: Mapping[str, Any], steerer: Steers) -> FittedLabels:
@@ -291,9 +291,9 @@ class _SketchRows:
 
 def _only_moved(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     """Whether weights of these two [`weights_state`] are the same, on another device or under another autocast."""
-    (_, parts, values), (_, others, found) = before, now
+    (_, parts, values), (_, others, values_now) = before, now
     moved = all(left == right or left[3] != right[3] for left, right in zip(parts, others, strict=True))
-    return moved and values == found
+    return moved and values == values_now
 
 
 def _settings(steerer: Steers) -> tuple[float, ...]:

@@ -69,20 +69,20 @@ def run(args: Namespace) -> None:
     names = store.class_names if labels is None else labels
     assert names is not None  # `steps.labels_from` has looked
     classes = class_embeddings(model.clip, tokenizer, names_in(names), args.templates, clean=not args.names_as_given)
-    found = recommend(model, store, classes, store.labels, class_names=names)
+    advice = recommend(model, store, classes, store.labels, class_names=names)
     places = {"activations": store.path}
     try:
         if args.output is not None:
-            places = {"recommendation": found.to_json(args.output), **places}
+            places = {"recommendation": advice.to_json(args.output), **places}
     finally:  # shown in any case
-        say(str(found))
-    if args.apply and found.calibrate_first:
+        say(str(advice))
+    if args.apply and advice.calibrate_first:
         say("Not applied: it holds once the checkpoint is calibrated on these images.")
     elif args.apply:
         folder = Path(args.checkpoint, args.subfolder or "")
-        apply_method(model, found.method, folder)
+        apply_method(model, advice.method, folder)
         places = {"checkpoint": folder, **places}
     say_written(places)
-    say("", *after_recommendation(args, found.method, found.calibrate_first, names_in(names)))
-    if not found.candidates:
+    say("", *after_recommendation(args, advice.method, advice.calibrate_first, names_in(names)))
+    if not advice.candidates:
         say("To know: label 100 of the images, and run this again with --dataset and --label_column for them.")

@@ -54,16 +54,16 @@ def read_list(path: str | os.PathLike, what: str) -> Names:
         raise ValueError(f"{name} is none that can be read: expected {', '.join(LIST_FILES)}.")
     text = _utf8(Path(path).expanduser().read_bytes(), name)
     if suffix == ".json":
-        found = _from_json(text, name)
+        texts = _from_json(text, name)
     elif suffix in (".csv", ".tsv"):
-        found = _from_table(text, name, "\t" if suffix == ".tsv" else None)
+        texts = _from_table(text, name, "\t" if suffix == ".tsv" else None)
     else:
-        found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
+        texts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not texts:
         raise ValueError(f"{name} is empty.")
-    if isinstance(found, Mapping) and all(key.isdecimal() for key in found):  # places
-        found = dict(sorted(found.items(), key=lambda item: int(item[0])))
-    return found
+    if isinstance(texts, Mapping) and all(key.isdecimal() for key in texts):  # places
+        texts = dict(sorted(texts.items(), key=lambda item: int(item[0])))
+    return texts
 
 
 def _utf8(data: bytes, name: str) -> str:
@@ -84,25 +84,25 @@ def _utf8(data: bytes, name: str) -> str:
 
 def _from_json(text: str, name: str) -> Names:
     try:
-        found = json.loads(text, object_pairs_hook=_each_once)
+        content = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}.") from error
-    texts = list(found.values()) if isinstance(found, dict) else found
+    texts = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
         raise ValueError(
             f'{name} must hold a list of texts, ["cat", "dog"], or an object {{"name of the class": "text"}}.'
         )
-    if isinstance(found, dict):
-        return {key.strip(): item.strip() for key, item in found.items()}
+    if isinstance(content, dict):
+        return {key.strip(): item.strip() for key, item in content.items()}
     return [item.strip() for item in texts if item.strip()]
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
         raise ValueError(f"{twice!r} stands twice in an object")
-    return found
+    return content
 
 
 def read_table(path: str | os.PathLike, what: str) -> tuple[list[str], list[list[str]]]:
@@ -147,5 +147,5 @@ def _from_table(text: str, name: str, delimiter: str | None) -> Names:
         )
     texts = [row[column] for row in rows]
     keys = [place for place, word in enumerate(header) if place != column and word in _KEY_HEADERS]
-    found = {row[keys[0]]: item for row, item in zip(rows, texts, strict=True)} if keys else {}
-    return found if len(found) == len(texts) else texts
+    by_key = {row[keys[0]]: item for row, item in zip(rows, texts, strict=True)} if keys else {}
+    return by_key if len(by_key) == len(texts) else texts

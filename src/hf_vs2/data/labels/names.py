@@ -118,14 +118,14 @@ def match_names(own: Sequence[str], given: Names) -> MatchedNames:
         ValueError: a class has no name among those given, or two have the same. The message shows both sides.
     """
     names = names_in(given)
-    found = find_names(own, given if isinstance(given, Mapping) else {name: name for name in names})
+    matches = find_names(own, given if isinstance(given, Mapping) else {name: name for name in names})
     how = "by name"
-    if not any(found) and all(name.isdecimal() for name in own) and not isinstance(given, Mapping):
-        found, how = _by_number([int(name) for name in own], names), "by number"
+    if not any(matches) and all(name.isdecimal() for name in own) and not isinstance(given, Mapping):
+        matches, how = _by_number([int(name) for name in own], names), "by number"
     both = (
         f"The {len(own)} classes of the data set ({_listed(own)}) and the {len(names)} labels given ({_listed(names)})"
     )
-    missing = [name for name, match in zip(own, found, strict=True) if match is None]
+    missing = [name for name, match in zip(own, matches, strict=True) if match is None]
     if missing:
         raise ValueError(
             f"{both} do not fit: no label for {_listed(missing)}. Give each class its name, in "
@@ -133,7 +133,7 @@ def match_names(own: Sequence[str], given: Names) -> MatchedNames:
             f"as in {json.dumps({missing[0]: 'other name'}, ensure_ascii=False)}, for --labels in a .json file."
         )
     places = {name: place for place, name in enumerate(names)}
-    matched = [places[name] for name in found if name is not None]
+    matched = [places[name] for name in matches if name is not None]
     place, number = Counter(matched).most_common(1)[0]
     if number > 1:
         sharing = [name for name, theirs in zip(own, matched, strict=True) if theirs == place]
@@ -198,7 +198,7 @@ def _unambiguous(key: Callable[[str], str], pairs: Iterable[tuple[str, str]]) ->
     names: dict[str, set[str]] = {}
     for spelling, name in pairs:
         names.setdefault(key(spelling), set()).add(name)
-    return {spelling: found.pop() for spelling, found in names.items() if spelling and len(found) == 1}
+    return {spelling: meanings.pop() for spelling, meanings in names.items() if spelling and len(meanings) == 1}
 
 
 def _words(name: str) -> str:
@@ -264,7 +264,7 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
     numbers that came as fractions, as tables with empty cells have them, are integers. Streams are read once."""
     import datasets
 
-    found: dict[str, list[str | None]] = {}
+    labels_of: dict[str, list[str | None]] = {}
     splits = dict(splits)
     for split, part in splits.items():
         kind = getattr((part.features or {}).get(label_column), "dtype", "")
@@ -276,14 +276,14 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
         labels = (
             column[label_column][:] if isinstance(column, datasets.Dataset) else [row[label_column] for row in column]
         )
-        found[split] = [None if label is None else label.strip() for label in labels]
-    if not found:
+        labels_of[split] = [None if label is None else label.strip() for label in labels]
+    if not labels_of:
         return splits
-    names = sorted_names(name for labels in found.values() for name in labels if name is not None)
+    names = sorted_names(name for labels in labels_of.values() for name in labels if name is not None)
     number: dict[str | None, int | None] = {None: None} | {name: place for place, name in enumerate(names)}
     feature = datasets.ClassLabel(names=names)
     numbered = dict(splits)
-    for split, labels in found.items():
+    for split, labels in labels_of.items():
         part = splits[split]
         if isinstance(part, datasets.Dataset):  # `cast_column` would copy the images
             numbers = [number[label] for label in labels]
@@ -351,11 +351,11 @@ def read_labels(values: Sequence[str]) -> Names:
     is_file = len(values) == 1 and os.path.isfile(os.path.expanduser(values[0]))
     for value in values if not is_file else ():
         _refuse_path(value)
-    found: Names = read_list(values[0], "the file of labels") if is_file else values
+    texts: Names = read_list(values[0], "the file of labels") if is_file else values
     # A table or JSON says itself where a name ends, and so do the lines of a text file, but for marks left from a
     # list.
     is_clear = is_file and values[0].lower().endswith((".json", ".csv", ".tsv"))
-    names = [name.strip() for name in names_in(found)]
+    names = [name.strip() for name in names_in(texts)]
     marks = r"[,;|\n]" if len(names) == 1 else r"[,;]$" if is_file else r"[,;]$|\w,\w"
     unclear = next((name for name in names if re.search(marks, name)), None)
     if unclear is not None and not is_clear:
@@ -365,8 +365,8 @@ def read_labels(values: Sequence[str]) -> Names:
             f"given as --labels {' '.join(map(shlex.quote, parts))}, or one a line in a text file; one label with "
             f"such marks in a .json file: {json.dumps([unclear], ensure_ascii=False)}"
         )
-    if isinstance(found, Mapping):
-        return {" ".join(key.split()): " ".join(name.split()) for key, name in found.items()}
+    if isinstance(texts, Mapping):
+        return {" ".join(key.split()): " ".join(name.split()) for key, name in texts.items()}
     return [" ".join(name.split()) for name in names]
 
 

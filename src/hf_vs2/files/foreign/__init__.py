@@ -25,28 +25,28 @@ FORMATS = ("sparsify", "sae_lens", "prisma")
 def detect(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> str:
     """Which library wrote a checkpoint in a folder, or on the Hub at a `place` (`revision`, `subfolder`, ...), by its
     configuration: one of [`FORMATS`], or `"hf_vs2"`. A `ValueError` if no format or more than one fits."""
-    found = []
+    formats = []
     cfg, config = (look_for(name_or_path, name, place) for name in (CFG_NAME, CONFIG_NAME))
     if cfg is not None:
         content = read_object(cfg)
         if "d_sae" in content:
-            found.append("sae_lens")
+            formats.append("sae_lens")
         elif "d_in" in content:
-            found.append("sparsify")
+            formats.append("sparsify")
     if config is not None:
         content = read_object(config)
         if content.get("model_type") == "vs2_sae":
-            found.append("hf_vs2")
+            formats.append("hf_vs2")
         elif "d_in" in content and "activation_fn_str" in content:
-            found.append("prisma")
-    if len(found) != 1:
-        what = f"could be of {' and of '.join(found)}" if found else "is of no format that is known here"
+            formats.append("prisma")
+    if len(formats) != 1:
+        what = f"could be of {' and of '.join(formats)}" if formats else "is of no format that is known here"
         raise ValueError(
             f"{name_or_path} {what}. Expected the {CFG_NAME} of sparsify or SAELens, or the {CONFIG_NAME} of "
             "ViT-Prisma or hf_vs2, in this folder. If the checkpoint lies in a folder below, name that; if you know "
             "the format, give it."
         )
-    return found[0]
+    return formats[0]
 
 
 __all__ = ["FORMATS", "detect"]

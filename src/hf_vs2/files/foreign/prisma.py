@@ -48,11 +48,11 @@ def _weights_of(name_or_path: str | os.PathLike, subfolder: str | None) -> str:
     if not folder.is_dir():
         return _HUB_NAME
     for pattern in ("*.safetensors", "*.pt"):
-        found = sorted(path.name for path in folder.glob(pattern))
-        if len(found) > 1:
-            raise ValueError(f"{folder} holds {found[0]} and {found[1]}: say which with weights_name=.")
-        if found:
-            return found[0]
+        files = sorted(path.name for path in folder.glob(pattern))
+        if len(files) > 1:
+            raise ValueError(f"{folder} holds {files[0]} and {files[1]}: say which with weights_name=.")
+        if files:
+            return files[0]
     return _HUB_NAME
 
 
@@ -85,14 +85,14 @@ def _parts(checkpoint: ForeignCheckpoint) -> Parts:
 def _unpickled(path: str) -> dict[str, torch.Tensor]:
     """Tensors by torch's reader that runs no code. What ViT-Prisma's `save_model` writes holds an object of its own:
     a `ValueError` says how to turn it into safetensors."""
-    found = unpickled(
+    content = unpickled(
         path,
         "If you trust it, write its tensors beside it once, where ViT-Prisma is installed: found = torch.load(path, "
         "weights_only=False); safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in "
         "found['state_dict'].items()}, 'weights.safetensors'). Then convert again.",
     )
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} holds no tensors by name. Expected W_enc, b_enc, W_dec and b_dec.")
-    return as_weights(found, path)
+    return as_weights(content, path)

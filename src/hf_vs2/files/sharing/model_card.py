@@ -69,8 +69,8 @@ def create_model_card(
     folder = checkpoint if isinstance(checkpoint, CheckpointFolder) else CheckpointFolder.open(checkpoint)
     name = name or folder.path.resolve().name
     saes = {place: SAEConfig(**config) for place, config in folder.sae_configs.items()}
-    found = read_results(folder, results)
-    data = _metadata(folder, saes, found, name.split("/")[-1], license, tags)
+    measured = read_results(folder, results)
+    data = _metadata(folder, saes, measured, name.split("/")[-1], license, tags)
     is_vs2 = folder.model_type == VS2_TYPE
     text = (
         _environment()
@@ -84,12 +84,12 @@ def create_model_card(
             base_model=_base_model(folder, saes),
             clip_on_hub=any(map(_base_id, _configs(folder))),
             hidden_size=next((config.hidden_size for config in saes.values()), 0),
-            labels=_example_labels(found),
+            labels=_example_labels(measured),
             saes=[{"name": place, "facts": _sae_facts(folder, place, sae)} for place, sae in saes.items()],
             steering=_steering_facts(folder.configs[""]) if is_vs2 else [],
             used_labels=_used_labels(saes),
             holds_clip=is_vs2 and folder.configs[""].get("holds_clip", False),
-            results=found,
+            results=measured,
             licence=Markdown(f"This checkpoint is under {code(license)}.")
             if license
             else "Its authors have not stated a licence for this checkpoint.",
@@ -103,14 +103,14 @@ def write_model_card(folder: str | os.PathLike, **options: Any) -> Path:
     """Write `README.md` into a checkpoint folder. A text that a user has written or edited stays; its metadata are
     brought up to date. `options` are those of [`create_model_card`]."""
     path = Path(folder) / CARD_NAME
-    found = read_card(path)
+    existing = read_card(path)
     try:
-        options["license"] = options.get("license") or license_of(found)
-        content = refresh_card(str(create_model_card(folder, **options)), found, str(path))
+        options["license"] = options.get("license") or license_of(existing)
+        content = refresh_card(str(create_model_card(folder, **options)), existing, str(path))
     except CardError as error:
         logger.warning(f"{error} The card was left as it is.")
         return path
-    if content != found:
+    if content != existing:
         replace_text(path, content)
     return path
 
@@ -153,8 +153,8 @@ def _python_literal(value: Any) -> Markdown:
 
 def _example_labels(results: ResultFacts | None) -> list[str]:
     """Three labels to show the code with: the first that were evaluated, where they are ordinary words."""
-    found = results.class_names[:3] if results else []
-    return found if found and all(re.fullmatch(r"[\w .,'()-]+", label) for label in found) else list(_EXAMPLE_LABELS)
+    names = results.class_names[:3] if results else []
+    return names if names and all(re.fullmatch(r"[\w .,'()-]+", name) for name in names) else list(_EXAMPLE_LABELS)
 
 
 # Metadata
