@@ -80,6 +80,20 @@ def read_object(path: str | os.PathLike, what: str = "a configuration") -> dict[
     return found
 
 
+def read_format(path: Path, kind: tuple[str, int], what: str, remedy: str) -> dict[str, Any]:
+    """[`read_object`] of a file of ours whose format has this name and version. Another one is a `ValueError`, with
+    `what` it should be, and a `remedy` beside the version of this package that wrote it."""
+    content = read_object(path, what)
+    if content.get("format") != kind[0]:
+        raise ValueError(f"{path} is not {what}: it does not say format {kind[0]!r}.")
+    if content.get("format_version") != kind[1]:
+        raise ValueError(
+            f"{path} has format version {content.get('format_version')}, this hf_vs2 reads version {kind[1]}: use the "
+            f"version that wrote it, or {remedy}."
+        )
+    return content
+
+
 def _encoded(value: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _encoded(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}

@@ -26,7 +26,7 @@ from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
 from ..files.atomic import failing_as, replace_files
 from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from ..files.digests import check_digest, file_digest
-from ..files.json_files import read_object, write_json
+from ..files.json_files import read_format, write_json
 from ..files.place import at_one_commit
 from ..files.weight_files import LARGEST, read_tensors, write_tensors
 from ..functional.neighbors import BLOCK_ROWS, unit_rows
@@ -251,14 +251,8 @@ class RetrievalCorpus:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    description = read_object(path, "the description of a corpus")
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{path} does not describe a corpus: it does not say format {FORMAT!r}.")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {description.get('format_version')}, this hf_vs2 reads version "
-            f"{FORMAT_VERSION}: use the version that wrote it, or make the corpus again."
-        )
+    what, remedy = "the description of a corpus", "make the corpus again"
+    description = read_format(path, (FORMAT, FORMAT_VERSION), what, remedy)
     base, encoder = description.get("base_model"), description.get("encoder", "")
     numbers, samples = (base.get(name) if isinstance(base, dict) else None for name in ("fingerprint", "weights"))
     fields = {

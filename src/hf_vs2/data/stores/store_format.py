@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...files.digests import tensor_digest
-from ...files.json_files import read_json, write_json
+from ...files.json_files import read_format, write_json
 from ...files.weight_files import write_tensors
 
 
@@ -63,18 +63,11 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The parsed index of `folder`; raises [`StoreError`] when it is none of ours."""
-    path = folder / INDEX_NAME
+    path, remedy = folder / INDEX_NAME, "extract again into another folder"
     try:
-        index = read_json(path)
+        index = read_format(path, (FORMAT, FORMAT_VERSION), "the index of an activation store", remedy)
     except (OSError, ValueError) as error:
-        raise StoreError(f"{folder} is not an activation store: {path.name} cannot be read ({error})") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise StoreError(f"{folder} is not an activation store: {path.name} does not say format {FORMAT!r}")
-    if index.get("format_version") != FORMAT_VERSION:
-        raise StoreError(
-            f"{folder} has format version {index.get('format_version')}, this hf_vs2 reads version {FORMAT_VERSION}: "
-            "use the version that wrote it, or extract again into another folder"
-        )
+        raise StoreError(f"{folder} can't be read as an activation store: {error}") from error
     _check_fields(path, index, _REQUEST_CHECKS)
     return index
 
