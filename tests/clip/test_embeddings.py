@@ -91,7 +91,7 @@ def test_mistakes(model, folder, tmp_path):
         (tmp_path / "some", UnreadableImageError, "00.png"),
         ([], ValueError, "no image"),
         (tmp_path / "none.png", UnreadableImageError, "none.png"),
-        (7, TypeError, "not a int"),
+        (7, TypeError, "One image or several expected"),
         (load_images(folder).rename_column("image", "img"), ValueError, "no column 'image'"),
     ):
         with pytest.raises(error, match=message):

@@ -100,7 +100,11 @@ def test_a_corpus_from_a_real_store_is_its_rows(tiny_clip, images, tmp_path):
         expected = tiny_clip.vision_model(pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(corpus.rows, expected, atol=1e-4, rtol=1e-4)
     assert corpus.base_model_name_or_path == str(tmp_path / "clip") and corpus.base_model_fingerprint
-    with pytest.raises(ValueError, match=r"This store holds layers \[1\], not -1"):
+    with torch.no_grad():
+        tiny_clip.vision_model.post_layernorm.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="not the same weights"):
+        RetrievalCorpus.from_store(make((1, -1)), clip=tiny_clip)
+    with pytest.raises(ValueError, match=r"holds layers \[1\], not -1"):
         RetrievalCorpus.from_store(make((1,)))
 
 
