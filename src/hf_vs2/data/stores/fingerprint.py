@@ -54,11 +54,14 @@ def dataset_fingerprint(dataset: Dataset | IterableDataset, image_column: str, l
 def _encoded_and_paths(values: Any) -> tuple[Any, Any]:
     """The encoded images of an Arrow column and their paths, on the same memory; `None` for what it does not hold."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     kind = values.type
     if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
-        return pc.struct_field(values, "bytes"), pc.struct_field(values, "path")
+        encoded, paths = (
+            pa.chunked_array([chunk.field(name) for chunk in values.chunks], kind.field(name).type)
+            for name in ("bytes", "path")
+        )
+        return encoded, paths
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return values, None
     return None, values if pa.types.is_string(kind) or pa.types.is_large_string(kind) else None
