@@ -83,21 +83,23 @@ def add_checkpoint(parser: Parser) -> None:
     parser.flag("--subfolder", help="Folder of the checkpoint in its repository.")
 
 
-def add_labels(parser: Parser, otherwise: str = "", templates: Any = "single") -> None:
+def add_labels(parser: Parser, otherwise: str = "", templates: Any = "single", of_classes: bool = False) -> None:
     """What an image may be, and how CLIP is asked.
 
     Args:
         otherwise: where labels come from when none are given. With [`REMEMBERED`], prompts do too: read both by
             `labels_and_prompts`.
         templates: the default; of a command that compares several, a list.
+        of_classes: whether they are names for the classes of a data set.
     """
+    matched = ", matched by name with the data set's classes" if of_classes else ""
     parser.flag(
         "--labels",
         nargs="+",
         required=not otherwise,
         metavar="NAME",
-        help="Labels to choose from, or a file of them (.txt, .csv, .json); matched by name with the classes of a "
-        "labelled data set" + (f" [{otherwise}]." if otherwise else "."),
+        help=f"Labels to choose from{matched}, or a file of them (.txt, .csv, .json)"
+        + (f" [{otherwise}]." if otherwise else "."),
     )
     parser.flag(
         "--templates",

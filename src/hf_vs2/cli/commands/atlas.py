@@ -49,7 +49,7 @@ def add_flags(parser: Parser) -> None:
     parser.section("images")
     flags.add_dataset(parser)
     flags.add_label_column(parser, " [label, if there].")
-    flags.add_labels(parser, "the data set's")
+    flags.add_labels(parser, "the data set's", of_classes=True)
     flags.add_steering(parser)
     parser.section("output")
     parser.flag(

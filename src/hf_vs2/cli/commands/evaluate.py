@@ -54,7 +54,7 @@ def add_flags(parser: Parser) -> None:
         "measured on the rest.",
     )
     parser.section("prompts")
-    flags.add_labels(parser, "the data set's", templates=["single", "ensemble"])
+    flags.add_labels(parser, "the data set's", templates=["single", "ensemble"], of_classes=True)
     flags.add_steering(parser)
     parser.section("output")
     parser.flag("--all", action="store_true", help="Print the rows of all methods, not of the six that matter most.")
