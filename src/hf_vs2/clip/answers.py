@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import Pipeline
 from transformers.utils import logging
 
 from ..data.batches import read_groups
@@ -14,9 +15,6 @@ from ..data.images import image_name
 from ..data.inputs import NamedImages
 from .pipeline_options import OneCall
 
-
-if TYPE_CHECKING:
-    from transformers import Pipeline
 
 logger = logging.get_logger(__name__)
 

@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+from transformers import CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...encoders.families import embedding_width, family_of, refuse_without_texts
@@ -23,10 +24,6 @@ from ...encoders.wrapped import device_of
 from ...files.progress import progress_bar
 from .lists import names_in, read_list
 from .names import clean_class_names
-
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerBase
 
 
 logger = logging.get_logger(__name__)

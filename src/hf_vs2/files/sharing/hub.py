@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
@@ -23,8 +24,6 @@ from .shim import SHIM, SHIM_NAME, auto_map
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-
     from ..report import Results
 
 _HUB_OPTIONS = (

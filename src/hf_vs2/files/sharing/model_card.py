@@ -21,14 +21,13 @@ from ..atomic import replace_text
 from ..checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, looks_like_hub_id
 from ..markdown import Markdown, code, escaped, number
 from ..place import is_hub_id
+from ..report import Results
 from .card_edits import Card, CardError, license_of, refresh_card
 from .card_results import ResultFacts, read_results
 
 
 if TYPE_CHECKING:
     import jinja2
-
-    from ..report import Results
 
 logger = logging.get_logger(__name__)
 
