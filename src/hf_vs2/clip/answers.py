@@ -21,8 +21,8 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Answers:
-    """The answers in order, each time this is iterated over; images are read ahead by `num_threads`. The three mappings
-    are the options of the pipeline's `preprocess`, `forward` and `postprocess`."""
+    """The answers in order, each time this is iterated over; images are read ahead by `num_threads`. The three
+    mappings are the options of the pipeline's `preprocess`, `forward` and `postprocess`."""
 
     pipeline: Pipeline
     images: NamedImages

@@ -61,8 +61,8 @@ def strict_values(cls: type[_Config]) -> type[_Config]:
 def read_config_dict(
     read: Callable[..., tuple[dict[str, Any], dict[str, Any]]], name_or_path: str | os.PathLike, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What transformers' `get_config_dict` gives; an `OSError` without such a file, or an empty one, and a `ValueError`
-    if there is no JSON object in it."""
+    """What transformers' `get_config_dict` gives; an `OSError` without such a file, or an empty one, and a
+    `ValueError` if there is no JSON object in it."""
     try:
         config, others = read(name_or_path, **kwargs)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:

@@ -236,8 +236,8 @@ def quantile_of(quantiles: dict[str, float], quantile: float, what: str, num_row
         known = f"{levels[0]} to {levels[-1]}" if levels else "of which there are none"
         known += f" (from {num_rows} held-out rows)" if num_rows is not None else ""
         raise ValueError(
-            f"gate={quantile} lies outside the {what} {known}. Choose one between them, calibrate on more rows, or give "
-            "the threshold itself as fvu_threshold=."
+            f"gate={quantile} lies outside the {what} {known}. Choose one between them, calibrate on more rows, or "
+            "give the threshold itself as fvu_threshold=."
         )
     upper = bisect.bisect_left(levels, quantile)
     (low, low_value), (high, high_value) = stored[max(upper - 1, 0)], stored[upper]

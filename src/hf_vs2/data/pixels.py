@@ -121,9 +121,9 @@ def describe_processor(processor: Any) -> dict[str, Any]:
 
 
 def _middle_of_a_thread(image: Image.Image, processor: Any, name: str) -> Image.Image:
-    """The image, or of one so threadlike that resized whole it would be as bad as a decompression bomb, the part around
-    the middle that a centre crop looks at. The part's length is chosen so that the crop shows what it would show of the
-    whole image, to within a hundredth of a pixel."""
+    """The image, or of one so threadlike that resized whole it would be as bad as a decompression bomb, the part
+    around the middle that a centre crop looks at. The part's length is chosen so that the crop shows what it would
+    show of the whole image, to within a hundredth of a pixel."""
     edge: Any = dict(processor.size).get("shortest_edge") if processor.do_resize else None
     short, long = sorted(image.size)
     pixels, most = edge * edge * long // short if edge else 0, Image.MAX_IMAGE_PIXELS

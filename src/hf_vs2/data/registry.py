@@ -160,8 +160,8 @@ class DatasetInfo:
         if unknown:
             raise ValueError(
                 f"data set {self.name!r} ({self.source_id}): {len(unknown)} of {len(label_names)} label names are not "
-                f"among the classes of its entry: {shown(unknown)}. Add them to its `aliases`, or set `classes: null` to use "
-                "the data set's own names."
+                f"among the classes of its entry: {shown(unknown)}. Add them to its `aliases`, or set `classes: null` "
+                "to use the data set's own names."
             )
         return [name for name in found if name is not None]
 

@@ -119,7 +119,8 @@ def warn_of_relative(clip: CLIPModel, recorded: Mapping[str, str] | None, what: 
             "are the same, its class scores are not"
         )
     warnings.warn(
-        f"{what}; the CLIP given is {clip.config._name_or_path or 'one without a name'}, {how}. What was measured on "
-        "the one need not hold on the other: use the CLIP itself, or train (at the least calibrate) again on this one.",
+        f"{what}; the CLIP given is {clip.config._name_or_path or 'one without a name'}, {how}. What was measured "
+        "on the one need not hold on the other: use the CLIP itself, or train (at the least calibrate) again on this "
+        "one.",
         stacklevel=3,
     )

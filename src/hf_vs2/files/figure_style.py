@@ -120,8 +120,8 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def draw_cells(axes: Axes, gain: Any, rows: Any, columns: Any, limit: float) -> Any:
-    """A heat map of gains `(len(rows), len(columns))` in points, row 0 the lowest, with a number in each cell, coloured
-    by sign; `limit` is the gain of the deepest colour. Returns what a colour bar is made for."""
+    """A heat map of gains `(len(rows), len(columns))` in points, row 0 the lowest, with a number in each cell,
+    coloured by sign; `limit` is the gain of the deepest colour. Returns what a colour bar is made for."""
     import numpy as np
 
     gain = np.asarray(gain)

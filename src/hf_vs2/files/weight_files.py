@@ -225,7 +225,7 @@ def is_of_http(error: Exception) -> bool:
 
 def find_files(name_or_path: str | os.PathLike, place: Mapping[str, Any], whole: str) -> tuple[str, list[str]] | None:
     """The files of weights of a folder or of the Hub: the one called `whole` (`"model.safetensors"`), or those that
-    `"model.safetensors.index.json"` lists. First comes the file or the list, for messages; `None` if there are neither.
+    `"model.safetensors.index.json"` lists. First comes the file or the list, for messages; `None` without either.
 
     Raises:
         `OSError`: if one of the files is missing, or can't be reached. `ValueError`: if the list is damaged.

@@ -108,8 +108,8 @@ class CorpusSearch:
         retrieval_embeds: torch.Tensor | None = None,
         exclude: torch.Tensor | None = None,
     ) -> NeighborCodes:
-        """The N (section 4.2) neighbours of CLS rows `(batch, hidden_size)` in a [`CorpusSearch.prepared`] of the CLIP, an
-        SAE and these classes, found by their plain CLIP embedding or by `retrieval_embeds`; `positives`: see
+        """The N (section 4.2) neighbours of CLS rows `(batch, hidden_size)` in a [`CorpusSearch.prepared`] of the
+        CLIP, an SAE and these classes, found by their plain CLIP embedding or by `retrieval_embeds`; `positives`: see
         [`select_positives`], the others: see [`RetrievalInputs`].
 
         Raises:

@@ -345,8 +345,8 @@ def _numbers_in(dataset: Any, label_column: str | None) -> set[int]:
 
 
 def read_labels(values: Sequence[str]) -> Names:
-    """The names that `--labels` stands for: those given, or those in a file (see [`read_list`]) where the only value is
-    one. Blanks and line breaks in a name become one blank each. A file that is not there or can't be read, and what
+    """The names that `--labels` stands for: those given, or those in a file (see [`read_list`]) where the only value
+    is one. Blanks and line breaks in a name become one blank each. A file that is not there or can't be read, and what
     may be one label or several, is a `ValueError`."""
     is_file = len(values) == 1 and os.path.isfile(os.path.expanduser(values[0]))
     for value in values if not is_file else ():

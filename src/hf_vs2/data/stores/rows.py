@@ -179,8 +179,8 @@ RowSource: TypeAlias = "Rows | ActivationStore | Sequence[ActivationStore] | tor
 
 
 def rows_of(source: RowSource, layer: int | None = None) -> Rows:
-    """CLS rows of one layer behind one interface, of a tensor `(n, hidden_size)`, an activation store, several stores to
-    be taken as one set, or [`Rows`]; anything else is a `TypeError`. `layer`: of stores that hold several; negative
+    """CLS rows of one layer behind one interface, of a tensor `(n, hidden_size)`, an activation store, several stores
+    to be taken as one set, or [`Rows`]; anything else is a `TypeError`. `layer`: of stores that hold several; negative
     ones count from the last. Stores that do not fit together, or have not that layer, are a `ValueError`."""
     if isinstance(source, Rows):
         return source
