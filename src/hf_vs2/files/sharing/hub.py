@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,6 @@ from .shim import SHIM, SHIM_NAME, auto_map
 
 if TYPE_CHECKING:
     from ..report import Results
-
-_HUB_OPTIONS = (
-    *("private", "create_pr", "revision", "tag", "token", "commit_message", "commit_description"),
-    *("results", "license", "tags"),
-)
 
 
 def push_to_hub(
@@ -162,6 +158,7 @@ class HubMixin(PackagedCode):
 
 
 _push = push_to_hub  # for methods that have the same name
+_HUB_OPTIONS = [name for name, option in signature(_push).parameters.items() if option.kind is option.KEYWORD_ONLY]
 
 
 def _as_folder(path_or_model: Any, scratch: str, save_options: dict[str, Any]) -> CheckpointFolder:
