@@ -309,36 +309,32 @@ def test_docstrings_become_lists_and_links(monkeypatch):
     ]
 
 
-def test_site_builds_and_asks_no_other_server(tmp_path):
-    """A warning is a broken link or name; a font or script from elsewhere tells a stranger who reads what."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Built with warnings as errors: such as a broken link or name."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
-    pages = {
-        path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")
-    }
+    return folder
+
+
+def test_site_builds_and_asks_no_other_server(site):
+    """A font or script from elsewhere tells a stranger who reads what."""
+    pages = {path.relative_to(site).as_posix(): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
     for name, page in pages.items():
         tags = re.findall(r"<(?:script|link|img|iframe|source|video)\b[^>]*>", page)
         loaded = [tag for tag in tags if re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag)]
         assert not loaded, f"{name} loads {loaded[0]}"
-    for sheet in tmp_path.rglob("*.css"):
+    for sheet in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
     assert all(f"hf-vs2 {name}" in pages["reference/cli.html"] for name in cli.COMMANDS)
     assert 'id="hf_vs2.SAEModel"' in pages["reference/python/SAEModel.html"]
     signature = re.search(r"<pre[^>]*>.*?</pre>", pages["reference/python/evaluate.html"], re.DOTALL)[0]
     assert max(map(len, re.sub(r"<[^>]+>", "", html.unescape(signature)).splitlines())) <= WIDEST, "not wrapped"
     assert "<mfrac>" in pages["how.html"] and "\\frac" not in pages["how.html"], "formulas are not typeset"
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    pytest.importorskip("material")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
-    return folder
 
 
 @pytest.mark.slow

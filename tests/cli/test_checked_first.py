@@ -1,6 +1,7 @@
 """What can't work is refused before the first image is read, in one line that names it: hours of extraction are lost otherwise."""
 
 import os
+import shutil
 
 import pytest
 from commands import TRAIN, complaint, source, with_checkpoint
@@ -206,7 +207,7 @@ def test_study(clip_path, images_path, tmp_path, capsys, monkeypatch, no_image, 
     model = CLIPModel.from_pretrained(clip_path)
     model.vision_model.encoder.layers = model.vision_model.encoder.layers[:2]
     model.config.vision_config.num_hidden_layers = 2
-    model.save_pretrained(tmp_path / "clip")
+    model.save_pretrained(shutil.copytree(clip_path, tmp_path / "clip"))
     (tmp_path / "FILE").touch()
     monkeypatch.chdir(tmp_path)
     lines = {
