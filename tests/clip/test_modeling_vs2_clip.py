@@ -242,6 +242,13 @@ def test_settings_change_one_at_a_time(model, sae):
     assert model.fvu_thresholds == {LAST: None}
 
 
+def test_what_is_saved_is_the_steering_in_force(model, tmp_path):
+    """A setting written into the config steers nothing: saved, it would be another model than the one measured."""
+    model.config.gamma = 3.0
+    model.save_pretrained(tmp_path, full=True)
+    assert VS2CLIPForZeroShot.from_pretrained(tmp_path).steering_settings.gamma == 1.5
+
+
 def test_overrides_are_nested_and_survive_exceptions(model):
     """An exception inside the block (an out-of-memory batch, Ctrl-C) must not leave the model unsteered for ever."""
     inputs = make_inputs()
@@ -275,6 +282,7 @@ def test_overrides_are_nested_and_survive_exceptions(model):
         ({"gate": 0.9999}, ValueError, "gate=0.9999 lies outside the calibrated quantiles"),
         ({"gate": 0.9, "fvu_threshold": 0.1}, ValueError, "exclude each other"),
         ({"method": "centroid", "gamma": [1.5] * LATENTS}, ValueError, "gamma must be one number"),
+        ({"gamma": []}, ValueError, "gamma must be a finite number, or one a latent"),
         ({"edits": {"suppress": [LATENTS]}}, ValueError, f"edits names the latent {LATENTS}; the SAE has {LATENTS}"),
         ({"edits": {"suppress": [-1]}}, ValueError, "counted from 0"),
         ({"edits": {"suppress": "17"}}, ValueError, "suppress must be a list of latents"),
@@ -329,6 +337,9 @@ def test_unusable_arguments_are_named(tiny_clip, sae):
     with pytest.raises(ValueError, match="edits name latents of one SAE"):  # of which of the two?
         two.set_steering(edits={"suppress": [4]})
     model = VS2CLIPForZeroShot(tiny_clip, sae)
+    for given in ({"gamma": 3.0}, {"gama": 3.0}, {"sae": sae}):
+        with pytest.raises(TypeError, match=f"from the config alone, not {next(iter(given))}"):
+            VS2CLIPForZeroShot(model.config, **given)
     with pytest.raises(ValueError, match=r"CLS rows of this CLIP are \(batch, 32\); these are \(4, 24\)"):
         model.image_features_from_cls(torch.zeros(4, 24))
     with pytest.raises(ValueError, match=r"No SAE for layer 0: this model holds SAEs for layers \[2\]"):

@@ -87,12 +87,19 @@ def test_an_untouched_clip_is_named(model, tmp_path, dtype):
         assert not holds_clip(tmp_path / "light")
 
 
-def test_a_full_checkpoint_whose_clip_is_elsewhere_stays_full(model, tmp_path):
-    """Nobody here can tell whether the weights are those of the name."""
-    model.save_pretrained(tmp_path / "full", full=True)
+@pytest.mark.parametrize("full", [True, False])
+def test_where_the_clip_that_is_named_is_elsewhere_its_weights_are_saved(model, tmp_path, caplog, full):
+    """Nobody here can tell whether they are still those of the name: a folder was moved, a cache lies elsewhere."""
+    model.save_pretrained(tmp_path / "vs2", full=full)
+    loaded = VS2CLIPForZeroShot.from_pretrained(tmp_path / "vs2")
+    with torch.no_grad():
+        loaded.clip.visual_projection.weight.add_(1.0)
     shutil.rmtree(tmp_path / "clip")
-    VS2CLIPForZeroShot.from_pretrained(tmp_path / "full").save_pretrained(tmp_path / "again")
-    assert holds_clip(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "again")
+    assert holds_clip(tmp_path / "again") and "can't be read here" in caplog.text
+    assert torch.equal(logits(VS2CLIPForZeroShot.from_pretrained(tmp_path / "again")), logits(loaded))
+    loaded.save_pretrained(tmp_path / "light", full=False)  # somebody who knows says so
+    assert not holds_clip(tmp_path / "light")
 
 
 class Lora(nn.Module):

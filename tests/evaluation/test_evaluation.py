@@ -170,14 +170,20 @@ def test_a_closed_gate_is_plain_clip_exactly(rows, labels, tokenizer):
 def test_where_the_gate_comes_from(rows, labels, tokenizer, caplog):
     """The model's own gate first, then the SAE's default; without calibration no row, and the log says why."""
 
-    def taus(model):
-        found = evaluate(model, rows, labels, NAMES, tokenizer, templates="single", methods=("vs2+gate",)).rows
-        return [(row["tau"], row["gate"]) for row in found if row["method"] == "vs2+gate"]
+    def taus(model, name="vs2+gate"):
+        found = evaluate(model, rows, labels, NAMES, tokenizer, templates="single", methods=(name,)).rows
+        return [(row["tau"], row["gate"]) for row in found if row["method"] == name]
 
     model = compared_model(rows)
     assert taus(model) == [(model.sae.fvu_threshold(0.99), 0.99)]
     model.set_steering(gate=0.9)
     assert taus(model) == [(model.sae.fvu_threshold(0.9), 0.9)]
+    by_distance = compared_model(rows, statistics=True)
+    by_distance.set_steering(method="prototypes", gate=0.9)
+    assert taus(by_distance) == [(by_distance.sae.fvu_threshold(0.9), 0.9)]
+    edited = compared_model(rows, statistics=True, gate=0.9)
+    edited.set_steering(edits={"suppress": [3]})  # which asks the SAE, so that the gate goes by its FVU
+    assert taus(edited, "distribution_norm+gate") == [(edited.sae.fvu_threshold(0.9), 0.9)]
     assert taus(compared_model(rows, calibrated=False)) == []
     assert "No 'vs2+gate' row" in caplog.text and "no calibrated FVU quantiles" in caplog.text
 

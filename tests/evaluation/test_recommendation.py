@@ -9,10 +9,19 @@ import torch
 from torch.nn.functional import normalize
 from words import NAMES, compared_model
 
+from hf_vs2.clip.modeling import VS2CLIPForZeroShot
 from hf_vs2.encoders.fingerprints import vision_fingerprint
 from hf_vs2.encoders.tail import clip_embeds
 from hf_vs2.evaluation.evidence import evenness, shift_of
-from hf_vs2.evaluation.recommendation import Evidence, decide, gather_evidence, recommend, sign_test, weigh
+from hf_vs2.evaluation.recommendation import (
+    Evidence,
+    apply_method,
+    decide,
+    gather_evidence,
+    recommend,
+    sign_test,
+    weigh,
+)
 from hf_vs2.methods import METHODS
 
 
@@ -245,6 +254,19 @@ def test_without_labels_the_answer_is_the_rules(rows, classes, monkeypatch, tmp_
     assert str(found).startswith("Recommended: anchored_prototypes; label 100 images, know\n")
     written = json.loads(found.to_json(tmp_path / "r.json").read_text())
     assert (written["method"], written["by_rule"]) == ("anchored_prototypes", "anchored_prototypes")
+    labels = torch.arange(len(rows)) % len(classes)
+    weighed = recommend(model, rows, classes, labels, methods="vs2")  # one may be given as a string
+    assert [one["method"] for one in weighed.candidates] == ["none", "vs2", "anchored_prototypes"]
+
+
+def test_a_method_that_is_applied_keeps_the_gate(rows, tmp_path):
+    """`recommend --apply` must not take a gate away without a word, nor hand an FVU to a method that has none."""
+    model = compared_model(rows, statistics=True, fvu_threshold=0.5)
+    model.save_pretrained(tmp_path, full=True)
+    for method, threshold in (("amplify", 0.5), ("distribution_norm", None)):
+        apply_method(model, method, tmp_path)
+        kept = VS2CLIPForZeroShot.from_pretrained(tmp_path).steering_settings
+        assert (kept.method, kept.fvu_threshold) == (method, threshold)
 
 
 @pytest.mark.parametrize(

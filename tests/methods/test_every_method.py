@@ -110,7 +110,7 @@ def by_hand(model, rows, classes):
 
     def strongest(x):
         c = sae.encode(x)
-        return keep_norm(x + settings.alpha * c.max() * sae.W_dec[c.argmax()], x)
+        return keep_norm(x + settings.lambda_ * (settings.gamma - 1) * c.max() * sae.W_dec[c.argmax()], x)
 
     def by_paper(name):
         return lambda x: reference_steer(sae, x, name, settings.gamma, settings.lambda_, None, known)

@@ -123,6 +123,17 @@ def test_seeds_reproduce_bit_for_bit(rows, tmp_path):
     assert not torch.equal(first.model.W_dec, other.model.W_dec)
 
 
+def test_a_script_that_is_run_again_goes_on_with_the_trained_model(rows, tmp_path):
+    """`SAETrainer(sae, ...).train(); use(sae)`: the second run finds the training finished, and `sae` must be it."""
+    for _ in range(2):
+        torch.manual_seed(1)
+        sae = SAEModel(SAEConfig(hidden_size=HIDDEN, num_latents=96, top_k=3))
+        make_trainer(tmp_path, rows, model=sae).train(resume_from_checkpoint=None)
+        saved = SAEModel.from_pretrained(tmp_path)
+        assert torch.equal(sae.W_enc, saved.W_enc) and sae.config.fvu_quantiles == saved.config.fvu_quantiles
+        assert torch.equal(sae.domain_statistics.mean, saved.domain_statistics.mean)
+
+
 def test_one_config_can_be_used_twice(rows, tmp_path):
     """A loop over seeds or data sets shares the config: the second run must not inherit the first one's statistics."""
     config = SAEConfig(hidden_size=HIDDEN, num_latents=96, top_k=3)

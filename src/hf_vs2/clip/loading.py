@@ -24,6 +24,7 @@ from ..encoders.wrapped import is_quantised, unwrapped
 from ..files.checkpoint_folder import CORPUS_FILES, CORPUS_FOLDER, PROCESSOR_FILES, TOKENIZER_FILES
 from ..files.place import refuse_variant
 from ..files.weight_files import WeightFiles, in_one_message
+from ..methods import method_named
 from ..sae.modeling import SAEModel
 from ..steering.corpus import RetrievalCorpus
 
@@ -192,7 +193,9 @@ def refuse_quantised(state: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: bool | None) -> bool:
+def saved_full(
+    state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: bool | None, cache_dir: Any = None
+) -> bool:
     """Whether a checkpoint of these tensors is to hold the CLIP's weights, where `full` was asked for. A `ValueError`
     if it is not to hold them, and would lose them."""
     name = config.base_model_name_or_path
@@ -204,10 +207,15 @@ def saved_full(state: Mapping[str, torch.Tensor], config: VS2CLIPConfig, full: b
             "Save it with full=True, or load the CLIP by from_pretrained first."
         )
     try:
-        place = {"local_files_only": True, "revision": config.base_model_revision}
+        place = {"local_files_only": True, "revision": config.base_model_revision, "cache_dir": cache_dir}
         named = load_clip(name, place, dtype="auto")
-    except (OSError, ValueError):
-        return full is None and config.holds_clip
+    except (OSError, ValueError) as error:
+        if full is None:
+            logger.warning(
+                f"{name}, which the checkpoint names, can't be read here ({error}), so nobody knows whether the CLIP's "
+                "weights are still its own: they are saved too. full=False leaves them out."
+            )
+        return full is None
     others = [key for key, weight in named.state_dict().items() if not _is_same(state.get(f"clip.{key}"), weight)]
     others += _other_settings(config.clip_config, named.config)
     if not others:
@@ -273,7 +281,7 @@ def find_processing(model: PreTrainedModel, source: str | None, place: dict[str,
 def processing_of(model: PreTrainedModel, processor: Any) -> tuple[Any, Any]:
     """Tokenizer and image processor: those given, or those of where the model was loaded from."""
     if processor is None:
-        return find_processing(model, model.config._name_or_path or None, {})
+        return find_processing(model, model.config._name_or_path or None, getattr(model, "loaded_from", {}))
     if isinstance(processor, (tuple, list)) and len(processor) == 2:
         return processor[0], processor[1]
     if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
@@ -331,3 +339,10 @@ def saes_by_layer(clip: Any, sae: SAEModel | Mapping[int, SAEModel] | None) -> d
             raise ValueError(f"The SAE given for layer {index} was trained on layer {each.config.layer}.")
         saes[index] = each
     return saes
+
+
+def default_gate(sae: SAEModel) -> float | None:
+    """That of an SAE checkpoint for its method, where there are held-out rows to take its threshold from."""
+    known = sae.domain_statistics
+    by_fvu = method_named(sae.config.method).reads_latents
+    return sae.config.gate if (sae.config.fvu_quantiles if by_fvu else known and known.distance_quantiles) else None

@@ -28,7 +28,6 @@ from ..files.checkpoint_folder import CORPUS_FOLDER
 from ..files.place import HUB_ARGUMENTS, at_one_commit, one_dtype
 from ..files.progress import without_loading_bars
 from ..files.sharing.hub import HubMixin
-from ..methods import method_named
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
 from ..steering.corpus_search import RetrievalInputs, pop_retrieval_inputs
@@ -40,6 +39,7 @@ from .loading import (
     at_layer,
     check_widths,
     clip_of,
+    default_gate,
     layer_of,
     load_corpus,
     load_full,
@@ -107,6 +107,13 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         **settings: Any,
     ):
         if isinstance(clip, VS2CLIPConfig):
+            given = {"gamma": gamma, "lambda_": lambda_, "gate": gate, "method": method}
+            beside = [name for name, value in given.items() if repr(value) != repr(getattr(Steering, name))]
+            if sae is not None or beside or settings:
+                raise TypeError(
+                    "VS2CLIPForZeroShot(config) takes SAEs and settings from the config alone, not "
+                    f"{', '.join([*beside, *settings] or ['sae'])}: set them there, or by set_steering()."
+                )
             config = clip
             own: Any = config.clip_config
             clip = FAMILIES[own.model_type].model._from_config(own)
@@ -126,6 +133,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
                 dtype=clip.dtype,
             )
         super().__init__(config)
+        self.loaded_from: dict[str, Any] = {}  # cache_dir, revision and so on: the processors are looked for there too
         self.clip = clip
         self.saes = nn.ModuleDict({str(layer): saes[layer] for layer in sorted(saes)})
         self.post_init()
@@ -181,7 +189,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
             sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **options_of(part, kwargs))
             own = {name: getattr(sae.config, name) for name in ("gamma", "lambda_", "method")}
             base = clip_of(clip, sae.config, pretrained_model_name_or_path, place, kwargs)
-            model = cls(base, sae, gate=_default_gate(sae), **own)
+            model = cls(base, sae, gate=default_gate(sae), **own)
         elif model_type != VS2CLIPConfig.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; expected a VS2 checkpoint "
@@ -220,6 +228,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
                 model.set_steering(**settings)  # without any, a look at whether those stored can be used
             except ValueError as error:
                 raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+        model.loaded_from = {name: value for name, value in place.items() if name not in ("token", "force_download")}
         # All weights are there and fit, or nothing was loaded.
         nothing: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         return (model, nothing | {"error_msgs": []}) if with_info else model
@@ -233,8 +242,7 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
 
         Args:
             full (`bool`, *optional*): by default a light checkpoint, unless the CLIP came from nowhere that could be
-                named, its weights or settings are not those of the one that it names, or it came from a full
-                checkpoint and the one that it names is not on this machine.
+                named, its weights or settings are not those of the one that it names, or that one can't be read here.
 
         Raises:
             `ValueError`: if a light checkpoint is asked for and the CLIP came from nowhere that could be named, or has
@@ -242,9 +250,10 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         """
         state = kwargs.pop("state_dict", None) or self.state_dict()
         refuse_adapters(state, self.config)
-        full = saved_full(state, self.config, full)
+        full = saved_full(state, self.config, full, self.loaded_from.get("cache_dir"))
         if full:
             refuse_quantised(state)
+        self.config.set_steering(self._steerer.settings)  # which are in force, whatever was written into the config
         self.config.holds_clip, self.config.holds_corpus = full, self.corpus is not None
         self.config.holds_statistics = self.domain_statistics is not None
         self.config.holds_label_sets = bool(self.fitted_label_sets)
@@ -258,7 +267,8 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
         """Write what is kept in files of its own: tokenizer and image processor, corpus, statistics, label sets."""
         name = self.config.base_model_name_or_path
         if name is not None:
-            save_processing(name, self.config.base_model_revision, folder, **kwargs)
+            cache = {"cache_dir": self.loaded_from["cache_dir"]} if "cache_dir" in self.loaded_from else {}
+            save_processing(name, self.config.base_model_revision, folder, **cache | kwargs)
         if self.corpus is not None:
             self.corpus.save_pretrained(folder / CORPUS_FOLDER)
         if self.domain_statistics is not None:
@@ -380,10 +390,3 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
             vision_model_output=vision_outputs,
             **per_image(done),
         )
-
-
-def _default_gate(sae: SAEModel) -> float | None:
-    """That of an SAE checkpoint for its method, where there are held-out rows to take its threshold from."""
-    known = sae.domain_statistics
-    by_fvu = method_named(sae.config.method).reads_latents
-    return sae.config.gate if (sae.config.fvu_quantiles if by_fvu else known and known.distance_quantiles) else None

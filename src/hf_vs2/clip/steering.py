@@ -83,11 +83,17 @@ class SteeringMixin:
 
         Raises:
             `TypeError`: on an unknown name. `ValueError`: on a value that can't be used with these SAEs.
+                `RuntimeError`: inside a `with model.steering(...)`, whose settings would hide these.
         """
         self._use(self._steerer.with_(**settings))
         self.config.set_steering(self._steerer.settings)
 
     def _use(self, steerer: Steerer) -> None:
+        if id(self) in _BLOCKS.get():
+            raise RuntimeError(
+                "This is inside `with model.steering(...)`, whose settings would hide what is set now: leave the block "
+                "first, or begin another block in it."
+            )
         self._steerer = self._latest = steerer
 
     @contextmanager
@@ -96,14 +102,13 @@ class SteeringMixin:
 
         The settings hold in the thread or asyncio task that the block is in, and for nobody else.
         """
-        before = self.steerer
-        self._latest = before.with_(**settings)
+        self._latest = self.steerer.with_(**settings)
         token = _BLOCKS.set({**_BLOCKS.get(), id(self): self._latest})
         try:
             yield self
         finally:
             _BLOCKS.reset(token)
-            self._latest = before
+            self._latest = self.steerer
 
     def editing(
         self,

@@ -214,6 +214,11 @@ class SAEConfig(CheckpointConfig, PreTrainedConfig):
             )
         return quantile_of(self.fvu_quantiles, quantile, "calibrated quantiles", self.num_calibration_rows)
 
+    def usable_gate(self, quantile: float) -> float:
+        """A quantile, or the highest that the calibration's rows can vouch for, if that is lower: 1 % of a small set
+        holds few."""
+        return min(quantile, max(map(float, self.fvu_quantiles or {}), default=quantile))
+
 
 def check_quantiles(name: str, quantiles: dict[str, float]) -> None:
     """Refuse, by a `ValueError`, other than levels between 0 and 1 with values that are not negative and rise."""

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 FINITE = number()
 QUANTILE = number(above=0, below=1)
 GAMMA = Kind(
-    FINITE.says,
-    lambda value: isinstance(value, tuple) or FINITE.accepts(value),
-    lambda value, name: tuple(FINITE.read(factor, name) for factor in value) if isinstance(value, tuple) else value,
+    f"{FINITE.says}, or one a latent",
+    lambda value: (isinstance(value, (tuple, list)) and len(value) > 0) or FINITE.accepts(value),
+    lambda value, name: (
+        tuple(FINITE.read(factor, name) for factor in value) if isinstance(value, (tuple, list)) else value
+    ),
 )
 POSITIVES = ("majority", "query")
 """As [`select_positives`] has them."""
@@ -47,7 +49,7 @@ class Steering:
     """
 
     method: str = setting(
-        help="vs2, centroid, distribution_norm, balanced_norm, prototypes and others: docs/label-free.md.",
+        help="vs2, centroid, distribution_norm, balanced_norm, prototypes and others: docs/methods.md.",
         default="vs2",
     )
     gamma: float | tuple[float, ...] = setting(GAMMA, help="Amplification of the active latents.", default=1.5)
@@ -103,11 +105,6 @@ class Steering:
     def measures_fvu(self) -> bool:
         """Whether the SAE is asked, so that the gate goes by FVU."""
         return self.rule.reads_latents or self.edits is not None
-
-    @property
-    def alpha(self) -> float:
-        """`lambda (gamma - 1)`, of one gamma for all latents."""
-        return self.lambda_ * (self.gamma_factors[0] - 1)
 
     @property
     def gamma_factors(self) -> tuple[float, ...]:

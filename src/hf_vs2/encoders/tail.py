@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from ..functional.finite import first_broken_row
+from ..functional.label_free import exact
 from .families import embedding_width, family_of, tower_of
 from .wrapped import device_of, weights_of
 
@@ -72,7 +73,7 @@ def mean_embed(clip: CLIPModel, blocks: Iterable[torch.Tensor]) -> torch.Tensor:
     """Mean of [`plain_embeds`] over blocks of rows, `(projection_dim,)` on the CPU; summed in float64."""
     total, number = torch.zeros(embedding_width(clip), dtype=torch.float64), 0
     for block in blocks:
-        total += plain_embeds(clip, block).double().sum(0).cpu()
+        total += exact(plain_embeds(clip, block)).sum(0).cpu()
         number += len(block)
     return (total / number).float()
 
@@ -192,10 +193,10 @@ def fold_tail(clip: CLIPModel, class_embeds: torch.Tensor, device: torch.device 
     if broken is not None:
         raise ValueError(f"The embedding of class {broken} holds NaN or infinity. Make class_embeds again.")
     device = device_of(clip) if device is None else device
-    matrix = class_embeds.to(device).double()
+    matrix = exact(class_embeds.to(device))
     if isinstance(projection, nn.Linear):
-        matrix = matrix @ weights_of(projection, "weight")[0].to(device).double()
+        matrix = matrix @ exact(weights_of(projection, "weight")[0].to(device))
     if isinstance(norm, nn.Identity):
         return Tail(matrix, matrix.new_zeros(len(matrix)), None)
-    weight, bias = (vector.to(device).double() for vector in weights_of(norm, "weight", "bias"))
+    weight, bias = (exact(vector.to(device)) for vector in weights_of(norm, "weight", "bias"))
     return Tail(matrix * weight, matrix @ bias, norm.eps)

@@ -38,7 +38,7 @@ def control_model(model: VS2CLIPForZeroShot, dictionary: str, seed: int = 0) -> 
     rows = known.rows.float()
     sae.set_domain_statistics(measure_statistics(sae, rows, sketch_rows=len(rows)))
     now = model.steering_settings
-    return VS2CLIPForZeroShot(model.clip, sae, gamma=now.gamma_factors[0], lambda_=now.lambda_).eval()
+    return VS2CLIPForZeroShot(model.clip, sae, gamma=now.gamma_factors[0], lambda_=now.lambda_)
 
 
 def _random(config: SAEConfig, known: DomainStatistics, seed: int) -> SAEModel:

@@ -39,6 +39,7 @@ from ..files.figure_style import (
     save_figure,
     style,
 )
+from ..functional.label_free import exact
 from ..functional.sparse_ops import sparse_decode
 from .inputs import check_replayable, class_labels, replayable_rows
 
@@ -104,10 +105,10 @@ def steering_grid(
     for block in rows.batches(batch_size):
         truth = target[start : start + len(block)].to(device)
         start += len(block)
-        x = block.to(device, model.clip.dtype)
+        x = block.to(model.clip.device, model.clip.dtype)
         steered = scores_along(x, _direction(model, x), tail, steps_on_device)
         plain = plain_embeds(model.clip, x) @ class_embeds.to(x.device).float().T
-        all_scores = chain([plain.unsqueeze(0)], steered)
+        all_scores = chain([plain.unsqueeze(0).to(device)], steered)
         right += torch.cat([(scores.argmax(-1) == truth).sum(-1) for scores in all_scores])
     percent = 100 * right.cpu().double() / len(target)
     place = {0.0: 0} | {alpha: number for number, alpha in enumerate(steps, 1)}
@@ -123,7 +124,7 @@ def scores_along(x: torch.Tensor, direction: torch.Tensor, tail: Tail, alphas: t
     `x` and `direction` are `(batch, hidden_size)`, `alphas` `(steps,)` float64; in their order. A score is that of the
     projected row before it is normalised.
     """
-    x, direction = x.double(), direction.double()
+    x, direction = exact(x), exact(direction)
     length = _quadratic(x, direction)
     # Without a LayerNorm rows are neither centred nor divided by their deviation.
     x_bar, direction_bar = (one if tail.eps is None else one - one.mean(-1, keepdim=True) for one in (x, direction))

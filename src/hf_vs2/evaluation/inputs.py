@@ -38,7 +38,7 @@ def with_statistics(model: VS2CLIPForZeroShot, statistics: DomainStatistics | No
     """The model with other statistics, and its own gamma, lambda and coefficient; it steers every row."""
     sae, now = copy.deepcopy(model.sae), model.steering_settings
     sae.set_domain_statistics(statistics)
-    other = VS2CLIPForZeroShot(model.clip, sae).eval()
+    other = VS2CLIPForZeroShot(model.clip, sae.eval())  # the CLIP is shared, and stays in the mode that it is in
     other.set_steering(gamma=now.gamma, lambda_=now.lambda_, coefficient=now.coefficient)
     return other
 

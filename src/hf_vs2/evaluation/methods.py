@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.utils import logging
 
 from ..clip.modeling import VS2CLIPForZeroShot
 from ..encoders.tail import is_sigmoid
-from ..methods import GATE, METHODS, Method, method_named, rows_by_name
+from ..methods import GATE, METHODS, Method, find_method, method_named, rows_by_name
 
 
 logger = logging.get_logger(__name__)
@@ -75,14 +75,14 @@ def check_methods(methods: Sequence[str]) -> None:
     """
     for name in methods:
         base = name.removesuffix(GATE)
-        if name == "clip" or base in controls():
+        if name in ("clip", *controls()):
             continue
-        method = METHODS.get(base)
+        method = find_method(base)
         if method is None or method.needs_corpus or not method.acts:
             known = [name for name, one in METHODS.items() if one.acts and not one.needs_corpus]
             raise ValueError(
-                f"{name!r} is no row of a comparison. Use some of {['clip', *known, *controls()]}; all but 'clip' may "
-                f"end in {GATE!r}."
+                f"{name!r} is no row of a comparison. Use some of {['clip', *known, *controls()]}; methods, but neither "
+                f"'clip' nor controls, may end in {GATE!r}."
             )
 
 
@@ -139,18 +139,17 @@ def _variants(model: VS2CLIPForZeroShot, name: str) -> list[Variant]:
 
 def _gate(model: VS2CLIPForZeroShot, method: str, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Settings and facts of the model's own gate, or else of the SAE's default one."""
-    config, quantile = model.sae.config, model.steering_settings.gate
-    tau = model.fvu_thresholds[model.num_layers - 1]
-    if method_named(method).reads_latents:
-        if tau is None and config.gate is not None and config.fvu_quantiles:
-            quantile = config.gate
-            tau = model.sae.fvu_threshold(quantile)
-        if tau is None:
-            _no_gate(name, "default gate quantile" if config.gate is None else "calibrated FVU quantiles")
+    config, now, known = model.sae.config, model.steering_settings, model.domain_statistics
+    quantile = config.gate if now.gate is None else now.gate
+    if replace(now, method=method, gate=None, fvu_threshold=None).measures_fvu:
+        if now.fvu_threshold is not None:
+            return {"fvu_threshold": now.fvu_threshold}, {"tau": now.fvu_threshold, "gate": None}
+        if quantile is None or not config.fvu_quantiles:
+            _no_gate(name, "default gate quantile" if quantile is None else "calibrated FVU quantiles")
             return None
+        quantile = config.usable_gate(quantile)
+        tau = config.fvu_threshold(quantile)
         return {"fvu_threshold": tau}, {"tau": tau, "gate": quantile}
-    quantile = config.gate if quantile is None else quantile
-    known = model.domain_statistics
     if quantile is None or known is None or not known.distance_quantiles:
         _no_gate(name, "default gate quantile" if quantile is None else "held-out distances")
         return None

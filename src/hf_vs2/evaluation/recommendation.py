@@ -98,7 +98,7 @@ def recommend(
     labels: torch.Tensor | Sequence[int] | None = None,
     *,
     class_names: Names | None = None,
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     own_images: bool = False,
     seed: int = 0,
     batch_size: int = 1024,
@@ -162,7 +162,7 @@ def recommend(
     method, candidates = by_rule, []
     if target is not None and (target >= 0).any():
         chosen = (target >= 0).nonzero().squeeze(-1)
-        compared = candidates_of(methods, is_sigmoid(model.clip))
+        compared = list(dict.fromkeys([*candidates_of(methods, is_sigmoid(model.clip)), by_rule]))
         right = _answers(trial, compared, source.batches(batch_size, chosen), target[chosen], classes)
         candidates = _candidates(right, seed)
         method, told = weigh(by_rule, right)
@@ -193,11 +193,10 @@ def apply_method(model: VS2CLIPForZeroShot, method: str, folder: Path) -> None:
         model.sae.config.method = method
         model.sae.save_pretrained(folder)
         return
-    chosen, known = method_named(method), model.domain_statistics
-    gate = model.steering_settings.gate
-    if not chosen.reads_latents and (known is None or not known.distance_quantiles):
-        gate = None
-    model.set_steering(method=method, gate=gate, fvu_threshold=None)
+    chosen, now, known = method_named(method), model.steering_settings, model.domain_statistics
+    by_distance = not chosen.reads_latents
+    gate = None if by_distance and (known is None or not known.distance_quantiles) else now.gate
+    model.set_steering(method=method, gate=gate, fvu_threshold=None if by_distance else now.fvu_threshold)
     model.save_pretrained(folder, full=described["holds_clip"])
 
 
@@ -215,10 +214,11 @@ def _checked_labels(rows: Rows, labels: Any, class_names: Names | None, num_clas
     return checked_labels(labels, len(rows), lowest=-1, num_classes=num_classes)
 
 
-def candidates_of(methods: Sequence[str] | None, sigmoid: bool = False) -> list[str]:
+def candidates_of(methods: str | Sequence[str] | None, sigmoid: bool = False) -> list[str]:
     """Plain CLIP, and the methods that are compared with it; of a model with `sigmoid` scores those that need no
     softmax."""
     usual = [name for name, method in METHODS.items() if method.candidate and not (sigmoid and method.needs_softmax)]
+    methods = [methods] if isinstance(methods, str) else methods
     return ["none", *(usual if methods is None else (name for name in methods if name != "none"))]
 
 

@@ -225,7 +225,7 @@ def explain_rows(
         raise ValueError(f"There are {len(labels)} labels for {len(class_embeds)} class embeddings: give one each.")
     plain_embeds(steerer.clip, rows, image_name)
     unit_embeds(class_embeds, lambda row: f"the label {labels[row]!r}")
-    tail = _DoubleTail(steerer, normalize(class_embeds.double().cpu(), dim=-1))
+    tail = _DoubleTail(steerer, normalize(class_embeds.cpu().double(), dim=-1))
     moves, fvu, steered = _moves(steerer, rows, class_embeds, retrieval)
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, moves.change.shape[1] * moves.x.shape[1]))
     batches = [tail.parts(_Moves(*batch)) for batch in zip(*(part.split(at_once) for part in moves), strict=True)]
@@ -308,7 +308,7 @@ def _added(steerer: Steerer, rows: torch.Tensor, class_embeds: torch.Tensor) -> 
     embeds = unit_embeds(images.features)
     classes = normalize(class_embeds.float(), dim=-1).to(embeds.device)
     added = steerer.scores(images, embeds, classes) - embeds @ classes.T
-    return temperature(steerer.clip).double().cpu() * added.double().cpu()
+    return temperature(steerer.clip).cpu().double() * added.cpu().double()
 
 
 def _by_latent(entries: torch.Tensor, latents: torch.Tensor, num_latents: int) -> torch.Tensor:
@@ -325,12 +325,12 @@ class _DoubleTail:
         clip = steerer.clip
         self.tail = fold_tail(clip, class_embeds, "cpu")
         self.length = fold_tail(clip, torch.eye(class_embeds.shape[1]), "cpu")[:2]
-        self.logit_scale, self.logit_bias = temperature(clip).double().cpu(), bias(clip).double().cpu()
+        self.logit_scale, self.logit_bias = temperature(clip).cpu().double(), bias(clip).cpu().double()
         self.decoder = steerer.sae.W_dec
 
     def parts(self, moves: _Moves) -> ScoreParts:
         """The logits of some rows, taken apart."""
-        directions = self.decoder[moves.latents.to(self.decoder.device)].double().cpu()
+        directions = self.decoder[moves.latents.to(self.decoder.device)].cpu().double()
         moved = moves.start + torch.einsum("bm,bmh->bh", moves.change, directions)
         length = moved.norm(dim=-1)
         # As `keep_norm`: a row moved to exactly 0 stays 0.

@@ -139,9 +139,11 @@ def score_parts(
     Given the two normalisers of the steered row, `sigma(y)` and `n(y)`, and `s`, this is affine in the row, and so,
     exactly,
 
-        contributions_j = s w_j A d_j_bar / (sigma(y) n(y)) replacement     = s A (start - x)_bar / (sigma(y) n(y))
-        (0 where the method moves `x` itself) normalisation   = what `x` scores with the steered row's normalisers, s A
-        x_bar / (sigma(y) n(y)) + a / n(y), less its plain score
+        contributions_j = s w_j A d_j_bar / (sigma(y) n(y))
+        replacement     = s A (start - x)_bar / (sigma(y) n(y)),  0 where the method moves `x` itself
+        normalisation   = s A x_bar / (sigma(y) n(y)) + a / n(y), less the plain score of `x`
+
+    The last is what `x` scores with the steered row's normalisers, less what it scores with its own.
 
     Args:
         x, start: `(batch, hidden_size)`.

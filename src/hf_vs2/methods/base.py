@@ -63,7 +63,6 @@ class Batch:
         decoder (`torch.Tensor` of shape `(num_latents, hidden_size)`): a direction `d_j` a latent.
         mean (`torch.Tensor` of shape `(hidden_size,)`): of the SAE's training rows.
         gamma (`float` or `torch.Tensor` of shape `(num_latents,)`), lambda_ (`float`): the settings.
-        alpha (`float`): `lambda (gamma - 1)`, of methods with `one_direction`.
         statistics (`() -> Statistics`), neighbors (`() -> NeighborCodes`): read when called; a `ValueError` says what
             is missing.
     """
@@ -74,9 +73,19 @@ class Batch:
     mean: torch.Tensor
     gamma: float | torch.Tensor
     lambda_: float
-    alpha: float
     statistics: Callable[[], Statistics]
     neighbors: Callable[[], NeighborCodes]
+
+    @property
+    def alpha(self) -> float:
+        """`lambda (gamma - 1)`.
+
+        Raises:
+            `ValueError`: there is one gamma a latent, which a method without `one_direction` has to take.
+        """
+        if isinstance(self.gamma, torch.Tensor):
+            raise ValueError("gamma is one number a latent here: there is no one alpha. See Method's one_direction.")
+        return self.lambda_ * (self.gamma - 1)
 
     @property
     def values(self) -> torch.Tensor:
@@ -270,17 +279,26 @@ METHODS: dict[str, Method] = {}
 """All methods by name, in the order of tables."""
 
 
-def register(method: Method) -> Method:
+def register(method: Method, exist_ok: bool = False) -> Method:
     """
     Make a method known everywhere by its name.
 
+    Args:
+        method ([`Method`]): the method.
+        exist_ok (`bool`): let it take the place of another of its name, as when a cell of a notebook is run again.
+
     Raises:
-        `ValueError`: another method has the name.
+        `ValueError`: another method, or another row of a comparison, has the name.
     """
-    if METHODS.setdefault(method.name, method) is not method:
+    there = METHODS.get(method.name)
+    if there is None and method.name in rows_by_name():
+        raise ValueError(f"{method.name!r} is a row of every comparison already. Give your method another name.")
+    if there not in (None, method) and not exist_ok:
         raise ValueError(
-            f"There is a method {method.name!r} already: {METHODS[method.name].label}. Give yours another name."
+            f"There is a method {method.name!r} already: {there.label}. Give yours another name, or exist_ok=True to "
+            "put it in the place of that one."
         )
+    METHODS[method.name] = method
     return method
 
 
@@ -294,15 +312,21 @@ def method_named(name: Any) -> Method:
     """
     if not isinstance(name, str):
         raise ValueError(f"method must be a name, one of {list(METHODS)}, not {name!r}.")
-    if name not in METHODS:
-        for entry in entry_points(group=ENTRY_POINTS):
-            entry.load()
-    if name not in METHODS:
+    method = find_method(name)
+    if method is None:
         raise ValueError(
             f"method={name!r} is not known. Use one of {list(METHODS)}. A method of your own is known once the module "
             "that registers it is imported."
         )
-    return METHODS[name]
+    return method
+
+
+def find_method(name: str) -> Method | None:
+    """The same, or `None`."""
+    if name not in METHODS:
+        for entry in entry_points(group=ENTRY_POINTS):
+            entry.load()
+    return METHODS.get(name)
 
 
 class Row(NamedTuple):
@@ -322,7 +346,7 @@ class Row(NamedTuple):
 
 def rows_by_name() -> dict[str, Row]:
     """Every row that a comparison can have: each method, its gated row, its controls; `"clip"` is plain CLIP."""
-    rows = {"clip": Row(METHODS[PLAIN])}
+    rows = {"clip": Row(METHODS[PLAIN])} if PLAIN in METHODS else {}  # which is registered first
     for rule in METHODS.values():
         if rule.acts:
             controls = {name: Row(rule, dictionary=dictionary) for name, dictionary in rule.controls.items()}
@@ -339,9 +363,14 @@ def row_label(name: str) -> str:
 def then(step_of: str, fit_of: str, **facts: Any) -> Method:
     """The method that moves rows as `step_of` does and scores them as `fit_of` does, registered as `"step_of+fit_of"`
     if no other name is given."""
-    step, fit = METHODS[step_of], METHODS[fit_of]
-    given = {name: getattr(step, name) for name in ("step", "one_direction", "shows", "needs_statistics")}
+    step, fit = method_named(step_of), method_named(fit_of)
+    if step.needs_corpus or step.step is None or fit.fit is None:
+        raise ValueError(
+            f"{step_of!r} then {fit_of!r} is no method: the first must have a step that needs no corpus, the second a fit."
+        )
+    given = {name: getattr(step, name) for name in ("step", "one_direction")}
     given |= {name: getattr(fit, name) for name in ("fit", "score", "views", "needs_softmax")}
+    given["shows"] = tuple(dict.fromkeys([*step.shows, *fit.shows]))
     given["needs_rows"] = True  # the mean of the images as they were is not that of the moved ones
     label = f"{step.label}, then {fit.label}"
     return register(Method(**{"name": f"{step_of}+{fit_of}", "label": label, **given, **facts}))

@@ -26,6 +26,7 @@ from ..encoders.tail import unit_embeds
 from ..encoders.vision_tower import best_device, evaluating
 from ..files.progress import progress_bar
 from ..functional.finite import first_broken_row
+from ..functional.label_free import exact
 from ..functional.neighbors import NeighborIndex, nearest_neighbors, pseudo_labels, select_positives
 from .corpus import RetrievalCorpus
 
@@ -223,8 +224,8 @@ def linear_probe(
     broken = first_broken_row(embeds)
     if broken is not None:
         raise ValueError(f"Row {broken} of embeds holds NaN or infinity: leave it out.")
-    weight = torch.zeros(num_classes, embeds.shape[1], dtype=torch.float64, device=embeds.device, requires_grad=True)
-    bias = torch.zeros(num_classes, dtype=torch.float64, device=embeds.device, requires_grad=True)
+    weight = exact(embeds.new_zeros(num_classes, embeds.shape[1])).requires_grad_()
+    bias = weight.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
@@ -235,14 +236,14 @@ def linear_probe(
         loss = l2 / 2 * weight.square().sum()
         loss.backward()
         for rows, targets in zip(embeds.split(block), labels.split(block), strict=True):
-            part = cross_entropy(rows.double() @ weight.T + bias, targets, reduction="sum")
+            part = cross_entropy(exact(rows) @ weight.T + bias, targets.to(bias.device), reduction="sum")
             part.backward()
             loss = loss.detach() + part.detach()
         return loss
 
     with torch.enable_grad():
         optimizer.step(objective)
-    return weight.detach().to(embeds.dtype), bias.detach().to(embeds.dtype)
+    return weight.detach().to(embeds), bias.detach().to(embeds)
 
 
 __all__ = [

@@ -208,7 +208,6 @@ class Steerer:
             mean=mean,
             gamma=self._gamma_on(x.device),
             lambda_=settings.lambda_,
-            alpha=settings.alpha,
             statistics=lambda: self.statistics.on(x.device),
             neighbors=lambda: self._neighbors(sae, rows, retrieval),
         )

@@ -34,6 +34,7 @@ from ..config.schema import (
 from ..config.steering import FINITE, QUANTILE, Steering
 from ..data.registry import DatasetInfo, dataset_info
 from ..files.yaml_files import read_yaml
+from ..methods import GATE, find_method
 from ..training.arguments import SAETrainingArguments
 from .results.catalog import study_methods
 from .results.cells import SPELLED
@@ -184,11 +185,15 @@ def _usual_methods() -> tuple[str, ...]:
     return tuple(name for name, method in study_methods().items() if method.default)
 
 
+def _method_name(value: str, name: str) -> str:
+    find_method(value.removesuffix(GATE))  # which asks installed packages for one that is not registered
+    return one_of(tuple(study_methods())).read(value, name)
+
+
 _METHOD = Kind(
     "the name of a method",
     lambda value: isinstance(value, str),
-    # Those known by now, some from outside the package; names of earlier versions too.
-    lambda value, name: one_of(tuple(study_methods())).read(SPELLED.get(value, value), name),
+    lambda value, name: _method_name(SPELLED.get(value, value), name),  # names of earlier versions too
 )
 _PARTS = ("sae", "steering", "retrieval", "inner_layers", "ablations", "grid", "gate_shift")
 """Keys that may stand without a value, as if they were left out."""

@@ -15,7 +15,7 @@ from ..evaluation.metrics import Tally, mean_per_class, row_figures
 from ..files.report import SampleOutputs
 from .bench import BATCH, Bench
 from .cost import measure_cost
-from .methods import Scored, run_of, usable_gate
+from .methods import Scored, run_of
 from .plan import COSINE, COST, GRID
 from .results.catalog import study_methods
 from .results.cells import Cell, Outputs
@@ -56,7 +56,7 @@ def measure(bench: Bench, cell: Cell, plain: Outputs | None) -> tuple[dict[str, 
     if sae is not None:
         figures["held_out_fvu"] = (sae.config.training_metrics or {}).get("fvu")
         if "gate" in method.settings:
-            figures["gate"] = usable_gate(sae, cell.params["gate"])
+            figures["gate"] = sae.config.usable_gate(cell.params["gate"])
     return figures, outputs
 
 

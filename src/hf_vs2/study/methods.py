@@ -13,7 +13,6 @@ from ..functional.equations import centroid_steer, contrastive_direction, steer
 from ..functional.label_free import distribution_norm_scores
 from ..functional.neighbors import select_positives
 from ..methods import method_named
-from ..sae.modeling import SAEModel
 from ..steering.retrieval import contrastive_embedding_steer, knn_vote, linear_probe, weighted_rag
 from .results.catalog import STEERED_LAYERS, study_methods
 from .results.cells import Cell
@@ -83,19 +82,13 @@ def steered(method: str, dictionary: str | None = None, **fixed: float) -> Run:
         model = bench.adapted_model(cell, dictionary) if fitted else bench.model(cell)
         classes, gate = bench.classes(cell), cell.params.get("gate")
         if gate is not None and rule.reads_latents:
-            gate = usable_gate(model.sae, gate)
+            gate = model.sae.config.usable_gate(gate)
         steerer = model.steerer.with_(method=method, gate=gate, **fixed).for_one_call()
         for rows in bench.batches(cell):
             out = steerer.features_from_cls(rows)
             yield Scored(steerer.scores(out, unit_embeds(out.features), classes), out.fvu, out.steered)
 
     return run
-
-
-def usable_gate(sae: SAEModel, quantile: float) -> float:
-    """The quantile wanted, or the highest one that the SAE's held-out rows can vouch for: 1 % of a small set holds
-    few."""
-    return min(quantile, max((float(level) for level in sae.config.fvu_quantiles or {}), default=quantile))
 
 
 def oracle_prototypes(bench: Bench, cell: Cell) -> Iterator[Scored]:

@@ -10,6 +10,7 @@ from ..config.sae import SAEConfig
 from ..data.stores.rows import Rows, RowSource, rows_of
 from ..functional.equations import fvu_per_sample
 from ..functional.finite import first_broken_row
+from ..functional.label_free import exact
 from ..sae.modeling import SAEModel
 
 
@@ -139,8 +140,8 @@ def calibrate(sae: SAEModel, rows: RowSource, indices: torch.Tensor | None = Non
         reconstruction = sae.decode(values, latents).float()
         refuse_overflow(reconstruction, indices[done : done + len(block)])
         done += len(block)
-        error += (block - reconstruction).double().square().sum().item()
-        spread += (block - sae.mean).double().square().sum().item()
+        error += exact(block - reconstruction).square().sum().item()
+        spread += exact(block - sae.mean).square().sum().item()
         active += (values != 0).sum().item()
         fvus.append(fvu_per_sample(block, reconstruction, sae.mean).cpu())
     if _is_rounding(spread / len(indices), sae.mean, rows.take(indices[:1])[0]):
@@ -157,8 +158,8 @@ def calibrate(sae: SAEModel, rows: RowSource, indices: torch.Tensor | None = Non
 
 def gate_within(config: SAEConfig, gate: float | None) -> float | None:
     """A gate, or with a warning the highest that the rows an SAE was calibrated on can vouch for, if that is lower."""
-    highest = max(map(float, config.fvu_quantiles or {}), default=None)
-    if gate is None or (highest is not None and gate <= highest):
+    highest = None if gate is None or not config.fvu_quantiles else config.usable_gate(gate)
+    if highest == gate:
         return gate
     logger.warning(
         f"{config.num_calibration_rows} held-out rows can't vouch for the {gate} quantile; the default gate is set to "

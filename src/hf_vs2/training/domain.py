@@ -11,7 +11,7 @@ from transformers import CLIPModel
 from ..data.stores.rows import RowSource, rows_of
 from ..encoders.families import embedding_width
 from ..encoders.tail import plain_embeds
-from ..functional.label_free import row_distance
+from ..functional.label_free import exact, row_distance
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
 from .calibration import conformal_quantiles, refuse_overflow
@@ -70,7 +70,7 @@ def measure_statistics(
     for block in rows.batches(indices=chosen):
         sums.add(block, chosen[sums.count :])
         if total is not None and clip is not None:
-            total += plain_embeds(clip, block).double().sum(0).cpu()
+            total += exact(plain_embeds(clip, block)).sum(0).cpu()
     statistics = DomainStatistics(
         **sums.results(),
         num_rows=len(chosen),
@@ -92,8 +92,8 @@ class _Sums:
         self.sae, self.origin, self.count = sae, origin.double(), 0
         self.first = torch.zeros(width, dtype=torch.float64)
         self.second = torch.zeros(width, width, dtype=torch.float64)
-        self.values = torch.zeros(num_latents, dtype=torch.float64, device=sae.device)
-        self.active = torch.zeros(num_latents, dtype=torch.float64, device=sae.device)
+        self.values = exact(torch.zeros(num_latents, device=sae.device))
+        self.active = self.values.clone()
 
     def add(self, block: torch.Tensor, numbers: torch.Tensor) -> None:
         code = self.sae.encode(block.to(self.sae.device))  # which refuses rows of another width
@@ -101,8 +101,8 @@ class _Sums:
         moved = block.double() - self.origin
         self.first += moved.sum(0)
         self.second += moved.T @ moved
-        values, indices = (part.flatten() for part in code)
-        self.values.index_put_((indices,), values.double(), accumulate=True)
+        values, indices = exact(code[0].flatten()), code[1].flatten().to(self.values.device)
+        self.values.index_put_((indices,), values, accumulate=True)
         self.active.index_put_((indices,), (values != 0).double(), accumulate=True)
         self.count += len(block)
 

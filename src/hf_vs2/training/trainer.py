@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,14 @@ class SAETrainer:
         """Optimizer steps of the whole run."""
         return self.args.num_steps(len(self.train_indices), self.batch_size * self.args.gradient_accumulation_steps)
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
         """
         Train, calibrate on the held-out rows, save to `args.output_dir`. A training that was interrupted there goes
         on, to the same result; of one that is finished there, the model and figures are read.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): as in transformers, in the place of that of `args`;
+                `True` is the latest. It need not be asked for.
 
         Returns:
             `dict`: `fvu` and `l0` on the held-out rows (missing if none were held out), `dead_share`, `steps`,
@@ -172,6 +176,9 @@ class SAETrainer:
             `OSError`: when another training writes to `args.output_dir`, on a full disk, or when another process of
                 this training has died.
         """
+        if resume_from_checkpoint:
+            given = "latest" if resume_from_checkpoint is True else resume_from_checkpoint
+            self.args = replace(self.args, resume_from_checkpoint=given)
         with naming_lost_partners(), alone_in(self.args.output_path, self.accelerator):
             return self._train()
 
@@ -188,7 +195,7 @@ class SAETrainer:
                 f"{args.output_dir} holds this training, finished: there is nothing to do. overwrite_output_dir "
                 "trains it again."
             )
-            self.model = SAEModel.from_pretrained(args.output_path).to(self.accelerator.device)
+            self._take_over(SAEModel.from_pretrained(args.output_path))
             return finished_metrics(args.output_path)
         checkpoint = checkpoint_to_resume(args.output_path, wanted, reached != "none")
         if self.accelerator.is_main_process:
@@ -220,6 +227,13 @@ class SAETrainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return metrics
+
+    def _take_over(self, trained: SAEModel) -> None:
+        """Makes the model that the trainer was given, which its caller goes on with, what training made of it."""
+        self.model.config = trained.config
+        self.model.load_state_dict(trained.state_dict())
+        self.model.set_domain_statistics(trained.domain_statistics)
+        self.model.to(self.accelerator.device)
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or

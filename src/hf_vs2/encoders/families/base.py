@@ -47,13 +47,17 @@ class Family:
     """
     Encoders that are steered in the same way. One file of this folder each, or one for several that differ in names.
 
+    The model itself must have, as transformers' CLIP has: `vision_model`; with texts `text_model` (with a position
+    embedding), `get_text_features(...).pooler_output` and `logit_scale`, and `logit_bias` if its scores are sigmoids.
+    For rows of inner layers its tower must have `embeddings`, `pre_layrnorm` and `encoder.layers` with `self_attn`.
+
     Args:
         model_type (`str`), tower_type (`str`): of the model's configuration, and of its vision tower's.
         model, config: the classes of transformers.
         site (`str`): which row is steered: `"cls"`, a token's, after any layer; or `"pooled"`, what the tower gives,
             after the last layer alone.
         fingerprint (`tuple[str, ...]`): weights of the vision tower, all vectors, by which a model is known again.
-        parts (`tuple[str, ...]`): what its vision tower has.
+        parts (`tuple[str, ...]`): attributes that its vision tower must have, or it is refused by name.
         row (`(outputs) -> torch.Tensor`): the row `(batch, hidden_size)` of the last layer, in the tower's output.
         norm, projection (`(model) -> nn.Module`): the tail, from that row to the image features.
         row_weight (`str`): a weight of the vision tower whose device and dtype rows are given in.
@@ -100,8 +104,19 @@ FAMILIES: dict[str, Family] = {}
 """By `model_type`, and by that of the vision tower."""
 
 
-def register(family: Family) -> None:
-    """Make a family known everywhere."""
+def register(family: Family, exist_ok: bool = False) -> None:
+    """
+    Make a family known everywhere.
+
+    Args:
+        family ([`Family`]): the family.
+        exist_ok (`bool`): let it take the place of another of its `model_type`.
+
+    Raises:
+        `ValueError`: there is one of that `model_type`.
+    """
+    if FAMILIES.get(family.model_type, family) is not family and not exist_ok:
+        raise ValueError(f"There is a family {family.model_type!r} already; exist_ok=True puts yours in its place.")
     FAMILIES[family.model_type] = family
     FAMILIES.setdefault(family.tower_type, family)
 
