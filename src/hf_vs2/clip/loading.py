@@ -212,8 +212,8 @@ def saved_full(
     except (OSError, ValueError) as error:
         if full is None:
             logger.warning(
-                f"{name}, which the checkpoint names, can't be read here ({error}), so nobody knows whether the CLIP's "
-                "weights are still its own: they are saved too. full=False leaves them out."
+                f"{name}, which the checkpoint names, can't be read here ({error}), so nobody knows whether the "
+                "CLIP's weights are still its own: they are saved too. full=False leaves them out."
             )
         return full is None
     others = [key for key, weight in named.state_dict().items() if not _is_same(state.get(f"clip.{key}"), weight)]

@@ -91,8 +91,8 @@ class SteeringMixin:
     def _use(self, steerer: Steerer) -> None:
         if id(self) in _BLOCKS.get():
             raise RuntimeError(
-                "This is inside `with model.steering(...)`, whose settings would hide what is set now: leave the block "
-                "first, or begin another block in it."
+                "This is inside `with model.steering(...)`, whose settings would hide what is set now: leave the "
+                "block first, or begin another block in it."
             )
         self._steerer = self._latest = steerer
 

@@ -48,7 +48,7 @@ def load_images(
     | Tiny-ImageNet as published | its classes, by `val_annotations.txt` and the words of `words.txt` |
     | folder with `metadata.csv` | its rows, the images by its column `file_name` (`.jsonl` and `.parquet` likewise) |
     | folder of `.parquet` or `.tar` files | their rows, splits by names of files and folders; others stay unread |
-    | list: `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows, with the paths of images in a column such as `image` or `file_name` |
+    | list: `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths in a column such as `image` or `file_name` |
     | `.parquet`, `.arrow` or `.tar` file | its rows. A `.tar` is a webdataset: `.cls` is the label |
     | folder of `save_to_disk` | the saved data set |
     | folder with a card that has `configs` | what `datasets` makes of it |

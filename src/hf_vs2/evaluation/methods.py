@@ -81,8 +81,8 @@ def check_methods(methods: Sequence[str]) -> None:
         if method is None or method.needs_corpus or not method.acts:
             known = [name for name, one in METHODS.items() if one.acts and not one.needs_corpus]
             raise ValueError(
-                f"{name!r} is no row of a comparison. Use some of {['clip', *known, *controls()]}; methods, but neither "
-                f"'clip' nor controls, may end in {GATE!r}."
+                f"{name!r} is no row of a comparison. Use some of {['clip', *known, *controls()]}; methods may end in "
+                f"{GATE!r}, but neither 'clip' nor controls."
             )
 
 

@@ -366,7 +366,8 @@ def then(step_of: str, fit_of: str, **facts: Any) -> Method:
     step, fit = method_named(step_of), method_named(fit_of)
     if step.needs_corpus or step.step is None or fit.fit is None:
         raise ValueError(
-            f"{step_of!r} then {fit_of!r} is no method: the first must have a step that needs no corpus, the second a fit."
+            f"{step_of!r} then {fit_of!r} is no method: the first must have a step that needs no corpus, the second a "
+            "fit."
         )
     given = {name: getattr(step, name) for name in ("step", "one_direction")}
     given |= {name: getattr(fit, name) for name in ("fit", "score", "views", "needs_softmax")}
