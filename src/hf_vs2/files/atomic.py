@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 _COMMITTED = ".replacing"
 _PLAN = ".plan.json"
@@ -31,8 +33,8 @@ _FULL = ("No space left", "Disk quota exceeded", "unexpected pos", "the disk is 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """`write(temporary path)`, of the same name in another folder; then the result takes its place in one step. The
-    folder of `path` is made when needed, and nothing stays behind when `write` fails."""
-    with _scratch(path) as scratch:
+    folder of `path` is made when needed, and nothing stays behind when `write` fails ([`failing_as`])."""
+    with failing_as(path), _scratch(path) as scratch:
         write(scratch / path.name)
         _sync(scratch / path.name)
         os.replace(scratch / path.name, path)
@@ -41,8 +43,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """[`replace_file`] with text, in UTF-8, line ends as they are."""
-    with failing_as(path):
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
 
 
 def replace_files(folder: Path, write: Callable[[Path], Any], last: str, *stale: str) -> None:
@@ -52,9 +53,9 @@ def replace_files(folder: Path, write: Callable[[Path], Any], last: str, *stale:
 
     Earlier files that match the patterns `stale` go, unless there are new ones of their names. The earlier file named
     `last`, which declares the others, goes first and the new one comes last: a reader that knows nothing of all this
-    is refused meanwhile. When `write` fails, what was in `folder` is untouched.
+    is refused meanwhile. When `write` fails ([`failing_as`]), what was in `folder` is untouched.
     """
-    with _scratch(folder / "files") as scratch:
+    with failing_as(folder), _scratch(folder / "files") as scratch:
         write(scratch)
         made = sorted(path for path in scratch.rglob("*") if path.is_file())
         new = sorted((path.relative_to(scratch).as_posix() for path in made), key=lambda name: name == last)
@@ -182,7 +183,7 @@ def is_full(error: BaseException) -> bool:
 def failing_as(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """What a full disk raises does not say which file it was, and is no `OSError` in safetensors, tokenizers and
     torch: it leaves here as one that names `path`. So do other `errors` of writing."""
-    known: tuple[type[Exception], ...] = (OSError, *errors)
+    known: tuple[type[Exception], ...] = (OSError, SafetensorError, *errors)
     try:
         yield
     except Exception as error:

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic import failing_as, replace_file
+from .atomic import replace_file
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def save_figure(figure: Figure, path: str | PathLike) -> Path:
     kind = path.suffix[1:].lower()
     dated = {"svg": "Date", "pdf": "CreationDate"}.get(kind)
     options: dict[str, Any] = {"format": kind, "dpi": 200, "metadata": None if dated is None else {dated: None}}
-    with style(), failing_as(path):
+    with style():
         # By kind: the temporary file has another suffix.
         replace_file(path, lambda temporary: figure.savefig(temporary, **options))
     return path

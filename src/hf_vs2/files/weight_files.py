@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from .atomic import failing_as, replace_file
+from .atomic import replace_file
 from .digests import check_digest, is_of_digest
 from .json_files import from_json, read_json, to_json
 from .place import look_for
@@ -163,8 +163,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Any = 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry only: safetensors writes several in random order, and equal content should make equal files.
     metadata = None if about is None else {"hf_vs2": to_json(about, sort_keys=True)}
-    with failing_as(path, SafetensorError):
-        replace_file(path, lambda temporary: save_file(content, temporary, metadata=metadata))
+    replace_file(path, lambda temporary: save_file(content, temporary, metadata=metadata))
 
 
 def read_described(

@@ -23,7 +23,7 @@ from ..data.stores.rows import rows_of
 from ..encoders.base_model import describe_base_model, warn_of_relative
 from ..encoders.families import tower_of
 from ..encoders.fingerprints import same_fingerprint, vision_fingerprint
-from ..files.atomic import failing_as, replace_files
+from ..files.atomic import replace_files
 from ..files.checkpoint_folder import CORPUS_CONFIG_NAME, CORPUS_ROWS_NAME
 from ..files.digests import check_digest, file_digest
 from ..files.json_files import read_format, write_json
@@ -181,9 +181,7 @@ class RetrievalCorpus:
             description = self._description() | {"digest": file_digest(scratch / CORPUS_ROWS_NAME)}
             write_json(scratch / CORPUS_CONFIG_NAME, description, indent=2, sort_keys=True)
 
-        folder = Path(save_directory).expanduser()
-        with failing_as(folder):
-            replace_files(folder, write, CORPUS_CONFIG_NAME)
+        replace_files(Path(save_directory).expanduser(), write, CORPUS_CONFIG_NAME)
 
     @classmethod
     def from_pretrained(

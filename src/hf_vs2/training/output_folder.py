@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from ..config.sae import SAEConfig
@@ -112,11 +111,11 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, progress: TrainingPr
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
-        with failing_as(final, RuntimeError, SafetensorError):
+        with failing_as(final, RuntimeError):
             accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            with failing_as(final, RuntimeError, SafetensorError):
+            with failing_as(final, RuntimeError):
                 progress.save(partial)
                 replace_folder(partial, final)
     finally:

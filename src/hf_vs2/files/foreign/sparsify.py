@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..atomic import failing_as, replace_files
+from ..atomic import replace_files
 from ..json_files import write_json
 from .checkpoint import CFG_NAME, ForeignCheckpoint
 from .parts import Converted, Parts, convert, refuse_hook
@@ -102,5 +101,4 @@ def write_files(folder: Path, tensors: Mapping[str, torch.Tensor], weights_name:
         )
         write_json(scratch / CFG_NAME, cfg)
 
-    with failing_as(folder, SafetensorError):
-        replace_files(folder, write, CFG_NAME)
+    replace_files(folder, write, CFG_NAME)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from ...config.packaged_code import PackagedCode
-from ..atomic import failing_as, replace_files
+from ..atomic import replace_files
 from ..checkpoint_folder import TENSOR_FILES, VS2_TYPE, CheckpointFolder
 from ..digests import digests_in
 from ..json_files import read_json, write_json
@@ -139,8 +138,7 @@ class HubMixin(PackagedCode):
             written["auto_map"] = auto_map(written["model_type"])
             write_json(scratch / CONFIG_NAME, written, indent=2, sort_keys=True)
 
-        with failing_as(Path(save_directory), SafetensorError):
-            replace_files(Path(save_directory), write, CONFIG_NAME, *TENSOR_FILES)
+        replace_files(Path(save_directory), write, CONFIG_NAME, *TENSOR_FILES)
         from .model_card import write_model_card
 
         write_model_card(save_directory)
