@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -18,9 +17,10 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, log
 from ..config.checks import OF_OTHERS, CheckpointConfig, check_clip_config, read_config_dict, refuse_requests
 from ..files.place import at_one_commit, commit_note, look_for, note_commit, one_dtype, refuse_variant
 from ..files.progress import without_loading_bars
-from ..files.weight_files import LARGEST, check_numbers, find_files, in_one_message, shapes_in, unpickled
+from ..files.weight_files import check_numbers, find_files, in_one_message, shapes_in, unpickled
 from ..files.weight_state import weights_version
 from .families import FAMILIES, family_of_config, refuse_family
+from .tail import check_temperature
 
 
 logger = logging.get_logger(__name__)
@@ -98,13 +98,7 @@ def check_clip(clip: PreTrainedModel, where: str | None = None, *, read: bool = 
         return
     if read:
         check_numbers(clip.named_parameters(), where)
-    held: Any = getattr(clip, "logit_scale", None)
-    scale = 0.0 if held is None or held.is_meta else held.item()
-    if not abs(scale) <= math.log(LARGEST):
-        raise ValueError(
-            f"{where} is damaged: logit_scale is {scale:g}, so that scores would be multiplied by e to that power; "
-            "CLIP's own is 4.6. Save or download it again."
-        )
+    check_temperature(clip, where)
     _SOUND[clip] = mark
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
+from ..files.weight_files import LARGEST
 from ..functional.finite import first_broken_row
 from ..functional.label_free import exact
 from .families import embedding_width, family_of, tower_of
@@ -138,13 +140,14 @@ def temperature(clip: CLIPModel) -> torch.Tensor:
     return scale.float().exp()
 
 
-def check_temperature(clip: CLIPModel) -> None:
-    """Refuse, by a `ValueError`, a CLIP whose scores would be infinite."""
-    if not temperature(clip).isfinite():
+def check_temperature(clip: Any, where: str | None = None) -> None:
+    """Refuse, by a `ValueError` with `where` the CLIP is from, one whose scores would be infinite, or all the same."""
+    held = getattr(clip, "logit_scale", None)
+    scale = 0.0 if held is None or held.is_meta else held.item()
+    if not abs(scale) <= math.log(LARGEST):  # not with NaN either
         raise ValueError(
-            f"logit_scale of the CLIP {clip.config._name_or_path or 'given'} is {float(clip.logit_scale):g}, and its "
-            "exponential no finite number (a CLIP's logit_scale is about 4.6): its weights are damaged. Save or "
-            "download it again."
+            f"{where or clip.config._name_or_path or 'The CLIP given'} is damaged: logit_scale is {scale:g}, so that "
+            "scores would be multiplied by e to that power; CLIP's own is 4.6. Save or download it again."
         )
 
 
