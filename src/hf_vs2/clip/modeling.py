@@ -174,60 +174,58 @@ class VS2CLIPForZeroShot(EmbeddingMixin, HubMixin, PreTrainedModel):
                 on.
             `OSError`: if files are missing or can't be reached.
         """
-        if pretrained_model_name_or_path is None:  # the weights are given as state_dict=
+        source = pretrained_model_name_or_path
+        if source is None:  # the weights are given as state_dict=
             return super().from_pretrained(None, *model_args, **kwargs)
         kwargs = one_dtype(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         found = kwargs.pop("config", None)
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         settings = {name: kwargs.pop(name) for name in Steering.__dataclass_fields__ if name in kwargs}
-        place = at_one_commit(pretrained_model_name_or_path, place)
-        config_dict, _ = VS2CLIPConfig.get_config_dict(pretrained_model_name_or_path, **place)
+        place = at_one_commit(source, place)
+        config_dict, _ = VS2CLIPConfig.get_config_dict(source, **place)
         model_type, digests = config_dict.get("model_type"), config_dict.get("digests")
-        if model_type == SAEConfig.model_type:
-            part = f"saes.{config_dict.get('layer')}"
-            sae = SAEModel.from_pretrained(pretrained_model_name_or_path, **place, **options_of(part, kwargs))
-            own = {name: getattr(sae.config, name) for name in ("gamma", "lambda_", "method")}
-            base = clip_of(clip, sae.config, pretrained_model_name_or_path, place, kwargs)
-            model = cls(base, sae, gate=default_gate(sae), **own)
-        elif model_type != VS2CLIPConfig.model_type:
+        if model_type not in (VS2CLIPConfig.model_type, SAEConfig.model_type):
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; expected a VS2 checkpoint "
+                f"{source} holds a model of type {model_type!r}; expected a VS2 checkpoint "
                 f"({VS2CLIPConfig.model_type!r}) or an SAE checkpoint ({SAEConfig.model_type!r}). To steer a CLIP you "
                 "need an SAE trained on it: VS2CLIPForZeroShot(clip, sae)."
             )
-        elif config_dict.get("holds_clip") and clip is None:
-            config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
-            model = load_full(super().from_pretrained, pretrained_model_name_or_path, config, place, kwargs)
+        if model_type == SAEConfig.model_type:
+            part = f"saes.{config_dict.get('layer')}"
+            sae = SAEModel.from_pretrained(source, **place, **options_of(part, kwargs))
+            own = {name: getattr(sae.config, name) for name in ("gamma", "lambda_", "method")}
+            model = cls(clip_of(clip, sae.config, source, place, kwargs), sae, gate=default_gate(sae), **own)
         else:
-            config = found or VS2CLIPConfig.from_pretrained(pretrained_model_name_or_path, **place)
-            # The dtype of the checkpoint, not of the repository its CLIP lies in: as if the weights were here. Older
-            # Auto classes hand on a dtype that was asked for in the config alone.
-            asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
-            model = cls(
-                clip_of(clip, config, pretrained_model_name_or_path, place, kwargs | asked),
-                load_saes(pretrained_model_name_or_path, config, place, kwargs),
-            )
-            model._use(replace(model._steerer, settings=config.steering()))
+            config = found or VS2CLIPConfig.from_pretrained(source, **place)
+            if config_dict.get("holds_clip") and clip is None:
+                model = load_full(super().from_pretrained, source, config, place, kwargs)
+            else:
+                # The dtype of the checkpoint, not of the repository its CLIP lies in: as if the weights were here.
+                # Older Auto classes hand on a dtype that was asked for in the config alone.
+                asked = {} if kwargs.get("dtype", "auto") != "auto" else {"dtype": config.dtype or "auto"}
+                base = clip_of(clip, config, source, place, kwargs | asked)
+                model = cls(base, load_saes(source, config, place, kwargs))
+                model._use(replace(model._steerer, settings=config.steering()))
         if config_dict.get("holds_corpus"):
-            model.set_corpus(load_corpus(pretrained_model_name_or_path, place, digests))
+            model.set_corpus(load_corpus(source, place, digests))
         if model_type == VS2CLIPConfig.model_type and config_dict.get("holds_statistics"):
-            statistics = DomainStatistics.load(pretrained_model_name_or_path, place, digests)
+            statistics = DomainStatistics.load(source, place, digests)
             if statistics is not None:
                 num_latents, hidden_size = model.sae.config.weight_shape
-                statistics.check_fits(hidden_size, num_latents, str(pretrained_model_name_or_path))
+                statistics.check_fits(hidden_size, num_latents, str(source))
             model.sae.set_domain_statistics(statistics)
         if config_dict.get("holds_label_sets"):
-            label_sets = LabelSets.load(pretrained_model_name_or_path, place, digests, model._steerer)
+            label_sets = LabelSets.load(source, place, digests, model._steerer)
             model._use(replace(model._steerer, label_sets=label_sets))
         if not settings and model._steerer.lacks_rows:
             # Versions before ran distribution norm under that name. It loads, and refuses to score.
-            logger.warning(f"{pretrained_model_name_or_path}: {model._steerer.lacking_rows}")
+            logger.warning(f"{source}: {model._steerer.lacking_rows}")
         else:
             try:
                 model.set_steering(**settings)  # without any, a look at whether those stored can be used
             except ValueError as error:
-                raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+                raise ValueError(f"{source}: {error}") from error
         model.loaded_from = {name: value for name, value in place.items() if name not in ("token", "force_download")}
         # All weights are there and fit, or nothing was loaded.
         nothing: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
