@@ -189,7 +189,7 @@ def check(command: str) -> None:
         first = 1 if words[0] == "hf-vs2" else words.index("hf_vs2.cli") + 1
         name, arguments = words[first], [word for word in words[first + 1 :] if word != "..."]
         if arguments or words[-1] != "...":
-            parser = cli._parser(f"hf-vs2 {name}", importlib.import_module(f"hf_vs2.cli.commands.{name}"))
+            parser = cli.parser_of(f"hf-vs2 {name}", importlib.import_module(f"hf_vs2.cli.commands.{name}"))
             parser.parse(arguments)
     if words[0] == "accelerate":
         from accelerate.commands.launch import launch_command_parser

@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             _without_command(argv)
         command = import_module(f".commands.{name}", __name__)
-        parser = Parser(prog, command.USAGE, command.DESCRIPTION, command.EXAMPLES)
-        command.add_flags(parser)
-        parser.common_flags()
+        parser = parser_of(prog, command)
         args = parser.parse(argv[1:])
         args.argv = argv  # for messages that repeat the command
         check_places(parser, args)
@@ -89,6 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(f"{prog}: error: {_message(error)}")
         return 2
     return 0
+
+
+def parser_of(prog: str, command: Any) -> Parser:
+    """What reads the arguments of a command."""
+    parser = Parser(prog, command.USAGE, command.DESCRIPTION, command.EXAMPLES)
+    command.add_flags(parser)
+    parser.common_flags()
+    return parser
 
 
 def _without_command(argv: Sequence[str]) -> None:
