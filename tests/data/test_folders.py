@@ -247,6 +247,36 @@ def test_parquet_files_are_read_whatever_lies_beside_them(streaming, tmp_path, s
     assert "1 .png file" in said.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_with_class_names_in_another_order_keep_their_own(streaming, tmp_path):
+    """`datasets` gives all splits the features of one: each cat of the other would be a dog."""
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        content = {"image": [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(2)], "label": [0, 1]}
+        datasets.Dataset.from_dict(content, features=features).to_parquet(tmp_path / f"{split}.parquet")
+        rows = load_images(tmp_path / f"{split}.parquet", streaming=streaming)
+        assert rows.features["label"].names == names
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        rows = load_images(tmp_path, split, streaming=streaming)
+        assert (rows.features["label"].names, [row["label"] for row in rows]) == (names, [0, 1])
+
+
+def test_numbers_in_one_list_and_words_in_another_are_the_same_labels(tmp_path):
+    """Class 1 must not be 1 in one split and 0 in the other; in two files of one split it ended in an error."""
+    put(tmp_path, "1.png", "2.png")
+    for folder, names in (("splits", ("train", "test")), ("one", ("train-0", "train-1"))):
+        (tmp_path / folder).mkdir()
+        for name, last in zip(names, ("2", "unknown"), strict=True):
+            (tmp_path / folder / f"{name}.csv").write_text(f"file_name,label\n../1.png,1\n../2.png,{last}\n")
+    for folder, split, labels in (
+        ("splits", "train", [0, 1]),
+        ("splits", "test", [0, 2]),
+        ("one", None, [0, 1, 0, 2]),
+    ):
+        rows = load_images(tmp_path / folder, split)
+        assert (rows.features["label"].names, rows["label"][:]) == (["1", "2", "unknown"], labels)
+
+
 LISTS = {
     "a.csv": "image,label\ncat/1.png,cat\ndog/2.png,None\n",
     "bom.csv": "\ufefffile_name,label\ncat/1.png,cat\ndog/2.png,None\n",

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from trainings import finish_store
 
 from hf_vs2.data.stores.rows import checked_labels, rows_of
-from hf_vs2.data.stores.store import _fill
+from hf_vs2.data.stores.store import ActivationStore, _fill
 from hf_vs2.data.stores.store_format import (
     ROW_DTYPES,
     StoreError,
@@ -98,6 +98,21 @@ def test_threads_read_at_the_same_time(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(right, range(100)))
+
+
+def test_a_store_is_found_from_another_folder_and_a_mask_is_no_list_of_rows(tmp_path, monkeypatch):
+    """A relative path must not be looked for where the program went since; a mask would give rows 0 and 1 again and
+    again."""
+    rows = torch.randn(5, 4)
+    write_shard(tmp_path / "store", 0, {"layer_2": rows, "image_index": torch.arange(5)}, {})
+    finish_store(tmp_path / "store", [5], 4, [2])
+    monkeypatch.chdir(tmp_path)
+    store = ActivationStore.open("store")
+    monkeypatch.chdir("/")
+    assert torch.equal(store.take([1, 3]), rows[[1, 3]])
+    for numbers in (torch.tensor([True, False, True, False, False]), torch.tensor([0.9, 1.9])):
+        with pytest.raises(TypeError, match="must be row numbers, not torch"):
+            store.take(numbers)
 
 
 def test_an_exported_dataset_outlives_the_store(tmp_path):

@@ -261,6 +261,14 @@ def test_a_store_brings_labels_and_class_names(images, labels, tokenizer, tmp_pa
     assert from_store.meta["dataset"]["fingerprint"] == store.metadata["dataset"]["fingerprint"]
     with pytest.raises(ValueError, match=r"holds layers \[0\], not 2: extract"):
         evaluate(model, extract(make_tiny_clip(), (0,)), None, None, tokenizer)
+    # Several stores are one set: labels are matched by name in it, too, and not where the names are others.
+    both = [store, extract(make_tiny_clip(), (-1,))]
+    told = {one: evaluate(model, both[::-1], None, one, tokenizer, methods=("clip",)).rows for one in (None,)}
+    turned = evaluate(model, both, None, NAMES[::-1], tokenizer, methods=("clip",)).rows
+    assert [row["top1"] for row in turned] == [row["top1"] for row in told[None]]
+    both[1].metadata["class_names"] = NAMES[::-1]
+    with pytest.raises(ValueError, match="different class names"):
+        evaluate(model, both, None, NAMES, tokenizer, methods=("clip",))
     other = make_tiny_clip()
     other.vision_model.embeddings.class_embedding.data += 1
     with pytest.raises(ValueError, match="extracted with another CLIP"):
@@ -332,6 +340,9 @@ def test_interval_covers_the_true_gain_95_times_in_100():
         ({"rows": np.zeros((N, 32))}, "must be a tensor .* not ndarray"),
         ({"class_names": None}, "class_names are missing"),
         ({"methods": ("vs3",)}, "'vs3' is no row of a comparison. Use some of"),
+        ({"methods": ("vs2_random+gate",)}, "may end in '.gate', but neither 'clip' nor controls"),
+        ({"few_shot": 0}, "few_shot must be a whole number from 1"),
+        ({"rows": torch.randn(7, 32), "labels": list(range(7)), "few_shot": 1}, "few_shot= needs classes with two"),
     ],
 )
 def test_bad_input_says_what_is_wrong(rows, labels, tokenizer, change, message):

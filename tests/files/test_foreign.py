@@ -16,6 +16,7 @@ from hub_models import serve
 from loopback_hub import File
 from safetensors.torch import load_file
 from toy import clip_like_rows, make_rows, make_sae
+from trainings import make_trainer
 
 from hf_vs2 import SAEModel, VS2CLIPForZeroShot, calibrate
 from hf_vs2.data.stores.rows import rows_of
@@ -295,6 +296,13 @@ def test_calibration_gives_a_converted_sae_its_mean_and_its_gate(tmp_path, tiny_
     again = SAEModel.from_pretrained(tmp_path / "ours")
     assert torch.equal(again.mean, sae.mean) and again.fvu_threshold(0.99) == sae.fvu_threshold(0.99)
     assert VS2CLIPForZeroShot(tiny_clip, again, gate=0.99).fvu_thresholds == {2: sae.fvu_threshold(0.99)}
+    fresh = SAEModel.from_sparsify(tmp_path / "theirs")
+    start = fresh.b_pre.detach().clone()
+    trainer = make_trainer(tmp_path / "further", rows, model=fresh, max_steps=1, learning_rate=1e-9)
+    trainer.train()
+    assert torch.allclose(fresh.b_pre, start, atol=1e-6), "which belongs to its encoder"
+    assert torch.allclose(fresh.mean, rows[trainer.train_indices].mean(0), atol=1e-5)
+    assert "converted_from" in SAEModel.from_pretrained(tmp_path / "further").config.training_data, "labels unknown"
     own = make_sae(32)
     mean = own.mean.clone()
     calibrate(own, rows)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from toy import clip_like_rows, make_rows, make_sae
-from trainings import make_trainer
+from trainings import make_store, make_trainer
 
-from hf_vs2 import SAEConfig, VS2CLIPForZeroShot, calibrate
+from hf_vs2 import SAEConfig, VS2CLIPForZeroShot, calibrate, measure_statistics
 from hf_vs2.data.stores.rows import rows_of
 from hf_vs2.functional import equations as functional
 from hf_vs2.training import calibration
@@ -68,6 +68,22 @@ def test_conformal_rank_in_closed_form():
     assert conformal_quantiles(torch.arange(1.0, 100.0), (0.99,)) == {"0.99": 99.0}
     assert conformal_quantiles(torch.arange(50.0), (0.99,)) == {}
     assert conformal_quantiles(torch.ones(3)) == dict.fromkeys([str(p / 100) for p in range(1, 76)], 1.0)
+
+
+def test_rows_that_the_sae_does_not_read_are_refused(tmp_path):
+    """Thresholds of another layer, or of a mask read as the rows 0 and 1, would gate without a word."""
+    sae, rows = make_sae(32, layer=1, total_variance=1.0, base_model_fingerprint=[0.5, 0.25]), torch.randn(60, 32)
+    for changed, message in (({"layer": 2}, "layer 2, the SAE reads layer 1|no layer 1|not 1"), ({}, "another CLIP")):
+        about = {"layer": 1} | changed
+        fingerprint = [0.5, 0.25] if changed else [9.0, 9.0]
+        store = make_store(tmp_path / f"store{len(changed)}", rows, base_model_fingerprint=fingerprint, **about)
+        for measure in (calibrate, measure_statistics):
+            with pytest.raises(ValueError, match=message):
+                measure(sae, store)
+    with pytest.raises(ValueError, match="indices must be a vector of row numbers, not torch.bool"):
+        calibrate(sae, rows, rows[:, 0] > 0)
+    calibrate(sae, rows, list(range(20)))
+    assert sae.config.num_calibration_rows == 20
 
 
 def test_few_rows_lower_the_default_gate_and_say_so(tiny_clip, caplog):

@@ -134,6 +134,29 @@ def test_a_script_that_is_run_again_goes_on_with_the_trained_model(rows, tmp_pat
         assert torch.equal(sae.domain_statistics.mean, saved.domain_statistics.mean)
 
 
+def test_a_finished_training_is_not_that_of_other_rows_or_settings(rows, tmp_path, caplog):
+    """An SAE of other rows must not pass for one of these; steering defaults stay as they were saved, and that is said."""
+    make_trainer(tmp_path, rows).train()
+    with pytest.raises(ValueError, match="another training .it was trained with some_rows="):
+        make_trainer(tmp_path, -rows).train()
+    assert SAETrainingArguments(output_dir=tmp_path).output_dir == str(tmp_path)  # which is written as JSON
+    asked = make_trainer(tmp_path, rows, config={"gamma": 3.0})
+    asked.train()
+    assert "Its gamma stays 1.5, not 3.0" in caplog.text and asked.model.config.gamma == 1.5
+
+
+def test_a_trainer_does_not_train_its_model_twice(rows, tmp_path, monkeypatch):
+    """A cell of a notebook that was stopped and is run again would train on from where it was, under a record that says
+    otherwise."""
+    trainer = make_trainer(tmp_path, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_vs2.training.trainer.SAETrainer._calibrate", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    with pytest.raises(RuntimeError, match="has trained its model already.* make it again"):
+        trainer.train()
+
+
 def test_one_config_can_be_used_twice(rows, tmp_path):
     """A loop over seeds or data sets shares the config: the second run must not inherit the first one's statistics."""
     config = SAEConfig(hidden_size=HIDDEN, num_latents=96, top_k=3)

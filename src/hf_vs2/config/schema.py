@@ -140,7 +140,11 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 COUNT = whole(1)
 TEXT = Kind("a text", lambda value: isinstance(value, str) and bool(value.strip()))
-PATH = Kind("a path", lambda value: isinstance(value, (str, os.PathLike)) and bool(str(value).strip()))
+PATH = Kind(
+    "a path",
+    lambda value: isinstance(value, (str, os.PathLike)) and bool(str(value).strip()),
+    lambda value, name: os.fspath(value),
+)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 FILE_NAME = Kind(
     "a name that files can have: at most 100 letters, none of them / or \\, and no dot at its start",

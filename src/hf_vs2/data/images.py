@@ -166,7 +166,7 @@ def _from_text(text: str, in_row: bool, timeout: float | None) -> bytes | Image.
     if scheme in ("http", "https") and rest.startswith("//"):
         return read_url(text, timeout)
     if scheme == "file" and rest.startswith("/"):
-        return _read_file(_path_of_address(rest))
+        return _read_file(local_path(text))
     if scheme == "data":
         return _from_base64(rest.partition(",")[2])
     if "://" in text and in_row:
@@ -190,8 +190,11 @@ def _from_text(text: str, in_row: bool, timeout: float | None) -> bytes | Image.
             raise missing from None
 
 
-def _path_of_address(rest: str) -> str:
-    """The path of a `file:` address on this computer, less its first five letters."""
+def local_path(text: str) -> str:
+    """The path of a `file:` address on this computer; another text as it is."""
+    scheme, _, rest = text.partition(":")
+    if scheme.lower() != "file" or not rest.startswith("/"):
+        return text
     host, path = rest[2:].partition("/")[::2] if rest.startswith("//") else ("", rest[1:])
     if host.lower() not in ("", "localhost"):
         raise ValueError(

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from ..clip.modeling import VS2CLIPForZeroShot
+from ..config.schema import COUNT
 from ..data.labels.lists import Names
 from ..data.labels.names import clean_class_names
 from ..data.labels.prompts import BUILT_IN_TEMPLATES, class_embeddings, resolve_templates
@@ -103,7 +104,11 @@ def evaluate(
         )
     class_names = clean_class_names(names, clean)
     every = class_labels(rows, labels, len(class_names))
-    given = torch.zeros_like(every, dtype=torch.bool) if few_shot is None else draw_shots(every, few_shot, seed)
+    given = torch.zeros_like(every, dtype=torch.bool)
+    if few_shot is not None:
+        given = draw_shots(every, COUNT.read(few_shot, "few_shot"), seed)
+        if not given.any():
+            raise ValueError("few_shot= needs classes with two images or more: one to learn from, one to ask about.")
     kept, target = (~given).nonzero().squeeze(-1), every[~given]
     prompt_sets = _prompt_sets(templates)
     reference = None if reference_rows is None else replayable_rows(model, reference_rows, "reference_rows")

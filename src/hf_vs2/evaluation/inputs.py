@@ -88,11 +88,13 @@ def named_labels(rows: Rows, labels: Any, class_names: Names | None) -> tuple[li
     Raises:
         ValueError: names that were given do not fit the store's classes.
     """
-    own = rows.class_names
     labels = rows.labels if labels is None else labels
+    if class_names is not None and not are_stored(rows, labels):
+        return names_by_place(class_names), labels
+    own = rows.class_names
     if class_names is None:
         return own, labels
-    if not own or not are_stored(rows, labels):
+    if not own:
         return names_by_place(class_names), labels
     matched = match_names(own, class_names)
     if class_names is not own:

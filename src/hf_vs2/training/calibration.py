@@ -7,7 +7,8 @@ import torch
 from transformers.utils import logging
 
 from ..config.sae import SAEConfig
-from ..data.stores.rows import Rows, RowSource, rows_of
+from ..data.stores.rows import Rows, RowSource, chosen_rows, rows_of
+from ..encoders.fingerprints import same_fingerprint
 from ..functional.equations import fvu_per_sample
 from ..functional.finite import first_broken_row
 from ..functional.label_free import exact
@@ -93,7 +94,23 @@ def conformal_quantiles(fvu: torch.Tensor, levels: tuple[float, ...] = LEVELS) -
 
 def is_converted(config: SAEConfig) -> bool:
     """Whether another library trained the SAE, so that the mean of its training rows is not known."""
-    return "converted_from" in (config.training_data or {})
+    known = config.training_data or {}
+    return "converted_from" in known and "num_rows" not in known  # which training it further notes
+
+
+def rows_of_sae(sae: SAEModel, source: RowSource) -> Rows:
+    """The rows that an SAE reads: of a store those of its layer. Rows of another layer or CLIP are a `ValueError`."""
+    config, rows = sae.config, rows_of(source, sae.config.layer)
+    layer, clip = (rows.origin.get(name) for name in ("layer", "base_model_fingerprint"))
+    if layer is not None and config.layer is not None and layer != config.layer:
+        raise ValueError(f"These are rows of layer {layer}, the SAE reads layer {config.layer}: extract those.")
+    known = config.base_model_fingerprint
+    if clip is not None and known is not None and not same_fingerprint(clip, known):
+        raise ValueError(
+            f"These rows were extracted with another CLIP ({rows.origin.get('base_model_name_or_path')}) than the one "
+            f"that the SAE is of ({config.base_model_name_or_path}): extract them with that."
+        )
+    return rows
 
 
 @torch.no_grad()
@@ -121,8 +138,8 @@ def calibrate(sae: SAEModel, rows: RowSource, indices: torch.Tensor | None = Non
     Raises:
         `ValueError`: on no rows, rows of another width, rows that are not finite, or none off the training mean.
     """
-    rows = rows_of(rows)
-    indices = torch.arange(len(rows)) if indices is None else indices
+    rows = rows_of_sae(sae, rows)
+    indices = chosen_rows(indices, len(rows))
     if not len(indices):
         raise ValueError(
             "There are no rows to calibrate on. Give unlabelled activations that the SAE was not trained on."
@@ -163,6 +180,6 @@ def gate_within(config: SAEConfig, gate: float | None) -> float | None:
         return gate
     logger.warning(
         f"{config.num_calibration_rows} held-out rows can't vouch for the {gate} quantile; the default gate is set to "
-        f"{highest}. Calibrate on more rows for a higher one (in training: calibration_share)."
+        f"{highest}. For a higher one calibrate on more rows (in training: calibration_share), and set the gate anew."
     )
     return highest

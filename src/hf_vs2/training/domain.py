@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import CLIPModel
 
-from ..data.stores.rows import RowSource, rows_of
+from ..data.stores.rows import RowSource, chosen_rows
 from ..encoders.families import embedding_width
 from ..encoders.tail import plain_embeds
 from ..functional.label_free import exact, row_distance
 from ..sae.modeling import SAEModel
 from ..sae.statistics import DomainStatistics
-from .calibration import conformal_quantiles, refuse_overflow
+from .calibration import conformal_quantiles, refuse_overflow, rows_of_sae
 
 
 SKETCH_ROWS = 4096
@@ -52,11 +52,13 @@ def measure_statistics(
     Raises:
         `ValueError`: on no rows, rows of another width or that are not finite, or nothing to take the mean image from.
     """
-    rows = rows_of(rows)
-    if indices is None:
+    rows = rows_of_sae(sae, rows)
+    held_out = None if held_out is None else chosen_rows(held_out, len(rows))
+    if indices is None and held_out is not None:
         chosen = torch.ones(len(rows), dtype=torch.bool)
-        chosen[[] if held_out is None else held_out] = False
+        chosen[held_out] = False
         indices = chosen.nonzero().squeeze(-1)
+    indices = chosen_rows(indices, len(rows))
     if not len(indices):
         raise ValueError("There are no rows to measure statistics on. Give unlabelled activations.")
     if sketch_rows < 0 or (sketch_rows == 0 and clip is None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from ..config.sae import SAEConfig
 from ..files.atomic import failing_as, remove_folder, remove_leftovers, replace_folder
@@ -19,6 +20,8 @@ from ..files.json_files import read_json, write_json
 from .arguments import SAETrainingArguments
 from .progress import STATE_NAME, TrainingProgress, differing
 
+
+logger = logging.get_logger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
 _LOCK_NAME = ".training.lock"
@@ -33,6 +36,11 @@ _PLANNED_ARGUMENTS = (
     "calibration_share",
     "sketch_rows",
 )
+
+
+def digest_of(numbers: torch.Tensor) -> str:
+    """What of many numbers a plan notes."""
+    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
 
 
 def planned_settings(config: SAEConfig, args: SAETrainingArguments) -> dict[str, Any]:
@@ -70,6 +78,21 @@ def standing(
             "replace it."
         )
     return "none"
+
+
+def warn_of_finished(folder: Path, asked: SAEConfig, trained: SAEConfig) -> None:
+    """Says that a training is finished, and which settings that it does not depend on are others than asked for."""
+    wanted = {name: getattr(asked, name) for name in ("gate", "gamma", "lambda_", "method")}
+    wanted["gate"] = None if asked.gate is None else trained.usable_gate(asked.gate)
+    stay = [
+        f" Its {name} stays {getattr(trained, name)}, not {value}: set it on the model."
+        for name, value in wanted.items()
+        if getattr(trained, name) != value
+    ]
+    logger.warning(
+        f"{folder} holds this training, finished: there is nothing to do. overwrite_output_dir trains it again."
+        f"{''.join(stay)}"
+    )
 
 
 @contextlib.contextmanager

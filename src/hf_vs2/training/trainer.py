@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import os
 import time
@@ -29,7 +28,7 @@ from ..sae.modeling import SAEModel, SAEOutput
 from ..version import __version__
 from .arguments import SAETrainingArguments
 from .batches import BatchPlan, read_batches, to_device
-from .calibration import activation_statistics, calibrate, split_rows
+from .calibration import activation_statistics, calibrate, is_converted, split_rows
 from .domain import measure_statistics
 from .label_losses import LabelLoss, describe_label_loss
 from .output_folder import (
@@ -37,10 +36,12 @@ from .output_folder import (
     checkpoint_to_resume,
     checkpoints,
     claim,
+    digest_of,
     finished_metrics,
     planned_settings,
     save_checkpoint,
     standing,
+    warn_of_finished,
     write_log,
 )
 from .progress import TrainingProgress
@@ -123,9 +124,12 @@ class SAETrainer:
         )
         apply_fsdp(self.accelerator)
         set_seed(args.seed)
-        self._is_new = isinstance(model, SAEConfig) or model.config.total_variance is None
-        self.model = SAEModel(copy.deepcopy(model)) if isinstance(model, SAEConfig) else model
-        self._start = None if self._is_new else [tensor_digest(part.cpu()) for part in self.model.parameters()]
+        is_given = isinstance(model, SAEModel)
+        self.model = model if is_given else SAEModel(copy.deepcopy(model))
+        # A converted SAE has been trained too, though nobody knows the variance of its rows.
+        self._is_new = not is_given or (model.config.total_variance is None and not is_converted(model.config))
+        self._start = [tensor_digest(part.cpu()) for part in self.model.parameters()] if is_given else None
+        self._has_begun = False
         self.rows = rows_of(train_rows, layer)
         self.indices = chosen_rows(indices, len(self.rows))
         train, held_out = split_rows(len(self.indices), args.calibration_share, args.seed)
@@ -191,17 +195,20 @@ class SAETrainer:
         reached = "interrupted" if is_inside else standing(args.output_path, plan, args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()  # all have looked before the main process changes anything
         if reached == "finished" and wanted in (None, "latest"):
-            logger.warning(
-                f"{args.output_dir} holds this training, finished: there is nothing to do. overwrite_output_dir "
-                "trains it again."
-            )
-            self._take_over(SAEModel.from_pretrained(args.output_path))
+            trained = SAEModel.from_pretrained(args.output_path)
+            warn_of_finished(args.output_path, self.model.config, trained.config)
+            self._take_over(trained)
             return finished_metrics(args.output_path)
         checkpoint = checkpoint_to_resume(args.output_path, wanted, reached != "none")
         if self.accelerator.is_main_process:
             kept = filter(None, [checkpoint]) if reached == "none" else checkpoints(args.output_path)
             claim(args.output_path, plan, asdict(args), [*kept])
         self.accelerator.wait_for_everyone()
+        if self._has_begun and checkpoint is None:
+            raise RuntimeError(
+                "This trainer has trained its model already, and has no checkpoint to go back to: make it again."
+            )
+        self._has_begun = True
         progress = self._optimize(plan, checkpoint)
         if self.accelerator.is_fsdp2:
             self.accelerator.free_memory()  # the optimizer's state makes room for the weights
@@ -236,8 +243,7 @@ class SAETrainer:
         self.model.to(self.accelerator.device)
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
-        """Write the SAE checkpoint (main process only). A process killed meanwhile leaves the old one, the new one or
-        none."""
+        """Write the SAE checkpoint (main process only), whole or not at all."""
         if self.accelerator.is_main_process:
             self.model.save_pretrained(output_dir or self.args.output_dir)
 
@@ -272,8 +278,9 @@ class SAETrainer:
             data["selected_from"] = len(self.rows)
         if self.label_loss is not None:
             data["label_loss"] = describe_label_loss(self.label_loss)
-        elif earlier and "label_loss" in earlier:
-            data["label_loss"] = earlier["label_loss"]  # the labels of that training are in the weights that go on
+        for kept in ("label_loss", "converted_from"):  # what went into the weights that go on
+            if earlier and kept in earlier:
+                data.setdefault(kept, earlier[kept])
         config.training_data = data
 
     def _optimize(self, plan: dict[str, Any], checkpoint: Path | None) -> TrainingProgress:
@@ -326,7 +333,7 @@ class SAETrainer:
         args, config = self.args, self.model.config
         plan: dict[str, Any] = {
             "rows": len(self.indices),
-            "indices": _digest(self.indices) if len(self.indices) < len(self.rows) else None,
+            "indices": digest_of(self.indices) if len(self.indices) < len(self.rows) else None,
             "steps": self.num_steps,
             "global_batch_size": self.batch_size * args.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
@@ -334,11 +341,12 @@ class SAETrainer:
         }
         plan |= planned_settings(config, args)
         plan["label_loss"] = None if self.label_loss is None else describe_label_loss(self.label_loss)
-        plan["labels"] = None if self.labels is None else _digest(self.labels[self.indices])
+        plan["labels"] = None if self.labels is None else digest_of(self.labels[self.indices])
         if self._start is not None:
             plan["start"] = self._start
-        # Last, so that a changed setting is named first: it stands for the rows themselves.
+        # Last, so that a changed setting is named first: these stand for the rows themselves.
         plan["total_variance"] = config.total_variance
+        plan["some_rows"] = digest_of(self.rows.take(self.indices[:: max(1, len(self.indices) // 3)]))
         return plan
 
     def _batch(self, batch: Batch) -> Batch:
@@ -351,8 +359,7 @@ class SAETrainer:
         return self.label_loss(out, labels) / self.model.config.total_variance
 
     def _measure_domain(self) -> None:
-        """What methods beyond VS2 need. They score what comes out of the last layer: other layers' rows are of no use
-        to them."""
+        """What methods beyond VS2 need, which score what comes out of the last layer."""
         layers, layer = self.model.config.base_model_num_layers, self.model.config.layer
         if self.args.sketch_rows and (layer is None or layers is None or layer == layers - 1):
             found = measure_statistics(
@@ -390,7 +397,3 @@ class SAETrainer:
     def _bar(self, initial: int, total: int) -> Any:
         shown = self.accelerator.is_local_main_process and not self.args.disable_tqdm
         return progress_bar(shown=shown, desc="Training SAE", initial=initial, total=total, unit="step")
-
-
-def _digest(numbers: torch.Tensor) -> str:
-    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]

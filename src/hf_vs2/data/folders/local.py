@@ -26,6 +26,7 @@ _ARCHIVES = {"parquet": (".parquet",), "arrow": (".arrow",), "webdataset": (".ta
 # Lists of paths of images. In folders, other JSON files are settings and results.
 _LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 DATA_SUFFIXES = frozenset((*chain(*_ARCHIVES.values()), *_LISTS, ".json"))
+_TEXTS = {"string", "large_string"}
 # What people call the column of paths, without case, blanks and `_`; the first that is there is taken.
 _PATH_COLUMNS = (
     "image",
@@ -126,7 +127,15 @@ def _open_archives(
 
     data_files = {split: [escape(str(root / file)) for file in files] for split, files in by_split.items()}
     (only, *others) = chain(*by_split.values())
-    splits = load_dataset(root if others else root / only, builder, data_files=data_files, streaming=streaming)
+    source = root if others else root / only
+    if builder == "parquet" and _features_differ([root / files[0] for files in by_split.values()]):
+        splits: dict[
+            str, Any
+        ] = {}  # one call would give all splits the features of one: other names for the same numbers
+        for split, files in data_files.items():
+            splits |= load_dataset(source, builder, data_files={split: files}, streaming=streaming)
+    else:
+        splits = load_dataset(source, builder, data_files=data_files, streaming=streaming)
     features = next(iter(splits.values())).features
     if builder == "parquet" and _holds_paths(features, image_column):
         return {
@@ -152,13 +161,25 @@ def _open_archives(
     return splits
 
 
+def _features_differ(files: Sequence[Path]) -> bool:
+    """Whether parquet files say different things of their columns, such as the order of class names."""
+    import pyarrow.parquet as pq
+
+    try:
+        return (
+            len(files) > 1 and len({(pq.read_schema(file).metadata or {}).get(b"huggingface") for file in files}) > 1
+        )
+    except (OSError, ValueError):  # `datasets` says which is damaged
+        return False
+
+
 def _holds_paths(features: Mapping[str, Any] | None, image_column: str) -> bool:
     """Whether a table names its images, in place of holding them."""
     columns = features or {}
     kinds = [columns[image_column]] if image_column in columns else list(columns.values())
     dtypes = {getattr(kind, "dtype", None) for kind in kinds}  # a structure has none
     images = {None, "binary", "large_binary", "PIL.Image.Image"}
-    return not dtypes & images and bool(dtypes & {"string", "large_string"})
+    return not dtypes & images and bool(dtypes & _TEXTS)
 
 
 def _open_metadata(listing: Listing, tables: Sequence[str], image_column: str) -> dict[str, Dataset]:
@@ -209,8 +230,12 @@ def _read_lists(files: Sequence[Path], image_column: str) -> _Rows:
             if name == paths:
                 together.columns[image_column] += _absolute(values, file)
             elif name != image_column:
-                together.features.setdefault(name, rows.features[name])
-                together.columns.setdefault(name, [None] * num_rows).extend(values)
+                before = together.features.setdefault(name, rows.features[name])
+                column = together.columns.setdefault(name, [None] * num_rows)
+                column.extend(values)
+                if before != rows.features[name] and {before.dtype, rows.features[name].dtype} & _TEXTS:
+                    together.features[name] = datasets.Value("string")  # words in one file, numbers in another
+                    column[:] = [value if value is None else str(value) for value in column]
         for values in together.columns.values():  # of other files
             values += [None] * (num_rows + len(rows) - len(values))
     return together
@@ -230,7 +255,7 @@ def _reader_of_list(file: Path) -> dict[str, Any]:
 
 def _path_column(file: Path, features: Mapping[str, Any], image_column: str) -> str:
     """The column that the user names, or the first that is called like one of paths."""
-    texts = [name for name, kind in features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    texts = [name for name, kind in features.items() if getattr(kind, "dtype", "") in _TEXTS]
     called = {re.sub(r"[\W_]", "", name.lower()): name for name in reversed(texts)}
     called |= {name: name for name in texts}
     # The second is how `datasets` names several images of a row.

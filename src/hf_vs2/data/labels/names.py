@@ -266,17 +266,20 @@ def number_labels(splits: Mapping[str, Any], label_column: str) -> dict[str, Any
 
     labels_of: dict[str, list[str | None]] = {}
     splits = dict(splits)
+    texts = ("string", "large_string")
+    kinds = {split: getattr((part.features or {}).get(label_column), "dtype", "") for split, part in splits.items()}
     for split, part in splits.items():
-        kind = getattr((part.features or {}).get(label_column), "dtype", "")
-        if kind in ("float32", "float64") and isinstance(part, datasets.Dataset):
-            splits[split] = _with_whole_labels(part, label_column)
-        if kind not in ("string", "large_string"):
+        if kinds[split] in ("float32", "float64") and isinstance(part, datasets.Dataset):
+            splits[split] = part = _with_whole_labels(part, label_column)
+        is_number = isinstance(part, datasets.Dataset) and isinstance(part.features.get(label_column), datasets.Value)
+        # Numbers without names in one split are names where another has names.
+        if kinds[split] not in texts and not (is_number and set(kinds.values()) & set(texts)):
             continue
         column = part.select_columns([label_column])
         labels = (
             column[label_column][:] if isinstance(column, datasets.Dataset) else [row[label_column] for row in column]
         )
-        labels_of[split] = [None if label is None else label.strip() for label in labels]
+        labels_of[split] = [None if label is None else str(label).strip() for label in labels]
     if not labels_of:
         return splits
     names = sorted_names(name for labels in labels_of.values() for name in labels if name is not None)

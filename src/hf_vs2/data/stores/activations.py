@@ -156,7 +156,7 @@ def extract_activations(
         },
         "complete": False,
     }
-    folder = Path(output_dir).expanduser() / request_key(request_of(index))
+    folder = Path(os.path.abspath(Path(output_dir).expanduser())) / request_key(request_of(index))
     reader = ImageReader(dataset, columns, processor)
     store = Extraction(tower, reader, index, folder, batch_size, num_workers, on_error == "skip", progress).run()
     if on_error == "raise" and store.metadata["skipped"]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..images import local_path
+
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -105,8 +107,8 @@ def _update_with_images(digest: Any, dataset: Dataset, column: str) -> bool:
 def _stat(path: str) -> tuple[int, int]:
     """(size, modification time in ns), (-1, 0) where there is no file, or a pipe, say: reading it will say so."""
     try:
-        status = os.stat(path)
-    except OSError:
+        status = os.stat(local_path(path))
+    except (OSError, ValueError):
         return -1, 0
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, 0)
 
@@ -114,7 +116,7 @@ def _stat(path: str) -> tuple[int, int]:
 def _read(path: str) -> bytes | None:
     """`None` for a file without permission: reading the images will say so."""
     try:
-        return Path(path).read_bytes()
+        return Path(local_path(path)).read_bytes()
     except OSError:
         return None
 

@@ -151,6 +151,17 @@ class UnionRows(Rows):
         return rows
 
     @property
+    def class_names(self) -> list[str] | None:  # type: ignore[override]
+        """Those of all parts; a `ValueError` where parts have different ones."""
+        first, *others = [part.class_names for part in self.parts]
+        if any(other != first for other in others):
+            raise ValueError(
+                "These stores have different class names, so their labels do not count the same classes: take each "
+                "by itself, or give the labels of all rows as places among class_names."
+            )
+        return first
+
+    @property
     def labels(self) -> torch.Tensor | None:  # type: ignore[override]
         """Labels of all parts, -1 for those without. Classes of different stores are different classes, unless the
         stores have the same class names."""

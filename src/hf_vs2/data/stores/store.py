@@ -97,7 +97,7 @@ class ActivationStore:
             StoreError: (an `OSError`) when there is no store, it is unfinished, a shard is missing or truncated, or it
                 does not match `request` (the message names every difference).
         """
-        folder = _find_store(Path(path).expanduser())
+        folder = _find_store(Path(os.path.abspath(Path(path).expanduser())))  # the working directory may change
         index = read_index(folder)
         if request is not None and (lines := differences(request, request_of(index))):
             raise StoreError(
@@ -168,7 +168,10 @@ class ActivationStore:
             (len(indices), hidden) float32.
         """
         name = self._layer_name(layer)
-        wanted = torch.as_tensor(indices, dtype=torch.int64).flatten()
+        given = torch.as_tensor(indices)
+        if given.dtype == torch.bool or (given.is_floating_point() and given.numel()):
+            raise TypeError(f"indices must be row numbers, not {given.dtype}; of a mask: mask.nonzero().squeeze(-1).")
+        wanted = given.long().flatten()
         wanted = torch.where(wanted < 0, wanted + len(self), wanted)
         if wanted.numel() and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
             raise IndexError(f"Row numbers must lie in [{-len(self)}, {len(self)}), got {indices}")

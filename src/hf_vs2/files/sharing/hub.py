@@ -92,7 +92,7 @@ def push_to_hub(
             repo_id,
             results=read_results(folder, results),
             license=license,
-            tags=tuple(tags),
+            tags=(tags,) if isinstance(tags, str) else tuple(tags),
             private=private,
             create_pr=create_pr,
             revision=revision,

@@ -181,7 +181,13 @@ def _metadata(
         base_model_relation="adapter" if bases else None,
         datasets=data_sets or None,
         metrics=["accuracy"] if results else None,
-        tags=["hf_vs2", "clip", "sparse-autoencoder", "visual-sparse-steering", *tags],
+        tags=[
+            "hf_vs2",
+            "clip",
+            "sparse-autoencoder",
+            "visual-sparse-steering",
+            *([tags] if isinstance(tags, str) else tags),
+        ],
         model_name=title if results else None,
         eval_results=results.eval_results if results else None,
     )
