@@ -75,12 +75,15 @@ class TrainingProgress:
         with _naming(folder / STATE_NAME):
             state = read_json(folder / STATE_NAME)
             _demand(state.pop("digest") == _state_digest(state), "it is not what was saved")
-        if difference := differing(state["plan"], self.plan):
+            plan, files, step, log = (state[name] for name in ("plan", "files", "step", "log"))
+            kinds = isinstance(plan, dict) and isinstance(files, dict) and isinstance(log, list)
+            _demand(kinds and isinstance(step, int), "it holds other things than were saved")
+        if difference := differing(plan, self.plan):
             raise ValueError(
                 f"{folder} can't be continued from exactly: {difference}. Use the same rows and settings, or train "
                 "anew in another output_dir."
             )
-        for name, digest in state["files"].items():
+        for name, digest in files.items():
             with _naming(folder / name):
                 _demand(is_of_digest(folder / name, digest), "it is not the file that was saved")
         with _naming(folder / COUNTERS_NAME):
@@ -98,9 +101,9 @@ class TrainingProgress:
                 group.update(chosen)  # the plan's: no file is asked for them
             for name, parameter in model.named_parameters():
                 _check_adam(name, parameter, optimizer.state[parameter])
-        _advance(schedule, state["step"])
+        _advance(schedule, step)
         self.steps_since_active = counters.to(accelerator.device)
-        self.step, self.log = state["step"], state["log"]
+        self.step, self.log = step, log
 
 
 def differing(before: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
