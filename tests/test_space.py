@@ -10,6 +10,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,15 @@ def test_labels_are_read_as_people_write_them(space):
     for text, message in (refused | {"bus, " + "o" * 999: "A label of 999 letters"}).items():
         with pytest.raises(ValueError, match=message):
             playground.read_labels(text)
+
+
+def test_a_checkpoint_that_keeps_plain_clip_answers_by_it(space, playground, digits, monkeypatch):
+    """`adapt` and `recommend` choose plain CLIP often: the page must not answer by another method, unasked."""
+    monkeypatch.setattr(playground, "defaults", replace(playground.defaults, method="none", gate=None))
+    assert next(iter(playground.methods)) == "none"
+    found = playground.explain(file_of(digits[0]["image"]), LABELS, 1.5, 2.1, False)
+    assert torch.equal(found.plain_scores, found.steered_scores)
+    assert "plain CLIP, which is this checkpoint's method" in space[1].verdict(found, method_acts=False)
 
 
 def test_words_of_strangers_stay_words(space, playground, digits):

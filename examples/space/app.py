@@ -23,6 +23,7 @@ from playground import SHOWN_LATENTS, Playground, demo_checkpoint, read_labels  
 from hf_vs2 import VS2Explanation, load_images  # noqa: E402
 from hf_vs2.data.inputs import NamedImages  # noqa: E402
 from hf_vs2.latent_names import common_words, read_vocabulary  # noqa: E402
+from hf_vs2.methods import METHODS  # noqa: E402
 
 
 HOUR, DAY = 3600, 86400
@@ -94,7 +95,12 @@ class Page:
         found = self.playground.explain(Path(path).read_bytes(), *asked)
         threshold = self.playground.threshold(method) if settings.gate else None
         moved = latents(found, SHOWN_LATENTS, self.playground, ATLAS)
-        return found, (verdict(found, threshold, len(off)), bars(found), moved, found.to_dict(SHOWN_LATENTS)[0])
+        return found, (
+            verdict(found, threshold, len(off), METHODS[method].acts),
+            bars(found),
+            moved,
+            found.to_dict(SHOWN_LATENTS)[0],
+        )
 
     def _switches(self, found: VS2Explanation, settings: Settings) -> Any:
         """A switch for each latent that is listed, or is off."""

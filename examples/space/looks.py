@@ -64,7 +64,9 @@ def likeliest(explanation: VS2Explanation) -> int:
     return int(explanation.steered_scores[0].argmax())
 
 
-def verdict(explanation: VS2Explanation, threshold: float | None = None, num_off: int = 0) -> str:
+def verdict(
+    explanation: VS2Explanation, threshold: float | None = None, num_off: int = 0, method_acts: bool = True
+) -> str:
     """One sentence: what plain CLIP says, what the method says, and whether the gate let it through."""
     before, after = (
         escape(explanation.labels[int(scores[0].argmax())])
@@ -76,6 +78,8 @@ def verdict(explanation: VS2Explanation, threshold: float | None = None, num_off
         if threshold is not None:
             why = f"{fvu} is above {threshold:.2f}, the SAE does not know this image well"
         text = f"<b>{before}</b>, as plain CLIP says: the gate is shut ({why})."
+        if not method_acts:
+            text = f"<b>{before}</b>: plain CLIP, which is this checkpoint's method."
         return f'<div class="vs2"><div class="verdict alone" role="status">{text}</div></div>'
     text = (
         f"<b>{after}</b>, as plain CLIP." if before == after else f"<b>{after}</b>; plain CLIP says <b>{before}</b>."

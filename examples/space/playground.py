@@ -61,8 +61,15 @@ class Playground:
         shown = {
             name: method
             for name, method in METHODS.items()
-            if (method.explains or (method.fit is not None and method.step is None)) and self._serves(method)
+            if (
+                method.explains
+                or (method.fit is not None and method.step is None)
+                or (name == own and not method.acts)  # a checkpoint for which plain CLIP was chosen
+            )
+            and self._serves(method)
         }
+        if own not in shown:
+            raise ValueError(f"This page can't take the scores of the checkpoint's method, {own!r}, apart.")
         return {name: shown[name] for name in sorted(shown, key=lambda name: name != own)}
 
     def _serves(self, method: Method) -> bool:

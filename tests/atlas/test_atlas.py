@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessorPil
 from words import make_word_tokenizer
 
 from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate, steering_grid
+from hf_vs2.atlas.build import _facts
 from hf_vs2.atlas.effects import effect_of
 from hf_vs2.atlas.flips import movers
 from hf_vs2.atlas.statistics import (
@@ -100,6 +101,13 @@ def registered(path: Path):
     head = f'atlas.register("{path.stem}", '
     assert text.startswith(head) and text.endswith(");\n")
     return json.loads(text[len(head) : -3])
+
+
+def test_the_gate_that_is_shown_is_that_of_the_answers(made):
+    """An atlas replays VS2: of a checkpoint that answers otherwise it said that there is no gate, beside gated answers."""
+    model = make_model(made.rows)
+    model.set_steering(method="none")
+    assert _facts(model, "words", {})["fvu_threshold"] == pytest.approx(model.sae.fvu_threshold(0.9), rel=1e-3)
 
 
 # Statistics

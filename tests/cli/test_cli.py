@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from transformers import CLIPImageProcessorPil
 from hf_vs2 import ActivationStore, SAEConfig, SAEModel, VS2CLIPForZeroShot, __version__
 from hf_vs2.cli import COMMANDS, main
 from hf_vs2.cli.answers import Table
+from hf_vs2.cli.commands import adapt as adapt_command
+from hf_vs2.cli.commands import atlas as atlas_command
+from hf_vs2.cli.commands import evaluate as evaluate_command
 from hf_vs2.cli.parsing import Parser
 from hf_vs2.data import images as data_images
 from hf_vs2.data import load_images
@@ -153,6 +157,17 @@ def test_evaluate_reuses_rows_for_other_prompts_and_references(checkpoint, image
     assert result["meta"]["templates"] == {"custom": ["a {} square.", "a {} patch."]}
     assert result["per_class"]["class_names"] == ["scarlet", "navy", "lime"]
     assert result["rows"][2]["reference"] == "train" and result["rows"][1]["gate"] == 0.5
+
+
+def test_results_lie_beside_the_checkpoint_that_they_are_of(tmp_path):
+    """Two checkpoints in one folder wrote one results.json, and the second atlas showed the first one's table."""
+    for name in ("k32", "k64"):
+        (tmp_path / name).mkdir()
+    args = Namespace(output=None, checkpoint=str(tmp_path), subfolder="k32")
+    assert evaluate_command._result_path(args) == tmp_path / "k32" / "results.json"
+    (tmp_path / "results.json").write_text("{}")
+    assert atlas_command._beside(args, "results.json") is None
+    assert "--overwrite" not in adapt_command._again(["adapt", "--overwrite-output-dir", "--seed", "1"])
 
 
 def test_evaluate_wants_names_for_numbered_classes(checkpoint, images_path, tmp_path, capsys):

@@ -25,6 +25,7 @@ from hf_vs2 import (
 )
 from hf_vs2.files.sharing.card_edits import Card, card_to_upload, merge_metadata
 from hf_vs2.files.sharing.card_results import ResultFacts
+from hf_vs2.files.sharing.model_card import _default_steering
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,17 @@ def section(card, title):
 
 
 # What it says
+
+
+def test_the_card_names_the_method_that_answers(clip, tmp_path):
+    """A checkpoint that keeps plain CLIP was described by VS2's gamma, lambda and gate."""
+    for method, said in (
+        ("none", "plain CLIP"),
+        ("prototypes", "prototypes, gate at its 0.9 quantile of the distance"),
+    ):
+        sae = make_described_sae(clip)
+        sae.config.method, sae.config.gate = method, 0.9
+        assert _default_steering(sae.config) == said
 
 
 def test_card_tells_what_is_on_record(folder, sae):

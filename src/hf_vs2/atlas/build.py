@@ -171,7 +171,9 @@ def _image_indices(rows: Rows, dataset: Any) -> list[int]:
 
 def _facts(model: VS2CLIPForZeroShot, vocabulary: str, meta: dict[str, Any]) -> dict[str, Any]:
     """What the head of the page and `latents.json` say about where everything comes from."""
-    sae, now, (tau,) = model.sae.config, model.steering_settings, model.fvu_thresholds.values()
+    sae, now = model.sae.config, model.steering_settings
+    with model.steering(enabled=True, method="vs2"):  # which the atlas replays
+        (tau,) = model.fvu_thresholds.values()
     sources = {
         "checkpoint": meta.get("checkpoint") or sae.name_or_path,
         "dataset": meta.get("dataset"),

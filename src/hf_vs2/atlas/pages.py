@@ -210,7 +210,8 @@ def _fvu(material: Material) -> dict[str, Any]:
     """A histogram of per-sample FVU, whose last bin also counts everything beyond it, and the gate."""
     values = np.concatenate([part.numpy() for part in material.statistics.fvu]).astype(np.float64)
     values = values[~np.isnan(values)]
-    threshold = next(reversed(material.model.fvu_thresholds.values()))
+    with material.model.steering(enabled=True, method="vs2"):  # which the page replays
+        threshold = next(reversed(material.model.fvu_thresholds.values()))
     threshold = None if threshold == math.inf else threshold  # which holds nothing back
     top = float(np.quantile(values, 0.99, method="lower"))
     limit = max(top if math.isfinite(top) else 1.0, 1.15 * (threshold or 0.0), 1e-6)

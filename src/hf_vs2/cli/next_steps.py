@@ -37,7 +37,7 @@ def dataset_flags(args: Namespace) -> dict[str, Any]:
 def checkpoint_flags(args: Namespace, checkpoint: Any = None) -> dict[str, Any]:
     """Those that open the checkpoint of a command again, or another one."""
     if checkpoint is not None:
-        return {"checkpoint": checkpoint}
+        return {"checkpoint": checkpoint, "clip": getattr(args, "clip", None)}
     return {name: getattr(args, name) for name in ("checkpoint", "clip", "revision", "subfolder")}
 
 

@@ -95,7 +95,7 @@
     const request = new URLSearchParams(location.hash.slice(1));
     if (name === "q" && !request.get("q")) for (const one of ["sort", "order"]) request.delete(one); // a search brings its own order
     request.set("view", "latents");
-    request.delete("latent");
+    for (const one of ["latent", "image"]) request.delete(one);
     if (value) request.set(name, value);
     else request.delete(name);
     if (name === "sort") request.delete("order");

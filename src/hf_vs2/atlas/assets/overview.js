@@ -152,6 +152,7 @@
   }
 
   function map(index) {
+    if (!index.frequency && !index.words.length) return null; // nothing to be higher by
     const heights = index.frequency || index.scores.map((line) => line[0]);
     const what = index.frequency ? "highest class frequency" : "score of the nearest word";
     return panel("Map of the latents", `Each dot is a latent. Further right: active on more images; higher: ${index.frequency ? "active on more of the class that it is most active on" : "nearer to its word"}.`, true,

@@ -109,6 +109,6 @@ def _again(argv: list[str]) -> str:
             skip = False
         elif word == "--checked":
             skip = True
-        elif not word.startswith("--checked=") and word != "--overwrite_output_dir":
+        elif not word.startswith("--checked=") and word.replace("-", "_") != "__overwrite_output_dir":
             words.append(word)
     return shlex.join(words)

@@ -140,7 +140,7 @@ def _activations(args: Namespace, clip: Any, dataset: Any, image_processor: Any)
 
 def _beside(args: Namespace, name: str) -> Path | None:
     """A file of the checkpoint's folder, if it is there."""
-    path = Path(args.checkpoint, name)
+    path = Path(args.checkpoint, args.subfolder or "", name)
     return path if path.is_file() else None
 
 

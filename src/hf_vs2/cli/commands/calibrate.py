@@ -51,6 +51,8 @@ keeps = steps.activations_beside
 
 def run(args: Namespace) -> None:
     from ...config.sae import SAEConfig
+    from ...files.atomic import replace_text
+    from ...files.checkpoint_folder import PROCESSOR_FILES
     from ...training.calibration import calibrate, gate_within, split_rows
     from ...training.domain import measure_statistics
 
@@ -92,6 +94,8 @@ def run(args: Namespace) -> None:
         if model.steering_settings.measures_fvu:
             model.set_steering(gate=gate_within(sae.config, model.steering_settings.gate))
         model.save_pretrained(target, full=described["holds_clip"])
+    if not local.is_dir() or target.resolve() != local.resolve():  # where the checkpoint's own is not
+        replace_text(target / PROCESSOR_FILES[0], image_processor.to_json_string())
     say(
         *sae_lines(f"On {sae.config.num_calibration_rows:,} rows", sae.config, metrics),
         *([] if sae.domain_statistics is None else [f"{sae.domain_statistics}."]),

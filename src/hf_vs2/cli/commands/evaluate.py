@@ -108,8 +108,9 @@ def run(args: Namespace) -> None:
     )
     try:
         places = {"results": result.to_json(_result_path(args)), "activations": store.path}
-        if places["results"] == Path(args.checkpoint, RESULTS_NAME):
-            places["model card"] = write_model_card(args.checkpoint)  # which shows them from now on
+        folder = Path(args.checkpoint, args.subfolder or "")
+        if places["results"] == folder / RESULTS_NAME:
+            places["model card"] = write_model_card(folder)  # which shows them from now on
     finally:  # shown in any case
         say(terminal_table(result, every_row=args.all or args.method is not None))
     say_written(places)
@@ -142,4 +143,5 @@ def _result_path(args: Namespace) -> Path:
 
     if args.output is not None:
         return args.output
-    return Path(args.checkpoint if Path(args.checkpoint).is_dir() else "", RESULTS_NAME)
+    folder = Path(args.checkpoint, args.subfolder or "")
+    return Path(folder if folder.is_dir() else "", RESULTS_NAME)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ...config.latent_edits import LatentEdits
 from ...config.sae import SAEConfig
+from ...methods import METHODS
 from ...version import INSTALLATION
 from ..atomic import replace_text
 from ..checkpoint_folder import CARD_NAME, VS2_TYPE, CheckpointFolder, looks_like_hub_id
@@ -255,7 +256,12 @@ def _shape_facts(config: SAEConfig) -> Facts:
 
 
 def _default_steering(config: SAEConfig) -> str:
-    steering = f"gamma {_gamma(config.gamma)}, lambda {config.lambda_:g}"
+    rule = METHODS.get(config.method)
+    if rule is not None and not (rule.acts and rule.reads_latents):
+        has_gate = rule.acts and config.gate is not None
+        return rule.label + (f", gate at its {config.gate:g} quantile of the distance" if has_gate else "")
+    named = "" if config.method == "vs2" else f"{escaped(config.method)}, "
+    steering = f"{named}gamma {_gamma(config.gamma)}, lambda {config.lambda_:g}"
     if config.gate is None or not config.fvu_quantiles:
         return f"{steering}, no gate"
     levels = [float(level) for level in config.fvu_quantiles]
@@ -367,7 +373,9 @@ def _steering_facts(config: dict[str, Any]) -> Facts:
         return [*facts, ("gate", f"FVU up to {config['fvu_threshold']:.4g}")]
     if config.get("gate") is None:
         return [*facts, ("gate", "none: every image is steered")]
-    return [*facts, ("gate", f"FVU up to its {config['gate']:g} quantile on held-out training images")]
+    rule = METHODS.get(config.get("method", "vs2"))
+    what = "FVU" if rule is None or rule.reads_latents or config.get("edits") else "distance"
+    return [*facts, ("gate", f"{what} up to its {config['gate']:g} quantile on held-out training images")]
 
 
 def _edits(edits: LatentEdits) -> str:
