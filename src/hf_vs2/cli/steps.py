@@ -178,7 +178,10 @@ def labels_and_prompts(args: argparse.Namespace) -> tuple[list[str], Any, bool]:
     else:
         asked = names_in(labels_from(args) or []), "single", True
     if asked is None:
-        raise UsageError(f"--labels is missing: {args.checkpoint} was not adapted to labels (hf-vs2 adapt)")
+        raise UsageError(
+            f"--labels is missing: {args.checkpoint} was not adapted to labels (hf-vs2 adapt), or was pushed, which "
+            "leaves out its report.json with the labels and the names of your files"
+        )
     labels, templates, clean = asked
     templates = templates if args.templates is None else args.templates
     resolve_templates(templates)

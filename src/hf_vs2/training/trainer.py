@@ -200,14 +200,14 @@ class SAETrainer:
             self._take_over(trained)
             return finished_metrics(args.output_path)
         checkpoint = checkpoint_to_resume(args.output_path, wanted, reached != "none")
-        if self.accelerator.is_main_process:
-            kept = filter(None, [checkpoint]) if reached == "none" else checkpoints(args.output_path)
-            claim(args.output_path, plan, asdict(args), [*kept])
-        self.accelerator.wait_for_everyone()
         if self._has_begun and checkpoint is None:
             raise RuntimeError(
                 "This trainer has trained its model already, and has no checkpoint to go back to: make it again."
             )
+        if self.accelerator.is_main_process:
+            kept = filter(None, [checkpoint]) if reached == "none" else checkpoints(args.output_path)
+            claim(args.output_path, plan, asdict(args), [*kept])
+        self.accelerator.wait_for_everyone()
         self._has_begun = True
         progress = self._optimize(plan, checkpoint)
         if self.accelerator.is_fsdp2:
