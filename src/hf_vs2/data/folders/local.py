@@ -129,9 +129,8 @@ def _open_archives(
     (only, *others) = chain(*by_split.values())
     source = root if others else root / only
     if builder == "parquet" and _features_differ([root / files[0] for files in by_split.values()]):
-        splits: dict[
-            str, Any
-        ] = {}  # one call would give all splits the features of one: other names for the same numbers
+        # One call would give all splits the features of one: other names for the same numbers.
+        splits: dict[str, Any] = {}
         for split, files in data_files.items():
             splits |= load_dataset(source, builder, data_files={split: files}, streaming=streaming)
     else:
