@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil
 from words import make_word_tokenizer
 
-from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate, steering_grid
+from hf_vs2 import SAEConfig, SAEModel, VS2CLIPForZeroShot, build_atlas, evaluate, measure_statistics, steering_grid
 from hf_vs2.atlas.build import _facts
 from hf_vs2.atlas.effects import effect_of
 from hf_vs2.atlas.flips import movers
@@ -106,7 +106,8 @@ def registered(path: Path):
 def test_the_gate_that_is_shown_is_that_of_the_answers(made):
     """An atlas replays VS2: of a checkpoint that answers otherwise it said that there is no gate, beside gated answers."""
     model = make_model(made.rows)
-    model.set_steering(method="none")
+    model.set_domain_statistics(measure_statistics(model.sae, made.rows, held_out=torch.arange(20)))
+    model.set_steering(method="prototypes")  # whose gate goes by the distance
     assert _facts(model, "words", {})["fvu_threshold"] == pytest.approx(model.sae.fvu_threshold(0.9), rel=1e-3)
 
 
